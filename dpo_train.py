@@ -1,0 +1,103 @@
+"""Stage 3, direct preference optimization: chosen above rejected, in the loop trainlib.loop.fit.
+
+    python dpo_train.py [config.yaml] [init_from=runs/sft/final] [section.key=value ...]
+
+Source: Rafailov et al., Direct Preference Optimization, arXiv:2305.18290.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dataset import Batch, DataConfig, Datasets, load_datasets
+from hf_folder import load_model, model_files
+from preferences import TIE_NATS, batch_log_probs, format_report, reference_log_probs, report
+from tokenizer import Tokenizer
+from trainlib.batches import StepLoader
+from trainlib.launch import RunConfig, launch, prepare_model, start_run
+from trainlib.loop import fit, make_schedule, validate
+from trainlib.optim import OptimConfig, build_optimizers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DPOConfig(RunConfig):
+    """All settings of preference optimization; the model comes with init_from."""
+
+    init_from: str = "runs/sft/final"
+    """Model folder that training starts from, and the reference."""
+    beta: float = 0.1
+    """How dearly it costs to leave the reference: reward per nat of log-probability ratio."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training and validation files."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizers and schedule."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta > 0:
+            raise ValueError(f"beta={self.beta} must be above 0")
+
+
+def dpo_loss(
+    log_probs: Tensor, reference: Tensor, beta: float
+) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:
+    """Sum over pairs of -log sigmoid of the reward margin (arXiv:2305.18290, equation 7).
+
+    Shapes: log_probs, reference (2 P,), chosen and rejected of each pair in turn.
+    """
+    rewards = beta * (log_probs - reference)
+    chosen, rejected = rewards.view(-1, 2).unbind(1)
+    margin = chosen - rejected
+    right = torch.where(margin.abs() <= beta * TIE_NATS, 0.5, (margin > 0).float())
+    means = log_probs.detach().view(-1, 2).sum(0)
+    return -F.logsigmoid(margin).sum(), {
+        "reward_accuracy": (right.sum(), len(margin)),
+        "reward_margin": (margin.sum(), len(margin)),
+        "chosen_log_probs": (means[0], len(margin)),
+        "rejected_log_probs": (means[1], len(margin)),
+    }
+
+
+def prepare(config: DPOConfig) -> Datasets:
+    """The pairs, rendered and tokenized once into the cache."""
+    tokenizer = Tokenizer(config.init_from)
+    return load_datasets(config.data, "dpo", tokenizer, config.sequence_length, config.seed)
+
+
+def main(config: DPOConfig, datasets: Datasets) -> None:
+    """Move a fine-tuned model towards the preferred answers."""
+    tokenizer, model = Tokenizer(config.init_from), load_model(config.init_from)
+    run = start_run(config, "dpo", datasets.data_key, datasets.train.row_length)
+
+    prepare_model(run, model, model.model.layers, model_files(model.config, tokenizer))
+    optimizers = build_optimizers(model, config.optim)
+    loader = StepLoader(
+        datasets.train, config.tokens_per_step, run.hardware.micro_batch_size, config.epochs
+    )
+    schedule = make_schedule(config, loader)
+    reference = reference_log_probs(run, model, datasets, loader, schedule.num_steps)
+
+    def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:
+        return dpo_loss(batch_log_probs(model, batch), reference[batch.sequence_ids], config.beta)
+
+    def evaluate() -> dict[str, float]:
+        return validate(run, model, loss_fn, datasets.val)
+
+    if fit(run, model, optimizers, schedule, loss_fn, loader, evaluate):
+        table = report(run, model, datasets, reference)
+        (run.folder / "report.json").write_text(json.dumps(table, indent=2), encoding="utf-8")
+        log.info("%s", format_report(table))
+        log.info("next: python chat.py --model %s/final", run.folder)
+
+
+if __name__ == "__main__":
+    launch(DPOConfig, "dpo", prepare, main)

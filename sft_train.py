@@ -1,0 +1,72 @@
+"""Stage 2, supervised fine-tuning: the assistant's words alone, in the loop trainlib.loop.fit.
+
+    python sft_train.py [config.yaml] [init_from=runs/pretrain/final] [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from dataset import Batch, DataConfig, Datasets, load_datasets
+from hf_folder import load_model, model_files
+from losses import cross_entropy_sum
+from tokenizer import Tokenizer
+from trainlib.batches import StepLoader
+from trainlib.launch import RunConfig, launch, prepare_model, start_run
+from trainlib.loop import fit, make_schedule, validate
+from trainlib.optim import OptimConfig, build_optimizers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SFTConfig(RunConfig):
+    """All settings of fine-tuning; model sizes and tokenizer come with init_from."""
+
+    init_from: str = "runs/pretrain/final"
+    """Model folder that training starts from."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training and validation files."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizers and schedule."""
+
+
+def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:
+    """Sum of -log p over the assistant's words and ends of turn; bytes are the answers'."""
+    loss_sum = cross_entropy_sum(model(**batch.inputs), batch.labels)
+    return loss_sum, {"bits_per_byte": (loss_sum / math.log(2), batch.num_bytes)}
+
+
+def prepare(config: SFTConfig) -> Datasets:
+    """The conversations, rendered and tokenized once into the cache."""
+    tokenizer = Tokenizer(config.init_from)
+    return load_datasets(config.data, "sft", tokenizer, config.sequence_length, config.seed)
+
+
+def main(config: SFTConfig, datasets: Datasets) -> None:
+    """Teach a pretrained model to answer."""
+    tokenizer, model = Tokenizer(config.init_from), load_model(config.init_from)
+    run = start_run(config, "sft", datasets.data_key, config.sequence_length)
+
+    prepare_model(run, model, model.model.layers, model_files(model.config, tokenizer))
+    optimizers = build_optimizers(model, config.optim)
+    loader = StepLoader(
+        datasets.train, config.tokens_per_step, run.hardware.micro_batch_size, config.epochs
+    )
+    schedule = make_schedule(config, loader)
+
+    def evaluate() -> dict[str, float]:
+        return validate(run, model, loss_fn, datasets.val)
+
+    if fit(run, model, optimizers, schedule, loss_fn, loader, evaluate):
+        log.info("next: python dpo_train.py init_from=%s/final", run.folder)
+        log.info("or talk to it: python chat.py --model %s/final", run.folder)
+
+
+if __name__ == "__main__":
+    launch(SFTConfig, "sft", prepare, main)

@@ -1,0 +1,180 @@
+"""Text to ids and back: byte-level BPE through the `tokenizers` library, chat turns as ChatML.
+
+`Tokenizer` never parses special tokens out of text, so nobody can forge a turn by typing one.
+The renderer that turns messages into ids and a loss mask is in chat_format.py, the program that
+trains a vocabulary in train_tokenizer.py, the trained artefact in tokenizer.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import Tokenizer as BPE
+
+END_OF_TEXT = "<|endoftext|>"
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+
+# Ids 0, 1, 2, ... in this order. Tool and think tags are reserved from the start, so that a
+# model trained today can learn them tomorrow without a new vocabulary.
+SPECIAL_TOKENS: tuple[str, ...] = (
+    END_OF_TEXT,
+    IM_START,
+    IM_END,
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+    *(f"<|reserved_{i}|>" for i in range(27)),
+)
+
+# Pieces that BPE merges never cross: English contractions, a run of letters with the one
+# character before it (a space, a comma), single digits, punctuation, blanks. A newline is a piece
+# of its own: so encode("assistant\n" + text) == encode("assistant\n") + encode(text) for every
+# text, and the loss mask can never disagree with the ids of the chat template.
+PRE_TOKENIZE_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+"
+    r"|\n"
+    r"|[^\S\n]+(?!\S)"
+    r"|[^\S\n]+"
+)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids and, for each, whether it is under the loss; made together, in one pass."""
+
+    ids: list[int]
+    mask: list[bool]
+
+
+class Tokenizer:
+    """A vocabulary on disk: text to ids, ids to text or bytes.
+
+    Raises ValueError where the folder has no tokenizer.json or the file lacks a needed token.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: a tokenizer is a folder with tokenizer.json")
+        self.json = path.read_text(encoding="utf-8")
+        self._bpe = BPE.from_str(self.json)
+        # Special tokens in text are spelled out like any other text. This is a state of the
+        # object that tokenizer.json does not carry, so it is set here, once, for every use.
+        self._bpe.encode_special_tokens = True
+        ids = {token: self._bpe.token_to_id(token) for token in (END_OF_TEXT, IM_START, IM_END)}
+        missing = [token for token, id_ in ids.items() if id_ is None]
+        if missing:
+            raise ValueError(f"{path} lacks the special tokens {', '.join(missing)}")
+        self.end_of_text_id: int = ids[END_OF_TEXT]
+        self.im_start_id: int = ids[IM_START]
+        self.im_end_id: int = ids[IM_END]
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary, special tokens included."""
+        return self._bpe.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def stop_ids(self) -> tuple[int, int]:
+        """Ids that end an answer: end of turn and end of text."""
+        return self.im_end_id, self.end_of_text_id
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change when the vocabulary or its merges change."""
+        return hashlib.sha256(self.json.encode()).hexdigest()[:16]
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for structure, not text."""
+        return frozenset(
+            id_ for id_, t in self._bpe.get_added_tokens_decoder().items() if t.special
+        )
+
+    @cached_property
+    def id_to_bytes(self) -> tuple[bytes, ...]:
+        """The bytes that each id stands for; none for special tokens.
+
+        A byte-level vocabulary writes every byte as one printable character, so that its
+        entries are readable; this undoes that. Raises ValueError for a vocabulary of another kind.
+        """
+        byte_of = {character: byte for byte, character in _byte_alphabet().items()}
+        texts: list[bytes] = []
+        for id_ in range(self.vocab_size):
+            token = self._bpe.id_to_token(id_)
+            if token is None or id_ in self.special_ids:
+                texts.append(b"")
+            elif all(character in byte_of for character in token):
+                texts.append(bytes(byte_of[character] for character in token))
+            else:
+                raise ValueError(
+                    f"token {id_} ({token!r}) is not byte-level: only byte-level BPE is supported"
+                )
+        return tuple(texts)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of text; a special token that is spelled out in it stays text."""
+        return self._bpe.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: SequenceABC[str]) -> list[list[int]]:
+        """Ids of several texts, on all cores."""
+        encoded = self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def decode_bytes(self, ids: SequenceABC[int]) -> bytes:
+        """The bytes of ids; special tokens give none."""
+        return b"".join(self.id_to_bytes[id_] for id_ in ids)
+
+    def decode(self, ids: SequenceABC[int]) -> str:
+        """Text of ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def files(self, context_length: int) -> dict[str, str]:
+        """The tokenizer's share of a Hugging Face model folder: file name to content."""
+        from tokenizer.chat_format import CHAT_TEMPLATE
+
+        config = {
+            # Any other class makes transformers 5 replace the pre-tokenizer.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": context_length,
+            "pad_token": END_OF_TEXT,
+            "eos_token": IM_END,
+            "bos_token": None,
+            "unk_token": None,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        }
+        return {
+            "tokenizer.json": self.json,
+            "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
+        }
+
+
+def default_folder() -> Path:
+    """The folder of the tokenizer that comes with the project."""
+    return Path(os.path.dirname(os.path.abspath(__file__)))
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """The printable character that byte-level BPE writes for each byte.
+
+    Printable Latin-1 stands for itself; the other bytes take the characters from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {byte: chr(byte) for byte in printable}
+    alphabet.update({byte: chr(0x100 + i) for i, byte in enumerate(others)})
+    return alphabet

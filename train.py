@@ -1,0 +1,85 @@
+"""Stage 1, pretraining: next-token prediction on packed documents, in the loop trainlib.loop.fit.
+
+    python train.py [config.yaml] [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from dataset import Batch, DataConfig, Datasets, load_datasets
+from generate import Sampling, sample_texts
+from hf_folder import check_vocabulary, load_model, model_files
+from losses import cross_entropy_sum
+from model import ModelConfig, Transformer, count_parameters
+from tokenizer import Tokenizer, default_folder
+from trainlib.batches import StepLoader
+from trainlib.launch import RunConfig, launch, prepare_model, start_run
+from trainlib.loop import fit, make_schedule, validate
+from trainlib.optim import OptimConfig, build_optimizers
+
+log = logging.getLogger(__name__)
+
+PROMPTS = ("第一条", "话说", "To be,")  # Continued after every evaluation, for the eye.
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """All settings of pretraining."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Sizes of the model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training and validation files."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizers and schedule."""
+
+
+def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:
+    """Sum of -log p over the labels; in bits per byte of text it compares across vocabularies."""
+    loss_sum = cross_entropy_sum(model(**batch.inputs), batch.labels)
+    return loss_sum, {"bits_per_byte": (loss_sum / math.log(2), batch.num_bytes)}
+
+
+def prepare(config: PretrainConfig) -> Datasets:
+    """The data, tokenized once into the cache."""
+    tokenizer = Tokenizer(config.init_from or default_folder())
+    return load_datasets(
+        config.data, "pretrain", tokenizer, config.sequence_length, config.seed
+    )  # fmt: skip
+
+
+def main(config: PretrainConfig, datasets: Datasets) -> None:
+    """Train a model from nothing, or go on from init_from."""
+    tokenizer = Tokenizer(config.init_from or default_folder())
+    if not config.init_from:
+        check_vocabulary(config.model, tokenizer, "model.vocab_size")
+    initial = load_model(config.init_from) if config.init_from else None
+    run = start_run(config, "pretrain", datasets.data_key, config.sequence_length)
+    model = initial or Transformer(config.model)
+    log.info("model: %s parameters", f"{count_parameters(model):,}")
+
+    prepare_model(run, model, model.model.layers, model_files(model.config, tokenizer))
+    optimizers = build_optimizers(model, config.optim)
+    loader = StepLoader(
+        datasets.train, config.tokens_per_step, run.hardware.micro_batch_size, config.epochs
+    )
+    schedule = make_schedule(config, loader)
+
+    def evaluate() -> dict[str, float]:
+        sampling = Sampling(temperature=0, max_new_tokens=32)
+        for text in sample_texts(model, tokenizer, PROMPTS, sampling):
+            log.info("sample: %s", text.replace("\n", " / "))
+        return validate(run, model, loss_fn, datasets.val)
+
+    if fit(run, model, optimizers, schedule, loss_fn, loader, evaluate):
+        log.info("next: python sft_train.py init_from=%s/final", run.folder)
+
+
+if __name__ == "__main__":
+    launch(PretrainConfig, "pretrain", prepare, main)

@@ -1,0 +1,1 @@
+"""What would be the same for any model: loop, optimizers, checkpoints, settings, logging."""

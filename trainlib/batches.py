@@ -1,0 +1,104 @@
+"""Rows to optimizer steps: how many rows a step takes and how they are dealt to micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+BatchT = TypeVar("BatchT")
+
+
+class Place(NamedTuple):
+    """Epoch and row of a data set, counted from 0: the next row to be read."""
+
+    epoch: int = 0
+    row: int = 0
+
+
+class Dataset(Protocol[BatchT]):
+    """What a data set offers (dataset.PackedDataset is one)."""
+
+    row_length: int
+
+    def rows(self, position: Any) -> Iterator[tuple[Any, Any]]:
+        """Rows from a position to the end of its epoch, each with the position after it."""
+        ...
+
+    def num_rows(self, epoch: int = 0) -> int:
+        """Rows of an epoch."""
+        ...
+
+    def collate(self, rows: list[Any], num_rows: int) -> BatchT:
+        """One micro-batch of num_rows rows, empty ones at the end."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepBatch(Generic[BatchT]):
+    """All that one optimizer step reads."""
+
+    micro_batches: list[BatchT]
+    num_targets: int
+    num_tokens: int
+    after: Place
+
+
+class StepLoader(Generic[BatchT]):
+    """Deals a data set's rows to optimizer steps, the next one made in a thread meanwhile.
+
+    A step takes tokens_per_step / row_length rows, dealt evenly to as few micro-batches of at most
+    micro_batch_size rows as hold them; all have one shape, and rows that are missing are empty.
+    Goes on into the next epoch; with `epochs` the last step ends with the last row.
+    """
+
+    def __init__(
+        self, dataset: Dataset[BatchT], tokens_per_step: int, micro_batch_size: int, epochs: int = 0
+    ) -> None:
+        self.dataset, self.epochs = dataset, epochs
+        self.rows_per_step = max(1, tokens_per_step // dataset.row_length)
+        num_micro = -(-self.rows_per_step // max(1, micro_batch_size))
+        self.micro_batch_rows = -(-self.rows_per_step // num_micro)
+        self.position = Place()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._next: Future[StepBatch[BatchT]] | None = None
+
+    def num_steps(self) -> int:
+        """Steps of `epochs` epochs."""
+        rows = sum(self.dataset.num_rows(epoch) for epoch in range(self.epochs))
+        return -(-rows // self.rows_per_step)
+
+    def seek(self, position: Place) -> None:
+        """Read on from a position."""
+        self.position, self._next = position, None
+
+    def __next__(self) -> StepBatch[BatchT]:
+        """The next step; the position moves only when it is handed out, not when prefetched."""
+        batch = self._next.result() if self._next else self._make(self.position)
+        self.position = batch.after
+        self._next = self._thread.submit(self._make, batch.after)
+        return batch
+
+    def _make(self, position: Place) -> StepBatch[BatchT]:
+        rows: list[Any] = []
+        while len(rows) < self.rows_per_step and (
+            not self.epochs or not rows or position.epoch < self.epochs
+        ):
+            for row, after in self.dataset.rows(position):
+                rows.append(row)
+                position = Place(*after)
+                if len(rows) == self.rows_per_step:
+                    break
+        num_micro = -(-len(rows) // self.micro_batch_rows)
+        # Row i goes to micro-batch i mod n, so that all are filled alike.
+        micro = [
+            self.dataset.collate(rows[i::num_micro], self.micro_batch_rows)
+            for i in range(num_micro)
+        ]
+        return StepBatch(
+            micro,
+            sum(batch.num_targets for batch in micro),  # type: ignore[attr-defined]
+            sum(batch.num_tokens for batch in micro),  # type: ignore[attr-defined]
+            position,
+        )
