@@ -174,7 +174,7 @@ def shares(sizes: list[int], total: int) -> list[int]:
 
 
 def _lines(file: Path, share: int) -> Iterator[tuple[str, int]]:
-    """Whole lines (JSONL) or groups of lines (.txt) with their byte offset, `share` bytes of all."""
+    """Lines (JSONL) or groups of lines (.txt) with their byte offset, `share` bytes in all."""
     size = file.stat().st_size
     stretches = 1 if share >= size else max(1, min(64, share // STRETCH_BYTES))
     with file.open("rb") as stream:

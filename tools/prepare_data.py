@@ -20,9 +20,11 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -133,6 +135,9 @@ def write_sample(archives: dict[str, Path], options: argparse.Namespace) -> None
     existed = out.exists()
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
+        for left in out.glob(".partial-*"):  # by a run that was killed
+            if time.time() - left.stat().st_mtime > 3_600:
+                shutil.rmtree(left, ignore_errors=True)
         try:
             with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as folder:
                 files: dict[str, Any] = {}

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from tools.sample_rows import Row
+from tools.sample_rows import Row, number_of
 from tools.sample_sources import (
     Package,
     PrepareError,
@@ -63,8 +63,8 @@ def extra_rows(name: str) -> tuple[Package, Iterator[Row]]:
     def rows() -> Iterator[Row]:
         seen: set[int] = set()
         for group, text in extra.read(files):
-            if hash(text) not in seen:
-                seen.add(hash(text))
+            if (digest := number_of(text)) not in seen:
+                seen.add(digest)
                 yield Row(group, name, {"text": text})
 
     return package, rows()
@@ -151,14 +151,17 @@ def _contents(opened: tarfile.TarFile) -> Files:
 
 
 def read_poetry(files: Files) -> Iterator[tuple[str, str]]:
-    """Tang and Song shi, Song ci and Yuan qu; a poet is a group."""
+    """Tang and Song shi, Song ci and Yuan qu, each poem once; a poet is a group."""
+    seen: set[str] = set()  # some poems are given to two poets, who may be on two sides
     for name, content in files:
         if not re.search(r"/(quantangshi/poet\.|songci/ci\.song\.|yuanqu/)[^/]*json$", name):
             continue
         for poem in json.loads(content):
             body = "\n".join(line.strip() for line in poem["paragraphs"] if line.strip())
             title = poem.get("title") or poem.get("rhythmic") or ""
-            if body and "□" not in body:  # a box stands for a lost character
+            # A box stands for a lost character.
+            if body and "□" not in body and body not in seen:
+                seen.add(body)
                 yield poem["author"], "\n".join(filter(None, (title, poem["author"], body)))
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import requests
 from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple
@@ -104,6 +104,8 @@ PACKAGES = {
 }
 
 
+Self = TypeVar("Self", bound="Progress")  # typing has it from Python 3.11 on
+PIP_NAMES = ("index-url", "proxy", "cert", "client-cert", "trusted-host", "timeout")
 Download = Callable[[Package, Path, str], None]  # to a path; the words say what else helps
 
 
@@ -189,25 +191,28 @@ def _reason(error: Exception) -> str:
 
 def pip_settings() -> dict[str, str]:
     """What pip is configured with: index-url, proxy, cert, client-cert, trusted-host, timeout."""
-    names = ("index-url", "proxy", "cert", "client-cert", "trusted-host", "timeout")
-    listed = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-    )
     found: dict[str, str] = {}
-    lines = [line.split("=", 1) for line in listed.stdout.splitlines() if "=" in line]
-    # In pip's order: a command's own section wins over [global].
+    configured = _pip_config(os.environ.get("PIP_CONFIG_FILE"))
+    # In pip's order: a command's own section over [global], and the environment over both.
     for section in ("global", "download"):
-        for key, value in lines:
-            if key.startswith(section + ".") and key.split(".", 1)[1] in names:
-                found[key.split(".", 1)[1]] = str(ast.literal_eval(value))
-    for name in names:  # and the environment over both, with or without pip in this environment
+        for name in PIP_NAMES:
+            if f"{section}.{name}" in configured:
+                found[name] = configured[f"{section}.{name}"]
+    for name in PIP_NAMES:
         value = os.environ.get("PIP_" + name.upper().replace("-", "_"))
         if value:
             found[name] = value
     return found
+
+
+@lru_cache(maxsize=4)
+def _pip_config(config_file: str | None) -> dict[str, str]:
+    """What `pip config list` prints; once, as each call costs a third of a second."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
+    )
+    lines = (line.split("=", 1) for line in listed.stdout.splitlines() if "='" in line)
+    return {key: str(ast.literal_eval(value)) for key, value in lines}
 
 
 class _Unverified(HTTPAdapter):
@@ -236,6 +241,7 @@ def open_session(settings: dict[str, str]) -> requests.Session:
         # With trust_env the environment's proxies would win over pip's own setting.
         session.proxies = {"http": settings["proxy"], "https": settings["proxy"]}
         session.trust_env = False
+        session.verify = settings.get("cert") or os.environ.get("REQUESTS_CA_BUNDLE") or True
     return session
 
 
@@ -245,21 +251,22 @@ class Progress:
     def __init__(self, name: str, total: int | None) -> None:
         self.name, self.total, self.done, self.drawn = name, total, 0, -1
 
-    def __enter__(self) -> Progress:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
     ) -> None:
-        line = f"{self.name}  {self.done / 1e6:.1f} MB {'done' if kind is None else 'failed'}"
+        state = "failed" if exc_type else "done"
+        line = f"{self.name}  {self.done / 1e6:.1f} MB {state}"
         sys.stderr.write(f"\r{line}\033[K\n" if sys.stderr.isatty() else f"{line}\n")
 
-    def update(self, size: int) -> None:
+    def update(self, increment: int) -> None:
         """Count bytes that came."""
-        self.done += size
+        self.done += increment
         percent = 100 * self.done // self.total if self.total else 0
         if sys.stderr.isatty() and percent != self.drawn:
             self.drawn = percent
@@ -344,7 +351,7 @@ def read_laws(archive: Path) -> tuple[Article, ...]:
             ).fetchall()
         finally:
             connection.close()
-    return tuple(Article(law, *where, text.strip()) for law, *where, text in found)
+    return tuple(Article(law, part, number, text.strip()) for law, part, number, text in found)
 
 
 def read_chapters(archive: Path) -> list[tuple[str, str]]:

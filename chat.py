@@ -1,0 +1,108 @@
+"""Talk to a checkpoint: interactively, or one answer with --prompt."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+from generate import Sampling, generate, stream_text
+from hf_folder import load_model
+from model import Transformer
+from tokenizer import Tokenizer
+from tokenizer.chat_format import Message, render_prompt
+from trainlib.errors import UserError
+
+NEWEST = ("runs/dpo/final", "runs/sft/final", "runs/demo/dpo/final")
+
+
+def answer(
+    model: Transformer, tokenizer: Tokenizer, messages: list[Message], sampling: Sampling
+) -> str:
+    """Print the assistant's answer as it comes, and return it.
+
+    The oldest exchanges are left out where the context has no room for them.
+    """
+    room = model.config.max_position_embeddings - 2
+    messages = list(messages)
+    while len(ids := render_prompt(tokenizer, messages)) > room and len(messages) > 2:
+        first = 1 if messages[0]["role"] == "system" else 0
+        del messages[first : first + 2]
+        print("(the oldest exchange no longer fits the context)", file=sys.stderr)
+    if len(ids) > room:
+        raise UserError(f"the prompt has {len(ids)} tokens; the model takes at most {room}")
+    pieces = []
+    new_ids = generate(model, ids, sampling, tokenizer.stop_ids)
+    for piece in stream_text(tokenizer, new_ids):
+        pieces.append(piece)
+        print(piece, end="", flush=True)
+    print()
+    return "".join(pieces)
+
+
+def converse(
+    model: Transformer, tokenizer: Tokenizer, system: list[Message], sampling: Sampling
+) -> None:
+    """Read questions until the input ends; /new starts over, /quit leaves."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # Gives input() a history.
+    print("/new starts over, /quit leaves", file=sys.stderr)
+    messages = list(system)
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if question == "/quit":
+            return
+        if question == "/new":
+            messages = list(system)
+        elif question:
+            messages.append({"role": "user", "content": question})
+            try:
+                text = answer(model, tokenizer, messages, sampling)
+            except KeyboardInterrupt:
+                text = ""
+                print()
+            messages.append({"role": "assistant", "content": text})
+
+
+def main() -> None:
+    """Parse the command line and talk."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    default = next((name for name in NEWEST if Path(name).is_dir()), None)
+    parser.add_argument("--model", default=default, help=f"model folder (default: {default})")
+    parser.add_argument("--prompt", help="answer this once, on stdout alone")
+    parser.add_argument("--system", default="", help="a system message; none by default")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 = greedy")
+    parser.add_argument("--top-p", type=float, default=0.9)
+    parser.add_argument("--top-k", type=int, default=0, help="0 = all")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=None)
+    options = parser.parse_args()
+    try:
+        if options.model is None:
+            raise UserError(f"no model: none of {', '.join(NEWEST)} is there; name one by --model")
+        if options.prompt is not None and not options.prompt.strip():
+            raise UserError("--prompt is empty: give it the text to answer")
+        sampling = Sampling(
+            options.temperature, options.top_p, options.top_k, options.max_new_tokens, options.seed
+        )
+        model, tokenizer = load_model(options.model), Tokenizer(options.model)
+        system: list[Message] = (
+            [{"role": "system", "content": options.system}] if options.system else []
+        )
+        if options.prompt is not None:
+            answer(
+                model, tokenizer, [*system, {"role": "user", "content": options.prompt}], sampling
+            )
+        else:
+            converse(model, tokenizer, system, sampling)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Generation: prefill once, then decode token by token with a key/value cache.
+
+Ids in, ids out. Nothing here touches torch's global random state.
+Shapes: B batch  T new positions  S positions so far  G key/value heads  H head_dim  V vocab_size.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model import ModelConfig, Transformer
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits."""
+
+    temperature: float = 0.7
+    """Divides the logits; 0 = greedy."""
+    top_p: float = 0.9
+    """Least probability mass of the most likely tokens that are kept; 1 = all."""
+    top_k: int = 0
+    """Most tokens that are kept; 0 = all."""
+    max_new_tokens: int = 512
+    """Most tokens of an answer."""
+    seed: int | None = None
+    """Seed of the draw; none = another answer each time."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.temperature < 0:
+            problems.append(f"temperature={self.temperature} must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p={self.top_p} must be above 0 and at most 1")
+        if self.top_k < 0:
+            problems.append(f"top_k={self.top_k} must be 0 or more")
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+class KVCache:
+    """Keys and values of all layers, in memory taken once for `capacity` positions."""
+
+    def __init__(self, config: ModelConfig, batch: int, capacity: int, device: torch.device):
+        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        layers = config.num_hidden_layers
+        self.keys = [torch.empty(shape, device=device) for _ in range(layers)]
+        self.values = [torch.empty(shape, device=device) for _ in range(layers)]
+        self.length = 0
+
+    def update(self, layer: int, k_BGTH: Tensor, v_BGTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new positions and return all so far; `length` moves with the last."""
+        end = self.length + k_BGTH.shape[2]
+        self.keys[layer][:, :, self.length : end] = k_BGTH
+        self.values[layer][:, :, self.length : end] = v_BGTH
+        if layer == len(self.keys) - 1:
+            self.length = end
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+def filter_logits(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set all but the most likely tokens to -inf; the likeliest always stays.
+
+    Shapes: (V,) -> (V,). Source of top_p: Holtzman et al., arXiv:1904.09751.
+    """
+    if top_k:
+        kth = logits_V.topk(min(top_k, len(logits_V))).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < kth, -torch.inf)
+    if top_p < 1:
+        ordered, index = logits_V.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        logits_V = logits_V.index_fill(0, index[before >= top_p], -torch.inf)
+    return logits_V
+
+
+def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Draw one token; greedy at temperature 0."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    logits_V = filter_logits(logits_V.float() / sampling.temperature, sampling.top_k, sampling.top_p)
+    return int(torch.multinomial(logits_V.softmax(-1), 1, generator=generator))
+
+
+def generate(
+    model: Transformer, ids: Sequence[int], sampling: Sampling, stop_ids: Sequence[int] = ()
+) -> Iterator[int]:
+    """Yield new ids until a stop id (which is the last one yielded) or a limit.
+
+    Raises ValueError for a prompt that is empty or leaves no room in the model's context.
+    """
+    limit = model.config.max_position_embeddings
+    if not 0 < len(ids) < limit:
+        raise ValueError(f"a prompt of {len(ids)} tokens; the model takes 1 to {limit - 1}")
+    device = next(model.parameters()).device
+    generator = torch.Generator(device)
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(sampling.seed)
+    length = min(limit, len(ids) + sampling.max_new_tokens)
+    cache = KVCache(model.config, 1, length, device)
+    was_training = model.training
+    model.eval()
+    try:
+        new, position = list(ids), 0
+        while position + len(new) <= length:
+            with torch.inference_mode():
+                positions = torch.arange(position, position + len(new), device=device)[None]
+                inputs = torch.tensor([new], device=device)
+                logits = model(inputs, positions, cache=cache, last_only=True)[0, -1]
+                token = sample(logits, sampling, generator)
+            position += len(new)
+            if position == length:
+                return
+            yield token
+            if token in stop_ids:
+                return
+            new = [token]
+    finally:
+        model.train(was_training)
+
+
+def sample_texts(
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling
+) -> list[str]:
+    """Continue each text as the beginning of a document."""
+    texts = []
+    for prompt in prompts:
+        ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
+        texts.append(prompt + tokenizer.decode(list(generate(model, ids, sampling, tokenizer.stop_ids))))
+    return texts
+
+
+def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
+    """Text of ids as they come, never half a character; broken UTF-8 becomes U+FFFD."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for id_ in ids:
+        if text := decoder.decode(tokenizer.decode_bytes([id_])):
+            yield text
+    if rest := decoder.decode(b"", final=True):
+        yield rest

@@ -1,0 +1,543 @@
+"""Settings: frozen dataclasses filled from a YAML file, the environment and the command line.
+
+Sections are dataclass fields of the stage's class. Precedence: command line, then environment
+(hardware keys only), then YAML, then default. A value is read by the type of its field, never by
+YAML's guess, so `1e-3` is a number, `off` a switch and `23:30` a text, wherever they are written.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import textwrap
+import types
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import (
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import yaml
+
+from trainlib.errors import UserError
+from trainlib.files import write_atomically
+
+T = TypeVar("T")
+HARDWARE_KEYS = ("device", "micro_batch_size", "precision", "compile")
+"""What TRAIN_LLM_<KEY> in the environment may set."""
+SWITCHES = {"on": True, "true": True, "yes": True, "1": True}
+SWITCHES |= {"off": False, "false": False, "no": False, "0": False}
+COMMAND_LINE = "command line"
+
+
+class Given(NamedTuple):
+    """A value as somebody wrote it: a text, or the texts of a list, and where it stands."""
+
+    value: str | list[str]
+    source: str
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting of a class: its dotted name and what its field says."""
+
+    name: str
+    kind: Any
+    default: Any
+    doc: str
+    recipe: bool
+
+
+# ---- 1. which settings a class has ---------------------------------------------------------------
+
+
+def keys(
+    cls: type, prefix: str = "", default: Any = MISSING, recipe: bool = True
+) -> list[Key]:
+    """All settings of a class and its sections, in the order of their definition."""
+    hints, docs_by_name, found = get_type_hints(cls), _attribute_docs(cls), []
+    for field in fields(cls):
+        if not field.init:
+            continue
+        value = _default(field) if default is MISSING else getattr(default, field.name)
+        learned = recipe and field.metadata.get("recipe", True)
+        kind, name = hints[field.name], prefix + field.name
+        if is_dataclass(kind):
+            found += keys(kind, name + ".", value, learned)  # type: ignore[arg-type]
+        else:
+            found.append(
+                Key(name, kind, value, docs_by_name.get(field.name, ""), learned)
+            )
+    return found
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _attribute_docs(cls: type) -> dict[str, str]:
+    """The first paragraph of the text literal under each field, base classes included."""
+    docs_by_name: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        if not is_dataclass(owner):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        body = tree.body[0].body  # type: ignore[attr-defined]
+        for statement, after in zip(body, body[1:], strict=False):
+            if not (
+                isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr)
+            ):
+                continue
+            text = getattr(after.value, "value", None)
+            if isinstance(text, str):
+                first = inspect.cleandoc(text).split("\n\n")[0]
+                docs_by_name[statement.target.id] = " ".join(first.split())  # type: ignore
+    return docs_by_name
+
+
+# ---- 2. a text to a value of a type --------------------------------------------------------------
+
+
+def parse(kind: Any, value: str | list[str]) -> Any:
+    """Read a text, or the texts of a list, as a type; a ValueError says what is expected."""
+    origin, options = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        # None first and free text last, so that each text has one meaning.
+        for option in sorted(options, key=lambda k: (k is str) - (k is types.NoneType)):
+            try:
+                return parse(option, value)
+            except ValueError:
+                continue
+        raise ValueError(kind_text(kind))
+    if origin is tuple:
+        return tuple(parse(options[0], item) for item in _items(value))
+    if isinstance(value, list):
+        raise ValueError(f"{kind_text(kind)}, not a list")
+    text = value.strip()
+    if kind is types.NoneType:
+        if text.lower() in ("", "none", "null", "~"):
+            return None
+    elif origin is Literal:
+        for choice in options:
+            if str(choice) == text:
+                return choice
+        spelling = {True: "on", False: "off"}.get(SWITCHES.get(text.lower()))  # type: ignore
+        if spelling in options:
+            return spelling
+    elif kind is bool:
+        if text.lower() in SWITCHES:
+            return SWITCHES[text.lower()]
+    elif kind in (int, float):
+        return _number(kind, text)
+    elif kind in (str, Path):
+        return kind(value)
+    else:
+        raise TypeError(f"settings of type {kind} cannot be read")
+    raise ValueError(kind_text(kind))
+
+
+def _number(kind: type, text: str) -> int | float:
+    try:
+        number = Decimal(text)
+        whole = number.is_finite() and abs(number) < 2**63 and number == int(number)
+    except (InvalidOperation, ValueError, OverflowError):
+        raise ValueError(kind_text(kind)) from None
+    if not number.is_finite() or (kind is int and not whole):
+        raise ValueError(kind_text(kind))
+    return int(number) if kind is int else float(number)
+
+
+def _items(value: str | list[str]) -> list[str]:
+    """The texts of a list: [a, b] or one text alone; nothing is the empty list."""
+    if isinstance(value, list):
+        return value
+    text = value.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return [text] if text else []
+    try:
+        items = yaml.load(text, yaml.BaseLoader)
+    except yaml.YAMLError:
+        raise ValueError("a list like [a, b]") from None
+    if not all(isinstance(item, str) for item in items):
+        raise ValueError("a list like [a, b], with no lists in it")
+    return items
+
+
+def kind_text(kind: Any) -> str:
+    """A type in words."""
+    origin, options = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(kind_text(option) for option in options)
+    if origin is tuple:
+        return f"a list like [a, b], each {kind_text(options[0])}"
+    if origin is Literal:
+        return " or ".join(str(choice) for choice in options)
+    names = {int: "a whole number", float: "a number", bool: "on or off", str: "a text"}
+    return {**names, Path: "a path", types.NoneType: "none"}.get(kind, str(kind))
+
+
+def value_text(value: Any) -> str:
+    """A value as YAML, in the form that parse reads back."""
+    if value is MISSING:
+        return "(required)"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "on", False: "off"}[value]
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(value_text(item) for item in value) + "]"
+    text = repr(value) if isinstance(value, float) else str(value)
+    if re.fullmatch(r"[\w./+-]+", text, re.ASCII):
+        return text
+    # Quoted on one line, with escapes for whatever YAML would fold.
+    return yaml.dump(text, default_style='"', allow_unicode=True, width=10**9).rstrip(
+        "\n"
+    )
+
+
+# ---- 3. where values are given -------------------------------------------------------------------
+
+
+def _read_file(path: Path, names: list[str], problems: list[str]) -> dict[str, Given]:
+    """Dotted keys of a YAML file."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        cure = "name another as the first argument, like configs/NAME.yaml"
+        raise UserError(
+            f"{path}: cannot read the config file ({error.strerror}); {cure}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from None
+    try:
+        root = yaml.compose(text, yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{path}{line}: not valid YAML: {problem}") from None
+    given: dict[str, Given] = {}
+    if isinstance(root, yaml.MappingNode):
+        _read_mapping(root, "", path, names, given, problems)
+    elif root is not None:
+        problems.append(f"{path}:1: expected `key: value` lines")
+    return given
+
+
+def _read_mapping(
+    node: yaml.MappingNode,
+    prefix: str,
+    path: Path,
+    names: list[str],
+    given: dict[str, Given],
+    problems: list[str],
+) -> None:
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        source = f"{path}:{line}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append(f"{source}: expected `key: value`")
+            continue
+        name = prefix + key_node.value
+        is_section = any(known.startswith(name + ".") for known in names)
+        if name in seen or name in given:
+            first = seen.get(name) or given[name].source
+            problems.append(
+                f"{name} ({source}): given twice, first in line {first}; keep one"
+            )
+            continue
+        seen[name] = line
+        if is_section and isinstance(value_node, yaml.MappingNode):
+            _read_mapping(value_node, name + ".", path, names, given, problems)
+        elif is_section:
+            if value_node.value != "":
+                problems.append(
+                    f"{name} ({source}): a section; expected `key: value` lines in it"
+                )
+        elif name not in names:
+            problems.append(f"{name} ({source}): {_unknown(name, names)}")
+        elif isinstance(value_node, yaml.ScalarNode):
+            given[name] = Given(value_node.value, source)
+        elif isinstance(value_node, yaml.SequenceNode) and all(
+            isinstance(item, yaml.ScalarNode) for item in value_node.value
+        ):
+            given[name] = Given([item.value for item in value_node.value], source)
+        else:
+            problems.append(
+                f"{name} ({source}): expected one value, or a list of values"
+            )
+
+
+def _unknown(name: str, names: list[str]) -> str:
+    if any(known.startswith(name + ".") for known in names):
+        return f"a section; set a key in it, like {name}.KEY=value"
+    last = name.rpartition(".")[2]
+    by_last = {known.rpartition(".")[2]: known for known in reversed(names)}
+    near = (
+        [by_last[last]]
+        if last in by_last
+        else difflib.get_close_matches(name, names, 1)
+    )
+    near = near or [
+        by_last[match] for match in difflib.get_close_matches(last, by_last, 1)
+    ]
+    return (
+        f"unknown key; did you mean {near[0]}?"
+        if near
+        else "unknown key; --help lists all"
+    )
+
+
+def _read_arguments(
+    argv: list[str], names: list[str], problems: list[str]
+) -> tuple[Path | None, dict[str, Given]]:
+    """The config file, if one is named, and the keys of the command line; the last one counts."""
+    file: Path | None = None
+    given: dict[str, Given] = {}
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if argument.endswith((".yaml", ".yml")) and (not equals or "/" in name):
+            if file:
+                problems.append(
+                    f"{argument} ({COMMAND_LINE}): a second config file after {file}"
+                )
+            file = file or Path(argument)
+        elif not equals:
+            expected = "expected a config file (.yaml) or section.key=value"
+            problems.append(f"{argument} ({COMMAND_LINE}): {expected}")
+        elif name.startswith("-") and name.lstrip("-") in names:
+            cure = f"write it without dashes: {argument.lstrip('-')}"
+            problems.append(f"{argument} ({COMMAND_LINE}): {cure}")
+        elif name not in names:
+            problems.append(f"{argument} ({COMMAND_LINE}): {_unknown(name, names)}")
+        else:
+            given[name] = Given(value, COMMAND_LINE)
+    return file, given
+
+
+def _read_environment(names: list[str]) -> dict[str, Given]:
+    given = {}
+    for name in names:
+        variable = f"TRAIN_LLM_{name.rpartition('.')[2].upper()}"
+        if name.rpartition(".")[2] in HARDWARE_KEYS and os.environ.get(variable):
+            given[name] = Given(os.environ[variable], f"environment {variable}")
+    return given
+
+
+# ---- 4. all together -----------------------------------------------------------------------------
+
+
+def load_config(cls: type[T], argv: list[str], default_file: Path | None) -> T:
+    """The settings of a run from `[config.yaml] [section.key=value ...]`.
+
+    Raises UserError with every problem at once: key, value, where it stands, what is expected.
+    """
+    known = {key.name: key for key in keys(cls)}
+    problems: list[str] = []
+    named_file, arguments = _read_arguments(argv, list(known), problems)
+    file = named_file or default_file
+    in_file = _read_file(file, list(known), problems) if file else {}
+    values: dict[str, Any] = {}
+    sources = {name: "default" for name in known}
+    failed: set[str] = set()
+    for given in (in_file, _read_environment(list(known)), arguments):
+        lengths = []
+        for name, (value, source) in given.items():
+            sources[name] = source
+            try:
+                values[name] = parse(known[name].kind, value)
+            except ValueError as error:
+                shown = (
+                    value if isinstance(value, str) else "[" + ", ".join(value) + "]"
+                )
+                problems.append(f"{name}={shown} ({source}): expected {error}")
+                failed.add(name)
+                continue
+            failed.discard(name)
+            if name in getattr(cls, "LENGTH_KEYS", ()) and values[name]:
+                lengths.append(name)
+        _settle_length(cls, known, lengths, values, sources, problems)
+    cfg = _build(cls, "", MISSING, values, known, sources, failed, problems)
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the settings:"
+        raise UserError("\n  ".join([count, *problems]))
+    object.__setattr__(cfg, "_provenance", sources)
+    return cfg
+
+
+def _settle_length(
+    cls: type,
+    known: dict[str, Key],
+    lengths: list[str],
+    values: dict[str, Any],
+    sources: dict[str, str],
+    problems: list[str],
+) -> None:
+    """One length a source; it replaces those of the weaker sources, the defaults included."""
+    if len(lengths) > 1:
+        both = " and ".join(f"{name}={value_text(values[name])}" for name in lengths)
+        places = ", ".join(dict.fromkeys(sources[name] for name in lengths))
+        problems.append(f"{both} ({places}): two lengths of one run; keep one")
+    elif lengths:
+        for name in set(getattr(cls, "LENGTH_KEYS", ())) & set(known) - set(lengths):
+            # `max_steps=0` beside the new length was said by the same source: it keeps its place.
+            if values.get(name, known[name].default):
+                values[name] = (
+                    None if types.NoneType in get_args(known[name].kind) else 0
+                )
+                sources[name] = f"replaced by {lengths[0]}"
+
+
+def _build(
+    cls: type,
+    prefix: str,
+    default: Any,
+    values: dict[str, Any],
+    known: dict[str, Key],
+    sources: dict[str, str],
+    failed: set[str],
+    problems: list[str],
+) -> Any:
+    """An instance of a class or section; None where it cannot be made, with the reason noted."""
+    hints, arguments = get_type_hints(cls), {}
+    for field in fields(cls):
+        if not field.init:
+            continue
+        name, kind = prefix + field.name, hints[field.name]
+        fallback = (
+            _default(field) if default is MISSING else getattr(default, field.name)
+        )
+        if is_dataclass(kind):
+            section = _build(
+                kind, name + ".", fallback, values, known, sources, failed, problems
+            )  # type: ignore[arg-type]
+            if section is None:
+                failed |= {key for key in known if key.startswith(name + ".")}
+            arguments[field.name] = fallback if section is None else section
+        else:
+            arguments[field.name] = values.get(name, fallback)
+        if arguments[field.name] is MISSING:
+            if name not in failed and not is_dataclass(kind):
+                cure = f"{name}=VALUE on the command line, or in the config file"
+                problems.append(
+                    f"{name}: has no default; give {kind_text(kind)}: {cure}"
+                )
+            failed.add(name)
+            return None
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        for text in str(error).split("; "):
+            mentioned = [
+                word for word in re.findall(r"[\w.]+\w", text) if word in known
+            ]
+            # With a default in the place of a value that is wrong, this may be no problem at all.
+            if not failed.intersection(mentioned):
+                places = [
+                    f"{name}: {sources[name]}" for name in dict.fromkeys(mentioned)
+                ]
+                problems.append(text + (f" ({', '.join(places)})" if places else ""))
+        return None
+
+
+# ---- 5. what others read of it -------------------------------------------------------------------
+
+
+def _flat(cfg: Any) -> Iterator[tuple[Key, Any]]:
+    for key in keys(type(cfg)):
+        value = cfg
+        for part in key.name.split("."):
+            value = getattr(value, part)
+        yield key, value
+
+
+def provenance(cfg: Any) -> dict[str, str]:
+    """Where each value came from: file:line, command line, environment X, default."""
+    noted = getattr(cfg, "_provenance", {})
+    return {
+        key.name: noted.get(
+            key.name, "default" if value == key.default else "set by the program"
+        )
+        for key, value in _flat(cfg)
+    }
+
+
+def recipe(cfg: Any) -> dict[str, Any]:
+    """Flat dotted keys of what decides what is learned, in values that JSON keeps.
+
+    A field whose metadata says {"recipe": False} is left out, with all of its section.
+    """
+    plain = {key.name: value for key, value in _flat(cfg) if key.recipe}
+    return {
+        name: list(value)
+        if isinstance(value, tuple)
+        else str(value)
+        if isinstance(value, Path)
+        else value
+        for name, value in plain.items()
+    }
+
+
+def write_run_yaml(cfg: Any, path: Path) -> None:
+    """The resolved settings as YAML that load_config reads again, each with its source."""
+    lines, section, sources = [], "", provenance(cfg)
+    # Keys without a section first: those after one would belong to it.
+    for key, value in sorted(_flat(cfg), key=lambda pair: "." in pair[0].name):
+        head, _, last = key.name.rpartition(".")
+        if head != section:
+            lines += _section_lines(section, head)
+            section = head
+        indent = "  " * key.name.count(".")
+        lines.append(f"{indent}{last}: {value_text(value)}  # {sources[key.name]}")
+    write_atomically(path, "\n".join(lines) + "\n")
+
+
+def _section_lines(before: str, after: str) -> list[str]:
+    old, new = before.split("."), after.split(".")
+    shared = 0
+    while shared < min(len(old), len(new)) and old[shared] == new[shared]:
+        shared += 1
+    return ["  " * depth + new[depth] + ":" for depth in range(shared, len(new))]
+
+
+def docs(cls: type) -> list[tuple[str, str, str, str]]:
+    """(dotted key, type, default, doc) of every setting, as texts."""
+    return [
+        (key.name, kind_text(key.kind), value_text(key.default), key.doc)
+        for key in keys(cls)
+    ]
+
+
+def help_text(cls: type, usage: str) -> str:
+    """What --help prints: the usage and every key with its default, type and meaning."""
+    lines = [usage.rstrip(), "", "Settings, as key=value with their defaults:"]
+    for name, kind, default, doc in docs(cls):
+        lines.append(f"  {name}={default}  ({kind})")
+        lines += textwrap.wrap(
+            doc, 92, initial_indent="      ", subsequent_indent="      "
+        )
+    variables = ", ".join(
+        f"TRAIN_LLM_{name.upper()}" for name in HARDWARE_KEYS if hasattr(cls, name)
+    )
+    if variables:
+        lines += ["", f"Environment, stronger than the file: {variables}"]
+    return "\n".join(lines) + "\n"
