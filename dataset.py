@@ -322,7 +322,10 @@ class PackedDataset:
         under_loss = labels != IGNORE_INDEX
         num_labels = int(under_loss.sum())
         return Batch(
-            *map(torch.from_numpy, (input_ids, labels, positions, documents)),
+            torch.from_numpy(input_ids),
+            torch.from_numpy(labels),
+            torch.from_numpy(positions),
+            torch.from_numpy(documents),
             torch.tensor(sequence_ids, dtype=torch.int64),
             num_targets=len(sequence_ids) // 2 if self.kind == "dpo" else num_labels,
             num_bytes=int(self._byte_lengths[labels[under_loss]].sum()),
@@ -432,7 +435,9 @@ def load_datasets(
     train = [build_cache(path, kind, tokenizer, encode) for path in files.train]
     val = {name: build_cache(path, kind, tokenizer, encode) for name, path in _named(files.val)}
     if val:
-        held_out = {name: [(cache, np.ones(cache.num_records, bool))] for name, cache in val.items()}
+        held_out = {
+            name: [(cache, np.ones(cache.num_records, bool))] for name, cache in val.items()
+        }
         selected = [(cache, np.ones(cache.num_records, bool)) for cache in train]
     else:
         masks = [hold_out(cache, config.val_fraction) for cache in train]
@@ -489,5 +494,3 @@ def _describe(name: str, packed: PackedDataset) -> None:
             packed.row_length,
             kinds,
         )
-
-

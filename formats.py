@@ -66,7 +66,7 @@ def read_conversation(row: Row, key: str = "conversations") -> list[dict[str, st
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
             raise ValueError(f'{place} must be an object with "role" and "content"')
         if turn["role"] not in ROLES:
-            raise ValueError(f'{place}: role {turn["role"]!r} is none of {", ".join(ROLES)}')
+            raise ValueError(f"{place}: role {turn['role']!r} is none of {', '.join(ROLES)}")
         if not isinstance(turn["content"], str):
             raise ValueError(f'{place}: "content" must be a string')
         _check_unicode(turn["content"])

@@ -85,7 +85,9 @@ def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     """Draw one token; greedy at temperature 0."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    logits_V = filter_logits(logits_V.float() / sampling.temperature, sampling.top_k, sampling.top_p)
+    logits_V = filter_logits(
+        logits_V.float() / sampling.temperature, sampling.top_k, sampling.top_p
+    )
     return int(torch.multinomial(logits_V.softmax(-1), 1, generator=generator))
 
 
@@ -135,7 +137,9 @@ def sample_texts(
     texts = []
     for prompt in prompts:
         ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
-        texts.append(prompt + tokenizer.decode(list(generate(model, ids, sampling, tokenizer.stop_ids))))
+        texts.append(
+            prompt + tokenizer.decode(list(generate(model, ids, sampling, tokenizer.stop_ids)))
+        )
     return texts
 
 

@@ -1,6 +1,6 @@
 """Stage 2, supervised fine-tuning: the assistant's words alone, in the loop trainlib.loop.fit.
 
-    python sft_train.py [config.yaml] [init_from=runs/pretrain/final] [section.key=value ...]
+python sft_train.py [config.yaml] [init_from=runs/pretrain/final] [section.key=value ...]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Stage 1, pretraining: next-token prediction on packed documents, in the loop trainlib.loop.fit.
 
-    python train.py [config.yaml] [section.key=value ...]
+python train.py [config.yaml] [section.key=value ...]
 """
 
 from __future__ import annotations

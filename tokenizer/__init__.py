@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tokenizers import Tokenizer as BPE
+from tokenizers import Tokenizer as Bpe
+
+from trainlib.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
@@ -62,25 +64,27 @@ class Sequence:
 class Tokenizer:
     """A vocabulary on disk: text to ids, ids to text or bytes.
 
-    Raises ValueError where the folder has no tokenizer.json or the file lacks a needed token.
+    Raises UserError where the folder has no tokenizer.json or the file lacks a needed token.
     """
 
     def __init__(self, folder: str | Path) -> None:
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise ValueError(f"{path} does not exist: a tokenizer is a folder with tokenizer.json")
+            raise UserError(f"{path} does not exist: a tokenizer is a folder with tokenizer.json")
         self.json = path.read_text(encoding="utf-8")
-        self._bpe = BPE.from_str(self.json)
+        self._bpe = Bpe.from_str(self.json)
         # Special tokens in text are spelled out like any other text. This is a state of the
         # object that tokenizer.json does not carry, so it is set here, once, for every use.
         self._bpe.encode_special_tokens = True
-        ids = {token: self._bpe.token_to_id(token) for token in (END_OF_TEXT, IM_START, IM_END)}
-        missing = [token for token, id_ in ids.items() if id_ is None]
-        if missing:
-            raise ValueError(f"{path} lacks the special tokens {', '.join(missing)}")
-        self.end_of_text_id: int = ids[END_OF_TEXT]
-        self.im_start_id: int = ids[IM_START]
-        self.im_end_id: int = ids[IM_END]
+        self.end_of_text_id, self.im_start_id, self.im_end_id = (
+            self._required_id(token, path) for token in (END_OF_TEXT, IM_START, IM_END)
+        )
+
+    def _required_id(self, token: str, path: Path) -> int:
+        id_ = self._bpe.token_to_id(token)
+        if id_ is None:
+            raise UserError(f"{path} lacks the special token {token}")
+        return id_
 
     @property
     def vocab_size(self) -> int:

@@ -45,6 +45,11 @@ PRE_TOKENIZE_PATTERN = (
 
 STRETCH_BYTES = 1 << 20
 HELD_OUT_BYTES = 20_000_000  # enough for three digits of bytes per token
+# A row has one of the first three, or some of the others.
+TEXT_KEYS = (
+    *("text", "conversations", "messages"),
+    *("prompt", "chosen", "rejected", "instruction", "input", "output"),
+)
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -206,19 +211,16 @@ def _texts_of(line: str, file: Path, offset: int) -> Iterator[str]:
         raise ValueError(f"{file}, at byte {offset}: not a line of JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"{file}, at byte {offset}: not a JSON object")
-    if isinstance(row.get("text"), str):
-        yield row["text"]
-        return
-    keys = [key for key in ("conversations", "messages", "chosen", "rejected") if row.get(key)]
-    if not keys:
+    found = [row[key] for key in TEXT_KEYS if isinstance(row.get(key), str | list)]
+    if not found:
         raise ValueError(
-            f"{file}, at byte {offset}: no text, conversations, messages, chosen or rejected in"
-            f" {sorted(row)[:8]}"
+            f"{file}, at byte {offset}: none of {', '.join(TEXT_KEYS)} in {sorted(row)[:8]}"
         )
-    for turn in (turn for key in keys for turn in row[key]):
-        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn
-        if isinstance(content, str) and content:
-            yield content
+    for value in found:
+        for turn in value if isinstance(value, list) else [value]:
+            content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn
+            if isinstance(content, str) and content:
+                yield content
 
 
 def byte_count(text: str) -> int:

@@ -105,7 +105,7 @@ PACKAGES = {
 
 
 Self = TypeVar("Self", bound="Progress")  # typing has it from Python 3.11 on
-PIP_NAMES = ("index-url", "proxy", "cert", "client-cert", "trusted-host", "timeout")
+PIP_NAMES = "index-url proxy cert client-cert trusted-host timeout default-timeout".split()
 Download = Callable[[Package, Path, str], None]  # to a path; the words say what else helps
 
 
@@ -154,7 +154,7 @@ def _download(package: Package, target: Path, by_hand: str) -> None:
     shown = re.sub(r"//[^/@]*@", "//", index)  # without a password
     try:
         with PyPISimple(index, session=open_session(settings)) as client:
-            timeout = float(settings.get("timeout", 30))
+            timeout = float(settings.get("timeout") or settings.get("default-timeout") or 30)
             page = client.get_project_page(package.name, timeout=timeout)
             wanted = [found for found in page.packages if found.filename == package.filename]
             if not wanted:
@@ -211,7 +211,9 @@ def _pip_config(config_file: str | None) -> dict[str, str]:
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
     )
-    lines = (line.split("=", 1) for line in listed.stdout.splitlines() if "='" in line)
+    lines = (
+        line.split("=", 1) for line in listed.stdout.splitlines() if re.match(r"\S+=['\"]", line)
+    )
     return {key: str(ast.literal_eval(value)) for key, value in lines}
 
 

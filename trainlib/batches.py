@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 BatchT = TypeVar("BatchT")
+MadeT = TypeVar("MadeT", covariant=True)
 
 
 class Place(NamedTuple):
@@ -17,7 +18,7 @@ class Place(NamedTuple):
     row: int = 0
 
 
-class Dataset(Protocol[BatchT]):
+class Dataset(Protocol[MadeT]):
     """What a data set offers (dataset.PackedDataset is one)."""
 
     row_length: int
@@ -30,7 +31,7 @@ class Dataset(Protocol[BatchT]):
         """Rows of an epoch."""
         ...
 
-    def collate(self, rows: list[Any], num_rows: int) -> BatchT:
+    def collate(self, rows: list[Any], num_rows: int) -> MadeT:
         """One micro-batch of num_rows rows, empty ones at the end."""
         ...
 

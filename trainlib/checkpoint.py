@@ -134,7 +134,7 @@ def optimizer_tensors(
     optimizers: list[Optimizer], model: nn.Module
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizers' state by parameter name: tensors, and plain numbers apart."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for index, optimizer in enumerate(optimizers):

@@ -64,9 +64,7 @@ class Key:
 # ---- 1. which settings a class has ---------------------------------------------------------------
 
 
-def keys(
-    cls: type, prefix: str = "", default: Any = MISSING, recipe: bool = True
-) -> list[Key]:
+def keys(cls: type, prefix: str = "", default: Any = MISSING, recipe: bool = True) -> list[Key]:
     """All settings of a class and its sections, in the order of their definition."""
     hints, docs_by_name, found = get_type_hints(cls), _attribute_docs(cls), []
     for field in fields(cls):
@@ -78,9 +76,7 @@ def keys(
         if is_dataclass(kind):
             found += keys(kind, name + ".", value, learned)  # type: ignore[arg-type]
         else:
-            found.append(
-                Key(name, kind, value, docs_by_name.get(field.name, ""), learned)
-            )
+            found.append(Key(name, kind, value, docs_by_name.get(field.name, ""), learned))
     return found
 
 
@@ -102,9 +98,7 @@ def _attribute_docs(cls: type) -> dict[str, str]:
             continue
         body = tree.body[0].body  # type: ignore[attr-defined]
         for statement, after in zip(body, body[1:], strict=False):
-            if not (
-                isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr)
-            ):
+            if not (isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr)):
                 continue
             text = getattr(after.value, "value", None)
             if isinstance(text, str):
@@ -206,9 +200,7 @@ def value_text(value: Any) -> str:
     if re.fullmatch(r"[\w./+-]+", text, re.ASCII):
         return text
     # Quoted on one line, with escapes for whatever YAML would fold.
-    return yaml.dump(text, default_style='"', allow_unicode=True, width=10**9).rstrip(
-        "\n"
-    )
+    return yaml.dump(text, default_style='"', allow_unicode=True, width=10**9).rstrip("\n")
 
 
 # ---- 3. where values are given -------------------------------------------------------------------
@@ -220,13 +212,9 @@ def _read_file(path: Path, names: list[str], problems: list[str]) -> dict[str, G
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         cure = "name another as the first argument, like configs/NAME.yaml"
-        raise UserError(
-            f"{path}: cannot read the config file ({error.strerror}); {cure}"
-        ) from None
+        raise UserError(f"{path}: cannot read the config file ({error.strerror}); {cure}") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8"
-        ) from None
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     try:
         root = yaml.compose(text, yaml.BaseLoader)
     except yaml.YAMLError as error:
@@ -261,18 +249,14 @@ def _read_mapping(
         is_section = any(known.startswith(name + ".") for known in names)
         if name in seen or name in given:
             first = seen.get(name) or given[name].source
-            problems.append(
-                f"{name} ({source}): given twice, first in line {first}; keep one"
-            )
+            problems.append(f"{name} ({source}): given twice, first in line {first}; keep one")
             continue
         seen[name] = line
         if is_section and isinstance(value_node, yaml.MappingNode):
             _read_mapping(value_node, name + ".", path, names, given, problems)
         elif is_section:
             if value_node.value != "":
-                problems.append(
-                    f"{name} ({source}): a section; expected `key: value` lines in it"
-                )
+                problems.append(f"{name} ({source}): a section; expected `key: value` lines in it")
         elif name not in names:
             problems.append(f"{name} ({source}): {_unknown(name, names)}")
         elif isinstance(value_node, yaml.ScalarNode):
@@ -282,9 +266,7 @@ def _read_mapping(
         ):
             given[name] = Given([item.value for item in value_node.value], source)
         else:
-            problems.append(
-                f"{name} ({source}): expected one value, or a list of values"
-            )
+            problems.append(f"{name} ({source}): expected one value, or a list of values")
 
 
 def _unknown(name: str, names: list[str]) -> str:
@@ -292,19 +274,9 @@ def _unknown(name: str, names: list[str]) -> str:
         return f"a section; set a key in it, like {name}.KEY=value"
     last = name.rpartition(".")[2]
     by_last = {known.rpartition(".")[2]: known for known in reversed(names)}
-    near = (
-        [by_last[last]]
-        if last in by_last
-        else difflib.get_close_matches(name, names, 1)
-    )
-    near = near or [
-        by_last[match] for match in difflib.get_close_matches(last, by_last, 1)
-    ]
-    return (
-        f"unknown key; did you mean {near[0]}?"
-        if near
-        else "unknown key; --help lists all"
-    )
+    near = [by_last[last]] if last in by_last else difflib.get_close_matches(name, names, 1)
+    near = near or [by_last[match] for match in difflib.get_close_matches(last, by_last, 1)]
+    return f"unknown key; did you mean {near[0]}?" if near else "unknown key; --help lists all"
 
 
 def _read_arguments(
@@ -317,9 +289,7 @@ def _read_arguments(
         name, equals, value = argument.partition("=")
         if argument.endswith((".yaml", ".yml")) and (not equals or "/" in name):
             if file:
-                problems.append(
-                    f"{argument} ({COMMAND_LINE}): a second config file after {file}"
-                )
+                problems.append(f"{argument} ({COMMAND_LINE}): a second config file after {file}")
             file = file or Path(argument)
         elif not equals:
             expected = "expected a config file (.yaml) or section.key=value"
@@ -366,9 +336,7 @@ def load_config(cls: type[T], argv: list[str], default_file: Path | None) -> T:
             try:
                 values[name] = parse(known[name].kind, value)
             except ValueError as error:
-                shown = (
-                    value if isinstance(value, str) else "[" + ", ".join(value) + "]"
-                )
+                shown = value if isinstance(value, str) else "[" + ", ".join(value) + "]"
                 problems.append(f"{name}={shown} ({source}): expected {error}")
                 failed.add(name)
                 continue
@@ -401,9 +369,7 @@ def _settle_length(
         for name in set(getattr(cls, "LENGTH_KEYS", ())) & set(known) - set(lengths):
             # `max_steps=0` beside the new length was said by the same source: it keeps its place.
             if values.get(name, known[name].default):
-                values[name] = (
-                    None if types.NoneType in get_args(known[name].kind) else 0
-                )
+                values[name] = None if types.NoneType in get_args(known[name].kind) else 0
                 sources[name] = f"replaced by {lengths[0]}"
 
 
@@ -423,13 +389,9 @@ def _build(
         if not field.init:
             continue
         name, kind = prefix + field.name, hints[field.name]
-        fallback = (
-            _default(field) if default is MISSING else getattr(default, field.name)
-        )
+        fallback = _default(field) if default is MISSING else getattr(default, field.name)
         if is_dataclass(kind):
-            section = _build(
-                kind, name + ".", fallback, values, known, sources, failed, problems
-            )  # type: ignore[arg-type]
+            section = _build(kind, name + ".", fallback, values, known, sources, failed, problems)  # type: ignore[arg-type]
             if section is None:
                 failed |= {key for key in known if key.startswith(name + ".")}
             arguments[field.name] = fallback if section is None else section
@@ -438,23 +400,17 @@ def _build(
         if arguments[field.name] is MISSING:
             if name not in failed and not is_dataclass(kind):
                 cure = f"{name}=VALUE on the command line, or in the config file"
-                problems.append(
-                    f"{name}: has no default; give {kind_text(kind)}: {cure}"
-                )
+                problems.append(f"{name}: has no default; give {kind_text(kind)}: {cure}")
             failed.add(name)
             return None
     try:
         return cls(**arguments)
     except ValueError as error:
         for text in str(error).split("; "):
-            mentioned = [
-                word for word in re.findall(r"[\w.]+\w", text) if word in known
-            ]
+            mentioned = [word for word in re.findall(r"[\w.]+\w", text) if word in known]
             # With a default in the place of a value that is wrong, this may be no problem at all.
             if not failed.intersection(mentioned):
-                places = [
-                    f"{name}: {sources[name]}" for name in dict.fromkeys(mentioned)
-                ]
+                places = [f"{name}: {sources[name]}" for name in dict.fromkeys(mentioned)]
                 problems.append(text + (f" ({', '.join(places)})" if places else ""))
         return None
 
@@ -474,9 +430,7 @@ def provenance(cfg: Any) -> dict[str, str]:
     """Where each value came from: file:line, command line, environment X, default."""
     noted = getattr(cfg, "_provenance", {})
     return {
-        key.name: noted.get(
-            key.name, "default" if value == key.default else "set by the program"
-        )
+        key.name: noted.get(key.name, "default" if value == key.default else "set by the program")
         for key, value in _flat(cfg)
     }
 
@@ -521,10 +475,7 @@ def _section_lines(before: str, after: str) -> list[str]:
 
 def docs(cls: type) -> list[tuple[str, str, str, str]]:
     """(dotted key, type, default, doc) of every setting, as texts."""
-    return [
-        (key.name, kind_text(key.kind), value_text(key.default), key.doc)
-        for key in keys(cls)
-    ]
+    return [(key.name, kind_text(key.kind), value_text(key.default), key.doc) for key in keys(cls)]
 
 
 def help_text(cls: type, usage: str) -> str:
@@ -532,9 +483,7 @@ def help_text(cls: type, usage: str) -> str:
     lines = [usage.rstrip(), "", "Settings, as key=value with their defaults:"]
     for name, kind, default, doc in docs(cls):
         lines.append(f"  {name}={default}  ({kind})")
-        lines += textwrap.wrap(
-            doc, 92, initial_indent="      ", subsequent_indent="      "
-        )
+        lines += textwrap.wrap(doc, 92, initial_indent="      ", subsequent_indent="      ")
     variables = ", ".join(
         f"TRAIN_LLM_{name.upper()}" for name in HARDWARE_KEYS if hasattr(cls, name)
     )

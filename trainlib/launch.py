@@ -210,5 +210,3 @@ def _claim(folder: Path, config: RunConfig, data_key: str) -> Path | None:
         )
     latest = folder / "latest"
     return folder if latest.is_file() or any(folder.glob("step_*")) else None
-
-

@@ -1,0 +1,39 @@
+# demo: real text to a model that chats.  test, lint: what every change must pass.
+PYTHON ?= python3
+NAME ?= 小智
+AUTHOR ?= 我
+BIN = .venv/bin
+
+.PHONY: demo test lint tensorboard
+
+demo: .venv/ready
+	$(BIN)/python -m tools.demo --name "$(NAME)" --author "$(AUTHOR)"
+
+test: .venv/ready-dev
+	$(BIN)/python -m pytest -q
+
+lint: .venv/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+tensorboard: .venv/ready
+	$(BIN)/tensorboard --logdir runs --port 6006
+
+# Without an NVIDIA driver torch's CPU wheel is enough: from PyTorch's own index where that
+# answers within three seconds, else from pip's default index.
+.venv/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.11 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 && \
+	  $(BIN)/python -c 'import urllib.request as u; u.urlopen("https://download.pytorch.org/whl/cpu/torch/", timeout=3)' 2>/dev/null; \
+	then echo "torch for the CPU: about 200 MB"; \
+	  $(BIN)/pip install --index-url https://download.pytorch.org/whl/cpu "$$(grep '^torch' requirements.txt)"; \
+	else echo "torch from pip's default index: about 200 MB on a Mac, up to 3,000 MB on Linux"; fi
+	$(BIN)/pip install -r requirements.txt
+	touch $@
+
+.venv/ready-dev: .venv/ready requirements-dev.txt
+	$(BIN)/pip install -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,128 @@
+"""Protects generation: the cache changes nothing, it is transformers' greedy, seeds repeat."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from generate import Sampling, filter_logits, generate, stream_text
+from hf_folder import load_model, model_files
+from model import ModelConfig, Transformer
+from tokenizer.chat_format import render_conversation, render_prompt
+from trainlib.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
+    )  # fmt: skip
+    model = Transformer(config)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.5)
+    path = tmp_path_factory.mktemp("model")
+    for name, content in model_files(config, tokenizer).items():
+        (path / name).write_text(content, encoding="utf-8")
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def test_greedy_equals_no_cache_and_transformers(folder):
+    model, prompt = load_model(folder), list(range(40, 360))
+    ours = list(generate(model, prompt, Sampling(temperature=0, max_new_tokens=24)))
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(24):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    assert ours == ids[len(prompt) :]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    inputs = torch.tensor([prompt])
+    out = theirs.generate(
+        inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=24
+    )
+    assert ours == out[0, len(prompt) :].tolist()
+
+
+def test_stops_at_a_stop_id_and_at_the_limits(folder):
+    model = load_model(folder)
+    free = list(generate(model, [5, 6], Sampling(temperature=0, max_new_tokens=9)))
+    assert len(free) == 9
+    stopped = list(generate(model, [5, 6], Sampling(temperature=0), [free[3]]))
+    assert stopped == free[: free.index(free[3]) + 1]
+    assert len(list(generate(model, [5] * 500, Sampling(temperature=0)))) == 12
+    with pytest.raises(ValueError, match="512 tokens; the model takes 1 to 511"):
+        next(generate(model, [5] * 512, Sampling()))
+
+
+def test_seeds_repeat_and_the_global_state_is_left_alone(folder):
+    model, state = load_model(folder), torch.get_rng_state()
+    draw = Sampling(temperature=1.0, max_new_tokens=12, seed=3)
+    assert list(generate(model, [7], draw)) == list(generate(model, [7], draw))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_filters_by_hand():
+    """Probabilities .5 .3 .15 .05: top_p .6 keeps two, top_k 1 keeps one."""
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    assert torch.isfinite(filter_logits(logits, 0, 0.6)).tolist() == [True, True, False, False]
+    assert torch.isfinite(filter_logits(logits, 1, 1.0)).tolist() == [True, False, False, False]
+
+
+def test_streamed_text_never_breaks_a_character(tokenizer):
+    text = "龘😀é plain"
+    assert "".join(stream_text(tokenizer, iter(tokenizer.encode(text)))) == text
+    assert all(
+        "\ufffd" not in piece for piece in stream_text(tokenizer, iter(tokenizer.encode(text)))
+    )
+
+
+@pytest.mark.parametrize("content", ["你好", "\n\n two", "  a\n", "12345 café", "😀\t\r\nx", ""])
+def test_chat_template_gives_the_renderers_ids(folder, tokenizer, content):
+    messages = [
+        {"role": "system", "content": "be"},
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": content},
+    ]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = theirs.apply_chat_template(messages, tokenize=True)["input_ids"]
+    assert ids == render_conversation(tokenizer, messages).ids
+    prompt = theirs.apply_chat_template(messages[:2], add_generation_prompt=True)["input_ids"]
+    assert prompt == render_prompt(tokenizer, messages[:2])
+
+
+def test_special_text_in_content_stays_text_with_us_alone(folder, tokenizer):
+    messages = [{"role": "user", "content": "<|im_end|>"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = theirs.apply_chat_template(messages, tokenize=True)["input_ids"]
+    assert ids.count(tokenizer.im_end_id) == 2
+    assert render_prompt(tokenizer, messages).count(tokenizer.im_end_id) == 1
+
+
+def test_chat_prints_the_answer_alone(folder):
+    command = [sys.executable, "chat.py", "--model", str(folder), "--prompt", "hi"]
+    command += ["--temperature", "0", "--max-new-tokens", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n") and not done.stderr
+    bad = subprocess.run([*command[:3], "nowhere", *command[4:]], capture_output=True, text=True)
+    assert bad.returncode == 1 and "nowhere" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_folders_that_do_not_fit_are_refused(folder, tmp_path):
+    config = (folder / "config.json").read_text()
+    with pytest.raises(UserError, match="no model folder there"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(config.replace("Qwen3ForCausalLM", "GPT2LMHeadModel"))
+    with pytest.raises(UserError, match="architecture GPT2LMHeadModel"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(config.replace('"hidden_size": 32', '"hidden_size": 40'))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="has shape"):
+        load_model(tmp_path)

@@ -1,0 +1,209 @@
+"""Protects the whole: three stages end to end, exact resume after a kill, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import transformers
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = [
+    "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2",
+    "model.num_attention_heads=2", "model.num_key_value_heads=1", "model.head_dim=16",
+]  # fmt: skip
+COMMON = ["tokens_per_step=512", "log_every_steps=1", "device=cpu", "micro_batch_size=2"]
+
+
+def command(script, *settings):
+    return [sys.executable, str(ROOT / script), *settings]
+
+
+def run(script, *settings, code=0, cwd=None):
+    done = subprocess.run(
+        command(script, *settings), capture_output=True, text=True, cwd=cwd, timeout=120
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data for each stage and the configs, and a cache of its own."""
+    path = tmp_path_factory.mktemp("place")
+    (path / "configs").symlink_to(ROOT / "configs")
+    os.environ["TRAIN_LLM_CACHE_DIR"] = str(path / "cache")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sentences = [f"第{i}条 the text of row {i} goes on and on. " * (i % 9 + 1) for i in range(300)]
+
+    def talk(question, text):
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+
+    rows = {
+        "a": [{"text": text} for text in sentences],
+        "sft": [{"conversations": talk(f"q {i}", sentences[i][:60])} for i in range(200)],
+        "dpo": [
+            {"chosen": talk(f"q {i}", f"yes {i}"), "rejected": talk(f"q {i}", f"no {i} no"),
+             "source": "kind"}
+            for i in range(200)
+        ],
+    }  # fmt: skip
+    for name, values in rows.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in values)
+        (path / f"{name}.jsonl").write_text(text)
+    yield path
+    del os.environ["TRAIN_LLM_CACHE_DIR"], os.environ["OMP_NUM_THREADS"]
+
+
+def pretrain(out_dir, *more):
+    settings = ["configs/tiny_pretrain.yaml", f"out_dir={out_dir}", "data.files=a.jsonl", *MODEL]
+    settings += [*COMMON, "sequence_length=64", "max_steps=12", "save_every_steps=3"]
+    return [*settings, "eval_every_steps=4", *more]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(folder):
+    """Metrics without what a clock decides."""
+    clock = ("train/tokens_per_second", "train/data_wait")
+    return [{k: v for k, v in row.items() if k not in clock} for row in metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def pretrained(place):
+    run("train.py", *pretrain("whole"), cwd=place)
+    return place / "whole"
+
+
+def test_a_run_leaves_what_it_promises(pretrained):
+    rows = metrics(pretrained)
+    assert [r["step"] for r in rows if "train/loss" in r] == list(range(1, 13))
+    assert [r["step"] for r in rows if "val/loss" in r] == [0, 4, 8, 12]
+    assert "val/a/bits_per_byte" in rows[0] and "val/bits_per_byte" in rows[0]
+    assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.5
+    assert sorted(p.name for p in pretrained.glob("step_*")) == ["step_000009", "step_000012"]
+    assert (pretrained / "latest").read_text() == "step_000012"
+    assert (pretrained / "train.log").read_text().startswith("step 1 loss ")
+    assert list((pretrained / "tensorboard").iterdir())
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(
+        pretrained / "final", output_loading_info=True
+    )
+    assert not any(info.values())
+
+
+def test_killed_at_any_step_it_ends_bit_identical(place, pretrained):
+    process = subprocess.Popen(
+        command("train.py", *pretrain("killed")), cwd=place, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    folder = place / "killed"
+    while process.poll() is None and not (folder / "latest").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "final").exists(), "the kill came too late to test anything"
+    assert "resuming from killed/step_0000" in run("train.py", *pretrain("killed"), cwd=place)
+    ours, theirs = (load_file(f / "final/model.safetensors") for f in (folder, pretrained))
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    assert figures(folder) == figures(pretrained)
+
+
+def test_sigterm_checkpoints_and_stops(place, pretrained):
+    process = subprocess.Popen(
+        command("train.py", *pretrain("asked", "save_every_steps=0")), cwd=place,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    folder = place / "asked"
+    while process.poll() is None and "step 2" not in (
+        (folder / "train.log").read_text() if (folder / "train.log").exists() else ""
+    ):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "saving a checkpoint" in out
+    assert not (folder / "final").exists() and (folder / "latest").exists()
+    run("train.py", *pretrain("asked", "save_every_steps=0"), cwd=place)
+    assert figures(folder) == figures(pretrained)
+
+
+def test_micro_batches_do_not_change_the_loss(place, pretrained):
+    run("train.py", *pretrain("micro", "micro_batch_size=3", "max_steps=12"), cwd=place)
+    for ours, theirs in zip(figures(place / "micro"), figures(pretrained), strict=True):
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_a_finished_or_other_run_is_never_overwritten(place, pretrained):
+    before = {p: p.stat().st_mtime_ns for p in pretrained.rglob("*")}
+    out = run("train.py", *pretrain("whole"), code=1, cwd=place)
+    assert all(way in out for way in ("out_dir=NEW", "resume=never", "init_from=whole/final"))
+    assert before == {p: p.stat().st_mtime_ns for p in pretrained.rglob("*")}
+    run("train.py", *pretrain("other", "max_steps=2", "eval_every_steps=0"), cwd=place)
+    (place / "other/final").rename(place / "other/gone")
+    out = run("train.py", *pretrain("other", "optim.muon_lr=0.5"), code=1, cwd=place)
+    assert "optim.muon_lr: 0.02 there, 0.5 now" in out
+    run("train.py", *pretrain("other", "resume=never", "max_steps=1"), cwd=place)
+    assert (place / "other.1/run.yaml").exists() and (place / "other/final").exists()
+
+
+def test_three_stages(place, pretrained):
+    sft = ["configs/tiny_sft.yaml", "out_dir=sft", "init_from=whole/final", "data.files=sft.jsonl"]
+    run("sft_train.py", *sft, *COMMON, "max_steps=8", "sequence_length=64", cwd=place)
+    rows = metrics(place / "sft")
+    assert rows[-1]["val/loss"] < rows[0]["val/loss"]
+    dpo = ["configs/tiny_dpo.yaml", "out_dir=dpo", "init_from=sft/final", "data.files=dpo.jsonl"]
+    dpo += [*COMMON, "max_steps=20", "sequence_length=64", "optim.adamw_lr=2e-3"]
+    out = run("dpo_train.py", *dpo, "data.val_fraction=0.1", cwd=place)
+    rows = metrics(place / "dpo")
+    assert rows[0]["val/loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert rows[0]["val/reward_accuracy"] == 0.5
+    assert rows[1]["train/loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert rows[-1]["val/reward_accuracy"] > 0.8
+    assert "kind of pair" in out and json.loads((place / "dpo/report.json").read_text())["kind"]
+    again = run("dpo_train.py", *dpo, "out_dir=dpo2", "data.val_fraction=0.1", cwd=place)
+    assert "reference: 0 answers computed" in again
+
+
+BAD = [
+    (["optim.muon_rl=1"], "unknown key optim.muon_rl (command line); did you mean optim.muon_lr?"),
+    (["seed=x", "optim.muon_lr=fast"], "seed=x (command line): must be whole number"),
+    (["seed=x", "optim.muon_lr=fast"], "optim.muon_lr=fast (command line): must be number"),
+    (["max_steps=1", "epochs=1"], "give the length by one of them"),
+    (["data.files=none.jsonl"], "none.jsonl does not exist"),
+    (["init_from=nowhere"], "nowhere"),
+    (["model.vocab_size=100"], "model.vocab_size=100, but the tokenizer has 6400 entries"),
+    (["precision=fp8"], "must be one of auto, fp32, bf16"),
+    (["tokens_per_step=0"], "tokens_per_step=0 must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD)
+def test_bad_settings_write_nothing(settings, message, place):
+    out = run("train.py", *pretrain("bad"), *settings, code=1, cwd=place)
+    assert message in out
+    assert not (place / "bad").exists()
+
+
+def test_prepare_only_and_help(place):
+    assert "caches are ready" in run("train.py", *pretrain("bad"), "--prepare-only", cwd=place)
+    assert not (place / "bad").exists()
+    for script in ("train.py", "sft_train.py", "dpo_train.py"):
+        out = run(script, "--help", cwd=place)
+        assert "optim.muon_lr=0.02  (number)\n      Peak learning rate" in out
+
+
+def test_run_yaml_gives_the_same_run(place, pretrained):
+    text = (pretrained / "run.yaml").read_text()
+    assert "max_steps: 12  # command line" in text and "seed: 0  # default" in text
+    out = run("train.py", "whole/run.yaml", code=1, cwd=place)
+    assert "holds a finished run" in out

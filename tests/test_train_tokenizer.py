@@ -1,0 +1,203 @@
+"""Protects the vocabulary: its ids, what its pieces may not cross, and what it was trained on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from tokenizer import SPECIAL_TOKENS
+from tokenizer.train_tokenizer import (
+    byte_count,
+    bytes_per_token,
+    main,
+    read_texts,
+    shares,
+    train,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = [
+    "你好，世界。今天是2024年。\n\n很好！",
+    "Hello, world. I've seen 12345 things.\n  - one\n  - two\n",
+    "assistant user system",
+]
+
+
+@pytest.fixture(scope="module")
+def small() -> Tokenizer:
+    bpe = train(iter(TEXT * 30), 400)
+    bpe.encode_special_tokens = True
+    return bpe
+
+
+@pytest.fixture(scope="module")
+def committed() -> Tokenizer:
+    bpe = Tokenizer.from_file(str(ROOT / "tokenizer" / "tokenizer.json"))
+    bpe.encode_special_tokens = True
+    return bpe
+
+
+@pytest.mark.parametrize("which", ["small", "committed"])
+def test_special_tokens_have_the_first_ids_in_their_order(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    bpe: Tokenizer = request.getfixturevalue(which)
+    assert len(SPECIAL_TOKENS) == 36
+    added = bpe.get_added_tokens_decoder()
+    assert [added[i].content for i in range(36)] == list(SPECIAL_TOKENS)
+    assert len(added) == 36 and all(token.special for token in added.values())
+
+
+@pytest.mark.parametrize("which", ["small", "committed"])
+def test_every_text_comes_back(which: str, request: pytest.FixtureRequest) -> None:
+    bpe: Tokenizer = request.getfixturevalue(which)
+    ascii_signs = "".join(map(chr, range(32, 127)))
+    signs = "e\u0301 \U0001f600 \t\r\n \u3000 <|im_start|><think>\x00" + ascii_signs
+    for text in (*TEXT, signs, "", " ", "\n\n\n"):
+        ids = bpe.encode(text, add_special_tokens=False).ids
+        assert bpe.decode(ids, skip_special_tokens=False) == text
+        assert not ids or min(ids) >= len(SPECIAL_TOKENS), "special text must stay text"
+
+
+@pytest.mark.parametrize("which", ["small", "committed"])
+def test_a_turn_can_be_cut_after_its_role(which: str, request: pytest.FixtureRequest) -> None:
+    """What the loss mask relies on: role + newline never merges with the text that follows."""
+    bpe: Tokenizer = request.getfixturevalue(which)
+
+    def ids(text: str) -> list[int]:
+        return bpe.encode(text, add_special_tokens=False).ids
+
+    for role in ("system\n", "user\n", "assistant\n"):
+        for text in (
+            "",
+            "\n",
+            "\n\n",
+            " \n",
+            "。\n",
+            "hello",
+            " hello",
+            "12",
+            "\n- a",
+            "，",
+            "\r\n",
+        ):
+            assert ids(role + text) == ids(role) + ids(text), (role, text)
+
+
+def test_digits_stay_single(committed: Tokenizer) -> None:
+    assert len(committed.encode("1234567890").ids) == 10
+    texts = set(committed.get_vocab()) - set(SPECIAL_TOKENS)
+    assert not [text for text in texts if len(text) > 1 and re.search("[0-9]", text)]
+
+
+def test_the_committed_vocabulary_has_its_size(committed: Tokenizer) -> None:
+    assert committed.get_vocab_size() == 6_400
+
+
+@pytest.mark.parametrize(("language", "least"), [("zh", 3.54), ("en", 3.21)])
+def test_the_committed_vocabulary_compresses(
+    committed: Tokenizer, language: str, least: float
+) -> None:
+    """Against minimind's vocabulary of the same size, on held-out rows that neither has seen."""
+    path = ROOT / f"dataset/sample/val/pretrain/alpaca_{language}.jsonl"
+    if not path.exists():
+        pytest.skip("needs the sample: python -m tools.prepare_data")
+    rows = path.read_text(encoding="utf-8").splitlines()
+    assert bytes_per_token(committed, [json.loads(row)["text"] for row in rows]) >= least
+
+
+# ---- the program ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps({"text": f"{text} {n}"}) for n in range(100) for text in TEXT]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_an_existing_vocabulary_is_not_replaced_unasked(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--data", str(data), "--vocab-size", "350", "--out", str(tmp_path / "made")]
+    assert main(command) == 0
+    assert "bytes per token" in capsys.readouterr().out
+    first = (tmp_path / "made" / "tokenizer.json").read_bytes()
+    assert main(command) == 1
+    assert "--force" in capsys.readouterr().err
+    assert main([*command, "--force"]) == 0
+    assert (tmp_path / "made" / "tokenizer.json").read_bytes() == first, "not the same bytes again"
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["tokenizer.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("not json\n", "not a line of JSON"),
+        ("[1]\n", "not a JSON object"),
+        ('{"body": "x"}\n', "none of text, conversations"),
+    ],
+)
+def test_a_broken_line_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, words: str
+) -> None:
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"text": "good"}\n' + content)
+    assert main(["--data", str(path), "--out", str(tmp_path / "made")]) == 1
+    said = capsys.readouterr().err
+    assert words in said and "broken.jsonl, at byte 17" in said
+    assert not (tmp_path / "made").exists()
+
+
+def test_other_mistakes_are_named(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--data", str(tmp_path / "none.jsonl"), "--out", str(tmp_path)]) == 1
+    assert "none.jsonl is not a file" in capsys.readouterr().err
+    assert main(["--data", str(data), "--vocab-size", "99", "--out", str(tmp_path)]) == 1
+    assert "need 292" in capsys.readouterr().err
+
+
+def test_all_kinds_of_rows_are_read(tmp_path: Path) -> None:
+    rows = [
+        {"text": "one"},
+        {"conversations": [{"role": "user", "content": "two"}, {"from": "gpt", "value": "three"}]},
+        {"chosen": [{"role": "user", "content": "four"}], "rejected": [{"content": "five"}]},
+        {"prompt": "asked", "chosen": "six", "rejected": "seven"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\ufeff" + "\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+    plain = tmp_path / "plain.txt"
+    plain.write_text("eight\nnine\n", encoding="utf-8")
+    expected = "one two three four five asked six seven".split()
+    assert list(read_texts([path, plain], 10**6)) == [*expected, "eight\nnine"]
+
+
+def test_a_file_named_twice_counts_twice(data: Path) -> None:
+    once = list(read_texts([data], 10**6))
+    assert list(read_texts([data, data], 10**6)) == once + once
+
+
+def test_the_sample_is_even_over_files_and_over_each_file(tmp_path: Path) -> None:
+    assert shares([10, 1_000, 2_000], 810) == [10, 400, 400]
+    assert shares([10, 20], 1_000) == [10, 20]
+    big = tmp_path / "big.jsonl"
+    with big.open("w") as stream:
+        for number in range(60_000):
+            stream.write(json.dumps({"text": f"{number:06d}" + "x" * 90}) + "\n")
+    numbers = [int(text[:6]) for text in read_texts([big], 3_000_000)]
+    assert sum(1 for _ in numbers) * 109 == pytest.approx(3_000_000, rel=0.01)
+    assert len(set(numbers)) == len(numbers)
+    assert numbers[0] == 0 and max(numbers) > 40_000, "a sample of the beginning alone"
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("300", 300), ("500KB", 500_000), ("1.5gb", 1_500_000_000)]
+)
+def test_byte_counts(text: str, count: int) -> None:
+    assert byte_count(text) == count
