@@ -175,14 +175,14 @@ def test_three_stages(place, pretrained):
 
 
 BAD = [
-    (["optim.muon_rl=1"], "unknown key optim.muon_rl (command line); did you mean optim.muon_lr?"),
-    (["seed=x", "optim.muon_lr=fast"], "seed=x (command line): must be whole number"),
-    (["seed=x", "optim.muon_lr=fast"], "optim.muon_lr=fast (command line): must be number"),
-    (["max_steps=1", "epochs=1"], "give the length by one of them"),
+    (["optim.muon_rl=1"], "optim.muon_lr"),
+    (["seed=x", "optim.muon_lr=fast"], "seed=x (command line): expected"),
+    (["seed=x", "optim.muon_lr=fast"], "optim.muon_lr=fast (command line): expected"),
+    (["max_steps=1", "epochs=1"], "max_steps=1 and epochs=1 (command line)"),
     (["data.files=none.jsonl"], "none.jsonl does not exist"),
     (["init_from=nowhere"], "nowhere"),
     (["model.vocab_size=100"], "model.vocab_size=100, but the tokenizer has 6400 entries"),
-    (["precision=fp8"], "must be one of auto, fp32, bf16"),
+    (["precision=fp8"], "precision=fp8 (command line): expected auto or fp32 or bf16"),
     (["tokens_per_step=0"], "tokens_per_step=0 must be at least 1"),
 ]
 
@@ -199,7 +199,7 @@ def test_prepare_only_and_help(place):
     assert not (place / "bad").exists()
     for script in ("train.py", "sft_train.py", "dpo_train.py"):
         out = run(script, "--help", cwd=place)
-        assert "optim.muon_lr=0.02  (number)\n      Peak learning rate" in out
+        assert "optim.muon_lr" in out and "Peak learning rate of the matrices under Muon" in out
 
 
 def test_run_yaml_gives_the_same_run(place, pretrained):

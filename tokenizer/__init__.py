@@ -38,20 +38,6 @@ SPECIAL_TOKENS: tuple[str, ...] = (
     *(f"<|reserved_{i}|>" for i in range(27)),
 )
 
-# Pieces that BPE merges never cross: English contractions, a run of letters with the one
-# character before it (a space, a comma), single digits, punctuation, blanks. A newline is a piece
-# of its own: so encode("assistant\n" + text) == encode("assistant\n") + encode(text) for every
-# text, and the loss mask can never disagree with the ids of the chat template.
-PRE_TOKENIZE_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
-    r"|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+"
-    r"|\n"
-    r"|[^\S\n]+(?!\S)"
-    r"|[^\S\n]+"
-)
-
 
 @dataclass(frozen=True)
 class Sequence:

@@ -6,7 +6,8 @@ ChatML. Under the loss (underlined) are the assistant's words and the end of the
                                                               ----__________
 
 A message is a dict with "role" (system, user or assistant) and "content" (text). No system
-message is added that is not there.
+message is added that is not there. The words after "assistant" and a newline are encoded apart
+from it, which gives the same ids as both at once: the pieces in train_tokenizer.py see to that.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -166,8 +167,14 @@ def _write_rows(
         parts.setdefault(name, []).append((row.line, row.source))
     counts: dict[str, dict[str, Any]] = {}
     for name, lines in sorted(parts.items()):
-        # In the order of their hash, so that any beginning of a file is a fair sample of it.
-        lines.sort(key=lambda entry: number_of(entry[0]))
+        # In the order of their hash, so that any beginning of a file is a fair sample of it; the
+        # copies of a row count too, or they would stand side by side.
+        copies: Counter[str] = Counter()
+        order = []
+        for line, source in lines:
+            copies[line] += 1
+            order.append((number_of(f"{line}{copies[line]}"), line, source))
+        lines = [(line, source) for _, line, source in sorted(order)]
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8", newline="\n") as stream:

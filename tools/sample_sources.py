@@ -36,9 +36,11 @@ from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
+from trainlib.errors import UserError
 
-class PrepareError(Exception):
-    """What a user can cause or cure; its text says what, why and what to do."""
+
+class PrepareError(UserError):
+    """A file that cannot be had, is another one, or cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,8 @@ def _download(package: Package, target: Path, by_hand: str) -> None:
             f"{shown} has no package {package.name}: use an index that has it"
             f" (PIP_INDEX_URL=...), {by_hand}."
         ) from error
+    except PrepareError:
+        raise
     except (requests.RequestException, ValueError) as error:
         raise PrepareError(
             f"cannot fetch {package.filename} from {shown}: {_reason(error)}. Check the network,"
@@ -232,13 +236,10 @@ def open_session(settings: dict[str, str]) -> requests.Session:
     session.mount("https://", HTTPAdapter(max_retries=retries))
     session.mount("http://", HTTPAdapter(max_retries=retries))
     for host in settings.get("trusted-host", "").split():
-        session.mount(f"https://{host}/", _Unverified(max_retries=retries))
-        if ":" not in host:
-            session.mount(f"https://{host}:", _Unverified(max_retries=retries))
-    if settings.get("cert"):
-        session.verify = settings["cert"]
-    if settings.get("client-cert"):
-        session.cert = settings["client-cert"]
+        for end in ("/", ":"):  # with any port, if the setting names none
+            session.mount(f"https://{host}{end}", _Unverified(max_retries=retries))
+    session.verify = settings.get("cert") or True
+    session.cert = settings.get("client-cert")
     if settings.get("proxy"):
         # With trust_env the environment's proxies would win over pip's own setting.
         session.proxies = {"http": settings["proxy"], "https": settings["proxy"]}
