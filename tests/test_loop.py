@@ -1,0 +1,105 @@
+"""Protects exact resume: random state, optimizers and position come back as they were."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trainlib.batches import Place
+from trainlib.checkpoint import Checkpoints
+from trainlib.errors import UserError
+from trainlib.loop import TrainState, restore, save
+from trainlib.metrics import cut_back
+from trainlib.optim import OptimConfig, build_optimizers
+from trainlib.runtime import looking
+
+
+class Loader:
+    """Remembers where it was told to go on."""
+
+    position = Place()
+
+    def seek(self, position):
+        self.position = position
+
+
+def new_run(folder, resume_from=None):
+    return SimpleNamespace(
+        folder=folder, resume_from=resume_from, checkpoints=Checkpoints(folder, 2), metrics=None
+    )
+
+
+def new_model():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.LayerNorm(8))
+    return model, build_optimizers(model, OptimConfig())
+
+
+def steps(model, optimizers, count):
+    for _ in range(count):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        model(torch.randn(4, 8)).square().sum().backward()  # Draws: the random state matters.
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
+    torch.manual_seed(1)
+    model, optimizers = new_model()
+    steps(model, optimizers, 2)
+    run = new_run(tmp_path)
+    save(run, model, optimizers, TrainState(step=2, tokens=9, position=Place(1, 5)))
+    run.checkpoints.join()
+    steps(model, optimizers, 3)
+    drawn = torch.rand(3)
+    torch.manual_seed(77)
+    other, other_optimizers = new_model()
+    loader = Loader()
+    state = restore(new_run(tmp_path, tmp_path), other, other_optimizers, loader)
+    assert state == TrainState(step=2, tokens=9, position=Place(1, 5))
+    assert loader.position == Place(1, 5)
+    steps(other, other_optimizers, 3)
+    assert torch.equal(torch.rand(3), drawn)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    model, optimizers = new_model()
+    run = new_run(tmp_path)
+    save(run, model, optimizers, TrainState(step=1))
+    run.checkpoints.join()
+    other = torch.nn.Sequential(torch.nn.Linear(8, 9, bias=False), torch.nn.LayerNorm(9))
+    with pytest.raises(UserError):
+        restore(
+            new_run(tmp_path, tmp_path), other, build_optimizers(other, OptimConfig()), Loader()
+        )
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    model, optimizers = new_model()
+    run = new_run(tmp_path)
+    for step in (1, 2, 3):
+        save(run, model, optimizers, TrainState(step=step))
+    run.checkpoints.join()
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000002", "step_000003"]
+    assert (tmp_path / "latest").read_text().strip() == "step_000003"
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_looking_disturbs_nothing():
+    model, _ = new_model()
+    state = torch.get_rng_state()
+    with looking(model):
+        torch.rand(5)
+        assert not model.training and not torch.is_grad_enabled()
+    assert model.training and torch.equal(state, torch.get_rng_state())
+
+
+def test_metrics_are_cut_back_to_the_saved_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    cut_back(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
