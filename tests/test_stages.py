@@ -156,6 +156,16 @@ def test_a_finished_or_other_run_is_never_overwritten(place, pretrained):
     assert (place / "other.1/run.yaml").exists() and (place / "other/final").exists()
 
 
+def test_a_named_step_folder_goes_on_in_another_folder(place, pretrained):
+    step = "whole/step_000009"
+    out = run("train.py", *pretrain("whole", f"resume={step}"), code=1, cwd=place)
+    assert "would overwrite" in out
+    out = run("train.py", *pretrain("branch", f"resume={step}"), cwd=place)
+    assert f"resuming from {step}" in out
+    ours, theirs = (load_file(place / f"{f}/final/model.safetensors") for f in ("branch", "whole"))
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
 def test_three_stages(place, pretrained):
     sft = ["configs/tiny_sft.yaml", "out_dir=sft", "init_from=whole/final", "data.files=sft.jsonl"]
     run("sft_train.py", *sft, *COMMON, "max_steps=8", "sequence_length=64", cwd=place)

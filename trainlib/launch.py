@@ -173,6 +173,12 @@ def _claim(folder: Path, config: RunConfig, data_key: str) -> Path | None:
         step_folder = Path(config.resume)
         if not (step_folder / "train_state.json").is_file():
             raise UserError(f"resume={step_folder} is no step folder (it has no train_state.json)")
+        inside = step_folder.resolve().parent == folder.resolve()
+        if (folder / "final").is_dir() or not inside and folder.exists() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder} holds a run already, which resume={step_folder} would overwrite; "
+                "give another folder by out_dir=NEW"
+            )
         return step_folder
     identity_file = folder / "identity.json"
     if not folder.exists() or not any(folder.iterdir()):
