@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from generate import Sampling, generate, stream_text
-from hf_folder import load_model
+from hf_folder import check_vocabulary, load_model
 from model import Transformer
 from tokenizer import Tokenizer
 from tokenizer.chat_format import Message, render_prompt
@@ -20,24 +20,27 @@ NEWEST = ("runs/dpo/final", "runs/sft/final", "runs/demo/dpo/final")
 def answer(
     model: Transformer, tokenizer: Tokenizer, messages: list[Message], sampling: Sampling
 ) -> str:
-    """Print the assistant's answer as it comes, and return it.
+    """Print the assistant's answer as it comes, and return it; Ctrl-C ends it early.
 
-    The oldest exchanges are left out where the context has no room for them.
+    The oldest exchanges are taken out of messages where the context has no room for them and the
+    answer (of which half the context is kept at most). Raises UserError where the last message
+    alone leaves no room.
     """
-    room = model.config.max_position_embeddings - 2
-    messages = list(messages)
-    while len(ids := render_prompt(tokenizer, messages)) > room and len(messages) > 2:
-        first = 1 if messages[0]["role"] == "system" else 0
+    limit = model.config.max_position_embeddings
+    room = limit - min(sampling.max_new_tokens, limit // 2)
+    first = 1 if messages[0]["role"] == "system" else 0
+    while len(ids := render_prompt(tokenizer, messages)) > room and len(messages) > first + 2:
         del messages[first : first + 2]
         print("(the oldest exchange no longer fits the context)", file=sys.stderr)
-    if len(ids) > room:
-        raise UserError(f"the prompt has {len(ids)} tokens; the model takes at most {room}")
+    if len(ids) >= limit:
+        raise UserError(f"the prompt has {len(ids)} tokens; the model takes at most {limit - 1}")
     pieces = []
     new_ids = generate(model, ids, sampling, tokenizer.stop_ids)
-    for piece in stream_text(tokenizer, new_ids):
-        pieces.append(piece)
-        print(piece, end="", flush=True)
-    print()
+    with contextlib.suppress(KeyboardInterrupt):
+        for piece in stream_text(tokenizer, new_ids):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+    print(flush=True)
     return "".join(pieces)
 
 
@@ -62,9 +65,10 @@ def converse(
             messages.append({"role": "user", "content": question})
             try:
                 text = answer(model, tokenizer, messages, sampling)
-            except KeyboardInterrupt:
-                text = ""
-                print()
+            except UserError as error:
+                messages.pop()
+                print(f"({error})", file=sys.stderr)
+                continue
             messages.append({"role": "assistant", "content": text})
 
 
@@ -90,6 +94,7 @@ def main() -> None:
             options.temperature, options.top_p, options.top_k, options.max_new_tokens, options.seed
         )
         model, tokenizer = load_model(options.model), Tokenizer(options.model)
+        check_vocabulary(model.config, tokenizer, f"{options.model}: vocab_size")
         system: list[Message] = (
             [{"role": "system", "content": options.system}] if options.system else []
         )

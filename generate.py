@@ -16,6 +16,8 @@ from torch import Tensor
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
+MAX_BATCH = 32  # Prompts decoded together: 16 KB a position and prompt for the default model.
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -128,6 +130,85 @@ def generate(
             new = [token]
     finally:
         model.train(was_training)
+
+
+def generate_batch(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stop_ids: Sequence[int] = (),
+) -> list[list[int]]:
+    """New ids of many prompts decoded together, each up to a stop id (its last) or a limit.
+
+    At temperature 0 the ids that `generate` yields. Raises ValueError as it does.
+    """
+    limit = model.config.max_position_embeddings
+    for prompt in prompts:
+        if not 0 < len(prompt) < limit:
+            raise ValueError(f"a prompt of {len(prompt)} tokens; the model takes 1 to {limit - 1}")
+    device = next(model.parameters()).device
+    generator = torch.Generator(device)
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(sampling.seed)
+    answers: list[list[int]] = [[] for _ in prompts]
+    # Prompts of like length share a batch, so little of it is padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for begin in range(0, len(order), MAX_BATCH):
+                rows = order[begin : begin + MAX_BATCH]
+                batch = [prompts[i] for i in rows]
+                new = _decode_batch(model, batch, sampling, frozenset(stop_ids), generator)
+                for i, answer in zip(rows, new, strict=True):
+                    answers[i] = answer
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def _decode_batch(
+    model: Transformer,
+    prompts: list[Sequence[int]],
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+    generator: torch.Generator,
+) -> list[list[int]]:
+    """The new ids of prompts that end in the same column, padded in front.
+
+    Two prompts, 7 8 9 and 5, as the model sees them (padding is a document of its own):
+
+        input_ids    7 8 9     position_ids   0 1 2     document_ids   1 1 1
+                     0 0 5                    0 0 0                    0 0 1
+    """
+    device = next(model.parameters()).device
+    limit = model.config.max_position_embeddings
+    rooms = [min(sampling.max_new_tokens, limit - len(prompt)) for prompt in prompts]
+    length = max(map(len, prompts))
+    padding = torch.tensor([[length - len(prompt)] for prompt in prompts], device=device)
+    new_BT = torch.tensor([[0] * (length - len(p)) + list(p) for p in prompts], device=device)
+    positions_BT = (torch.arange(length, device=device) - padding).clamp(min=0)
+    real_BS = torch.arange(length, device=device) >= padding
+    cache = KVCache(model.config, len(prompts), length + max(rooms), device)
+    logits = model(new_BT, positions_BT, real_BS.long(), cache=cache, last_only=True)
+
+    answers: list[list[int]] = [[] for _ in prompts]
+    going = set(range(len(prompts)))  # Finished rows are decoded on, and their ids left out.
+    while True:
+        ids = [sample(logits_V, sampling, generator) for logits_V in logits[:, -1]]
+        for row in sorted(going):
+            answers[row].append(ids[row])
+            if ids[row] in stop_ids or len(answers[row]) == rooms[row]:
+                going.discard(row)
+        if not going:
+            return answers
+        real_BS = torch.cat((real_BS, real_BS.new_ones(len(prompts), 1)), dim=1)
+        positions_BT = positions_BT[:, -1:] + 1
+        new_BT, mask = torch.tensor(ids, device=device)[:, None], real_BS[:, None, None]
+        logits = model(new_BT, positions_BT, mask=mask, cache=cache, last_only=True)
 
 
 def sample_texts(

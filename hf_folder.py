@@ -21,6 +21,14 @@ from tokenizer import Tokenizer
 from trainlib.errors import UserError
 
 ARCHITECTURE = "Qwen3ForCausalLM"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What transformers' Qwen3Config assumes where config.json says nothing; sizes must be there.
+DEFAULTS: dict[str, Any] = {
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+}
 
 
 def model_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str]:
@@ -69,7 +77,7 @@ def load_config(folder: str | Path) -> ModelConfig:
             f"init_from={folder}: no model folder there ({path} does not exist). "
             "Train the stage before it, or name a folder with config.json and model.safetensors."
         )
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    values = {**DEFAULTS, **_read_json(path)}
     found = values.get("architectures") or ["none named"]
     if found[0] != ARCHITECTURE:
         raise UserError(f"{path}: architecture {found[0]}, but only {ARCHITECTURE} is supported")
@@ -78,25 +86,38 @@ def load_config(folder: str | Path) -> ModelConfig:
         ("attention_bias", values.get("attention_bias", False), False),
         ("hidden_act", values.get("hidden_act", "silu"), "silu"),
         ("use_sliding_window", values.get("use_sliding_window", False), False),
-        ("rope type", rope.get("rope_type", "default"), "default"),
+        # Older folders write "type".
+        ("rope type", rope.get("rope_type", rope.get("type", "default")), "default"),
     ):
         if value != wanted:
             raise UserError(f"{path}: {key} is {value!r}, but only {wanted!r} is supported")
     if "rope_theta" in rope:
         values["rope_theta"] = rope["rope_theta"]
-    return ModelConfig(**{key: values[key] for key in ModelConfig.__annotations__ if key in values})
+    for key, kind in ModelConfig.__annotations__.items():
+        if key not in values:
+            raise UserError(f"{path}: {key} is missing")
+        types = {"int": (int,), "float": (int, float), "bool": (bool,)}[kind]
+        if type(values[key]) not in types:
+            raise UserError(f"{path}: {key} is {values[key]!r}, where {kind} is needed")
+    try:
+        return ModelConfig(**{key: values[key] for key in ModelConfig.__annotations__})
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def load_model(folder: str | Path) -> Transformer:
-    """A model from a folder, in fp32.
+    """A model from a folder, in fp32 on the CPU; draws no random number.
 
     Raises UserError where the folder, its architecture or a tensor is not what is needed.
     """
-    model = Transformer(load_config(folder))
+    config = load_config(folder)
+    with torch.device("meta"):  # Initial values would be replaced at once.
+        model = Transformer(config)
     tensors = _read_tensors(Path(folder))
     head = tensors.get("lm_head.weight")
     if model.config.tie_word_embeddings and head is not None:
-        if not torch.equal(head, tensors["model.embed_tokens.weight"]):
+        embedding = tensors.get("model.embed_tokens.weight")
+        if embedding is not None and not torch.equal(head, embedding):
             raise UserError(f"{folder}: tied embeddings, but an lm_head.weight of its own")
         del tensors["lm_head.weight"]
     parameters = dict(model.named_parameters())
@@ -107,11 +128,16 @@ def load_model(folder: str | Path) -> Transformer:
         for name, t in tensors.items()
         if name in parameters and t.shape != parameters[name].shape
     ]
+    problems += [
+        f"{name} is {t.dtype}, not a float" for name, t in tensors.items() if t.dtype not in FLOATS
+    ]
     if problems:
         raise UserError(f"{folder} does not fit its config.json: {'; '.join(problems[:5])}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+    # Copied, as load_file maps the file, which may be replaced while the model lives.
+    weights = {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}
+    model.load_state_dict(weights, strict=False, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
     return model
 
 
@@ -119,7 +145,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = _shards(index)
     tensors: dict[str, Tensor] = {}
     for name in names:
         try:
@@ -127,6 +153,28 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / name} cannot be read: {error}") from error
     return tensors
+
+
+def _shards(index: Path) -> list[str]:
+    """The files of weights that an index names; raises UserError for one outside its folder."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise UserError(f"{index} names {outside[0]}, which is outside {index.parent}")
+    return names
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Copy it again.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, where an object is needed")
+    return values
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, where: str) -> None:

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from generate import Sampling, filter_logits, generate, stream_text
+from generate import Sampling, filter_logits, generate, generate_batch, stream_text
 from hf_folder import load_model, model_files
 from model import ModelConfig, Transformer
 from tokenizer.chat_format import render_conversation, render_prompt
@@ -126,3 +126,20 @@ def test_folders_that_do_not_fit_are_refused(folder, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match="has shape"):
         load_model(tmp_path)
+
+
+def test_batch_equals_one_by_one_and_leaves_mode_and_state_alone(folder):
+    """Prompts of many lengths, more than one batch, one that ends by its context, some by stop."""
+    model, generator = load_model(folder).train(), torch.Generator().manual_seed(1)
+    lengths = [1, 3, 40, 505, *range(2, 34)]
+    prompts = [torch.randint(3, 6400, (n,), generator=generator).tolist() for n in lengths]
+    sampling = Sampling(temperature=0, max_new_tokens=10)
+    free = [list(generate(model, prompt, sampling)) for prompt in prompts]
+    assert len(free[3]) == 7
+    stop_ids = [free[0][4], free[5][0]]
+    alone = [list(generate(model, prompt, sampling, stop_ids)) for prompt in prompts]
+    state = torch.get_rng_state()
+    assert generate_batch(model, prompts, sampling, stop_ids) == alone != free
+    assert model.training and torch.equal(state, torch.get_rng_state())
+    with pytest.raises(ValueError, match="512 tokens"):
+        generate_batch(model, [[5] * 512], sampling)

@@ -1,0 +1,94 @@
+"""Protects the chat: the history stays within the context, errors end nothing but their turn."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import chat
+from generate import Sampling
+from hf_folder import model_files
+from model import ModelConfig, Transformer
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(**SIZES))
+
+
+def talk(monkeypatch, model, tokenizer, lines, system=()):
+    """Hold a conversation; returns the length of each prompt that the model was given."""
+    questions, lengths, generate = iter([*lines, "/quit"]), [], chat.generate
+
+    def spy(model, ids, *rest):
+        lengths.append(len(ids))
+        return generate(model, ids, *rest)
+
+    monkeypatch.setattr(builtins, "input", lambda *_: next(questions))
+    monkeypatch.setattr(chat, "generate", spy)
+    chat.converse(model, tokenizer, list(system), Sampling(temperature=0, max_new_tokens=12))
+    return lengths
+
+
+def test_oldest_exchanges_go_and_room_for_an_answer_stays(monkeypatch, capsys, model, tokenizer):
+    system = [{"role": "system", "content": "be kind"}]
+    lengths = talk(monkeypatch, model, tokenizer, ["hello there"] * 8, system)
+    assert len(lengths) == 8 and max(lengths) > lengths[0]
+    assert max(lengths) <= 64 - 12
+    # Each exchange is dropped, and said to be dropped, once.
+    assert 1 <= capsys.readouterr().err.count("oldest exchange") <= 7
+
+
+def test_new_forgets(monkeypatch, model, tokenizer):
+    lengths = talk(monkeypatch, model, tokenizer, ["hello", "hello", "/new", "hello"])
+    assert lengths[1] > lengths[0] == lengths[2]
+
+
+def test_a_question_too_long_costs_its_turn_alone(monkeypatch, capsys, model, tokenizer):
+    assert len(talk(monkeypatch, model, tokenizer, ["word " * 100, "hi"])) == 1
+    assert "takes at most 63" in capsys.readouterr().err
+
+
+def test_an_interrupted_answer_keeps_what_was_said(monkeypatch, capsys, model, tokenizer):
+    def interrupted(*_):
+        yield from tokenizer.encode("said so far")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "generate", interrupted)
+    messages = [{"role": "user", "content": "hi"}]
+    assert chat.answer(model, tokenizer, messages, Sampling()) == "said so far"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prompt", " "], "--prompt is empty"),
+        (["--prompt", "hi", "--top-p", "2"], "top_p=2.0"),
+        (["--prompt", "word " * 100], "takes at most 63"),
+        (["--prompt", "hi", "vocabulary"], "6144"),
+    ],
+)
+def test_errors_exit_with_one_and_no_traceback(tmp_path, model, tokenizer, options, words):
+    if options[-1] == "vocabulary":
+        options, model = options[:-1], Transformer(ModelConfig(**SIZES, vocab_size=6144))
+    for name, content in model_files(model.config, tokenizer).items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"]
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    command = [sys.executable, "chat.py", "--model", str(tmp_path), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and words in done.stderr
+    assert not done.stdout and "Traceback" not in done.stderr

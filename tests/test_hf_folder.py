@@ -1,0 +1,185 @@
+"""Protects the model folder: read back exactly, also from transformers, and refused where wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from hf_folder import check_vocabulary, load_config, load_model, model_files
+from model import ModelConfig, Transformer
+from tokenizer import SPECIAL_TOKENS
+from tokenizer.chat_format import render_conversation
+from trainlib.errors import UserError
+
+
+def write_folder(path: Path, tokenizer, **changes) -> Transformer:
+    """A model of random weights, norms too, as a checkpoint would lay it out."""
+    sizes = {
+        "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**{**sizes, **changes}))
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+    for name, content in model_files(model.config, tokenizer).items():
+        (path / name).write_text(content, encoding="utf-8")
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def edit(path: Path, **changes) -> None:
+    """Change keys of a JSON file; None removes one."""
+    values = json.loads(path.read_text(encoding="utf-8")) | changes
+    kept = {key: value for key, value in values.items() if value is not None}
+    path.write_text(json.dumps(kept), encoding="utf-8")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_round_trip_through_transformers(tmp_path, tokenizer, tied, shard):
+    wanted = write_folder(tmp_path, tokenizer, tie_word_embeddings=tied, rope_theta=5e5)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "back", max_shard_size=shard)
+    if shard == "20KB":
+        assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
+    ours = load_model(tmp_path / "back")
+    assert ours.config == wanted.config
+    for name, parameter in wanted.named_parameters():
+        assert torch.equal(parameter, ours.get_parameter(name)), name
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+
+
+def test_bfloat16_is_widened(tmp_path, tokenizer):
+    write_folder(tmp_path, tokenizer)
+    weights = tmp_path / "model.safetensors"
+    save_file({k: v.bfloat16() for k, v in load_file(weights).items()}, weights)
+    assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.float32}
+
+
+def test_generation_ends_where_chat_ends(tmp_path, tokenizer):
+    write_folder(tmp_path, tokenizer)
+    config = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert config.eos_token_id == [2, 0] == list(tokenizer.stop_ids)
+    assert config.pad_token_id == 0
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("tokenizer")
+    for name, content in model_files(ModelConfig(), tokenizer).items():
+        (path / name).write_text(content, encoding="utf-8")
+    return transformers.AutoTokenizer.from_pretrained(path)
+
+
+content = st.text(max_size=24).filter(lambda text: not any(s in text for s in SPECIAL_TOKENS))
+
+
+@settings(max_examples=80, deadline=None, database=None, derandomize=True)
+@given(user=content, answer=content)
+def test_any_plain_content_gives_the_renderers_ids(theirs, tokenizer, user, answer):
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    ids = theirs.apply_chat_template(messages, tokenize=True)["input_ids"]
+    assert ids == render_conversation(tokenizer, messages).ids
+
+
+def test_vocabularies_must_match(tokenizer):
+    check_vocabulary(ModelConfig(), tokenizer, "here")
+    with pytest.raises(UserError, match=r"here.*6144.*6400"):
+        check_vocabulary(ModelConfig(vocab_size=6144), tokenizer, "here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"use_sliding_window": True}, "sliding"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"hidden_size": "24"}, "hidden_size"),
+    ],
+)
+def test_unsupported_configs_are_refused_by_name(tmp_path, tokenizer, changes, words):
+    write_folder(tmp_path, tokenizer)
+    edit(tmp_path / "config.json", **changes)
+    with pytest.raises(UserError, match=words):
+        load_config(tmp_path)
+
+
+def test_tie_word_embeddings_missing_means_what_transformers_means(tmp_path, tokenizer):
+    write_folder(tmp_path, tokenizer)
+    edit(tmp_path / "config.json", tie_word_embeddings=None)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert load_config(tmp_path).tie_word_embeddings == theirs.tie_word_embeddings
+
+
+def test_broken_json_is_a_users_error(tmp_path, tokenizer):
+    write_folder(tmp_path, tokenizer)
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["missing", "superfluous", "shape", "corrupt", "integers"])
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, tokenizer, case):
+    write_folder(tmp_path, tokenizer)
+    path, name = tmp_path / "model.safetensors", "model.norm.weight"
+    tensors = load_file(path)
+    if case == "missing":
+        del tensors[name]
+    elif case == "superfluous":
+        name = "model.norm.bias"
+        tensors[name] = torch.zeros(24)
+    elif case == "shape":
+        tensors[name] = torch.zeros(25)
+    elif case == "integers":
+        tensors[name] = torch.ones(24, dtype=torch.int8)
+    save_file(tensors, path)
+    if case == "corrupt":
+        path.write_bytes(path.read_bytes()[:200])
+        name = "model.safetensors"
+    with pytest.raises(UserError, match=name):
+        load_model(tmp_path)
+
+
+def test_tied_head_is_accepted_when_equal_alone(tmp_path, tokenizer):
+    write_folder(tmp_path, tokenizer)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path)
+    load_model(tmp_path)
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"lm_head\.weight"):
+        load_model(tmp_path)
+
+
+def test_index_cannot_point_outside_the_folder(tmp_path, tokenizer):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_folder(folder, tokenizer)
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="outside"):
+        load_model(folder)
+
+
+def test_loading_draws_no_random_number(tmp_path, tokenizer):
+    write_folder(tmp_path, tokenizer)
+    state = torch.get_rng_state()
+    load_model(tmp_path)
+    assert torch.equal(state, torch.get_rng_state())
