@@ -25,8 +25,10 @@ tensorboard: .venv/ready
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.11 ..."; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# A venv made without ensurepip has a python but no pip: running venv again adds it.
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 && \
+	  ! test -e /proc/driver/nvidia && \
 	  $(BIN)/python -c 'import urllib.request as u; u.urlopen("https://download.pytorch.org/whl/cpu/torch/", timeout=3)' 2>/dev/null; \
 	then echo "torch for the CPU: about 200 MB"; \
 	  $(BIN)/pip install --index-url https://download.pytorch.org/whl/cpu "$$(grep '^torch' requirements.txt)"; \

@@ -31,14 +31,55 @@ def test_make_targets():
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
-@pytest.mark.parametrize(
-    "program", ["train.py", "chat.py", "-m tools.prepare_data", "-m tokenizer.train_tokenizer"]
+PROGRAMS = (
+    "train.py",
+    "sft_train.py",
+    "dpo_train.py",
+    "chat.py",
+    "-m tools.prepare_data",
+    "-m tokenizer.train_tokenizer",
 )
-def test_programs_answer_help_with_the_options_named(program):
-    command = [sys.executable, *program.split(), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    for line in README.splitlines():
-        if program in line:
-            for option in re.findall(r"(?<=[ `])--[\w-]+", line):
-                if option not in ("--no-index", "--help"):
-                    assert option in done.stdout, option
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    """What each program prints for --help."""
+    return {
+        program: subprocess.run(
+            [sys.executable, *program.split(), "--help"],
+            capture_output=True, text=True, cwd=ROOT, check=True,
+        ).stdout
+        for program in PROGRAMS
+    }  # fmt: skip
+
+
+def options(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+
+
+def test_every_program_named_is_one_whose_help_is_read():
+    named = re.findall(r"`python (-m [\w.]+|\w+\.py)", README)
+    assert len(named) >= 6
+    assert set(named) <= set(PROGRAMS)
+
+
+def test_options_are_those_of_the_programs(helps):
+    for command, program in re.findall(r"`(python (-m [\w.]+|\w+\.py)[^`]*)`", README):
+        assert options(command) <= options(helps[program]) | {"--help"}, command
+    known = {"--no-index", "--help"}.union(*map(options, helps.values()))  # --no-index: git diff
+    assert options(README) <= known
+
+
+def test_settings_are_those_of_the_stages(helps):
+    files = ("py", "jsonl", "yaml", "json", "md")
+    keys = set(re.findall(r"(?<![\w./-])((?:data|optim|model)\.\w+)", README))
+    keys = {key for key in keys if not key.endswith(tuple(f".{end}" for end in files))}
+    keys |= set(re.findall(r"`(out_dir|resume|init_from)=", README))
+    assert len(keys) >= 6
+    for key in keys:
+        assert f"  {key}=" in helps["train.py"], key
+
+
+def test_links_resolve():
+    for target in re.findall(r"\]\(([^)#]+)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
