@@ -6,24 +6,25 @@
     latest         the name of the newest complete one
 
 Nothing is pickled, so nothing that is loaded can run code. A folder is written under another
-name and renamed when it is complete.
+name, brought to the disk, and renamed when it is complete.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainlib.errors import UserError
+from trainlib.files import sync, write_atomically
 
 
 class Checkpoints:
@@ -57,30 +58,37 @@ class Checkpoints:
         if writing is not None:
             try:
                 writing.result()
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 raise UserError(
-                    f"{self.folder}: a checkpoint could not be written ({error.strerror or error})."
-                    " The one before is whole; free some space and start again to go on from it."
+                    f"{self.folder}: a checkpoint could not be written ({error}). The one before,"
+                    " if any, is whole; free some space and start again to go on from it."
                 ) from error
 
     def _write(
         self, step: int, weights: dict[str, Tensor], tensors: dict[str, Tensor], state: Any
     ) -> None:
         name = f"step_{step:06d}"
+        # What a kill left in the middle of writing; only one thread writes here.
+        for left in self.folder.glob(".writing-*"):
+            shutil.rmtree(left, ignore_errors=True)
         partial = self.folder / f".writing-{name}"
         try:
             self._model_folder(partial, weights)
             save_file(tensors, partial / "optimizer.safetensors")
             (partial / "train_state.json").write_text(json.dumps(state), encoding="utf-8")
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            partial.rename(self.folder / name)
+            _rename(partial, self.folder / name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        latest = self.folder / ".latest"
-        latest.write_text(name, encoding="utf-8")
-        os.replace(latest, self.folder / "latest")
-        for old in sorted(self.folder.glob("step_*"))[: -self.keep]:
-            shutil.rmtree(old)
+        write_atomically(self.folder / "latest", name)
+        # Later ones can lie there when training went on from an earlier one; they do not count.
+        up_to_here = [path for path in self._step_folders() if _step(path) <= step]
+        for old in up_to_here[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _step_folders(self) -> list[Path]:
+        """Complete step folders, the oldest first; by number, for the names have no fixed width."""
+        names = (path for path in self.folder.glob("step_*") if path.name[5:].isdigit())
+        return sorted(names, key=_step)
 
     def _model_folder(self, folder: Path, weights: dict[str, Tensor]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -92,23 +100,50 @@ class Checkpoints:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     def write_final(self, model: nn.Module) -> None:
-        """Write final/, the model folder that the next stage starts from."""
+        """Write final/, the model folder that the next stage starts from.
+
+        Raises UserError where it cannot be written; the step folders are whole.
+        """
         partial = self.folder / ".writing-final"
-        self._model_folder(partial, _snapshot(dict(model.named_parameters())))
-        partial.rename(self.folder / "final")
+        try:
+            self._model_folder(partial, _snapshot(dict(model.named_parameters())))
+            _rename(partial, self.folder / "final")
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"{self.folder / 'final'}: could not be written ({error}). The last step folder is"
+                " whole; free some space and start again to go on from it."
+            ) from error
 
     def newest(self) -> Path | None:
-        """The newest complete step folder."""
-        return max(self.folder.glob("step_*"), default=None, key=lambda path: path.name)
+        """The newest complete step folder: the one that `latest` names, else the last one."""
+        latest = self.folder / "latest"
+        name = latest.read_text(encoding="utf-8", errors="replace") if latest.is_file() else ""
+        for folder in self._step_folders()[::-1]:
+            if folder.name == name.strip():
+                return folder
+        return next(iter(self._step_folders()[::-1]), None)
 
     def restore(
         self, model: nn.Module, folder: Path | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Load the newest (or a given) step folder into a model; returns tensors and state."""
+        """Load the newest (or a given) step folder into a model; returns tensors and state.
+
+        Raises UserError where the folder does not fit the model or is damaged; the model is as
+        before then.
+        """
         folder = folder or self.newest()
         if folder is None:
             return None
-        weights = load_file(folder / "model.safetensors")
+        try:
+            weights = load_file(folder / "model.safetensors")
+            tensors = load_file(folder / "optimizer.safetensors")
+            state = json.loads((folder / "train_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(
+                f"{folder} is damaged ({error}). Go on from another with resume=FOLDER, or start"
+                " anew with resume=never."
+            ) from error
         parameters = dict(model.named_parameters())
         wrong = sorted(
             name
@@ -122,8 +157,21 @@ class Checkpoints:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-        state = json.loads((folder / "train_state.json").read_text(encoding="utf-8"))
-        return load_file(folder / "optimizer.safetensors"), state
+        return tensors, state
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def _rename(partial: Path, folder: Path) -> None:
+    """Give a complete folder its name, its files brought to the disk before."""
+    for path in partial.iterdir():
+        sync(path)
+    sync(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    sync(folder.parent)
 
 
 def _snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -153,11 +201,20 @@ def load_optimizer_tensors(
 ) -> None:
     """Give the optimizers their state back, whatever the order of their parameters."""
     parameters = dict(model.named_parameters())
+    # A fused or capturable optimizer counts its steps on the device, others on the CPU, as torch's
+    # own load_state_dict does.
+    counts_on_device = {
+        parameter
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        if group.get("fused") or group.get("capturable")
+        for parameter in group["params"]
+    }
     for full_name, value in {**tensors, **scalars}.items():
         if not full_name[0].isdigit():
             continue
         index, name, key = full_name.split("/")
         parameter = parameters[name]
-        if isinstance(value, Tensor) and key != "step":
+        if isinstance(value, Tensor) and (key != "step" or parameter in counts_on_device):
             value = value.to(parameter.device)
         optimizers[int(index)].state[parameter][key] = value

@@ -17,29 +17,18 @@ import textwrap
 import types
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import (
-    Any,
-    Literal,
-    NamedTuple,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import yaml
 
 from trainlib.errors import UserError
 from trainlib.files import write_atomically
+from trainlib.values import kind_text, parse, value_text
 
 T = TypeVar("T")
 HARDWARE_KEYS = ("device", "micro_batch_size", "precision", "compile")
 """What TRAIN_LLM_<KEY> in the environment may set."""
-SWITCHES = {"on": True, "true": True, "yes": True, "1": True}
-SWITCHES |= {"off": False, "false": False, "no": False, "0": False}
 COMMAND_LINE = "command line"
 
 
@@ -107,103 +96,7 @@ def _attribute_docs(cls: type) -> dict[str, str]:
     return docs_by_name
 
 
-# ---- 2. a text to a value of a type --------------------------------------------------------------
-
-
-def parse(kind: Any, value: str | list[str]) -> Any:
-    """Read a text, or the texts of a list, as a type; a ValueError says what is expected."""
-    origin, options = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        # None first and free text last, so that each text has one meaning.
-        for option in sorted(options, key=lambda k: (k is str) - (k is types.NoneType)):
-            try:
-                return parse(option, value)
-            except ValueError:
-                continue
-        raise ValueError(kind_text(kind))
-    if origin is tuple:
-        return tuple(parse(options[0], item) for item in _items(value))
-    if isinstance(value, list):
-        raise ValueError(f"{kind_text(kind)}, not a list")
-    text = value.strip()
-    if kind is types.NoneType:
-        if text.lower() in ("", "none", "null", "~"):
-            return None
-    elif origin is Literal:
-        for choice in options:
-            if str(choice) == text:
-                return choice
-        spelling = {True: "on", False: "off"}.get(SWITCHES.get(text.lower()))  # type: ignore
-        if spelling in options:
-            return spelling
-    elif kind is bool:
-        if text.lower() in SWITCHES:
-            return SWITCHES[text.lower()]
-    elif kind in (int, float):
-        return _number(kind, text)
-    elif kind in (str, Path):
-        return kind(value)
-    else:
-        raise TypeError(f"settings of type {kind} cannot be read")
-    raise ValueError(kind_text(kind))
-
-
-def _number(kind: type, text: str) -> int | float:
-    try:
-        number = Decimal(text)
-        whole = number.is_finite() and abs(number) < 2**63 and number == int(number)
-    except (InvalidOperation, ValueError, OverflowError):
-        raise ValueError(kind_text(kind)) from None
-    if not number.is_finite() or (kind is int and not whole):
-        raise ValueError(kind_text(kind))
-    return int(number) if kind is int else float(number)
-
-
-def _items(value: str | list[str]) -> list[str]:
-    """The texts of a list: [a, b] or one text alone; nothing is the empty list."""
-    if isinstance(value, list):
-        return value
-    text = value.strip()
-    if not (text.startswith("[") and text.endswith("]")):
-        return [text] if text else []
-    try:
-        items = yaml.load(text, yaml.BaseLoader)
-    except yaml.YAMLError:
-        raise ValueError("a list like [a, b]") from None
-    if not all(isinstance(item, str) for item in items):
-        raise ValueError("a list like [a, b], with no lists in it")
-    return items
-
-
-def kind_text(kind: Any) -> str:
-    """A type in words."""
-    origin, options = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return " or ".join(kind_text(option) for option in options)
-    if origin is tuple:
-        return f"a list like [a, b], each {kind_text(options[0])}"
-    if origin is Literal:
-        return " or ".join(str(choice) for choice in options)
-    names = {int: "a whole number", float: "a number", bool: "on or off", str: "a text"}
-    return {**names, Path: "a path", types.NoneType: "none"}.get(kind, str(kind))
-
-
-def value_text(value: Any) -> str:
-    """A value as YAML, in the form that parse reads back."""
-    if value is MISSING:
-        return "(required)"
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "on", False: "off"}[value]
-    if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(value_text(item) for item in value) + "]"
-    text = repr(value) if isinstance(value, float) else str(value)
-    if re.fullmatch(r"[\w./+-]+", text, re.ASCII):
-        return text
-    # Quoted on one line, with escapes for whatever YAML would fold.
-    return yaml.dump(text, default_style='"', allow_unicode=True, width=10**9).rstrip("\n")
-
-
-# ---- 3. where values are given -------------------------------------------------------------------
+# ---- 2. where values are given -------------------------------------------------------------------
 
 
 def _read_file(path: Path, names: list[str], problems: list[str]) -> dict[str, Given]:
@@ -248,7 +141,7 @@ def _read_mapping(
         name = prefix + key_node.value
         is_section = any(known.startswith(name + ".") for known in names)
         if name in seen or name in given:
-            first = seen.get(name) or given[name].source
+            first = seen.get(name) or given[name].source.rpartition(":")[2]
             problems.append(f"{name} ({source}): given twice, first in line {first}; keep one")
             continue
         seen[name] = line
@@ -313,7 +206,7 @@ def _read_environment(names: list[str]) -> dict[str, Given]:
     return given
 
 
-# ---- 4. all together -----------------------------------------------------------------------------
+# ---- 3. all together -----------------------------------------------------------------------------
 
 
 def load_config(cls: type[T], argv: list[str], default_file: Path | None) -> T:
@@ -415,7 +308,7 @@ def _build(
         return None
 
 
-# ---- 5. what others read of it -------------------------------------------------------------------
+# ---- 4. what others read of it -------------------------------------------------------------------
 
 
 def _flat(cfg: Any) -> Iterator[tuple[Key, Any]]:

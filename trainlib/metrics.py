@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
+
+from trainlib.files import write_atomically
 
 
 class MetricsLog:
@@ -56,12 +57,10 @@ def cut_back(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            continue  # Torn by a kill in the middle of a line.
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+        except (ValueError, KeyError, TypeError):
+            continue  # Torn by a kill in the middle of a line, or by a power cut.
+    write_atomically(path, "".join(kept))

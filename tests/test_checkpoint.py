@@ -1,0 +1,221 @@
+"""Protects the step folders: whole or not there, exact, and readable without unpickling."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+import trainlib.checkpoint as checkpoint
+from trainlib.checkpoint import Checkpoints, load_optimizer_tensors, optimizer_tensors
+from trainlib.errors import UserError
+
+
+def new_model(width: int = 6) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, 6, bias=False), nn.LayerNorm(6), nn.Linear(6, 4))
+
+
+def new_optimizers(model: nn.Module, backwards: bool = False) -> list[torch.optim.Optimizer]:
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if p.ndim != 2]
+    if backwards:
+        matrices, rest = matrices[::-1], rest[::-1]
+    return [torch.optim.Muon(matrices, lr=0.1), torch.optim.AdamW(rest, lr=0.1)]
+
+
+def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        model(torch.randn(8, 6, generator=generator)).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def saved(folder, step: int = 2, keep: int = 2, **state) -> nn.Module:
+    model, checkpoints = new_model(), Checkpoints(folder, keep)
+    checkpoints.save(step, model, {"rng/cpu": torch.get_rng_state()}, state)
+    checkpoints.join()
+    return model
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_two_steps_and_three_more_are_five_bit_for_bit(tmp_path, backwards):
+    whole = new_model()
+    start = {name: value.clone() for name, value in whole.state_dict().items()}
+    train(whole, new_optimizers(whole), range(5))
+
+    first = new_model()
+    first.load_state_dict(start)
+    optimizers = new_optimizers(first)
+    train(first, optimizers, range(2))
+    checkpoints = Checkpoints(tmp_path, 2)
+    tensors, scalars = optimizer_tensors(optimizers, first)
+    assert {"0/0.weight/momentum_buffer", "1/1.bias/exp_avg", "1/2.bias/step"} <= set(tensors)
+    checkpoints.save(2, first, tensors, {"optimizers": scalars, "train": {"step": 2}})
+    train(first, optimizers, range(2, 4))  # The snapshot was taken at once: this is not in it.
+    checkpoints.join()
+
+    second = new_model()
+    second_optimizers = new_optimizers(second, backwards)
+    restored = Checkpoints(tmp_path, 2).restore(second)
+    assert restored is not None and restored[1]["train"] == {"step": 2}
+    load_optimizer_tensors(second_optimizers, second, restored[0], restored[1]["optimizers"])
+    train(second, second_optimizers, range(2, 5))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_plain_numbers_of_an_optimizer_come_back(tmp_path):
+    model = new_model()
+    optimizers = [torch.optim.ASGD(model.parameters(), lr=0.1)]
+    train(model, optimizers, range(2))
+    parameter = next(model.parameters())
+    optimizers[0].state[parameter]["count"] = 7
+    tensors, scalars = optimizer_tensors(optimizers, model)
+    assert scalars == {"0/0.weight/count": 7}
+    other = [torch.optim.ASGD(model.parameters(), lr=0.1)]
+    load_optimizer_tensors(other, model, tensors, json.loads(json.dumps(scalars)))
+    assert other[0].state[parameter]["count"] == 7
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_count_of_steps_goes_where_the_optimizer_wants_it(fused):
+    with torch.device("meta"):  # Stands for any device that is not the CPU.
+        model = nn.Linear(2, 2, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["fused"] = fused
+    values = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2, 2)}
+    tensors = {f"0/weight/{key}": value for key, value in values.items()}
+    load_optimizer_tensors([optimizer], model, tensors, {})
+    state = optimizer.state[model.weight]
+    assert state["exp_avg"].device.type == "meta"
+    assert state["step"].device.type == ("meta" if fused else "cpu")
+
+
+def test_a_step_folder_is_a_model_folder(tmp_path):
+    (tmp_path / "run.yaml").write_text("seed: 1\n")
+    tied = new_model()
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.companions = {"config.json": '{"name": "小"}'}
+    checkpoints.save(7, tied, {"rng/cpu": torch.get_rng_state()}, {"a": [1, (2, 3)]})
+    checkpoints.join()
+    checkpoints.write_final(tied)
+    names = {"config.json", "model.safetensors", "run.yaml"}
+    assert {p.name for p in (tmp_path / "final").iterdir()} == names
+    step = tmp_path / "step_000007"
+    more = {"optimizer.safetensors", "train_state.json"}
+    assert {p.name for p in step.iterdir()} == names | more
+    assert json.loads((step / "config.json").read_text(encoding="utf-8")) == {"name": "小"}
+    assert json.loads((step / "train_state.json").read_text()) == {"a": [1, [2, 3]]}
+    with safe_open(step / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == {name for name, _ in tied.named_parameters()}
+    assert (tmp_path / "latest").read_text().strip() == "step_000007"
+
+
+def test_nothing_is_there_at_first(tmp_path):
+    assert Checkpoints(tmp_path, 2).restore(new_model()) is None
+    assert Checkpoints(tmp_path / "none", 2).newest() is None
+
+
+def test_due():
+    checkpoints = Checkpoints(None, 2)  # type: ignore[arg-type]
+    assert [s for s in range(1, 8) if checkpoints.due(s, 3)] == [3, 6]
+    assert not any(checkpoints.due(s, 0) for s in range(8))
+
+
+def test_names_are_compared_as_numbers(tmp_path):
+    for step in (999_998, 999_999, 1_000_000):
+        saved(tmp_path, step)
+    left = {p.name for p in tmp_path.glob("step_*")}
+    assert left == {"step_999999", "step_1000000"}
+    assert Checkpoints(tmp_path, 2).newest() == tmp_path / "step_1000000"
+
+
+def test_the_newest_is_what_latest_names_or_else_the_last_one(tmp_path):
+    for step in (3, 4):
+        saved(tmp_path, step)
+    checkpoints, latest = Checkpoints(tmp_path, 2), tmp_path / "latest"
+    latest.write_text("step_000003\n")
+    assert checkpoints.newest() == tmp_path / "step_000003"
+    for torn in ("", "step_0000", "../elsewhere", "step_000009"):
+        latest.write_text(torn)
+        assert checkpoints.newest() == tmp_path / "step_000004"
+    latest.unlink()
+    (tmp_path / ".writing-step_000009").mkdir()
+    (tmp_path / "step_by_step").mkdir()
+    assert checkpoints.newest() == tmp_path / "step_000004"
+
+
+def test_going_on_from_an_earlier_one_keeps_what_it_writes(tmp_path):
+    for step in (2, 4):
+        saved(tmp_path, step)
+    saved(tmp_path, 3, keep=1, mark="new")
+    restored = Checkpoints(tmp_path, 1).restore(new_model())
+    assert restored is not None and restored[1] == {"mark": "new"}
+    assert not (tmp_path / "step_000002").exists()
+
+
+def test_what_a_kill_left_behind_is_cleared_away(tmp_path):
+    left = tmp_path / ".writing-step_000001"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    saved(tmp_path, 2)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("I/O error")])
+def test_a_full_disk_is_told_and_the_one_before_stays_whole(tmp_path, monkeypatch, error):
+    model = saved(tmp_path, 1)
+    checkpoints = Checkpoints(tmp_path, 1)
+
+    def full(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    checkpoints.save(2, new_model(), {}, {})
+    with pytest.raises(UserError, match="could not be written .*free some space"):
+        checkpoints.join()
+    checkpoints.join()  # It is told once.
+    checkpoints.save(3, new_model(), {}, {})
+    with pytest.raises(UserError):  # The next save tells it, where nobody joined.
+        checkpoints.save(4, new_model(), {}, {})
+    with pytest.raises(UserError, match="final.*could not be written"):
+        checkpoints.write_final(model)
+    assert {p.name for p in tmp_path.iterdir()} == {"step_000001", "latest"}
+    other = new_model()
+    assert checkpoints.restore(other) is not None
+    assert torch.equal(other[0].weight, model[0].weight)
+
+
+def test_a_folder_that_does_not_fit_is_refused_by_name_and_changes_nothing(tmp_path):
+    saved(tmp_path, 1)
+    for other, name in (
+        (new_model(width=7), "0.weight"),
+        (nn.Sequential(nn.Linear(6, 6, bias=False)), "2.bias"),
+        (nn.Sequential(*new_model(), nn.LayerNorm(4)), "3.weight"),
+    ):
+        before = {key: value.clone() for key, value in other.state_dict().items()}
+        with pytest.raises(UserError, match=rf"step_000001 does not fit .*{name}"):
+            Checkpoints(tmp_path, 1).restore(other)
+        assert all(torch.equal(before[key], v) for key, v in other.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "train_state.json"])
+def test_a_damaged_folder_is_told(tmp_path, name):
+    saved(tmp_path / "run", 1)
+    for content in (b"", b"{", None):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        copy = shutil.copytree(tmp_path / "run" / "step_000001", tmp_path / "copy")
+        (copy / name).unlink() if content is None else (copy / name).write_bytes(content)
+        model = new_model()
+        before = model[0].weight.clone()
+        with pytest.raises(UserError, match="copy is damaged"):
+            Checkpoints(tmp_path / "run", 1).restore(model, folder=copy)
+        assert torch.equal(before, model[0].weight)

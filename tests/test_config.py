@@ -1,0 +1,283 @@
+"""Protects the reading of settings: by type, by precedence, with every problem at once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pytest
+
+from trainlib.config import docs, help_text, load_config, provenance, recipe, write_run_yaml
+from trainlib.errors import UserError
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A section."""
+
+    rate: float = 0.5
+    """Peak rate,
+    over all steps.
+
+    Not shown."""
+    kind: Literal["muon", "adamw"] = "muon"
+    fraction: float = 0.25
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.rate <= 0:
+            problems.append(f"inner.rate={self.rate} must be above 0")
+        if self.rate + self.fraction > 9:
+            problems.append("inner.rate + inner.fraction must be at most 9")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@dataclass(frozen=True)
+class Look:
+    """Another section."""
+
+    rate: int = 2
+
+    def __post_init__(self) -> None:
+        if self.rate < 0:
+            raise ValueError(f"look.rate={self.rate} must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What all have."""
+
+    seed: int = 0
+    """Where random numbers begin."""
+    device: str = field(default="auto", metadata={"recipe": False})
+    micro_batch_size: int = field(default=0, metadata={"recipe": False})
+
+
+@dataclass(frozen=True)
+class Settings(Base):
+    """A stage's settings."""
+
+    LENGTH_KEYS: ClassVar = ("max_steps", "max_tokens", "epochs")
+
+    max_steps: int = 0
+    max_tokens: int = 0
+    epochs: int = 3
+    start: str = ""
+    limit: int | None = 7
+    share: float | None = None
+    name: str | None = None
+    switch: bool = False
+    mode: Literal["auto", "on", "off"] = "auto"
+    files: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = (1, 2)
+    inner: Inner = field(default_factory=lambda: Inner(rate=0.125))
+    look: Look = field(default_factory=Look, metadata={"recipe": False})
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    for name in ("DEVICE", "MICRO_BATCH_SIZE", "PRECISION", "COMPILE"):
+        monkeypatch.delenv(f"TRAIN_LLM_{name}", raising=False)
+
+
+def load(*argv: str, text: str | None = None, folder: Path | None = None) -> Settings:
+    file = None
+    if text is not None:
+        assert folder is not None
+        file = folder / "c.yaml"
+        file.write_text(text, encoding="utf-8")
+    return load_config(Settings, list(argv), file)
+
+
+def problems(*argv: str, text: str | None = None, folder: Path | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        load(*argv, text=text, folder=folder)
+    return str(caught.value)
+
+
+VALUES = [
+    ("inner.rate", "1e-3", 1e-3), ("inner.rate", "1_000e-3", 1.0), ("seed", "1_000", 1000),
+    ("seed", "1e6", 1_000_000), ("seed", "1.5e3", 1500), ("seed", "-2", -2), ("seed", "010", 10),
+    ("switch", "on", True), ("switch", "Yes", True), ("switch", "TRUE", True),
+    ("switch", "off", False), ("switch", "no", False), ("switch", "false", False),
+    ("start", "23:30", "23:30"), ("start", "on", "on"), ("start", "1e3", "1e3"),
+    ("start", "none", "none"), ("limit", "none", None), ("limit", "", None), ("limit", "5", 5),
+    ("share", "null", None), ("share", ".5", 0.5), ("name", "none", None), ("name", "12", "12"),
+    ("mode", "on", "on"), ("mode", "true", "on"), ("inner.kind", "adamw", "adamw"),
+    ("files", "a.jsonl", ("a.jsonl",)), ("files", "[a b, '小,c']", ("a b", "小,c")),
+    ("files", "[]", ()), ("files", "", ()), ("sizes", "[1e2, 3]", (100, 3)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key, text, value", VALUES)
+def test_a_value_is_read_by_its_fields_type_wherever_it_stands(key, text, value, tmp_path):
+    section, _, last = key.rpartition(".")
+    line = f"{last}: {text}\n"
+    written = f"{section}:\n  {line}" if section else line
+    for cfg in (load(f"{key}={text}"), load(text=written, folder=tmp_path)):
+        got = getattr(getattr(cfg, section) if section else cfg, last)
+        assert got == value and type(got) is type(value)
+
+
+WRONG = [
+    ("seed", "abc", "a whole number"), ("seed", "1.5", "a whole number"), ("seed", "", "a whole"),
+    ("seed", "1e400", "a whole number"), ("seed", "1e999999999", "a whole"),
+    ("seed", "inf", "a whole number"),
+    ("inner.rate", "nan", "a number"), ("inner.rate", "snan", "a number"),
+    ("inner.rate", "1e400", "a number"),
+    ("inner.rate", "0.1x", "a number"), ("switch", "maybe", "on or off"),
+    ("inner.kind", "sgd", "muon or adamw"), ("limit", "x", "a whole number or none"),
+    ("sizes", "[1, x]", "each a whole number"), ("files", "[a, [b]]", "a list like"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key, text, expected", WRONG)
+def test_a_wrong_value_names_key_value_place_and_what_is_expected(key, text, expected, tmp_path):
+    said = problems(f"{key}={text}")
+    assert f"{key}={text} (command line): expected" in said and expected in said
+    section, _, last = key.rpartition(".")
+    line = f"{last}: {text}\n"
+    written = f"# a comment\n{section}:\n  {line}" if section else f"# a comment\n\n{line}"
+    said = problems(text=written, folder=tmp_path)
+    assert f"({tmp_path / 'c.yaml'}:3): expected" in said and key in said
+
+
+def test_yaml_lists_and_dotted_keys_and_empty_sections(tmp_path):
+    cfg = load(text="files:\n- a\n- 010\ninner.rate: 2\nlook:\n", folder=tmp_path)
+    assert cfg.files == ("a", "010") and cfg.inner.rate == 2.0 and cfg.look == Look()
+    assert cfg.inner.fraction == 0.25
+    assert load(text="", folder=tmp_path) == load(text="# nothing\n", folder=tmp_path) == Settings()
+
+
+def test_the_owners_default_of_a_section_stays_for_keys_that_are_not_given():
+    assert load("inner.kind=adamw").inner == Inner(rate=0.125, kind="adamw")
+
+
+def test_precedence_and_provenance(tmp_path, monkeypatch):
+    text = "seed: 1\ndevice: a\nmicro_batch_size: 1\n"
+    monkeypatch.setenv("TRAIN_LLM_DEVICE", "b")
+    monkeypatch.setenv("TRAIN_LLM_MICRO_BATCH_SIZE", "2")
+    monkeypatch.setenv("TRAIN_LLM_SEED", "9")  # Recipe keys are not read from the environment.
+    monkeypatch.setenv("TRAIN_LLM_PRECISION", "x")  # The class has no such key.
+    cfg = load("micro_batch_size=3", "micro_batch_size=4", text=text, folder=tmp_path)
+    assert (cfg.seed, cfg.device, cfg.micro_batch_size) == (1, "b", 4)
+    came = provenance(cfg)
+    assert came["seed"] == f"{tmp_path / 'c.yaml'}:1"
+    assert came["device"] == "environment TRAIN_LLM_DEVICE"
+    assert came["micro_batch_size"] == "command line" and came["inner.rate"] == "default"
+    assert provenance(replace(cfg, start="x"))["start"] == "set by the program"
+    monkeypatch.setenv("TRAIN_LLM_DEVICE", "")
+    assert load(text=text, folder=tmp_path).device == "a"
+    monkeypatch.setenv("TRAIN_LLM_MICRO_BATCH_SIZE", "many")
+    assert "(environment TRAIN_LLM_MICRO_BATCH_SIZE): expected a whole number" in problems()
+
+
+def test_the_first_yaml_argument_is_the_file(tmp_path):
+    other = tmp_path / "lr=3" / "other.yml"
+    other.parent.mkdir()
+    other.write_text("seed: 8\n")
+    cfg = load("seed=9", str(other), "start=x.yaml", text="start: z\n", folder=tmp_path)
+    assert (cfg.seed, cfg.start) == (9, "x.yaml")
+    assert "a second config file" in problems(str(other), str(other))
+
+
+def test_all_problems_are_reported_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAIN_LLM_MICRO_BATCH_SIZE", "x")
+    said = problems(
+        "inner.rat=1", "sede=2", "rate=3", "zzzzzz=4", "--seed=5", "inner=6", "word",
+        "switch=7", "look.rate=-1",
+        text="seed: a\nseed: b\nlimit:\n  x: 1\ninner:\n  rate: 0\nstart: [a]\n",
+        folder=tmp_path,
+    )  # fmt: skip
+    file = tmp_path / "c.yaml"
+    for part in (
+        "inner.rat=1 (command line): unknown", "did you mean inner.rate?", "did you mean seed?",
+        "zzzzzz=4 (command line): unknown key",
+        "write it without dashes: seed=5", "inner=6 (command line): a section",
+        "word (command line): expected a config file", "switch=7 (command line): expected on or",
+        f"seed ({file}:2): given twice, first in line 1", f"limit ({file}:3): expected one value",
+        f"inner.rate={0.0} must be above 0 (inner.rate: {file}:6)",
+        f"start=[a] ({file}:7): expected a text, not a list",
+        "environment TRAIN_LLM_MICRO_BATCH_SIZE", f"seed=a ({file}:1)",
+    ):  # fmt: skip
+        assert part in said, part
+    count = int(said.split()[0])
+    assert count == said.count("\n  ") and count >= 15
+    assert "look.rate=-1 must be 0 or more (look.rate: command line)" in said
+
+
+def test_what_follows_from_another_problem_is_not_reported():
+    # With the default fraction the sum would be too large; the fraction itself is what is wrong.
+    said = problems("inner.rate=8.9", "inner.fraction=x")
+    assert said.startswith("1 problem ") and "at most" not in said
+    assert "at most 9" in problems("inner.rate=8.9", "inner.fraction=1")
+
+
+def test_one_length_for_a_run(tmp_path):
+    def lengths(*argv, text=""):
+        cfg = load(*argv, text=text, folder=tmp_path)
+        return cfg.max_steps, cfg.max_tokens, cfg.epochs
+
+    assert lengths() == (0, 0, 3)
+    assert lengths(text="max_steps: 5") == (5, 0, 0)
+    assert lengths("max_tokens=1e6", text="max_steps: 5") == (0, 1_000_000, 0)
+    assert lengths("max_tokens=9", "epochs=0", text="max_steps: 5") == (0, 9, 0)
+    assert lengths("max_steps=0", text="epochs: 2") == (0, 0, 2)
+    said = problems("max_steps=1", "max_tokens=2")
+    assert "max_steps=1 and max_tokens=2 (command line): two lengths of one run" in said
+    said = problems(text="max_steps: 1\nepochs: 2\n", folder=tmp_path)
+    assert "max_steps=1 and epochs=2" in said and "c.yaml:1" in said and "c.yaml:2" in said
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    missing = tmp_path / "none.yaml"
+    with pytest.raises(UserError, match="none.yaml: cannot read .*No such file"):
+        load_config(Settings, [], missing)
+    file = tmp_path / "bad.yaml"
+    for content, message in (
+        (b"seed: 1\nstart: [a\n", r"bad.yaml:\d: not valid YAML"),
+        (b"start: \xff\n", "bad.yaml: not UTF-8"),
+        (b"- a\n- b\n", "bad.yaml:1: expected `key: value`"),
+        (b"a: 1\n---\nb: 2\n", "not valid YAML"),
+        (b"seed: \x00\n", "not valid YAML"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            load_config(Settings, [str(file)], None)
+    file.write_bytes(b"\xef\xbb\xbfseed: 4\r\n")
+    assert load_config(Settings, [str(file)], None).seed == 4
+
+
+def test_run_yaml_gives_the_same_settings(tmp_path):
+    strange = 'a: "b" # \\ \u0085 \u2028 小\n\t😀'
+    cfg = load(
+        "seed=5", f"start={strange}", "limit=none", "switch=on", "max_steps=4", "inner.rate=1e-07",
+        "files=[' a', 'x, y', '']", "sizes=[]",
+    )  # fmt: skip
+    path = tmp_path / "run.yaml"
+    write_run_yaml(cfg, path)
+    again = load_config(Settings, [str(path)], None)
+    assert again == cfg and again.start == strange and again.files == (" a", "x, y", "")
+    text = path.read_text(encoding="utf-8")
+    assert "seed: 5  # command line\n" in text and "fraction: 0.25  # default" in text
+    assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_the_recipe_is_what_is_learned_in_values_that_json_keeps():
+    flat = recipe(load("files=[a]"))
+    assert json.loads(json.dumps(flat)) == flat
+    assert flat["files"] == ["a"] and flat["inner.kind"] == "muon" and "seed" in flat
+    assert not {"device", "micro_batch_size", "look.rate"} & set(flat)
+
+
+def test_docs_come_from_the_texts_under_the_fields():
+    by_key = {key: rest for key, *rest in docs(Settings)}
+    assert by_key["seed"] == ["a whole number", "0", "Where random numbers begin."]  # of the base
+    assert by_key["inner.rate"] == ["a number", "0.125", "Peak rate, over all steps."]
+    assert by_key["inner.kind"][:2] == ["muon or adamw", "muon"]
+    shown = help_text(Settings, "python x.py [key=value ...]")
+    assert shown.startswith("python x.py") and all(key in shown for key in by_key)
+    assert "TRAIN_LLM_DEVICE" in shown and "TRAIN_LLM_COMPILE" not in shown
