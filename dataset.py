@@ -30,6 +30,7 @@ from losses import IGNORE_INDEX
 from token_cache import Encode, TokenCache, build_cache
 from tokenizer import Sequence, Tokenizer
 from tokenizer.chat_format import render_conversation
+from trainlib.batches import Place
 from trainlib.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -153,13 +154,6 @@ def hold_out(cache: TokenCache, fraction: float) -> np.ndarray:
 # ---- 5. documents -> rows ------------------------------------------------------------------------
 
 
-class Position(NamedTuple):
-    """A place in the data: the next row to be read."""
-
-    epoch: int = 0
-    row: int = 0
-
-
 Row = np.ndarray  # The numbers of the units that share a row.
 
 
@@ -248,27 +242,18 @@ class PackedDataset:
         used = sum(int(self._length[row].sum()) for row in rows)
         return 1 - used / (len(rows) * self.row_length)
 
-    def rows(self, position: Position) -> Iterator[tuple[Row, Position]]:
+    def rows(self, position: Place) -> Iterator[tuple[Row, Place]]:
         """Rows from a position to the end of its epoch, each with the position after it."""
         plan = self._plan(position.epoch)
         for number in range(position.row, len(plan)):
             last = number + 1 == len(plan)
-            after = Position(position.epoch + 1) if last else Position(position.epoch, number + 1)
+            after = Place(position.epoch + 1) if last else Place(position.epoch, number + 1)
             yield plan[number], after
 
     @property
     def selection(self) -> bytes:
         """Which sequences are used, as bytes to hash."""
         return self._id.tobytes()
-
-    def origin(self, sequence_id: int) -> tuple[Path, int, str]:
-        """File, line and source of a sequence."""
-        unit = int(np.flatnonzero(self._id == sequence_id - self._pair_part(sequence_id))[0])
-        cache, record = self.caches[self._file[unit]], self._record[unit]
-        return cache.path, int(cache.lines[record]), cache.source(record)
-
-    def _pair_part(self, sequence_id: int) -> int:
-        return (sequence_id - self.first_sequence_id) % 2 if self.kind == "dpo" else 0
 
     def sources(self) -> dict[int, str]:
         """The source of every used unit, by the id of its (first) sequence."""

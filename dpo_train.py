@@ -21,7 +21,7 @@ from hf_folder import load_model, model_files
 from preferences import TIE_NATS, batch_log_probs, format_report, reference_log_probs, report
 from tokenizer import Tokenizer
 from trainlib.batches import StepLoader
-from trainlib.launch import RunConfig, launch, prepare_model, start_run
+from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
 from trainlib.loop import fit, make_schedule, validate
 from trainlib.optim import OptimConfig, build_optimizers
 
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 class DPOConfig(RunConfig):
     """All settings of preference optimization; the model comes with init_from."""
 
+    out_dir: str = field(default="runs/dpo", metadata=HOW)
+    """Folder of the run."""
     init_from: str = "runs/sft/final"
     """Model folder that training starts from, and the reference."""
     beta: float = 0.1

@@ -99,7 +99,6 @@ FORMATS: tuple[Format, ...] = (
         read_preference,
     ),
 )
-KINDS = tuple(format_.kind for format_ in FORMATS)
 EXPECTED = {
     "pretrain": '{"text": "..."}',
     "sft": '{"conversations": [{"role": "user", "content": "..."}, ...]}',

@@ -93,6 +93,24 @@ def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     return int(torch.multinomial(logits_V.softmax(-1), 1, generator=generator))
 
 
+def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
+    """A random state of its own, from a seed or, without one, from the system."""
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def check_length(model: Transformer, prompt: Sequence[int]) -> int:
+    """The model's context in tokens; raises ValueError for a prompt that has no room in it."""
+    limit = model.config.max_position_embeddings
+    if not 0 < len(prompt) < limit:
+        raise ValueError(f"a prompt of {len(prompt)} tokens; the model takes 1 to {limit - 1}")
+    return limit
+
+
 def generate(
     model: Transformer, ids: Sequence[int], sampling: Sampling, stop_ids: Sequence[int] = ()
 ) -> Iterator[int]:
@@ -100,15 +118,9 @@ def generate(
 
     Raises ValueError for a prompt that is empty or leaves no room in the model's context.
     """
-    limit = model.config.max_position_embeddings
-    if not 0 < len(ids) < limit:
-        raise ValueError(f"a prompt of {len(ids)} tokens; the model takes 1 to {limit - 1}")
+    limit = check_length(model, ids)
     device = next(model.parameters()).device
-    generator = torch.Generator(device)
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
+    generator = seeded_generator(sampling.seed, device)
     length = min(limit, len(ids) + sampling.max_new_tokens)
     cache = KVCache(model.config, 1, length, device)
     was_training = model.training
@@ -142,16 +154,10 @@ def generate_batch(
 
     At temperature 0 the ids that `generate` yields. Raises ValueError as it does.
     """
-    limit = model.config.max_position_embeddings
     for prompt in prompts:
-        if not 0 < len(prompt) < limit:
-            raise ValueError(f"a prompt of {len(prompt)} tokens; the model takes 1 to {limit - 1}")
+        check_length(model, prompt)
     device = next(model.parameters()).device
-    generator = torch.Generator(device)
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
+    generator = seeded_generator(sampling.seed, device)
     answers: list[list[int]] = [[] for _ in prompts]
     # Prompts of like length share a batch, so little of it is padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

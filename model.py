@@ -16,7 +16,6 @@ arXiv:2302.05442; tied embeddings arXiv:1608.05859.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -295,18 +294,3 @@ class Transformer(nn.Module):
 def count_parameters(model: nn.Module) -> int:
     """Number of trainable values, tied ones once."""
     return sum(p.numel() for p in model.parameters())
-
-
-def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Floating-point operations of one training token, forward and backward.
-
-    Six for each weight of a matrix product (the tied matrix counts once, as output; looking an
-    embedding up costs none), and twelve * N * H for each key that causal attention visits, half
-    the row on average. Source: arXiv:2204.02311, appendix B, causal.
-    """
-    layer = config.hidden_size * config.head_dim * 2
-    layer *= config.num_attention_heads + config.num_key_value_heads
-    layer += 3 * config.hidden_size * config.intermediate_size
-    matrices = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    return 6.0 * matrices + attention * math.ceil(sequence_length / 2)

@@ -17,7 +17,7 @@ from hf_folder import load_model, model_files
 from losses import cross_entropy_sum
 from tokenizer import Tokenizer
 from trainlib.batches import StepLoader
-from trainlib.launch import RunConfig, launch, prepare_model, start_run
+from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
 from trainlib.loop import fit, make_schedule, validate
 from trainlib.optim import OptimConfig, build_optimizers
 
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 class SFTConfig(RunConfig):
     """All settings of fine-tuning; model sizes and tokenizer come with init_from."""
 
+    out_dir: str = field(default="runs/sft", metadata=HOW)
+    """Folder of the run."""
     init_from: str = "runs/pretrain/final"
     """Model folder that training starts from."""
     data: DataConfig = field(default_factory=DataConfig)

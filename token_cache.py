@@ -57,11 +57,6 @@ class TokenCache:
         """Rows of the file."""
         return len(self.lines)
 
-    @property
-    def sequences_per_record(self) -> int:
-        """One, or two where a record is a preference pair."""
-        return (len(self.offsets) - 1) // max(1, self.num_records)
-
     def source(self, record: int) -> str:
         """The kind that a row names in its "source" field, empty without one."""
         return self.source_names[self.sources[record]]

@@ -19,7 +19,7 @@ from losses import cross_entropy_sum
 from model import ModelConfig, Transformer, count_parameters
 from tokenizer import Tokenizer, default_folder
 from trainlib.batches import StepLoader
-from trainlib.launch import RunConfig, launch, prepare_model, start_run
+from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
 from trainlib.loop import fit, make_schedule, validate
 from trainlib.optim import OptimConfig, build_optimizers
 
@@ -32,6 +32,8 @@ PROMPTS = ("第一条", "话说", "To be,")  # Continued after every evaluation,
 class PretrainConfig(RunConfig):
     """All settings of pretraining."""
 
+    out_dir: str = field(default="runs/pretrain", metadata=HOW)
+    """Folder of the run."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Sizes of the model."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -49,9 +51,7 @@ def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any
 def prepare(config: PretrainConfig) -> Datasets:
     """The data, tokenized once into the cache."""
     tokenizer = Tokenizer(config.init_from or default_folder())
-    return load_datasets(
-        config.data, "pretrain", tokenizer, config.sequence_length, config.seed
-    )  # fmt: skip
+    return load_datasets(config.data, "pretrain", tokenizer, config.sequence_length, config.seed)
 
 
 def main(config: PretrainConfig, datasets: Datasets) -> None:

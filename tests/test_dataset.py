@@ -12,7 +12,6 @@ from dataset import (
     ENCODERS,
     DataConfig,
     PackedDataset,
-    Position,
     choose_files,
     hold_out,
     load_datasets,
@@ -22,6 +21,7 @@ from losses import IGNORE_INDEX, cross_entropy_sum
 from model import ModelConfig, Transformer
 from token_cache import build_cache
 from tokenizer.chat_format import render_conversation
+from trainlib.batches import Place
 from trainlib.errors import UserError
 
 SIZES = {
@@ -54,7 +54,7 @@ def packed(tmp_path, tokenizer, rows, kind="pretrain", row_length=32, **more):
 
 
 def all_rows(data, epoch=0):
-    return [row for row, _ in data.rows(Position(epoch))]
+    return [row for row, _ in data.rows(Place(epoch))]
 
 
 def documents():
@@ -130,8 +130,8 @@ def test_rows_are_pure_in_seed_and_position(tmp_path, tokenizer):
     first = [row.tolist() for row in all_rows(data)]
     assert [row.tolist() for row in all_rows(data, 1)] != first
     assert [row.tolist() for row in all_rows(data)] == first
-    assert [row.tolist() for row, _ in data.rows(Position(0, 3))] == first[3:]
-    assert list(data.rows(Position(0, 0)))[-1][1] == Position(1, 0)
+    assert [row.tolist() for row, _ in data.rows(Place(0, 3))] == first[3:]
+    assert list(data.rows(Place(0, 0)))[-1][1] == Place(1, 0)
 
 
 def test_best_fit_wastes_little_and_splits_nothing():

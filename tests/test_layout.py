@@ -71,7 +71,7 @@ def test_sizes():
     def lines(path):
         return len(path.read_text(encoding="utf-8").splitlines())
 
-    assert lines(ROOT / "model.py") <= 320
+    assert lines(ROOT / "model.py") <= 300
     for stage in STAGES:
         assert lines(ROOT / stage) <= 130, stage
         first = (ROOT / stage).read_text(encoding="utf-8").splitlines()[0]
@@ -82,7 +82,7 @@ def test_sizes():
 
 
 # Longer than the 400 lines that a file may have; neither may grow, and no third may join.
-TOO_LONG = {"dataset.py": 496, "trainlib/config.py": 492}
+TOO_LONG = {"dataset.py": 481}
 
 
 def test_no_file_or_function_is_too_long():

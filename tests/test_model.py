@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
 from hf_folder import model_files
-from model import ModelConfig, Transformer, count_parameters, document_mask, flops_per_token
+from model import ModelConfig, Transformer, count_parameters, document_mask
 
 SIZES = {
     "vocab_size": 200,
@@ -97,13 +96,6 @@ def test_sizes_of_the_default_model():
     with torch.device("meta"):
         model = Transformer(config)
     assert count_parameters(model) == 26_879_488
-    config = ModelConfig(**SIZES)
-    ids = torch.zeros(1, 64, dtype=torch.long)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        Transformer(config)(ids)
-    counts = counter.get_flop_counts()["Global"]
-    matrices = sum(n for op, n in counts.items() if "mm" in str(op))
-    assert flops_per_token(config, 0) * 64 == 3 * matrices  # Backward costs twice the forward.
 
 
 def test_contradictions_are_all_named():
@@ -122,4 +114,4 @@ def test_model_needs_torch_alone():
         for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else
                      [alias.name for alias in node.names])
     }  # fmt: skip
-    assert imported == {"__future__", "math", "dataclasses", "typing", "torch"}
+    assert imported == {"__future__", "dataclasses", "typing", "torch"}

@@ -10,13 +10,15 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from generate import Sampling, generate
+from generate import Sampling, generate_batch
 from hf_folder import load_model
+from model import Transformer
 from tokenizer import Tokenizer
 from tokenizer.chat_format import render_prompt
+from trainlib.files import move_aside
 
 DEMO = Path("runs/demo")
 SAMPLE = Path("dataset/sample")
@@ -32,11 +34,7 @@ def prepare(name: str, author: str) -> None:
     stamp, wanted = DEMO / "identity.txt", f"{name}\n{author}\n"
     same = stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted
     if DEMO.exists() and not same:
-        number = 1
-        while Path(f"{DEMO}.{number}").exists():
-            number += 1
-        DEMO.rename(f"{DEMO}.{number}")
-        print(f"the demo that was there is now in {DEMO}.{number}")
+        print(f"the demo that was there is now in {move_aside(DEMO)}")
     if not same or not (SAMPLE / "SOURCES.json").is_file():
         call(["-m", "tools.prepare_data", "--name", name, "--author", author])
     DEMO.mkdir(parents=True, exist_ok=True)
@@ -54,7 +52,9 @@ def train(stage: str, quick: bool) -> None:
     """Run one stage on the sample unless it is finished; end where it was stopped."""
     out_dir = DEMO / stage
     if (out_dir / "final").is_dir():
-        return
+        if stage != "dpo" or (out_dir / "report.json").is_file():
+            return
+        move_aside(out_dir)  # Stopped between the model and its report, which it cannot make alone.
     val = ",".join(str(path) for path in sorted((SAMPLE / "val" / stage).glob("*.jsonl")))
     before = {"sft": "pretrain", "dpo": "sft"}.get(stage)
     arguments = [
@@ -94,14 +94,14 @@ def repeats(ids: list[int], size: int = 8, times: int = 3) -> bool:
 
 
 def greedy(
-    model: Any, tokenizer: Tokenizer, prompt: str, most: int = 128
-) -> tuple[list[int], bool]:
-    """Greedy answer of at most so many tokens, and whether it ended by itself."""
-    ids = render_prompt(tokenizer, [{"role": "user", "content": prompt}])
-    sampling = Sampling(temperature=0, max_new_tokens=most)
-    answer = list(generate(model, ids, sampling, tokenizer.stop_ids))
-    ended = bool(answer) and answer[-1] in tokenizer.stop_ids
-    return (answer[:-1] if ended else answer), ended
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str]
+) -> list[tuple[list[int], bool]]:
+    """Greedy answers of at most 128 tokens, each with whether it ended by itself."""
+    ids = [render_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+    sampling = Sampling(temperature=0, max_new_tokens=128)
+    answers = generate_batch(model, ids, sampling, tokenizer.stop_ids)
+    ended = [bool(answer) and answer[-1] in tokenizer.stop_ids for answer in answers]
+    return [(a[:-1] if end else a, end) for a, end in zip(answers, ended, strict=True)]
 
 
 def held_out_prompts() -> list[str]:
@@ -151,15 +151,16 @@ def summary(name: str, quick: bool) -> None:
     for stage in ("sft", "dpo"):
         model, tokenizer = load_model(DEMO / stage / "final"), Tokenizer(DEMO / stage / "final")
         some = prompts[: 2 if quick else 50]
-        rates.append(sum(repeats(greedy(model, tokenizer, p)[0]) for p in some) / len(some))
+        rates.append(sum(repeats(ids) for ids, _ in greedy(model, tokenizer, some)) / len(some))
     print(
         f"\nRepetition, share of held-out prompts whose greedy answer repeats itself: "
         f"SFT {rates[0]:.2f}, DPO {rates[1]:.2f}{mark(rates[1] < rates[0])}"
     )
     print("\nChat, greedy, at most 128 tokens")
     good = 0
-    for number, question in enumerate((*QUESTIONS, prompts[0])):
-        ids, ended = greedy(model, tokenizer, question)
+    questions = (*QUESTIONS, prompts[0])
+    answers = greedy(model, tokenizer, questions)
+    for number, (question, (ids, ended)) in enumerate(zip(questions, answers, strict=True)):
         text = tokenizer.decode(ids)
         chinese = sum("\u4e00" <= c <= "\u9fff" for c in text) > len(text) / 4
         right_language = chinese != question.isascii()

@@ -23,7 +23,7 @@ class Dataset(Protocol[MadeT]):
 
     row_length: int
 
-    def rows(self, position: Any) -> Iterator[tuple[Any, Any]]:
+    def rows(self, position: Place) -> Iterator[tuple[Any, Place]]:
         """Rows from a position to the end of its epoch, each with the position after it."""
         ...
 
@@ -88,7 +88,7 @@ class StepLoader(Generic[BatchT]):
         ):
             for row, after in self.dataset.rows(position):
                 rows.append(row)
-                position = Place(*after)
+                position = after
                 if len(rows) == self.rows_per_step:
                     break
         num_micro = -(-len(rows) // self.micro_batch_rows)

@@ -29,3 +29,11 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def move_aside(folder: Path) -> Path:
+    """Rename a folder to the first free of <folder>.1, .2, ... and return its new place."""
+    number = 1
+    while (aside := Path(f"{folder}.{number}")).exists():
+        number += 1
+    return folder.rename(aside)

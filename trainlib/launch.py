@@ -17,6 +17,7 @@ from torch import nn
 from trainlib.checkpoint import Checkpoints
 from trainlib.config import help_text, load_config, recipe, write_run_yaml
 from trainlib.errors import UserError
+from trainlib.files import move_aside
 from trainlib.metrics import MetricsLog
 from trainlib.runtime import Hardware, choose_hardware, set_matmul_precision
 
@@ -31,9 +32,9 @@ class RunConfig:
     LENGTH_KEYS: ClassVar = ("max_steps", "max_tokens", "epochs")
 
     out_dir: str = field(default="", metadata=HOW)
-    """Folder of the run; empty = runs/<stage>."""
+    """Folder of the run."""
     init_from: str = ""
-    """Model folder that training starts from; empty = the previous stage's final, if any."""
+    """Model folder that training starts from; empty = from nothing."""
     resume: str = field(default="auto", metadata=HOW)
     """auto: go on with an unfinished run; never: move it aside; or the path of a step folder."""
     seed: int = 0
@@ -116,8 +117,6 @@ def launch(
         only_prepare = "--prepare-only" in argv
         argv = [argument for argument in argv if argument != "--prepare-only"]
         config = load_config(cls, argv, Path("configs") / f"{stage}.yaml")
-        if not config.out_dir:
-            object.__setattr__(config, "out_dir", f"runs/{stage}")
         datasets = prepare(config)
         if only_prepare:
             print("the token caches are ready")
@@ -184,11 +183,7 @@ def _claim(folder: Path, config: RunConfig, data_key: str) -> Path | None:
     if not folder.exists() or not any(folder.iterdir()):
         return None
     if config.resume == "never":
-        number = 1
-        while Path(f"{folder}.{number}").exists():
-            number += 1
-        folder.rename(f"{folder}.{number}")
-        log.info("moved the run that was in %s to %s.%d", folder, folder, number)
+        log.info("moved the run that was in %s to %s", folder, move_aside(folder))
         return None
     ways = (
         f"Three ways on:\n  out_dir=NEW                    train into another folder\n"
