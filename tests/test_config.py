@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from trainlib.config import docs, help_text, load_config, provenance, recipe, write_run_yaml
+from trainlib.config import keys, load_config, provenance, recipe, write_run_yaml
 from trainlib.errors import UserError
 
 
@@ -247,6 +247,10 @@ def test_files_that_cannot_be_read(tmp_path):
         file.write_bytes(content)
         with pytest.raises(UserError, match=message):
             load_config(Settings, [str(file)], None)
+        with pytest.raises(UserError, match=message) as caught:
+            load_config(Settings, ["sede=1", "look.rate=-1", str(file)], None)
+        for part in ("did you mean seed?", "look.rate=-1 must be 0 or more"):
+            assert part in str(caught.value)
     file.write_bytes(b"\xef\xbb\xbfseed: 4\r\n")
     assert load_config(Settings, [str(file)], None).seed == 4
 
@@ -274,10 +278,7 @@ def test_the_recipe_is_what_is_learned_in_values_that_json_keeps():
 
 
 def test_docs_come_from_the_texts_under_the_fields():
-    by_key = {key: rest for key, *rest in docs(Settings)}
-    assert by_key["seed"] == ["a whole number", "0", "Where random numbers begin."]  # of the base
-    assert by_key["inner.rate"] == ["a number", "0.125", "Peak rate, over all steps."]
-    assert by_key["inner.kind"][:2] == ["muon or adamw", "muon"]
-    shown = help_text(Settings, "python x.py [key=value ...]")
-    assert shown.startswith("python x.py") and all(key in shown for key in by_key)
-    assert "TRAIN_LLM_DEVICE" in shown and "TRAIN_LLM_COMPILE" not in shown
+    by_name = {key.name: key for key in keys(Settings)}
+    assert by_name["seed"].doc == "Where random numbers begin."  # Of the base class.
+    assert by_name["inner.rate"].doc == "Peak rate, over all steps."
+    assert by_name["inner.rate"].default == 0.125 and by_name["start"].doc == ""

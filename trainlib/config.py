@@ -38,6 +38,11 @@ class Given(NamedTuple):
     value: str | list[str]
     source: str
 
+    @property
+    def shown(self) -> str:
+        """The value in one text."""
+        return self.value if isinstance(self.value, str) else "[" + ", ".join(self.value) + "]"
+
 
 @dataclass(frozen=True)
 class Key:
@@ -99,22 +104,24 @@ def _attribute_docs(cls: type) -> dict[str, str]:
 # ---- 2. where values are given -------------------------------------------------------------------
 
 
-def _read_file(path: Path, names: list[str], problems: list[str]) -> dict[str, Given]:
-    """Dotted keys of a YAML file."""
+def read_file(path: Path, names: list[str], problems: list[str]) -> dict[str, Given] | None:
+    """Dotted keys of a YAML file; None where it cannot be read at all, with the reason noted."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
+        root = yaml.compose(text, yaml.BaseLoader)
     except OSError as error:
         cure = "name another as the first argument, like configs/NAME.yaml"
-        raise UserError(f"{path}: cannot read the config file ({error.strerror}); {cure}") from None
+        problems.append(f"{path}: cannot read the config file ({error.strerror}); {cure}")
+        return None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    try:
-        root = yaml.compose(text, yaml.BaseLoader)
+        problems.append(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8")
+        return None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{path}{line}: not valid YAML: {problem}") from None
+        problems.append(f"{path}{line}: not valid YAML: {problem}")
+        return None
     given: dict[str, Given] = {}
     if isinstance(root, yaml.MappingNode):
         _read_mapping(root, "", path, names, given, problems)
@@ -218,19 +225,19 @@ def load_config(cls: type[T], argv: list[str], default_file: Path | None) -> T:
     problems: list[str] = []
     named_file, arguments = _read_arguments(argv, list(known), problems)
     file = named_file or default_file
-    in_file = _read_file(file, list(known), problems) if file else {}
+    in_file = read_file(file, list(known), problems) if file else {}
     values: dict[str, Any] = {}
     sources = {name: "default" for name in known}
-    failed: set[str] = set()
-    for given in (in_file, _read_environment(list(known)), arguments):
+    # Keys whose value is not known: what is said of them may follow from another problem.
+    failed = set(known) if in_file is None else set()
+    for given in (in_file or {}, _read_environment(list(known)), arguments):
         lengths = []
-        for name, (value, source) in given.items():
-            sources[name] = source
+        for name, value in given.items():
+            sources[name] = value.source
             try:
-                values[name] = parse(known[name].kind, value)
+                values[name] = parse(known[name].kind, value.value)
             except ValueError as error:
-                shown = value if isinstance(value, str) else "[" + ", ".join(value) + "]"
-                problems.append(f"{name}={shown} ({source}): expected {error}")
+                problems.append(f"{name}={value.shown} ({value.source}): expected {error}")
                 failed.add(name)
                 continue
             failed.discard(name)
@@ -240,7 +247,7 @@ def load_config(cls: type[T], argv: list[str], default_file: Path | None) -> T:
     cfg = _build(cls, "", MISSING, values, known, sources, failed, problems)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the settings:"
-        raise UserError("\n  ".join([count, *problems]))
+        raise UserError("\n  ".join([count, *(" ".join(text.split()) for text in problems)]))
     object.__setattr__(cfg, "_provenance", sources)
     return cfg
 
@@ -364,22 +371,3 @@ def _section_lines(before: str, after: str) -> list[str]:
     while shared < min(len(old), len(new)) and old[shared] == new[shared]:
         shared += 1
     return ["  " * depth + new[depth] + ":" for depth in range(shared, len(new))]
-
-
-def docs(cls: type) -> list[tuple[str, str, str, str]]:
-    """(dotted key, type, default, doc) of every setting, as texts."""
-    return [(key.name, kind_text(key.kind), value_text(key.default), key.doc) for key in keys(cls)]
-
-
-def help_text(cls: type, usage: str) -> str:
-    """What --help prints: the usage and every key with its default, type and meaning."""
-    lines = [usage.rstrip(), "", "Settings, as key=value with their defaults:"]
-    for name, kind, default, doc in docs(cls):
-        lines.append(f"  {name}={default}  ({kind})")
-        lines += textwrap.wrap(doc, 92, initial_indent="      ", subsequent_indent="      ")
-    variables = ", ".join(
-        f"TRAIN_LLM_{name.upper()}" for name in HARDWARE_KEYS if hasattr(cls, name)
-    )
-    if variables:
-        lines += ["", f"Environment, stronger than the file: {variables}"]
-    return "\n".join(lines) + "\n"

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from trainlib.checkpoint import Checkpoints
-from trainlib.config import help_text, load_config, recipe, write_run_yaml
+from trainlib.config import HARDWARE_KEYS, load_config, recipe, write_run_yaml
 from trainlib.errors import UserError
 from trainlib.files import move_aside
+from trainlib.help import help_text
 from trainlib.metrics import MetricsLog
 from trainlib.runtime import Hardware, choose_hardware, set_matmul_precision
 
@@ -30,6 +31,14 @@ class RunConfig:
     """Settings that every stage has."""
 
     LENGTH_KEYS: ClassVar = ("max_steps", "max_tokens", "epochs")
+    GROUPS: ClassVar = {
+        "length": (*LENGTH_KEYS, "tokens_per_step", "sequence_length"),
+        "hardware": HARDWARE_KEYS,
+        "evaluation and saving": (
+            *("eval_every_steps", "save_every_steps", "log_every_steps", "keep_checkpoints"),
+        ),
+    }
+    """Titles under which --help lists keys; those of no group are settings of the run."""
 
     out_dir: str = field(default="", metadata=HOW)
     """Folder of the run."""
@@ -110,13 +119,14 @@ def launch(
     argv = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     try:
+        default_file = Path("configs") / f"{stage}.yaml"
         if {"--help", "-h"} & set(argv):
-            usage = f"python {Path(sys.argv[0]).name} [config.yaml] [section.key=value ...]"
-            print(help_text(cls, f"{usage} [--prepare-only]"))
+            named = [Path(word) for word in argv if word.endswith((".yaml", ".yml"))]
+            print(help_text(cls, Path(sys.argv[0]).name, stage, (named or [default_file])[0]))
             return
         only_prepare = "--prepare-only" in argv
         argv = [argument for argument in argv if argument != "--prepare-only"]
-        config = load_config(cls, argv, Path("configs") / f"{stage}.yaml")
+        config = load_config(cls, argv, default_file)
         datasets = prepare(config)
         if only_prepare:
             print("the token caches are ready")

@@ -1,0 +1,91 @@
+"""Protects --help: every setting of every stage, with its default, its meaning and its title."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import dpo_train
+import sft_train
+import train
+from trainlib.config import keys
+from trainlib.help import FLAGS, groups, help_text
+from trainlib.launch import RunConfig, launch
+from trainlib.values import kind_text, value_text
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = {
+    "pretrain": ("train.py", train.PretrainConfig),
+    "sft": ("sft_train.py", sft_train.SFTConfig),
+    "dpo": ("dpo_train.py", dpo_train.DPOConfig),
+}
+
+
+def shown(stage: str, file: str = "none.yaml") -> str:
+    script, cls = STAGES[stage]
+    return help_text(cls, script, stage, ROOT / file)
+
+
+def joined(text: str) -> str:
+    """Each setting and its doc in one line."""
+    return re.sub(r"\n {6,}", " ", text)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_setting_stands_with_default_type_and_doc(stage):
+    lines = joined(shown(stage)).splitlines()
+    found = keys(STAGES[stage][1])
+    assert len(found) > 30
+    for key in found:
+        assert len(key.doc) > 8 and key.doc.endswith("."), key.name
+        head = f"  {key.name}={value_text(key.default)}  ({kind_text(key.kind)})"
+        assert [line for line in lines if line == f"{head} {key.doc}"], head
+    settings = [line for line in lines if re.match(r"  [\w.]+=\S*  \(", line)]
+    assert len(settings) == len(found)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_key_of_the_configs_stands_there(stage):
+    for name in (f"{stage}.yaml", f"tiny_{stage}.yaml"):
+        values = yaml.safe_load((ROOT / "configs" / name).read_text(encoding="utf-8"))
+        text = shown(stage, f"configs/{name}")
+        for key, value in values.items():
+            names = [f"{key}.{last}" for last in value] if isinstance(value, dict) else [key]
+            assert all(f"\n  {name}=" in text for name in names)
+    text = shown("dpo", "configs/dpo.yaml")
+    assert re.search(r"optim\.name=muon  \(muon or adamw; adamw in \S+dpo\.yaml\)", joined(text))
+    assert not re.search("512 in", text)  # As the default is.
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_it_fits_a_terminal_and_stands_under_titles(stage):
+    text = shown(stage)
+    assert max(map(len, text.splitlines())) < 80
+    titles = list(groups(STAGES[stage][1]))
+    wanted = ["run", "length", "hardware", "evaluation and saving", "data", "optim"]
+    if stage == "pretrain":
+        wanted.insert(4, "model")
+    assert [title.partition(":")[0] for title in titles] == wanted
+    assert all(f"\n\n{title}:\n" in text for title in titles)
+    grouped = [name for names in RunConfig.GROUPS.values() for name in names]
+    assert set(grouped) <= {key.name for key in keys(RunConfig)}
+    assert len(grouped) == len(set(grouped)) and set(RunConfig.LENGTH_KEYS) <= set(grouped)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_usage_flags_environment_and_examples(stage, monkeypatch, capsys):
+    script, cls = STAGES[stage]
+    monkeypatch.chdir(ROOT)
+    for argv in (["-h"], ["configs/none.yaml", "--help", "wrong=1"]):
+        monkeypatch.setattr(sys, "argv", [script, *argv])
+        launch(cls, stage, lambda config: None, lambda *_: None)
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: python {script} [config.yaml] [section.key=value ...]")
+        assert all(f"  {flag} " in text for flag in FLAGS)
+        assert all(f"TRAIN_LLM_{name.upper()}" in text for name in RunConfig.GROUPS["hardware"])
+    examples = re.findall(rf"^  python {script} (.*)", text, re.M)
+    assert len(examples) == 2 and (ROOT / examples[0]).is_file()

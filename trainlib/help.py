@@ -1,0 +1,96 @@
+"""What --help prints: every setting of a stage, by group, from what its field says."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import get_type_hints
+
+from trainlib.config import HARDWARE_KEYS, Given, Key, keys, read_file
+from trainlib.values import kind_text, parse, value_text
+
+WIDTH = 79  # Of a terminal of 80 columns, whose last one some of them wrap.
+FLAGS = {
+    "--help": "print this and end",
+    "--prepare-only": "make the token caches and end",
+}
+"""The words of a stage's command line that begin with dashes."""
+
+
+def help_text(cls: type, script: str, stage: str, file: Path) -> str:
+    """The usage, two examples, and every key with its default, type and meaning.
+
+    `file` is the config file that counts; where it sets a key, its value stands beside the default.
+    """
+    values = {}
+    if file.is_file():
+        values = read_file(file, [key.name for key in keys(cls)], []) or {}
+    command = f"python {script}"
+    lines = [
+        f"usage: {command} [config.yaml] [section.key=value ...]",
+        *("       " + " ".join(f"[{flag}]" for flag in FLAGS),),
+        "",
+        *_wrap(cls.__doc__ or "", ""),
+        "",
+        "examples:",
+        f"  {command} configs/tiny_{stage}.yaml",
+        f"  {command} data.files=mine.jsonl out_dir=runs/mine --prepare-only",
+        "",
+        "flags:",
+        *(f"  {flag:16}{meaning}" for flag, meaning in FLAGS.items()),
+        "",
+        *_wrap(
+            f"Settings, as key=default. Without a config file configs/{stage}.yaml counts; the "
+            "command line is stronger than the environment, that than the file.",
+            "",
+        ),
+    ]
+    for title, members in groups(cls).items():
+        lines += ["", f"{title}:"]
+        for key in members:
+            there = _there(key, values.get(key.name), file)
+            lines += _wrap(f"{key.name}={value_text(key.default)}  ({kind_text(key.kind)}{there})")
+            lines += _wrap(key.doc, " " * 6)
+    variables = [f"TRAIN_LLM_{name.upper()}" for name in HARDWARE_KEYS if hasattr(cls, name)]
+    if variables:
+        lines += ["", "environment:", *_wrap(", ".join(variables))]
+    return "\n".join(lines) + "\n"
+
+
+def groups(cls: type) -> dict[str, list[Key]]:
+    """The settings by title: those the class's GROUPS name, the others under "run", sections."""
+    titles = {name: title for title, names in getattr(cls, "GROUPS", {}).items() for name in names}
+    grouped: dict[str, list[Key]] = {"run": [], **{title: [] for title in titles.values()}}
+    hints = get_type_hints(cls)
+    for key in keys(cls):
+        section, dot, _ = key.name.partition(".")
+        if dot:
+            title = f"{section}: {(hints[section].__doc__ or '').splitlines()[0].rstrip('.')}"
+        else:
+            title = titles.get(key.name, "run")
+        grouped.setdefault(title, []).append(key)
+    return {title: members for title, members in grouped.items() if members}
+
+
+def _there(key: Key, given: Given | None, file: Path) -> str:
+    """What the config file says of a key, where that is another value than the default."""
+    if given is None:
+        return ""
+    try:
+        same = parse(key.kind, given.value) == key.default
+    except ValueError:
+        same = False
+    return "" if same else f"; {given.shown} in {file}"
+
+
+def _wrap(text: str, indent: str = "  ") -> list[str]:
+    """Lines of text within WIDTH; the first of a setting begins with its key, the next deeper."""
+    deeper = indent + "    " if indent == "  " else indent
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=deeper,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
