@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from generate import Sampling, generate, stream_text
-from hf_folder import check_vocabulary, load_model
+from hf_folder import load_model, load_tokenizer
 from model import Transformer
 from tokenizer import Tokenizer
 from tokenizer.chat_format import Message, render_prompt
@@ -93,8 +93,7 @@ def main() -> None:
         sampling = Sampling(
             options.temperature, options.top_p, options.top_k, options.max_new_tokens, options.seed
         )
-        model, tokenizer = load_model(options.model), Tokenizer(options.model)
-        check_vocabulary(model.config, tokenizer, f"{options.model}: vocab_size")
+        model, tokenizer = load_model(options.model), load_tokenizer(options.model)
         system: list[Message] = (
             [{"role": "system", "content": options.system}] if options.system else []
         )

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import Batch, DataConfig, Datasets, load_datasets
-from hf_folder import load_model, model_files
+from hf_folder import load_model, load_tokenizer, model_files
 from preferences import TIE_NATS, batch_log_probs, format_report, reference_log_probs, report
-from tokenizer import Tokenizer
 from trainlib.batches import StepLoader
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
 from trainlib.loop import fit, make_schedule, validate
@@ -43,10 +42,10 @@ class DPOConfig(RunConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizers and schedule."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.beta > 0:
-            raise ValueError(f"beta={self.beta} must be above 0")
+    def problems(self) -> list[str]:
+        """Those of every stage, and a beta that is none."""
+        beta = [] if self.beta > 0 else [f"beta={self.beta} must be above 0"]
+        return super().problems() + beta
 
 
 def dpo_loss(
@@ -71,13 +70,13 @@ def dpo_loss(
 
 def prepare(config: DPOConfig) -> Datasets:
     """The pairs, rendered and tokenized once into the cache."""
-    tokenizer = Tokenizer(config.init_from)
+    tokenizer = load_tokenizer(config.init_from)
     return load_datasets(config.data, "dpo", tokenizer, config.sequence_length, config.seed)
 
 
 def main(config: DPOConfig, datasets: Datasets) -> None:
     """Move a fine-tuned model towards the preferred answers."""
-    tokenizer, model = Tokenizer(config.init_from), load_model(config.init_from)
+    tokenizer, model = load_tokenizer(config.init_from), load_model(config.init_from)
     run = start_run(config, "dpo", datasets.data_key, datasets.train.row_length)
 
     prepare_model(run, model, model.model.layers, model_files(model.config, tokenizer))

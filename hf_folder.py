@@ -177,10 +177,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, where: str) -> None:
-    """Raise UserError unless model and tokenizer have the same vocabulary."""
-    if config.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"{where}={config.vocab_size}, but the tokenizer has {tokenizer.vocab_size} entries; "
-            f"set model.vocab_size={tokenizer.vocab_size} or use the tokenizer of the checkpoint"
-        )
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder.
+
+    Raises UserError where the folder holds no model that can be trained, or one without a row for
+    every id: before anything is tokenized, as that may take hours.
+    """
+    config, tokenizer = load_config(folder), Tokenizer(folder)
+    where = f"{Path(folder) / 'config.json'}: vocab_size"
+    check_vocabulary(config, tokenizer, where, "copy the model's own tokenizer.json there")
+    return tokenizer
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, where: str, cure: str) -> None:
+    """Raise UserError unless the model has a row for every id; spare rows are harmless."""
+    if config.vocab_size < tokenizer.vocab_size:
+        entries = f"the tokenizer has {tokenizer.vocab_size} entries"
+        raise UserError(f"{where}={config.vocab_size}, but {entries}; {cure}")

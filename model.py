@@ -55,13 +55,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         problems = [
-            f"model.{name}={getattr(self, name)} must be at least 1"
+            f"model.{name}={getattr(self, name)} must be above 0"
             for name, kind in self.__annotations__.items()
-            if kind == "int" and getattr(self, name) < 1
+            if kind != "bool" and not getattr(self, name) > 0
         ]
         if self.head_dim % 2:
             problems.append(f"model.head_dim={self.head_dim} must be even (rotary pairs)")
-        if not problems and self.num_attention_heads % self.num_key_value_heads:
+        if self.num_key_value_heads > 0 and self.num_attention_heads % self.num_key_value_heads:
             problems.append(
                 f"model.num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"model.num_key_value_heads={self.num_key_value_heads}"

@@ -13,9 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dataset import Batch, DataConfig, Datasets, load_datasets
-from hf_folder import load_model, model_files
+from hf_folder import load_model, load_tokenizer, model_files
 from losses import cross_entropy_sum
-from tokenizer import Tokenizer
 from trainlib.batches import StepLoader
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
 from trainlib.loop import fit, make_schedule, validate
@@ -46,13 +45,13 @@ def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any
 
 def prepare(config: SFTConfig) -> Datasets:
     """The conversations, rendered and tokenized once into the cache."""
-    tokenizer = Tokenizer(config.init_from)
+    tokenizer = load_tokenizer(config.init_from)
     return load_datasets(config.data, "sft", tokenizer, config.sequence_length, config.seed)
 
 
 def main(config: SFTConfig, datasets: Datasets) -> None:
     """Teach a pretrained model to answer."""
-    tokenizer, model = Tokenizer(config.init_from), load_model(config.init_from)
+    tokenizer, model = load_tokenizer(config.init_from), load_model(config.init_from)
     run = start_run(config, "sft", datasets.data_key, config.sequence_length)
 
     prepare_model(run, model, model.model.layers, model_files(model.config, tokenizer))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dataset import Batch, DataConfig, Datasets, load_datasets
 from generate import Sampling, sample_texts
-from hf_folder import check_vocabulary, load_model, model_files
+from hf_folder import check_vocabulary, load_model, load_tokenizer, model_files
 from losses import cross_entropy_sum
 from model import ModelConfig, Transformer, count_parameters
 from tokenizer import Tokenizer, default_folder
@@ -48,17 +48,25 @@ def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any
     return loss_sum, {"bits_per_byte": (loss_sum / math.log(2), batch.num_bytes)}
 
 
+def open_tokenizer(config: PretrainConfig) -> Tokenizer:
+    """The tokenizer of init_from, or the project's own; raises UserError if it fits no model."""
+    if config.init_from:
+        return load_tokenizer(config.init_from)
+    tokenizer = Tokenizer(default_folder())
+    cure = f"set model.vocab_size={tokenizer.vocab_size} or leave it out"
+    check_vocabulary(config.model, tokenizer, "model.vocab_size", cure)
+    return tokenizer
+
+
 def prepare(config: PretrainConfig) -> Datasets:
     """The data, tokenized once into the cache."""
-    tokenizer = Tokenizer(config.init_from or default_folder())
+    tokenizer = open_tokenizer(config)
     return load_datasets(config.data, "pretrain", tokenizer, config.sequence_length, config.seed)
 
 
 def main(config: PretrainConfig, datasets: Datasets) -> None:
     """Train a model from nothing, or go on from init_from."""
-    tokenizer = Tokenizer(config.init_from or default_folder())
-    if not config.init_from:
-        check_vocabulary(config.model, tokenizer, "model.vocab_size")
+    tokenizer = open_tokenizer(config)
     initial = load_model(config.init_from) if config.init_from else None
     run = start_run(config, "pretrain", datasets.data_key, config.sequence_length)
     model = initial or Transformer(config.model)

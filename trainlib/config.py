@@ -191,12 +191,12 @@ def _read_arguments(
             if file:
                 problems.append(f"{argument} ({COMMAND_LINE}): a second config file after {file}")
             file = file or Path(argument)
+        elif (bare := name.lstrip("-").replace("-", "_")) in names and name.startswith("-"):
+            cure = f"write it without dashes: {bare}={value or 'VALUE'}"
+            problems.append(f"{argument} ({COMMAND_LINE}): {cure}")
         elif not equals:
             expected = "expected a config file (.yaml) or section.key=value"
             problems.append(f"{argument} ({COMMAND_LINE}): {expected}")
-        elif name.startswith("-") and name.lstrip("-") in names:
-            cure = f"write it without dashes: {argument.lstrip('-')}"
-            problems.append(f"{argument} ({COMMAND_LINE}): {cure}")
         elif name not in names:
             problems.append(f"{argument} ({COMMAND_LINE}): {_unknown(name, names)}")
         else:

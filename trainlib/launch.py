@@ -76,6 +76,11 @@ class RunConfig:
     """Newest step folders that are kept."""
 
     def __post_init__(self) -> None:
+        if problems := self.problems():
+            raise ValueError("; ".join(problems))
+
+    def problems(self) -> list[str]:
+        """What no run can be carried out with, one text each; a stage adds its own."""
         problems = [
             f"{key}={getattr(self, key)} must be at least {least}"
             for key, least in (
@@ -89,8 +94,7 @@ class RunConfig:
         if len(given) != 1:
             problems.append(f"give the length by one of {', '.join(self.LENGTH_KEYS)}, not "
                             f"{' and '.join(given) or 'none'}")  # fmt: skip
-        if problems:
-            raise ValueError("; ".join(problems))
+        return problems
 
 
 @dataclass

@@ -59,10 +59,15 @@ class OptimConfig:
         for key in ("warmup_fraction", "decay_fraction", "final_lr_fraction"):
             if not 0 <= getattr(self, key) <= 1:
                 problems.append(f"optim.{key}={getattr(self, key)} must be in [0, 1]")
-        if self.weight_decay < 0 or self.grad_clip < 0:
-            problems.append("optim.weight_decay and optim.grad_clip must be 0 or more")
-        if not problems and self.warmup_fraction + self.decay_fraction > 1:
-            problems.append("optim.warmup_fraction + optim.decay_fraction must be at most 1")
+        for key in ("weight_decay", "grad_clip"):
+            if getattr(self, key) < 0:
+                problems.append(f"optim.{key}={getattr(self, key)} must be at least 0")
+        warmup, decay = self.warmup_fraction, self.decay_fraction
+        if self.schedule == "wsd" and max(warmup, decay) <= 1 < warmup + decay:
+            problems.append(
+                f"optim.warmup_fraction={warmup} and optim.decay_fraction={decay} "
+                "must be at most 1 together"
+            )
         if problems:
             raise ValueError("; ".join(problems))
 

@@ -1,0 +1,228 @@
+"""Protects users' time and files: what cannot be run is told at once, and nothing is written.
+
+Every case is a command line of a stage, run in this process from the reading of its words on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import dpo_train
+import sft_train
+import train
+from hf_folder import model_files
+from model import ModelConfig, Transformer
+from tokenizer import Tokenizer
+from trainlib.launch import launch
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = {
+    "pretrain": (train, train.PretrainConfig),
+    "sft": (sft_train, sft_train.SFTConfig),
+    "dpo": (dpo_train, dpo_train.DPOConfig),
+}
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16,
+}  # fmt: skip
+COMMON = ["tokens_per_step=128", "sequence_length=64", "max_steps=2", "device=cpu", "out_dir=out"]
+COMMON += ["micro_batch_size=2", "eval_every_steps=0"]
+MODEL = [f"model.{name}={value}" for name, value in SIZES.items()]
+
+
+def talk(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def pair(chosen: list, rejected: list) -> dict:
+    return {"chosen": chosen, "rejected": rejected}
+
+
+TEXTS = [{"text": f"row {i} goes on and on"} for i in range(40)]
+TALKS = [{"conversations": talk(f"q {i}", f"answer {i}")} for i in range(40)]
+PAIRS = [pair(talk(f"q {i}", "yes"), talk(f"q {i}", "no")) for i in range(40)]
+LONG = "a long answer " * 40
+FILES = {
+    "pretrain.jsonl": TEXTS, "sft.jsonl": TALKS, "dpo.jsonl": PAIRS, "empty.jsonl": [],
+    "no_text.jsonl": [*TEXTS[:3], {"body": "x"}],
+    "no_turns.jsonl": [*TALKS[:3], {"talk": []}],
+    "no_rejected.jsonl": [*PAIRS[:3], {"chosen": talk("a", "b")}],
+    "prompts.jsonl": [*PAIRS[:3], pair(talk("a", "yes"), talk("b", "no"))],
+    "long_sft.jsonl": [*TALKS, {"conversations": talk("q", LONG)}],
+    "long_dpo.jsonl": [*PAIRS, pair(talk("q", LONG), talk("q", "no"))],
+    "all_long.jsonl": [{"conversations": talk(f"q {i}", LONG)} for i in range(3)],
+}  # fmt: skip
+
+
+def write_model(folder: Path, tokenizer: Tokenizer, **changes: object) -> None:
+    """A model folder of random weights whose config.json says something else."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**SIZES))
+    for name, content in model_files(model.config, tokenizer).items():
+        (folder / name).write_text(content, encoding="utf-8")
+    values = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(values))
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tokenizer):
+    """A folder as a user may have it: data good and bad, models good and bad."""
+    path = tmp_path_factory.mktemp("place")
+    (path / "configs").symlink_to(ROOT / "configs")
+    for name, rows in FILES.items():
+        (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "cut.jsonl").write_text('{"text": "a"}\n{"text": "b\n')
+    (path / "c.yaml").write_text("max_steps: 3\nmax_tokens: 99\noptim:\n  muon_rl: 1\nsead: 4\n")
+    (path / "broken.yaml").write_text("max_steps: 3\nmodel: [\n")
+    write_model(path / "base", tokenizer)
+    write_model(path / "llama", tokenizer, architectures=["LlamaForCausalLM"])
+    write_model(path / "small", tokenizer, vocab_size=100)
+    write_model(path / "wide", tokenizer, hidden_size=64)
+    return path
+
+
+@pytest.fixture
+def run(place, tmp_path, monkeypatch, capsys):
+    """Run a stage's command line in the place; gives exit code and output."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def stage(name: str, *settings: str) -> tuple[int, str]:
+        module, cls = STAGES[name]
+        words = [f"data.files={name}.jsonl", *COMMON]
+        words += MODEL if name == "pretrain" else ["init_from=base"]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words, *settings])
+        try:
+            launch(cls, name, module.prepare, module.main)
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        out, err = capsys.readouterr()
+        return code, out + err
+
+    yield stage
+    root.handlers[:], root.level = handlers, level
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Times and bytes of every file under a folder."""
+    return {
+        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes())
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
+# stage, settings, and texts that the message holds
+CASES = [
+    ("pretrain", "optim.muon_rl=1", "optim.muon_rl=1 (command line): unknown key",
+     "did you mean optim.muon_lr?"),
+    ("dpo", "betta=1", "betta=1 (command line): unknown key; did you mean beta?"),
+    ("sft", "model.head_dim=64", "model.head_dim=64 (command line): unknown key"),
+    ("pretrain", "--max-steps=5", "--max-steps=5", "without dashes: max_steps=5"),
+    ("pretrain", "seed=x optim.muon_lr=fast", "2 problems",
+     "seed=x (command line): expected a whole number",
+     "optim.muon_lr=fast (command line): expected a number"),
+    ("pretrain", "precision=fp8", "precision=fp8 (command line): expected auto or fp32"),
+    ("pretrain", "model.tie_word_embeddings=maybe", "expected on or off"),
+    ("pretrain", "tokens_per_step=0 model.head_dim=3 model.rope_theta=0 optim.grad_clip=-1",
+     "4 problems", "tokens_per_step=0 must be at least 1", "model.head_dim=3 must be even",
+     "model.rope_theta=0.0 must be above 0", "optim.grad_clip=-1.0 must be at least 0"),
+    ("dpo", "beta=0 log_every_steps=0", "2 problems",
+     "beta=0.0 must be above 0 (beta: command line)",
+     "log_every_steps=0 must be at least 1"),
+    ("pretrain", "optim.warmup_fraction=0.6 optim.decay_fraction=0.6", "at most 1 together"),
+    ("pretrain", "max_steps=1 epochs=1", "max_steps=1 and epochs=1 (command line): two lengths"),
+    ("pretrain", "max_steps=0 epochs=0", "give the length by one of"),
+    ("pretrain", "c.yaml", "3 problems", "max_steps=3 and max_tokens=99 (c.yaml:1, c.yaml:2): two",
+     "optim.muon_rl (c.yaml:4): unknown key; did you mean optim.muon_lr?",
+     "sead (c.yaml:5): unknown key; did you mean seed?"),
+    ("pretrain", "broken.yaml seed=x", "2 problems", "broken.yaml:3: not valid YAML", "seed=x"),
+    ("pretrain", "none.yaml", "none.yaml: cannot read the config file"),
+    ("pretrain", "data.files=none.jsonl", "none.jsonl does not exist", "data.files"),
+    ("pretrain", "data.val_files=none.jsonl", "none.jsonl does not exist"),
+    ("pretrain", "data.files=cut.jsonl", "cut.jsonl, line 2: not JSON", "one whole JSON object"),
+    ("pretrain", "data.files=empty.jsonl", "empty.jsonl is empty", '{"text": "..."}'),
+    ("sft", "data.files=empty.jsonl", "empty.jsonl is empty", '"conversations"'),
+    ("pretrain", "data.files=no_text.jsonl", "no_text.jsonl, line 4: not a pretrain row", "body"),
+    ("sft", "data.files=no_turns.jsonl", "no_turns.jsonl, line 4: not a sft row", "talk"),
+    ("dpo", "data.files=no_rejected.jsonl", "no_rejected.jsonl, line 4: not a dpo row", "chosen"),
+    ("dpo", "data.files=prompts.jsonl", "prompts.jsonl, line 4: ", "different prompts"),
+    ("sft", "data.files=all_long.jsonl", "all_long.jsonl: none of", "64 positions",
+     "Raise sequence_length"),
+    *((stage, "init_from=nowhere", "init_from=nowhere: no model folder there", "config.json")
+      for stage in STAGES),
+    *((stage, "init_from=llama", "config.json: architecture LlamaForCausalLM, but only Qwen3")
+      for stage in STAGES),
+    *((stage, "init_from=small", "small/config.json: vocab_size=100, but the tokenizer has 6400")
+      for stage in STAGES),
+    ("sft", "init_from=wide", "wide does not fit its config.json", "has shape (48, 32)"),
+    ("pretrain", "model.vocab_size=100", "model.vocab_size=100, but the tokenizer has 6400 entries",
+     "set model.vocab_size=6400"),
+    ("pretrain", "resume=base", "resume=base is no step folder"),
+    ("pretrain", "out_dir=base", "base holds files, but no run of this program", "out_dir=NEW"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[1]}")
+def test_what_cannot_be_run_is_told_and_writes_nothing(case, run, place, tmp_path):
+    stage, settings, *texts = case
+    before = contents(place)
+    code, out = run(stage, *settings.split())
+    assert code == 1 and "error: " in out
+    for text in texts:
+        assert text in out
+    assert contents(place) == before and not (place / "out").exists()
+    assert not list(tmp_path.glob("cache/tokens/.making-*"))
+    if "problem" in out:  # One line each, and no more than are said.
+        message = out[out.index("error: ") :].splitlines()
+        assert len(message) == 1 + int(message[0].split()[1])
+
+
+def test_a_finished_or_another_run_stays_as_it_is(run, place, tmp_path):
+    other = tmp_path / "done"
+    assert run("pretrain", f"out_dir={other}")[0] == 0
+    before = contents(tmp_path / "done"), contents(place)
+    code, out = run("pretrain", f"out_dir={other}")
+    assert code == 1 and f"{other} holds a finished run" in out
+    for way in ("out_dir=NEW", "resume=never", f"init_from={other}/final"):
+        assert way in out
+    (other / "final").rename(tmp_path / "final")
+    for settings, said in (
+        (["optim.muon_lr=0.5"], "optim.muon_lr: 0.02 there, 0.5 now"),
+        (["data.files=no_turns.jsonl"], "line 1: not a pretrain row"),
+        (["data.val_files=pretrain.jsonl"], "the data files or the tokenizer have changed"),
+    ):
+        code, out = run("pretrain", f"out_dir={other}", *settings)
+        assert code == 1 and said in out
+    (tmp_path / "final").rename(other / "final")
+    assert (contents(tmp_path / "done"), contents(place)) == before
+
+
+@pytest.mark.parametrize(("stage", "positions"), [("sft", 64), ("dpo", 128)])
+def test_an_answer_longer_than_a_row_is_left_out_and_counted(stage, positions, run, place):
+    code, out = run(stage, f"data.files=long_{stage}.jsonl", "--prepare-only")
+    assert code == 0 and not (place / "out").exists()
+    assert f"1 rows longer than {positions} positions were left out: long_{stage} 1" in out
+
+
+def test_a_document_longer_than_a_row_is_cut_and_kept(run, place, tokenizer):
+    text = "word " * 500
+    (place / "long.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    settings = ["data.files=long.jsonl", "data.val_files=pretrain.jsonl", "--prepare-only"]
+    code, out = run("pretrain", *settings)
+    (place / "long.jsonl").unlink()
+    assert code == 0 and "left out" not in out
+    assert f"train: {-(-(len(tokenizer.encode(text)) + 1) // 64)} units" in out
