@@ -1,15 +1,19 @@
 # demo: real text to a model that chats.  test, lint: what every change must pass.
+# test-all: the slower ones too.
 PYTHON ?= python3
 NAME ?= 小智
 AUTHOR ?= 我
 BIN = .venv/bin
 
-.PHONY: demo test lint tensorboard
+.PHONY: demo test test-all lint tensorboard
 
 demo: .venv/ready
 	$(BIN)/python -m tools.demo --name "$(NAME)" --author "$(AUTHOR)"
 
 test: .venv/ready-dev
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: .venv/ready-dev
 	$(BIN)/python -m pytest -q
 
 lint: .venv/ready-dev

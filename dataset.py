@@ -317,6 +317,17 @@ class PackedDataset:
             num_tokens=int((~empty).sum()),
         )
 
+    def count(self, rows: list[Row]) -> tuple[int, int]:
+        """Targets (labels under the loss; of preferences, pairs) and real positions of rows."""
+        units = [unit for row in rows for unit in row]
+        num_tokens = int(self._length[units].sum())
+        if self.kind == "dpo":
+            return len(units), num_tokens
+        if self.kind == "pretrain":
+            return num_tokens, num_tokens  # Every id but a document's first is a label.
+        sequences = (sequence for unit in units for sequence in self._sequences(unit))
+        return sum(int(supervised[1:].sum()) for _, supervised in sequences), num_tokens
+
     def _sequences(self, unit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and loss mask of each sequence of a unit."""
         cache, start = self.caches[self._file[unit]], int(self._start[unit])

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from dataset import Batch, DataConfig, Datasets, load_datasets
 from hf_folder import load_model, load_tokenizer, model_files
 from preferences import TIE_NATS, batch_log_probs, format_report, reference_log_probs, report
-from trainlib.batches import StepLoader
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
-from trainlib.loop import fit, make_schedule, validate
+from trainlib.loop import fit, make_loader, make_schedule, validate
 from trainlib.optim import OptimConfig, build_optimizers
 
 log = logging.getLogger(__name__)
@@ -81,9 +80,7 @@ def main(config: DPOConfig, datasets: Datasets) -> None:
 
     prepare_model(run, model, model.model.layers, model_files(model.config, tokenizer))
     optimizers = build_optimizers(model, config.optim)
-    loader = StepLoader(
-        datasets.train, config.tokens_per_step, run.hardware.micro_batch_size, config.epochs
-    )
+    loader = make_loader(run, datasets.train)
     schedule = make_schedule(config, loader)
     reference = reference_log_probs(run, model, datasets, loader, schedule.num_steps)
 

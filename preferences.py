@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from dataset import Batch, Datasets, PackedDataset
 from losses import sequence_log_probs
-from token_cache import cache_dir
 from trainlib.batches import Place, StepLoader
+from trainlib.files import cache_dir
 from trainlib.launch import Run
 from trainlib.loop import micro_batches
 from trainlib.runtime import looking
@@ -37,11 +37,12 @@ def batch_log_probs(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def reference_log_probs(
-    run: Run, model: nn.Module, datasets: Datasets, loader: StepLoader, num_steps: int
+    run: Run, model: nn.Module, datasets: Datasets, loader: StepLoader, num_steps: int | None
 ) -> Tensor:
     """The starting model's log-probabilities by sequence id, NaN where the run never looks.
 
-    Read from .cache/reference/ as far as an earlier run left them there; shape (sequences,).
+    A run whose number of steps is not known looks everywhere. The ranks share the work. Read from
+    .cache/reference/ as far as an earlier run left them there; shape (sequences,).
     """
     everything = [datasets.train, *datasets.val.values()]
     last = everything[-1]
@@ -65,15 +66,18 @@ def reference_log_probs(
 
     with looking(model):
         for packed in datasets.val.values():
-            for batch in micro_batches(packed, run.hardware.micro_batch_size):
+            for batch in micro_batches(packed, run.hardware.micro_batch_size, run.ranks):
                 fill(batch)
-        for _ in range(num_steps):
+        one_epoch = -(-datasets.train.num_rows() // loader.rows_per_step)
+        for _ in range(min(num_steps or one_epoch, one_epoch)):
             for batch in next(loader).micro_batches:
                 fill(batch)
     loader.seek(Place())
+    for theirs in run.ranks.gather(values):
+        values = np.where(np.isnan(values), theirs, values)
     known = np.isfinite(values).sum()
     log.info("reference: %d answers computed, %d from the cache", known - before, before)
-    if known > before:
+    if known > before and run.ranks.first:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".tmp.npy")
         np.save(partial, values)

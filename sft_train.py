@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from dataset import Batch, DataConfig, Datasets, load_datasets
 from hf_folder import load_model, load_tokenizer, model_files
 from losses import cross_entropy_sum
-from trainlib.batches import StepLoader
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
-from trainlib.loop import fit, make_schedule, validate
+from trainlib.loop import fit, make_loader, make_schedule, validate
 from trainlib.optim import OptimConfig, build_optimizers
 
 log = logging.getLogger(__name__)
@@ -56,9 +55,7 @@ def main(config: SFTConfig, datasets: Datasets) -> None:
 
     prepare_model(run, model, model.model.layers, model_files(model.config, tokenizer))
     optimizers = build_optimizers(model, config.optim)
-    loader = StepLoader(
-        datasets.train, config.tokens_per_step, run.hardware.micro_batch_size, config.epochs
-    )
+    loader = make_loader(run, datasets.train)
     schedule = make_schedule(config, loader)
 
     def evaluate() -> dict[str, float]:

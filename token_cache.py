@@ -31,6 +31,7 @@ from tqdm import tqdm
 import formats
 from tokenizer import Sequence, Tokenizer
 from trainlib.errors import UserError
+from trainlib.files import cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +61,6 @@ class TokenCache:
     def source(self, record: int) -> str:
         """The kind that a row names in its "source" field, empty without one."""
         return self.source_names[self.sources[record]]
-
-
-def cache_dir() -> Path:
-    """Where everything that can be made again is kept."""
-    return Path(os.environ.get("TRAIN_LLM_CACHE_DIR", ".cache"))
 
 
 def file_fingerprint(path: Path) -> str:

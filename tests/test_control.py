@@ -5,50 +5,122 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from datetime import datetime
 
 import pytest
 
-from trainlib.control import Control, Requests
+from trainlib.control import Clock, Control, Requests, seconds_until
+from trainlib.optim import OptimConfig, Schedule
+from trainlib.ranks import Ranks
+
+SCHEDULE = Schedule(OptimConfig(), 100)
 
 
 def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def test_nothing_is_asked_for_at_first():
-    with Control() as control:
-        assert control.poll(1) == Requests(save=False, stop=False)
+def test_nothing_is_asked_for_at_first(tmp_path):
+    with Control(tmp_path, Clock(), Ranks()) as control:
+        assert control.poll(1, SCHEDULE) == Requests(save=False, stop=False)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_asks_to_stop_and_says_so(name, caplog):
+def test_a_signal_asks_to_stop_and_says_so(name, caplog, tmp_path):
     caplog.set_level(logging.INFO)
-    with Control() as control:
+    with Control(tmp_path, Clock(), Ranks()) as control:
         send(getattr(signal, name))
-        assert control.poll(7) == Requests(save=False, stop=True)
+        assert control.poll(7, SCHEDULE) == Requests(save=False, stop=True)
         assert "stopping after step 7: saving a checkpoint" in caplog.text
 
 
-def test_the_second_interrupt_ends_at_once():
-    with Control() as control:
+def test_the_second_interrupt_ends_at_once(tmp_path):
+    with Control(tmp_path, Clock(), Ranks()) as control:
         send(signal.SIGTERM)
         send(signal.SIGTERM)  # Schedulers repeat it: the checkpoint must still be written.
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
-            control.poll(1)
+            control.poll(1, SCHEDULE)
 
 
-def test_sigusr1_asks_once_for_a_checkpoint():
-    with Control() as control:
+def test_sigusr1_asks_once_for_a_checkpoint(tmp_path):
+    with Control(tmp_path, Clock(), Ranks()) as control:
         send(signal.SIGUSR1)
-        assert control.poll(1) == Requests(save=True, stop=False)
-        assert control.poll(2) == Requests(save=False, stop=False)
+        assert control.poll(1, SCHEDULE) == Requests(save=True, stop=False)
+        assert control.poll(2, SCHEDULE) == Requests(save=False, stop=False)
 
 
-def test_the_handlers_are_put_back_whatever_happens():
+def test_the_handlers_are_put_back_whatever_happens(tmp_path):
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     before = [signal.getsignal(number) for number in numbers]
-    with pytest.raises(RuntimeError), Control():
+    with pytest.raises(RuntimeError), Control(tmp_path, Clock(), Ranks()):
         assert all(signal.getsignal(n) != b for n, b in zip(numbers, before, strict=True))
         raise RuntimeError
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_finish_begins_the_decay_and_is_answered_once(tmp_path):
+    schedule = Schedule(OptimConfig(decay_fraction=0.25), None)
+    with Control(tmp_path, Clock(), Ranks()) as control:
+        (tmp_path / "FINISH").touch()
+        assert control.poll(40, schedule) == Requests(finish=50)
+        assert not (tmp_path / "FINISH").exists()
+        assert control.poll(41, schedule) == Requests()
+
+
+def test_finish_never_makes_a_run_longer(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    with Control(tmp_path, Clock(), Ranks()) as control:
+        (tmp_path / "FINISH").touch()
+        assert control.poll(90, SCHEDULE).finish is None
+        assert "ends at step 100 anyway" in caplog.text
+
+
+class Time:
+    """A clock that only moves when told to."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def time(monkeypatch):
+    time = Time()
+    monkeypatch.setattr("trainlib.control.time", time)
+    return time
+
+
+@pytest.mark.parametrize("slow", [1.0, 2.0])
+def test_a_run_of_hours_ends_in_time(time, slow):
+    """An hour; 100 s to start, 2 s a step, and in the decay perhaps twice as long."""
+    clock, schedule, step = Clock(max_hours=1), Schedule(OptimConfig(), None), 0
+    time.now += 100
+    while not schedule.reached(step):
+        time.now += 2.0 if schedule.num_steps is None else 2.0 * slow
+        step += 1
+        if (end := clock.plan(step, schedule)) is not None:
+            schedule.begin_decay(step, end)
+    used = time.now - 1000
+    assert 3100 < used <= 3500, used  # What the start took is kept back for the end.
+    assert schedule.decay is not None and schedule.factor(step - 1) < 0.05
+    if slow == 1:
+        assert schedule.decay[0] == pytest.approx(step / 2, rel=0.05)  # decay_fraction is 0.5.
+
+
+def test_time_spent_before_a_resume_counts(time):
+    clock = Clock(max_hours=1)
+    clock.earlier = 3000
+    time.now += 500
+    assert clock.left() == pytest.approx(100)
+
+
+def test_a_deadline_is_the_next_such_time():
+    now = datetime(2026, 3, 1, 22, 0)
+    assert seconds_until("23:30", now) == 5400
+    assert seconds_until("21:30", now) == 23.5 * 3600
+    assert seconds_until("2026-03-02T22:00", now) == 86400
+    for wrong in ("2026-02-28T22:00", "25:00", "soon"):
+        with pytest.raises(ValueError, match=f"deadline={wrong}"):
+            seconds_until(wrong, now)

@@ -9,11 +9,15 @@ import torch
 
 from trainlib.batches import Place
 from trainlib.checkpoint import Checkpoints
+from trainlib.control import Clock
 from trainlib.errors import UserError
-from trainlib.loop import TrainState, restore, save
 from trainlib.metrics import cut_back
-from trainlib.optim import OptimConfig, build_optimizers
+from trainlib.optim import OptimConfig, Schedule, build_optimizers
+from trainlib.ranks import Ranks
 from trainlib.runtime import looking
+from trainlib.state import TrainState, restore, save
+
+SCHEDULE = Schedule(OptimConfig(), 10)
 
 
 class Loader:
@@ -27,8 +31,9 @@ class Loader:
 
 def new_run(folder, resume_from=None):
     return SimpleNamespace(
-        folder=folder, resume_from=resume_from, checkpoints=Checkpoints(folder, 2), metrics=None
-    )
+        folder=folder, resume_from=resume_from, checkpoints=Checkpoints(folder, 2), metrics=None,
+        ranks=Ranks(), clock=Clock(), hardware=SimpleNamespace(precision="fp32"),
+    )  # fmt: skip
 
 
 def new_model():
@@ -50,15 +55,16 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
     model, optimizers = new_model()
     steps(model, optimizers, 2)
     run = new_run(tmp_path)
-    save(run, model, optimizers, TrainState(step=2, tokens=9, position=Place(1, 5)))
+    save(run, model, optimizers, SCHEDULE, TrainState(step=2, tokens=9, position=Place(1, 5)))
     run.checkpoints.join()
     steps(model, optimizers, 3)
     drawn = torch.rand(3)
     torch.manual_seed(77)
     other, other_optimizers = new_model()
     loader = Loader()
-    state = restore(new_run(tmp_path, tmp_path), other, other_optimizers, loader)
-    assert state == TrainState(step=2, tokens=9, position=Place(1, 5))
+    step_folder = tmp_path / "step_000002"
+    state = restore(new_run(tmp_path, step_folder), other, other_optimizers, SCHEDULE, loader)
+    assert (state.step, state.tokens, state.position) == (2, 9, Place(1, 5))
     assert loader.position == Place(1, 5)
     steps(other, other_optimizers, 3)
     assert torch.equal(torch.rand(3), drawn)
@@ -69,20 +75,21 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     model, optimizers = new_model()
     run = new_run(tmp_path)
-    save(run, model, optimizers, TrainState(step=1))
+    save(run, model, optimizers, SCHEDULE, TrainState(step=1))
     run.checkpoints.join()
     other = torch.nn.Sequential(torch.nn.Linear(8, 9, bias=False), torch.nn.LayerNorm(9))
     with pytest.raises(UserError):
         restore(
-            new_run(tmp_path, tmp_path), other, build_optimizers(other, OptimConfig()), Loader()
-        )
+            new_run(tmp_path, tmp_path / "step_000001"), other,
+            build_optimizers(other, OptimConfig()), SCHEDULE, Loader(),
+        )  # fmt: skip
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     model, optimizers = new_model()
     run = new_run(tmp_path)
     for step in (1, 2, 3):
-        save(run, model, optimizers, TrainState(step=step))
+        save(run, model, optimizers, SCHEDULE, TrainState(step=step))
     run.checkpoints.join()
     assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000002", "step_000003"]
     assert (tmp_path / "latest").read_text().strip() == "step_000003"

@@ -7,8 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from trainlib.ranks import Ranks
+
 BatchT = TypeVar("BatchT")
 MadeT = TypeVar("MadeT", covariant=True)
+ALONE = Ranks()
 
 
 class Place(NamedTuple):
@@ -35,10 +38,14 @@ class Dataset(Protocol[MadeT]):
         """One micro-batch of num_rows rows, empty ones at the end."""
         ...
 
+    def count(self, rows: list[Any]) -> tuple[int, int]:
+        """Targets (what a loss is divided by) and real positions of some rows."""
+        ...
+
 
 @dataclass(frozen=True)
 class StepBatch(Generic[BatchT]):
-    """All that one optimizer step reads."""
+    """What one optimizer step reads: this rank's micro-batches, and counts of the whole step."""
 
     micro_batches: list[BatchT]
     num_targets: int
@@ -49,18 +56,24 @@ class StepBatch(Generic[BatchT]):
 class StepLoader(Generic[BatchT]):
     """Deals a data set's rows to optimizer steps, the next one made in a thread meanwhile.
 
-    A step takes tokens_per_step / row_length rows, dealt evenly to as few micro-batches of at most
-    micro_batch_size rows as hold them; all have one shape, and rows that are missing are empty.
-    Goes on into the next epoch; with `epochs` the last step ends with the last row.
+    A step takes tokens_per_step / row_length rows, whatever the number of ranks, dealt evenly to
+    as few micro-batches of at most micro_batch_size rows as hold them, the same number for each
+    rank; all have one shape, and rows that are missing are empty. Goes on into the next epoch;
+    with `epochs` the last step ends with the last row.
     """
 
     def __init__(
-        self, dataset: Dataset[BatchT], tokens_per_step: int, micro_batch_size: int, epochs: int = 0
+        self,
+        dataset: Dataset[BatchT],
+        tokens_per_step: int,
+        micro_batch_size: int,
+        epochs: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.dataset, self.epochs = dataset, epochs
+        self.dataset, self.epochs, self.ranks = dataset, epochs, ranks
         self.rows_per_step = max(1, tokens_per_step // dataset.row_length)
-        num_micro = -(-self.rows_per_step // max(1, micro_batch_size))
-        self.micro_batch_rows = -(-self.rows_per_step // num_micro)
+        num_micro = -(-self.rows_per_step // (max(1, micro_batch_size) * ranks.count))
+        self.micro_batch_rows = -(-self.rows_per_step // (num_micro * ranks.count))
         self.position = Place()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._next: Future[StepBatch[BatchT]] | None = None
@@ -91,15 +104,13 @@ class StepLoader(Generic[BatchT]):
                 position = after
                 if len(rows) == self.rows_per_step:
                     break
-        num_micro = -(-len(rows) // self.micro_batch_rows)
-        # Row i goes to micro-batch i mod n, so that all are filled alike.
+        count = self.ranks.count
+        num_micro = -(-len(rows) // (self.micro_batch_rows * count))
+        # Row i goes to micro-batch i mod n, so that all are filled alike; of these n, every rank
+        # takes as many, itself first.
         micro = [
-            self.dataset.collate(rows[i::num_micro], self.micro_batch_rows)
-            for i in range(num_micro)
+            self.dataset.collate(rows[i :: num_micro * count], self.micro_batch_rows)
+            for i in range(self.ranks.rank, num_micro * count, count)
         ]
-        return StepBatch(
-            micro,
-            sum(batch.num_targets for batch in micro),  # type: ignore[attr-defined]
-            sum(batch.num_tokens for batch in micro),  # type: ignore[attr-defined]
-            position,
-        )
+        num_targets, num_tokens = self.dataset.count(rows)
+        return StepBatch(micro, num_targets, num_tokens, position)

@@ -30,8 +30,10 @@ from trainlib.files import sync, write_atomically
 class Checkpoints:
     """The step folders of a run; writing happens in a thread, from a snapshot."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, writes: bool = True) -> None:
         self.folder, self.keep = folder, keep
+        self.writes = writes
+        """Whether this process writes at all: of several ranks only the first does."""
         self.companions: dict[str, str] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -48,6 +50,8 @@ class Checkpoints:
         Raises UserError where the one before could not be written.
         """
         self.join()
+        if not self.writes:
+            return
         weights = _snapshot(dict(model.named_parameters()))
         state = json.loads(json.dumps(state))
         self._writing = self._thread.submit(self._write, step, weights, _snapshot(tensors), state)
@@ -104,6 +108,8 @@ class Checkpoints:
 
         Raises UserError where it cannot be written; the step folders are whole.
         """
+        if not self.writes:
+            return
         partial = self.folder / ".writing-final"
         try:
             self._model_folder(partial, _snapshot(dict(model.named_parameters())))

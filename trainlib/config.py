@@ -27,7 +27,7 @@ from trainlib.files import write_atomically
 from trainlib.values import kind_text, parse, value_text
 
 T = TypeVar("T")
-HARDWARE_KEYS = ("device", "micro_batch_size", "precision", "compile")
+HARDWARE_KEYS = ("device", "ranks", "micro_batch_size", "precision", "compile")
 """What TRAIN_LLM_<KEY> in the environment may set."""
 COMMAND_LINE = "command line"
 
@@ -349,6 +349,15 @@ def recipe(cfg: Any) -> dict[str, Any]:
         else value
         for name, value in plain.items()
     }
+
+
+def resolved(cfg: T, **values: Any) -> T:
+    """The settings with what "auto" turned into in its place; its source says so."""
+    changed = dataclasses.replace(cfg, **values)  # type: ignore[type-var]
+    was = {name: getattr(cfg, name) for name in values}
+    sources = {n: "auto" for n, value in values.items() if value != was[n]}
+    object.__setattr__(changed, "_provenance", {**provenance(cfg), **sources})
+    return changed
 
 
 def write_run_yaml(cfg: Any, path: Path) -> None:

@@ -1,27 +1,114 @@
-"""What the outside asks of a run: stop, or save. Read in one place, once a step."""
+"""What the outside asks of a run: stop, save, or finish in time. Read in one place, once a step."""
 
 from __future__ import annotations
 
 import logging
 import signal
+import time
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
+from trainlib.optim import Schedule
+from trainlib.ranks import Ranks
+
 log = logging.getLogger(__name__)
+
+MARGIN = 0.98
+"""Share of the time left that is planned with: steps are not all equally long."""
 
 
 @dataclass(frozen=True)
 class Requests:
     """What was asked for since the last step."""
 
-    save: bool
-    stop: bool
+    save: bool = False
+    stop: bool = False
+    finish: int | None = None
+    """The step with which the run shall end, its rate falling from now on."""
+
+
+def seconds_until(deadline: str, now: datetime | None = None) -> float:
+    """Seconds to `23:30` (its next occurrence) or `2026-01-31T08:00`, in local time.
+
+    Raises ValueError for another form, and for a moment that has passed.
+    """
+    now = now or datetime.now()
+    try:
+        clock = datetime.strptime(deadline, "%H:%M").time()
+        then = datetime.combine(now.date(), clock)
+        if then <= now:
+            then += timedelta(days=1)
+    except ValueError:
+        try:
+            then = datetime.fromisoformat(deadline)
+        except ValueError:
+            raise ValueError(
+                f"deadline={deadline} must be a time like 23:30 or 2026-01-31T08:00"
+            ) from None
+        then = then.astimezone().replace(tzinfo=None) if then.tzinfo else then
+        if then <= now:
+            raise ValueError(
+                f"deadline={deadline} has passed; it is {now:%Y-%m-%dT%H:%M}"
+            ) from None
+    return (then - now).total_seconds()
+
+
+class Clock:
+    """Seconds that a run has taken, resumed ones included, and those it may still take."""
+
+    def __init__(self, max_hours: float = 0, deadline: str = "") -> None:
+        self._begin, self.earlier = time.monotonic(), 0.0
+        self._max_seconds = max_hours * 3600
+        self._ends = self._begin + seconds_until(deadline) if deadline else 0.0
+        self._first: tuple[int, float] | None = None
+
+    def seconds(self) -> float:
+        """Seconds of this run so far, those before a resume included."""
+        return self.earlier + time.monotonic() - self._begin
+
+    def left(self) -> float | None:
+        """Seconds to the end; None for a run whose length is no time."""
+        if self._ends:
+            return self._ends - time.monotonic()
+        return self._max_seconds - self.seconds() if self._max_seconds else None
+
+    def plan(self, step: int, schedule: Schedule) -> int | None:
+        """The step to end with, when the rate has to fall from now on (or faster than planned).
+
+        The decay takes its usual share of all steps. As much time is kept back as the start took,
+        for it held an evaluation and a compilation, and the end holds an evaluation and final/.
+        """
+        left, now = self.left(), time.monotonic()
+        if left is None:
+            return None
+        if self._first is None:
+            self._first = (step, now)
+            return None if left > 0 else step
+        first_step, first_time = self._first
+        per_step = (now - first_time) / max(1, step - first_step)
+        left -= first_time - self._begin
+        if schedule.num_steps is None:
+            steps_left = max(0, int(MARGIN * left / per_step))
+            due = steps_left <= schedule.config.decay_fraction * (step + steps_left)
+            return step + steps_left if due else None
+        # The decay has begun. Margin and all, only a run that became slower is cut short.
+        steps_left = max(0, int(left / per_step))
+        return step + steps_left if step + steps_left < schedule.num_steps else None
 
 
 class Control:
-    """SIGTERM and SIGINT: checkpoint and stop; SIGUSR1: checkpoint and go on."""
+    """Signals, the file FINISH in the run's folder, and the clock.
 
-    def __init__(self) -> None:
+    SIGTERM and SIGINT: checkpoint and stop. SIGUSR1: checkpoint and go on. SIGHUP, which a closed
+    terminal sends, is ignored (trainlib.launch). FINISH: the rate falls from now on, over
+    decay_fraction of the steps done so far, and the run ends with a finished model. Of several
+    ranks the first one decides for all.
+    """
+
+    def __init__(self, folder: Path, clock: Clock, ranks: Ranks) -> None:
+        self._finish_file, self._clock, self._ranks = folder / "FINISH", clock, ranks
         self._save = self._stop = False
         self._before: dict[int, Any] = {}
 
@@ -44,10 +131,23 @@ class Control:
         else:
             self._stop = True
 
-    def poll(self, step: int) -> Requests:
-        """What is asked for now; a request to save is answered once."""
-        requests = Requests(self._save, self._stop)
-        if self._stop:
+    def poll(self, step: int, schedule: Schedule) -> Requests:
+        """What is asked for now; a request to save or to finish is answered once."""
+        requests = Requests()
+        if self._ranks.first:
+            requests = Requests(self._save, self._stop, self._finish(step, schedule))
+        requests = self._ranks.from_first(requests)
+        if requests.stop:
             log.info("stopping after step %d: saving a checkpoint", step)
         self._save = False
         return requests
+
+    def _finish(self, step: int, schedule: Schedule) -> int | None:
+        if self._finish_file.exists():
+            self._finish_file.unlink()
+            end = step + max(1, round(schedule.config.decay_fraction * step))
+            if schedule.num_steps is not None and end >= schedule.num_steps:
+                log.info("FINISH: the run ends at step %d anyway", schedule.num_steps)
+                return None
+            return end
+        return self._clock.plan(step, schedule)

@@ -37,3 +37,8 @@ def move_aside(folder: Path) -> Path:
     while (aside := Path(f"{folder}.{number}")).exists():
         number += 1
     return folder.rename(aside)
+
+
+def cache_dir() -> Path:
+    """Where everything that can be made again is kept."""
+    return Path(os.environ.get("TRAIN_LLM_CACHE_DIR", ".cache"))

@@ -7,20 +7,33 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+import yaml
 from torch import nn
 
 from trainlib.checkpoint import Checkpoints
-from trainlib.config import HARDWARE_KEYS, load_config, recipe, write_run_yaml
+from trainlib.config import HARDWARE_KEYS, load_config, recipe, resolved, write_run_yaml
+from trainlib.control import Clock, seconds_until
 from trainlib.errors import UserError
-from trainlib.files import move_aside
+from trainlib.files import cache_dir, move_aside
+from trainlib.hardware import choose_hardware, find_facts, measured_precision, read_table
 from trainlib.help import help_text
 from trainlib.metrics import MetricsLog
-from trainlib.runtime import Hardware, choose_hardware, set_matmul_precision
+from trainlib.ranks import (
+    Ranks,
+    first_decides,
+    inside_ranks,
+    join_ranks,
+    leave_ranks,
+    number_of_ranks,
+    start_ranks,
+)
+from trainlib.runtime import Hardware, use_hardware
+from trainlib.terminal import survive_a_dead_terminal
 
 log = logging.getLogger(__name__)
 HOW = {"recipe": False}  # Such a setting changes how a run is carried out, not what is learned.
@@ -30,7 +43,7 @@ HOW = {"recipe": False}  # Such a setting changes how a run is carried out, not 
 class RunConfig:
     """Settings that every stage has."""
 
-    LENGTH_KEYS: ClassVar = ("max_steps", "max_tokens", "epochs")
+    LENGTH_KEYS: ClassVar = ("max_steps", "max_tokens", "epochs", "max_hours", "deadline")
     GROUPS: ClassVar = {
         "length": (*LENGTH_KEYS, "tokens_per_step", "sequence_length"),
         "hardware": HARDWARE_KEYS,
@@ -50,8 +63,10 @@ class RunConfig:
     """Seed of initial weights and of the order of the data."""
     device: Literal["auto", "cpu", "cuda", "mps"] = field(default="auto", metadata=HOW)
     """Where to compute; auto = cuda where there is a card, else cpu."""
-    precision: Literal["auto", "fp32", "bf16"] = field(default="auto", metadata=HOW)
-    """Numbers of the forward pass; auto = bf16 on cards that have it, else fp32."""
+    ranks: int = field(default=0, metadata=HOW)
+    """Processes that train together on this host; 0 = one for each visible card, else one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = field(default="auto", metadata=HOW)
+    """Numbers of the forward pass; auto = by the card, on a CPU what a measurement finds faster."""
     compile: Literal["auto", "on", "off"] = field(default="auto", metadata=HOW)
     """Compile the layers; auto = on a card only."""
     micro_batch_size: int = field(default=0, metadata=HOW)
@@ -62,6 +77,10 @@ class RunConfig:
     """Length in positions, tokens_per_step each step (0 = not given)."""
     epochs: int = 0
     """Length in passes over the training data (0 = not given)."""
+    max_hours: float = 0.0
+    """Length in hours, those before a resume included (0 = not given)."""
+    deadline: str = field(default="", metadata=HOW)
+    """Length by the clock: 23:30 (the next one), or 2026-01-31T08:00 (empty = not given)."""
     tokens_per_step: int = 131072
     """Positions of one optimizer step."""
     sequence_length: int = 512
@@ -86,7 +105,8 @@ class RunConfig:
             for key, least in (
                 ("tokens_per_step", 1), ("sequence_length", 2), ("log_every_steps", 1),
                 ("keep_checkpoints", 1), ("max_steps", 0), ("max_tokens", 0), ("epochs", 0),
-                ("micro_batch_size", 0), ("eval_every_steps", 0), ("save_every_steps", 0),
+                ("micro_batch_size", 0), ("ranks", 0), ("max_hours", 0),
+                ("eval_every_steps", 0), ("save_every_steps", 0),
             )
             if getattr(self, key) < least
         ]  # fmt: skip
@@ -94,6 +114,11 @@ class RunConfig:
         if len(given) != 1:
             problems.append(f"give the length by one of {', '.join(self.LENGTH_KEYS)}, not "
                             f"{' and '.join(given) or 'none'}")  # fmt: skip
+        if self.deadline:
+            try:
+                seconds_until(self.deadline)
+            except ValueError as error:
+                problems.append(str(error))
         return problems
 
 
@@ -106,7 +131,12 @@ class Run:
     folder: Path
     hardware: Hardware
     checkpoints: Checkpoints
+    ranks: Ranks
+    clock: Clock
     resume_from: Path | None
+    """The step folder to go on from."""
+    layers: nn.ModuleList | None = None
+    """What is compiled, where compilation is wanted."""
     metrics: MetricsLog = None  # type: ignore[assignment]  # Opened by fit, at the step it begins.
 
 
@@ -121,7 +151,10 @@ def launch(
     A UserError is printed without a traceback; then, as for any failure, the exit code is 1.
     """
     argv = sys.argv[1:]
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    survive_a_dead_terminal()
+    first = int(os.environ.get("RANK", 0)) == 0
+    level = logging.INFO if first else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
     try:
         default_file = Path("configs") / f"{stage}.yaml"
         if {"--help", "-h"} & set(argv):
@@ -134,13 +167,23 @@ def launch(
         datasets = prepare(config)
         if only_prepare:
             print("the token caches are ready")
+        elif not inside_ranks() and (count := number_of_ranks(config)) > 1:
+            log.info("starting %d ranks, one a process (ranks=1 stops that)", count)
+            sys.exit(start_ranks(count))
         else:
             main(config, datasets)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(
+            f"error: the card's memory is full ({reason}). Take fewer rows at a time by "
+            "micro_batch_size=N; what is learned stays the same."
+        )
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:
-        os._exit(1)
+    finally:
+        leave_ranks()
 
 
 def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> Run:
@@ -150,34 +193,59 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
     nothing is written then.
     """
     folder = Path(config.out_dir)
-    hardware = choose_hardware(
-        config.device, config.precision, config.compile, config.micro_batch_size, row_length
+    ranks = join_ranks(config.device)
+
+    def claim() -> Path | None:
+        return _claim(folder, config, data_key)
+
+    resume_from = first_decides(ranks, claim)
+    choice = choose_hardware(
+        find_facts(),
+        read_table(),
+        device=config.device,
+        precision=config.precision,
+        compile_=config.compile,
+        micro_batch_size=config.micro_batch_size,
+        row_length=row_length,
     )
-    resume_from = _claim(folder, config, data_key)
-    set_matmul_precision(hardware)
+    if choice.precision == "measure":
+        precision = first_decides(ranks, lambda: _precision(folder, resume_from, choice.matmul))
+        choice = replace(choice, precision=precision)
+    hardware = use_hardware(choice, ranks.local)
     torch.manual_seed(config.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_run_yaml(config, folder / "run.yaml")
-    identity = json.dumps({"recipe": recipe(config), "data": data_key}, ensure_ascii=False)
-    (folder / "identity.json").write_text(identity, encoding="utf-8")
+    if ranks.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The precision as chosen, for a resume must go on with it.
+        write_run_yaml(resolved(config, precision=choice.precision), folder / "run.yaml")
+        identity = json.dumps({"recipe": recipe(config), "data": data_key}, ensure_ascii=False)
+        (folder / "identity.json").write_text(identity, encoding="utf-8")
     log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
-    checkpoints = Checkpoints(folder, config.keep_checkpoints)
-    return Run(config, stage, folder, hardware, checkpoints, resume_from)
+    checkpoints = Checkpoints(folder, config.keep_checkpoints, ranks.first)
+    clock = Clock(config.max_hours, config.deadline)
+    return Run(config, stage, folder, hardware, checkpoints, ranks, clock, resume_from)
 
 
 def prepare_model(
     run: Run, model: nn.Module, layers: nn.ModuleList, companions: dict[str, str]
 ) -> None:
-    """Move the model to the run's device and compile its layers in place; nothing wraps it.
+    """Move the model to the run's device, the same weights to every rank; nothing wraps it.
 
+    `layers` are what fit compiles, one after the other.
     `companions` are the files that make a checkpoint a model folder: file name to content.
     """
     model.to(run.hardware.device)
-    run.checkpoints.companions = companions
-    if run.hardware.compile:
-        log.info("compiling the layers at the first step, once (about half a minute on a CPU)")
-        for layer in layers:
-            layer.compile(fullgraph=True, dynamic=False)
+    run.ranks.same(list(model.parameters()))
+    run.checkpoints.companions, run.layers = companions, layers
+
+
+def _precision(folder: Path, resume_from: Path | None, matmul: str) -> str:
+    """The precision that a run began with, else what this machine was measured to like."""
+    run_yaml = folder / "run.yaml"
+    if resume_from is not None and run_yaml.is_file():
+        before = yaml.safe_load(run_yaml.read_text(encoding="utf-8")).get("precision")
+        if before in ("fp32", "bf16"):
+            return before
+    return measured_precision(cache_dir() / "hardware.json", matmul)
 
 
 def _claim(folder: Path, config: RunConfig, data_key: str) -> Path | None:
@@ -223,5 +291,4 @@ def _claim(folder: Path, config: RunConfig, data_key: str) -> Path | None:
             + "\n  ".join(differing)
             + f"\n{ways}"
         )
-    latest = folder / "latest"
-    return folder if latest.is_file() or any(folder.glob("step_*")) else None
+    return Checkpoints(folder, 1).newest()

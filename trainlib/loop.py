@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,34 +19,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from trainlib.batches import Place, StepBatch, StepLoader
-from trainlib.checkpoint import load_optimizer_tensors, optimizer_tensors
+from trainlib.batches import ALONE, Place, StepBatch, StepLoader
 from trainlib.control import Control
 from trainlib.errors import UserError
 from trainlib.launch import Run
-from trainlib.metrics import MetricsLog
 from trainlib.optim import Schedule
-from trainlib.runtime import LossFunction, looking
+from trainlib.ranks import Ranks
+from trainlib.runtime import LossFunction, compile_layers, looking
+from trainlib.state import TrainState, restore, save
 
 log = logging.getLogger(__name__)
 Metrics = dict[str, float]
 MAX_BAD_STEPS = 10
-
-
-@dataclass
-class TrainState:
-    """All that the result depends on, beside the weights and the optimizers."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    tokens: int = 0
-    """Real positions trained on, padding not counted."""
-    position: Place = field(default_factory=Place)
-    """The next row of the data."""
-    bad_steps: int = 0
-    """Steps on end whose gradient was not finite, and which changed nothing."""
-    evaluated: int = -1
-    """The step of the last evaluation."""
 
 
 @dataclass
@@ -68,11 +52,13 @@ def fit(
     loader: StepLoader,
     evaluate: Callable[[], Metrics],
 ) -> bool:
-    """Train until the schedule is reached or somebody asks to stop; True when reached.
+    """Train until the schedule is reached or somebody asks to stop.
 
+    Returns whether it was reached, to the one process that may say so and go on from there.
     Raises UserError after MAX_BAD_STEPS steps on end without a finite gradient.
     """
-    state = restore(run, model, optimizers, loader)
+    warm_up(run, model, loss_fn, loader)
+    state = restore(run, model, optimizers, schedule, loader)
     display = Display(run, schedule, state)
 
     def look() -> None:
@@ -81,7 +67,7 @@ def fit(
         run.metrics.write(state.step, metrics)
         display.show_validation(metrics)
 
-    with Control() as control, display:
+    with Control(run.folder, run.clock, run.ranks) as control, display:
         if state.evaluated != state.step and due(state.step, run.config.eval_every_steps, schedule):
             look()
         stopping = False
@@ -89,34 +75,51 @@ def fit(
             lr = schedule.set_rates(optimizers, state.step)
             batch = display.wait_for(loader)
             # ------------------------------------------------------------------------------------
-            result = optimizer_step(run, model, optimizers, loss_fn, batch)
+            result = optimizer_step(run, model, optimizers, loss_fn, batch, state.loss_scale)
             # ------------------------------------------------------------------------------------
-            state.step += 1
-            state.tokens += batch.num_tokens
-            state.position = batch.after
-            state.bad_steps = 0 if result.finite else state.bad_steps + 1
+            state.advance(batch, result.finite)
             display.count(batch, result, lr)
             if state.bad_steps == MAX_BAD_STEPS:
                 raise UserError(
                     f"step {state.step}: loss or gradient was not finite in {MAX_BAD_STEPS} steps "
                     f"on end. Lower optim.*_lr, or look at the data. The last checkpoint is kept."
                 )
-            requests = control.poll(state.step)
+            requests = control.poll(state.step, schedule)
             stopping = requests.stop
+            if requests.finish is not None:
+                schedule.begin_decay(state.step, requests.finish)
+                display.show_decay()
             end = schedule.reached(state.step)
             if not stopping and due(state.step, run.config.eval_every_steps, schedule):
                 look()
             if requests.save or stopping or run.checkpoints.due(
                 state.step, run.config.save_every_steps
             ) or end:  # fmt: skip
-                save(run, model, optimizers, state)
+                save(run, model, optimizers, schedule, state)
     run.checkpoints.join()
     finished = schedule.reached(state.step)
     if finished:
         run.checkpoints.write_final(model)
     display.summary(finished)
     run.metrics.close()
-    return finished
+    return finished and run.ranks.first
+
+
+def warm_up(run: Run, model: nn.Module, loss_fn: LossFunction, loader: StepLoader) -> None:
+    """Compile the layers where wanted, and try them out; weights and random state stay."""
+    if not run.hardware.compile or run.layers is None:
+        return
+    batch = next(loader).micro_batches[0].to(run.hardware.device)
+    loader.seek(Place())
+
+    def try_out() -> None:
+        with run.hardware.autocast():
+            loss, _ = loss_fn(model, batch)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    required = run.config.compile == "on"
+    run.hardware = compile_layers(run.hardware, run.layers, try_out, required)
 
 
 def optimizer_step(
@@ -125,58 +128,77 @@ def optimizer_step(
     optimizers: list[Optimizer],
     loss_fn: LossFunction,
     batch: StepBatch,
+    loss_scale: float,
 ) -> StepResult:
-    """One update from all micro-batches of a step; nothing changes if the gradient is not finite.
+    """One update from all micro-batches of all ranks; none if the gradient is not finite.
 
-    The gradient's norm is clipped to optim.grad_clip over all parameters together.
+    The gradient's norm is clipped to optim.grad_clip over all parameters together. The backward
+    pass is of loss_scale times the loss, which keeps small fp16 gradients from becoming 0.
     """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    loss_sum: Tensor | float = 0.0
+    loss_sum = torch.zeros((), device=run.hardware.device)
     sums: dict[str, tuple[Any, Any]] = {}
     for micro_batch in batch.micro_batches:
         micro_batch = micro_batch.to(run.hardware.device)
         with run.hardware.autocast():
             loss, metrics = loss_fn(model, micro_batch)
-        (loss / batch.num_targets).backward()
+        (loss * (loss_scale / batch.num_targets)).backward()
         loss_sum = loss_sum + loss.detach()
         add_metrics(sums, metrics)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    totals = torch.stack([loss_sum, *(torch.as_tensor(total) for total, _ in sums.values())])
+    counts = torch.tensor([float(count) for _, count in sums.values()])
+    counts = counts.to(run.hardware.device, non_blocking=True)
+    figures = torch.cat([totals.float(), counts])
+    run.ranks.sum([*gradients, figures])
+    if loss_scale != 1:
+        torch._foreach_mul_(gradients, 1 / loss_scale)  # pyright: ignore
     clip = run.config.optim.grad_clip or math.inf
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     # The one synchronisation with the device: all figures of the step at once.
-    values = torch.stack([torch.as_tensor(loss_sum), norm]).tolist()
-    finite = all(map(math.isfinite, values))
+    loss_value, *values, norm = torch.cat([figures, norm.float().view(1)]).tolist()
+    finite = math.isfinite(loss_value) and math.isfinite(norm)
     if finite:
         for optimizer in optimizers:
             optimizer.step()
-    return StepResult(values[0] / batch.num_targets, values[1], finite, means(sums))
+    pairs = zip(values[: len(sums)], values[len(sums) :], strict=True)
+    metrics = means(dict(zip(sums, pairs, strict=True)))
+    return StepResult(loss_value / batch.num_targets, norm, finite, metrics)
 
 
 def validate(run: Run, model: nn.Module, loss_fn: LossFunction, datasets: dict) -> Metrics:
     """Mean loss and metrics over each validation set, and over all of them together.
 
-    Returns {"loss": ..., "<name>/loss": ...}, likewise for every metric that loss_fn gives.
-    Neither the random state nor the model's mode is changed.
+    Returns {"loss": ..., "<name>/loss": ...}, likewise for every metric that loss_fn gives. The
+    ranks share the work. Neither the random state nor the model's mode is changed.
     """
-    results: Metrics = {}
-    total: dict[str, tuple[Any, Any]] = {}
+    shares: dict[str, dict[str, tuple[float, float]]] = {}
     with looking(model):
         for name, dataset in datasets.items():
             sums: dict[str, tuple[Any, Any]] = {}
-            for batch in micro_batches(dataset, run.hardware.micro_batch_size):
+            for batch in micro_batches(dataset, run.hardware.micro_batch_size, run.ranks):
                 batch = batch.to(run.hardware.device)
                 with run.hardware.autocast():
                     loss, metrics = loss_fn(model, batch)
                 add_metrics(sums, {"loss": (loss, batch.num_targets), **metrics})
-            add_metrics(total, sums)
-            results.update({f"{name}/{key}": value for key, value in means(sums).items()})
+            shares[name] = {key: (float(sum_), float(n)) for key, (sum_, n) in sums.items()}
+    results: Metrics = {}
+    total: dict[str, tuple[Any, Any]] = {}
+    everybody = run.ranks.gather(shares)
+    for name in datasets:
+        sums = {}
+        for theirs in everybody:
+            add_metrics(sums, theirs[name])
+        add_metrics(total, sums)
+        results.update({f"{name}/{key}": value for key, value in means(sums).items()})
     return {**means(total), **results}
 
 
-def micro_batches(dataset: Any, num_rows: int) -> Any:
-    """The first epoch of a data set in micro-batches of one shape."""
+def micro_batches(dataset: Any, num_rows: int, ranks: Ranks = ALONE) -> Any:
+    """The first epoch of a data set in micro-batches of one shape; of these, a rank's share."""
     rows = [row for row, _ in dataset.rows(Place())]
-    for start in range(0, len(rows), num_rows):
+    for start in range(ranks.rank * num_rows, len(rows), ranks.count * num_rows):
         yield dataset.collate(rows[start : start + num_rows], num_rows)
 
 
@@ -198,8 +220,19 @@ def due(step: int, every: int, schedule: Schedule) -> bool:
     return step == 0 or schedule.reached(step) or bool(every and step % every == 0)
 
 
+def make_loader(run: Run, dataset: Any) -> StepLoader:
+    """This rank's share of the steps over a data set."""
+    c, micro_batch_size = run.config, run.hardware.micro_batch_size
+    return StepLoader(dataset, c.tokens_per_step, micro_batch_size, c.epochs, run.ranks)
+
+
 def make_schedule(config: Any, loader: StepLoader) -> Schedule:
-    """The run's length in steps, from whichever length is given, and its learning rate."""
+    """The run's length, from whichever is given, and its learning rate.
+
+    A length in time has no number of steps: such a schedule is open until the time runs out.
+    """
+    if config.max_hours or config.deadline:
+        return Schedule(config.optim, None)
     if config.max_steps:
         return Schedule(config.optim, config.max_steps)
     if config.max_tokens:
@@ -208,54 +241,15 @@ def make_schedule(config: Any, loader: StepLoader) -> Schedule:
     return Schedule(config.optim, loader.num_steps())
 
 
-def save(run: Run, model: nn.Module, optimizers: list[Optimizer], state: TrainState) -> None:
-    """Write a step folder from which training goes on bit for bit (on a CPU)."""
-    tensors, scalars = optimizer_tensors(optimizers, model)
-    tensors["rng/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        for i, rng in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"rng/cuda{i}"] = rng
-    run.checkpoints.save(
-        state.step, model, tensors, {"train": asdict(state), "optimizers": scalars}
-    )
-
-
-def restore(
-    run: Run, model: nn.Module, optimizers: list[Optimizer], loader: StepLoader
-) -> TrainState:
-    """Go on from the run's newest step folder, or begin at step 0; opens the run's metrics."""
-    if run.resume_from is None:
-        run.metrics = MetricsLog(run.folder, None)
-        return TrainState()
-    given = run.resume_from if (run.resume_from / "train_state.json").is_file() else None
-    restored = run.checkpoints.restore(model, folder=given)
-    if restored is None:
-        run.metrics = MetricsLog(run.folder, None)
-        return TrainState()
-    tensors, saved = restored
-    load_optimizer_tensors(optimizers, model, tensors, saved["optimizers"])
-    state = TrainState(**saved["train"])
-    state.position = Place(*state.position)
-    loader.seek(state.position)
-    torch.set_rng_state(tensors["rng/cpu"])
-    if torch.cuda.is_available() and "rng/cuda0" in tensors:
-        count = torch.cuda.device_count()
-        states = [tensors[f"rng/cuda{i}"] for i in range(count) if f"rng/cuda{i}" in tensors]
-        torch.cuda.set_rng_state_all(states)
-    run.metrics = MetricsLog(run.folder, state.step)
-    folder = given or run.folder / f"step_{state.step:06d}"
-    log.info("resuming from %s", folder)
-    return state
-
-
 class Display:
     """What a person sees: the bar, the lines of the log, speed, and the summary at the end."""
 
     def __init__(self, run: Run, schedule: Schedule, state: TrainState) -> None:
         self.run, self.schedule, self.state = run, schedule, state
         self.bar = tqdm(
-            total=schedule.num_steps, initial=state.step, unit="step", desc=run.stage, disable=None
-        )
+            total=schedule.num_steps, initial=state.step, unit="step", desc=run.stage,
+            disable=None if run.ranks.first else True,
+        )  # fmt: skip
         self._reset()
 
     def __enter__(self) -> Display:
@@ -291,11 +285,14 @@ class Display:
             "train/tokens": self.state.tokens,
             **{f"train/{name}": value for name, value in result.metrics.items()},
         }
-        left = (self.schedule.num_steps - step) * seconds / self.run.config.log_every_steps
+        left = self.run.clock.left()
+        if left is None and self.schedule.num_steps is not None:
+            left = (self.schedule.num_steps - step) * seconds / self.run.config.log_every_steps
         text = (
             f"step {step} loss {result.loss:.4f} lr {lr:.2e} grad_norm {result.grad_norm:.2f} "
             f"tokens/s {self.tokens / seconds:,.0f} wait {self.waited / seconds:.1%} "
-            f"left {left / 60:.1f} min" + ("" if result.finite else "  NOT FINITE, skipped")
+            f"left {max(0, left or 0) / 60:.1f} min"
+            + ("" if result.finite else "  NOT FINITE, skipped")
         )
         self.run.metrics.write_step(step, values, text)
         self.bar.set_postfix_str(
@@ -303,7 +300,7 @@ class Display:
             f"wait {self.waited / seconds:.0%}"
         )
         if self.bar.disable:
-            log.info(text)
+            log.info("%s", text)
         self._reset()
 
     def show_validation(self, metrics: Metrics) -> None:
@@ -311,6 +308,12 @@ class Display:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         tqdm.write(f"step {self.state.step} {shown}")
         self._reset()
+
+    def show_decay(self) -> None:
+        """Say from when on the rate falls, and to which step."""
+        begin, _, end = self.schedule.decay or (0, 0, 0)
+        self.bar.total = end
+        log.info("the learning rate falls from step %d on; the run ends with step %d", begin, end)
 
     def summary(self, finished: bool) -> None:
         """Say how it ended."""

@@ -15,10 +15,14 @@ class MetricsLog:
     """The three records of a run.
 
     On resume from a step, metrics.jsonl loses what came after it (and a torn last line), so that
-    each step has one training line and one validation line at most.
+    each step has one training line and one validation line at most. Of several ranks only the
+    first has `writes`.
     """
 
-    def __init__(self, folder: Path, resume_step: int | None) -> None:
+    def __init__(self, folder: Path, resume_step: int | None, writes: bool = True) -> None:
+        self.writes = writes
+        if not writes:
+            return
         self._path = folder / "metrics.jsonl"
         cut_back(self._path, -1 if resume_step is None else resume_step)
         self._metrics = self._path.open("a", encoding="utf-8")
@@ -30,11 +34,14 @@ class MetricsLog:
 
     def write_step(self, step: int, values: dict[str, float], text: str) -> None:
         """Record a training step, with its line for people."""
-        self.write(step, values)
-        self._line(text)
+        if self.writes:
+            self.write(step, values)
+            self._line(text)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record figures of a step; one that is not finite becomes null."""
+        if not self.writes:
+            return
         plain = {name: v if math.isfinite(v) else None for name, v in values.items()}
         self._metrics.write(json.dumps({"step": step, **plain}) + "\n")
         self._metrics.flush()
@@ -43,6 +50,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close all three."""
+        if not self.writes:
+            return
         self._metrics.close()
         self._log.close()
         self._board.close()

@@ -168,18 +168,45 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
     return optimizers
 
 
-class Schedule:
-    """Length and learning rate of a run, one curve over optimizer steps."""
+OPEN_WARMUP_STEPS = 20
+"""Warm-up of a run whose length is a time, so that the number of its steps is not known."""
 
-    def __init__(self, config: OptimConfig, num_steps: int) -> None:
+
+class Schedule:
+    """Length and learning rate of a run, one curve over optimizer steps.
+
+    With num_steps None the run is open: the rate stays at its peak until `begin_decay` says when
+    it shall end.
+    """
+
+    def __init__(self, config: OptimConfig, num_steps: int | None) -> None:
         self.config, self.num_steps = config, num_steps
-        self.warmup = max(1, round(config.warmup_fraction * num_steps))
+        self.decay: tuple[int, float, int] | None = None
+        """Where begin_decay was asked for: (first step, factor there, last step)."""
+        self.warmup = OPEN_WARMUP_STEPS
+        if num_steps is not None:
+            self.warmup = max(1, round(config.warmup_fraction * num_steps))
+
+    def begin_decay(self, step: int, num_steps: int) -> None:
+        """Fall linearly from the present rate to the final one, which num_steps reaches."""
+        self.restore((step, self.factor(step), num_steps))
+
+    def restore(self, decay: tuple[int, float, int] | None) -> None:
+        """Take over a decay that was begun before."""
+        if decay is not None:
+            self.decay, self.num_steps = decay, decay[2]
 
     def factor(self, step: int) -> float:
         """Share of the peak rate in a step, counted from 0."""
         c = self.config
+        if self.decay is not None:
+            begin, high, end = self.decay
+            left = max(0.0, (end - step) / max(1, end - begin))
+            return c.final_lr_fraction + (high - c.final_lr_fraction) * left
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
+        if self.num_steps is None:
+            return 1.0
         if c.schedule == "wsd":
             length = max(1.0, c.decay_fraction * self.num_steps)
             left = min(1.0, (self.num_steps - step) / length) if c.decay_fraction else 1.0
@@ -190,7 +217,7 @@ class Schedule:
 
     def reached(self, step: int) -> bool:
         """Whether that many steps are the whole run."""
-        return step >= self.num_steps
+        return self.num_steps is not None and step >= self.num_steps
 
     def set_rates(self, optimizers: list[Optimizer], step: int) -> float:
         """Give every parameter group its rate for a step and return the first one's."""

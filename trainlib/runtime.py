@@ -1,24 +1,28 @@
-"""Where a run computes: device, precision, compilation; and looking without disturbing."""
+"""A run's hardware in use: autocast, compilation with its fallback, looking without disturbing."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from trainlib.errors import UserError
+from trainlib.hardware import Choice
 
 log = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """How this machine computes: nothing here changes what is learned, but for rounding."""
+    """How this process computes."""
 
     device: torch.device
     precision: str
@@ -26,52 +30,49 @@ class Hardware:
     micro_batch_size: int
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context of a forward pass: bf16 products over fp32 weights, or nothing."""
-        if self.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        """The context of a forward pass: 16-bit products over fp32 weights, or nothing."""
+        if self.precision in DTYPES:
+            return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
         return contextlib.nullcontext()
 
 
-def choose_hardware(
-    device: str, precision: str, compile_: str, micro_batch_size: int, row_length: int
+def use_hardware(choice: Choice, local_rank: int = 0) -> Hardware:
+    """Make a choice of hardware this process's own."""
+    torch.set_float32_matmul_precision(choice.matmul)
+    device = (
+        torch.device("cuda", local_rank) if choice.device == "cuda" else torch.device(choice.device)
+    )
+    return Hardware(device, choice.precision, choice.compile, choice.micro_batch_size)
+
+
+def compile_layers(
+    hardware: Hardware, layers: nn.ModuleList, try_out: Callable[[], object], required: bool
 ) -> Hardware:
-    """Turn "auto" into what fits this machine; raises UserError for what it does not have."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device=cuda, but torch sees no CUDA device here. Use device=cpu, or check "
-            '`nvidia-smi` and `python -c "import torch; print(torch.version.cuda)"`.'
-        )
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device=mps, but torch has no Metal device here. Use device=cpu.")
-    bf16 = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-    if precision == "auto":
-        precision = "bf16" if bf16 else "fp32"
-    if precision == "bf16" and device == "cuda" and not bf16:
-        raise UserError(
-            "precision=bf16 needs a card of compute capability 8.0 or more (this one has "
-            f"{'.'.join(map(str, torch.cuda.get_device_capability()))}). Use precision=fp32."
-        )
-    if not micro_batch_size:
-        # 2,048 positions keep a CPU's caches warm (2,785 tokens/s at 4 x 512 against 2,213 at
-        # 8 x 512 on two cores); a card is fed 32,768.
-        micro_batch_size = max(1, (2048 if device == "cpu" else 32768) // row_length)
-    compiled = compile_ == "on" or (compile_ == "auto" and device == "cuda")
-    return Hardware(torch.device(device), precision, compiled, micro_batch_size)
+    """Compile a model's layers in place, and try the result out; nothing wraps the model.
 
-
-def set_matmul_precision(hardware: Hardware) -> None:
-    """Tell torch how fp32 matrix products may round.
-
-    On a CPU "medium" means oneDNN, exact fp32 and up to 1.6 times faster than "highest"; only
-    with AMX would it round to bf16. On CUDA "high" means TF32.
+    Where compilation fails (no C compiler, a card that Triton does not know), says why, and the
+    layers run as they are; returns the hardware as it is then used. Raises UserError where
+    compilation is required.
     """
-    if hardware.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    else:
-        amx = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
-        torch.set_float32_matmul_precision("highest" if amx else "medium")
+    log.info("compiling the layers, once; a minute on a CPU the first time, seconds from a cache")
+    begin = time.perf_counter()
+    for layer in layers:
+        layer.compile(fullgraph=True, dynamic=False)
+    try:
+        try_out()
+    except Exception as error:  # noqa: BLE001  # Inductor, Triton and gcc fail in many ways.
+        for layer in layers:
+            layer._compiled_call_impl = None
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        if required:
+            raise UserError(
+                f"compile=on, but compiling failed ({reason}). It needs a C++ compiler (g++) and "
+                "Python's headers; use compile=auto to go on without."
+            ) from error
+        log.warning("compiling failed, so the layers run uncompiled (%s)", reason)
+        return replace(hardware, compile=False)
+    log.info("compiled in %.0f s", time.perf_counter() - begin)
+    return hardware
 
 
 @contextlib.contextmanager

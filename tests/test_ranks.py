@@ -1,0 +1,132 @@
+"""Protects several ranks: they learn what one learns, and only one of them writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = [
+    "configs/tiny_pretrain.yaml", "model.hidden_size=32", "model.intermediate_size=48",
+    "model.num_hidden_layers=2", "model.num_attention_heads=2", "model.num_key_value_heads=1",
+    "model.head_dim=16", "tokens_per_step=512", "sequence_length=64", "micro_batch_size=2",
+    "log_every_steps=1", "max_steps=6", "eval_every_steps=3", "save_every_steps=2", "device=cpu",
+    "precision=fp32", "data.files=a.jsonl", "data.val_fraction=0.1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data and configs; its rows are so few that not all steps are full."""
+    path = tmp_path_factory.mktemp("ranks")
+    (path / "configs").symlink_to(ROOT / "configs")
+    rows = [
+        {"text": f"第{i}条 the text of row {i} goes on and on. " * (i % 9 + 1)} for i in range(99)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (path / "a.jsonl").write_text(text, encoding="utf-8")
+    return path
+
+
+def start(place, *settings, prefix=(sys.executable,), script="train.py"):
+    env = {**os.environ, "TRAIN_LLM_CACHE_DIR": str(place / "cache"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*prefix, str(ROOT / script), *SETTINGS, *settings], cwd=place, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(process, code=0):
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == code, out
+    return out
+
+
+def metrics(folder):
+    clock = ("train/tokens_per_second", "train/data_wait", "train/mfu")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    finish(start(place, "out_dir=alone"))
+    return place / "alone"
+
+
+def same(folder, alone):
+    """The same figures in the same steps; order of summation moves the last digits."""
+    ours, theirs = metrics(folder), metrics(alone)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert mine.keys() == yours.keys()
+        for name, value in yours.items():
+            assert mine[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+        if "train/tokens" in yours:
+            assert mine["train/tokens"] == yours["train/tokens"]
+
+
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
+def test_ranks_learn_what_one_learns(ranks, place, alone):
+    out = finish(start(place, f"out_dir=of{ranks}", f"ranks={ranks}"))
+    assert f"starting {ranks} ranks" in out
+    assert out.count("finished 6 steps") == 1  # One of them speaks.
+    same(place / f"of{ranks}", alone)
+    weights, expected = (load_file(f / "final/model.safetensors") for f in
+                         (place / f"of{ranks}", alone))  # fmt: skip
+    for name, value in expected.items():
+        assert (weights[name] - value).abs().max() < 1e-4, name
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it_too_and_another_number_of_ranks_goes_on(place, alone):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    process = start(place, "out_dir=torchrun", "max_steps=6", prefix=[*torchrun, "2"])
+    finish(process)
+    same(place / "torchrun", alone)
+    # Its first half again, by one process, finished by three.
+    (place / "half").mkdir()
+    finish(start(place, "out_dir=half", f"resume={alone}/step_000004", "ranks=3"))
+    theirs = [row for row in metrics(alone) if row["step"] > 4]
+    for mine, yours in zip(metrics(place / "half"), theirs, strict=True):
+        assert mine["step"] == yours["step"]
+        if "train/loss" in yours:
+            assert mine["train/loss"] == pytest.approx(yours["train/loss"], abs=1e-5)
+
+
+def test_sigterm_reaches_all_ranks_and_the_last_step_is_saved(place):
+    process = start(place, "out_dir=asked", "ranks=2", "max_steps=500", "save_every_steps=0")
+    log = place / "asked" / "train.log"
+    while process.poll() is None and not (log.exists() and "step 2 " in log.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out = finish(process)
+    assert "saving a checkpoint" in out
+    folder = place / "asked"
+    assert (folder / "latest").exists() and not (folder / "final").exists()
+
+
+def test_a_refusal_is_said_once_and_ends_all(place, alone):
+    out = finish(start(place, "out_dir=alone", "ranks=2"), code=1)
+    assert out.count("holds a finished run") == 1 and "Traceback" not in out
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_others(place):
+    process = start(place, "out_dir=dies", "ranks=2", "max_steps=100000")
+    log = place / "dies" / "train.log"
+    while process.poll() is None and not (log.exists() and "step 1 " in log.read_text()):
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    finish(process, code=128 + signal.SIGKILL)

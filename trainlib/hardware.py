@@ -1,0 +1,221 @@
+"""What this machine has, and what follows from it: one pure function over one table.
+
+configs/hardware.tsv has a row for each class of card; build.sh reads the same table for the
+container. What a person sets is stronger than what is chosen here.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trainlib.errors import UserError
+from trainlib.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+TABLE = Path(__file__).resolve().parents[1] / "configs" / "hardware.tsv"
+TABLE_ROW_LENGTH = 512
+"""Positions of the rows that the table's micro batches count."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What can be found out about a machine before anything is computed on it."""
+
+    cuda: tuple[int, int] | None = None
+    """Compute capability of the weakest visible card; None without one."""
+    memory_mib: int = 0
+    """Memory of the smallest visible card, in MiB."""
+    mps: bool = False
+    """Whether torch has a Metal device."""
+    amx: bool = False
+    """Whether the CPU has matrix tiles, with which "medium" products would round to bf16."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to compute; nothing here changes what is learned, but for rounding."""
+
+    device: str
+    precision: str
+    """fp32, bf16, fp16; "measure" = whichever of fp32 and bf16 a measurement finds faster."""
+    matmul: str
+    """torch.set_float32_matmul_precision's word for products of fp32 numbers."""
+    compile: bool
+    micro_batch_size: int
+    """Most rows in one forward pass."""
+
+
+@dataclass(frozen=True)
+class HardwareRow:
+    """A line of configs/hardware.tsv, as far as training reads it."""
+
+    profile: str
+    lowest: tuple[int, int] | None
+    highest: tuple[int, int] | None
+    min_mib: int
+    micro_batch_size: int
+    precision: str
+    compile: bool
+
+
+def read_table(path: Path = TABLE) -> list[HardwareRow]:
+    """The table of hardware, in its order."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+    return [
+        HardwareRow(
+            row["profile"],
+            _capability(row["min_capability"]),
+            _capability(row["max_capability"]),
+            int(row["min_mib"]),
+            int(row["micro_batch_size"]),
+            row["precision"],
+            row["compile"] == "on",
+        )
+        for row in csv.DictReader(lines, delimiter="\t")
+    ]
+
+
+def _capability(text: str) -> tuple[int, int] | None:
+    if text == "-":
+        return None
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
+def find_row(facts: Facts, device: str, table: list[HardwareRow]) -> HardwareRow:
+    """The first row that holds a device; a card beyond the table is treated as its newest."""
+    if device != "cuda" or facts.cuda is None:
+        return next(row for row in table if row.profile == ("mps" if device == "mps" else "cpu"))
+    cards = [row for row in table if row.lowest and row.highest]
+    for row in cards:
+        if row.lowest <= facts.cuda <= row.highest and row.min_mib <= facts.memory_mib:  # type: ignore[operator]
+            return row
+    newest = max(row.highest for row in cards if row.highest)
+    known = [row for row in cards if row.highest == newest and row.min_mib <= facts.memory_mib]
+    return known[0]
+
+
+def choose_hardware(
+    facts: Facts,
+    table: list[HardwareRow],
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    compile_: str = "auto",
+    micro_batch_size: int = 0,
+    row_length: int = TABLE_ROW_LENGTH,
+) -> Choice:
+    """Turn "auto" into what fits a machine; pure.
+
+    Raises UserError for what the machine does not have.
+    """
+    if device == "auto":
+        device = "cuda" if facts.cuda else "cpu"  # On a Mac the CPU, unless mps is asked for.
+    if device == "cuda" and not facts.cuda:
+        raise UserError(
+            "device=cuda, but torch sees no CUDA device here. Use device=cpu, or check "
+            '`nvidia-smi` and `python -c "import torch; print(torch.version.cuda)"`.'
+        )
+    if device == "mps" and not facts.mps:
+        raise UserError("device=mps, but torch has no Metal device here. Use device=cpu.")
+    row = find_row(facts, device, table)
+    if precision == "bf16" and device == "cuda" and facts.cuda and facts.cuda < (8, 0):
+        raise UserError(
+            "precision=bf16 needs a card of compute capability 8.0 or more; this one has "
+            f"{facts.cuda[0]}.{facts.cuda[1]}. Use precision=fp16 or precision=fp32."
+        )
+    if precision == "auto":
+        precision = "measure" if device == "cpu" else row.precision
+    # On a CPU "medium" is oneDNN: exact fp32, up to 1.6 times faster than "highest"; only with AMX
+    # it would round to bf16. On CUDA "high" is TF32.
+    matmul = {"cuda": "high", "cpu": "highest" if facts.amx else "medium"}.get(device, "highest")
+    if not micro_batch_size:
+        micro_batch_size = max(1, row.micro_batch_size * TABLE_ROW_LENGTH // row_length)
+    compiled = compile_ == "on" or (compile_ == "auto" and row.compile)
+    return Choice(device, precision, matmul, compiled, micro_batch_size)
+
+
+# ---- asking the machine --------------------------------------------------------------------------
+
+
+def find_facts() -> Facts:
+    """What this machine has; of several visible cards the weakest and the smallest count."""
+    cards = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return Facts(
+        cuda=min((torch.cuda.get_device_capability(card) for card in cards), default=None),
+        memory_mib=min(
+            (torch.cuda.get_device_properties(card).total_memory // 2**20 for card in cards),
+            default=0,
+        ),
+        mps=torch.backends.mps.is_available(),
+        amx=bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()),
+    )
+
+
+def measured_precision(cache_file: Path, matmul: str) -> str:
+    """fp32 or bf16, whichever is faster on this CPU; measured once a machine and kept in a file.
+
+    Kept, so that two runs on a machine agree. The key is what can change the answer.
+    """
+    threads = torch.get_num_threads()
+    key = f"{_cpu_name()} torch {torch.__version__} threads {threads} matmul {matmul}"
+    try:
+        known = json.loads(cache_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if not isinstance(known, dict):
+        known = {}
+    if known.get(key) not in ("fp32", "bf16"):
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(matmul)
+        try:
+            seconds = {"fp32": _seconds(torch.float32), "bf16": _seconds(torch.bfloat16)}
+        finally:
+            torch.set_float32_matmul_precision(before)
+        known[key] = min(seconds, key=lambda name: seconds[name])
+        log.info(
+            "measured on this CPU: fp32 %.1f ms, bf16 %.1f ms for a product; using %s",
+            1e3 * seconds["fp32"], 1e3 * seconds["bf16"], known[key],
+        )  # fmt: skip
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cache_file, json.dumps(known, indent=1))
+    return known[key]
+
+
+def _seconds(dtype: torch.dtype, budget: float = 0.15) -> float:
+    """Best time of the product of a layer, within a budget of seconds."""
+    x, w = torch.ones(512, 512, dtype=dtype), torch.ones(512, 1408, dtype=dtype)
+    return best_time(lambda: x @ w, budget)
+
+
+def best_time(action: Callable[[], object], budget: float) -> float:
+    """Shortest of the times that an action takes, called at least twice and within a budget."""
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < budget:
+        begin = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - begin)
+        if times[0] > budget:
+            break
+    return min(times)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()} x {os.cpu_count()}"
+    except OSError:
+        pass
+    return f"{platform.processor() or platform.machine()} x {os.cpu_count()}"

@@ -1,0 +1,106 @@
+"""What a run's result depends on beside weights and optimizers; saved and restored whole."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from trainlib.batches import Place, StepBatch, StepLoader
+from trainlib.checkpoint import load_optimizer_tensors, optimizer_tensors
+from trainlib.launch import Run
+from trainlib.metrics import MetricsLog
+from trainlib.optim import Schedule
+
+log = logging.getLogger(__name__)
+FIRST_SCALE, SCALE_STEPS = 2.0**16, 2000  # Of an fp16 loss, as torch's GradScaler has them.
+
+
+@dataclass
+class TrainState:
+    """All that the result depends on, beside the weights and the optimizers."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Real positions trained on, padding not counted."""
+    position: Place = field(default_factory=Place)
+    """The next row of the data."""
+    bad_steps: int = 0
+    """Steps on end whose gradient was not finite, and which changed nothing."""
+    evaluated: int = -1
+    """The step of the last evaluation."""
+    seconds: float = 0.0
+    """How long the run has taken up to its last checkpoint."""
+    decay: tuple[int, float, int] | None = None
+    """Where the rate began to fall at somebody's request (Schedule.decay)."""
+    loss_scale: float = 1.0
+    """What the loss is multiplied by before the backward pass; above 1 with fp16 only."""
+    scaled_steps: int = 0
+    """Steps on end whose gradient was finite at this loss_scale."""
+
+    def advance(self, batch: StepBatch, finite: bool) -> None:
+        """Count a step; a skipped one is a step too. Halve or double an fp16 loss scale."""
+        self.step += 1
+        self.tokens += batch.num_tokens
+        self.position = batch.after
+        if self.loss_scale > 1 and not finite:
+            # Too large a scale is no fault of the data: this is how its size is found.
+            self.loss_scale, self.scaled_steps = max(1.0, self.loss_scale / 2), 0
+            return
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        self.scaled_steps += 1
+        if self.loss_scale > 1 and self.scaled_steps >= SCALE_STEPS:
+            self.loss_scale, self.scaled_steps = self.loss_scale * 2, 0
+
+
+def save(
+    run: Run,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    schedule: Schedule,
+    state: TrainState,
+) -> None:
+    """Write a step folder from which training goes on bit for bit (on a CPU)."""
+    state.seconds, state.decay = run.clock.seconds(), schedule.decay
+    tensors, scalars = optimizer_tensors(optimizers, model)
+    tensors["rng/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        for i, rng in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"rng/cuda{i}"] = rng
+    run.checkpoints.save(
+        state.step, model, tensors, {"train": asdict(state), "optimizers": scalars}
+    )
+
+
+def restore(
+    run: Run,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    schedule: Schedule,
+    loader: StepLoader,
+) -> TrainState:
+    """Go on from the run's newest step folder, or begin at step 0; opens the run's metrics."""
+    folder = run.resume_from
+    restored = run.checkpoints.restore(model, folder) if folder is not None else None
+    if folder is None or restored is None:
+        run.metrics = MetricsLog(run.folder, None, run.ranks.first)
+        return TrainState(loss_scale=FIRST_SCALE if run.hardware.precision == "fp16" else 1.0)
+    tensors, saved = restored
+    load_optimizer_tensors(optimizers, model, tensors, saved["optimizers"])
+    state = TrainState(**saved["train"])
+    state.position = Place(*state.position)
+    loader.seek(state.position)
+    schedule.restore(tuple(state.decay) if state.decay else None)  # type: ignore[arg-type]
+    run.clock.earlier = state.seconds
+    torch.set_rng_state(tensors["rng/cpu"])
+    if torch.cuda.is_available() and "rng/cuda0" in tensors:
+        count = torch.cuda.device_count()
+        states = [tensors[f"rng/cuda{i}"] for i in range(count) if f"rng/cuda{i}" in tensors]
+        torch.cuda.set_rng_state_all(states)
+    run.metrics = MetricsLog(run.folder, state.step, run.ranks.first)
+    log.info("resuming from %s", folder)
+    return state
