@@ -176,7 +176,7 @@ class PackedDataset:
         first_sequence_id: int = 0,
         max_rows: int = 0,
     ) -> None:
-        self.caches = [cache for cache, _ in parts]
+        self.parts, self.caches = parts, [cache for cache, _ in parts]
         self.kind, self.row_length, self.seed, self.max_rows = kind, row_length, seed, max_rows
         self.first_sequence_id = first_sequence_id
         self.num_dropped: Counter[str] = Counter()
@@ -231,6 +231,11 @@ class PackedDataset:
     def num_tokens(self) -> int:
         """Real positions of one epoch, padding not counted."""
         return int(self._length.sum())
+
+    def mean_attended(self) -> float:
+        """Positions that a position attends to, on average; a pair's answers count as alike."""
+        lengths = self._length / (2 if self.kind == "dpo" else 1)
+        return float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
 
     def num_rows(self, epoch: int = 0) -> int:
         """Rows of an epoch."""
@@ -416,6 +421,8 @@ class Datasets(NamedTuple):
     val: dict[str, PackedDataset]
     data_key: str
     """Changes when a file, the tokenizer or the choice of files changes."""
+    yardsticks: dict[str, float] = {}
+    """Bits per byte that need no model, by name (yardsticks.py); none of preferences."""
 
 
 def load_datasets(
@@ -471,22 +478,14 @@ def _named(paths: list[Path]) -> list[tuple[str, Path]]:
 
 
 def _describe(name: str, packed: PackedDataset) -> None:
+    size = f"{packed.num_units:,} units, {packed.num_tokens:,} tokens, {packed.num_rows():,} rows"
     log.info(
-        "%s: %s units, %s tokens, %s rows of %d, %.1f %% padding  (%s)",
-        name,
-        f"{packed.num_units:,}",
-        f"{packed.num_tokens:,}",
-        f"{packed.num_rows():,}",
-        packed.row_length,
-        100 * packed.padding(),
-        ", ".join(str(cache.path) for cache in packed.caches),
-    )
+        "%s: %s of %d, %.1f %% padding  (%s)", name, size, packed.row_length,
+        100 * packed.padding(), ", ".join(str(cache.path) for cache in packed.caches),
+    )  # fmt: skip
     if packed.num_dropped:
         kinds = ", ".join(f"{source} {n}" for source, n in sorted(packed.num_dropped.items()))
         log.warning(
             "%s: %d rows longer than %d positions were left out: %s (sequence_length decides)",
-            name,
-            sum(packed.num_dropped.values()),
-            packed.row_length,
-            kinds,
-        )
+            name, sum(packed.num_dropped.values()), packed.row_length, kinds,
+        )  # fmt: skip

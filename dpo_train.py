@@ -20,7 +20,8 @@ from dataset import Batch, DataConfig, Datasets, load_datasets
 from hf_folder import load_model, load_tokenizer, model_files
 from preferences import TIE_NATS, batch_log_probs, format_report, reference_log_probs, report
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
-from trainlib.loop import fit, make_loader, make_schedule, validate
+from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate
+from trainlib.mfu import flops_per_token
 from trainlib.optim import OptimConfig, build_optimizers
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ def main(config: DPOConfig, datasets: Datasets) -> None:
     run = start_run(config, "dpo", datasets.data_key, datasets.train.row_length)
 
     prepare_model(run, model, model.model.layers, model_files(model.config, tokenizer))
+    run.flops_per_token = flops_per_token(model, datasets.train.mean_attended())
     optimizers = build_optimizers(model, config.optim)
     loader = make_loader(run, datasets.train)
     schedule = make_schedule(config, loader)
@@ -87,8 +89,8 @@ def main(config: DPOConfig, datasets: Datasets) -> None:
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:
         return dpo_loss(batch_log_probs(model, batch), reference[batch.sequence_ids], config.beta)
 
-    def evaluate() -> dict[str, float]:
-        return validate(run, model, loss_fn, datasets.val)
+    def evaluate() -> tuple[Metrics, list[str]]:
+        return validate(run, model, loss_fn, datasets.val), []
 
     if fit(run, model, optimizers, schedule, loss_fn, loader, evaluate):
         table = report(run, model, datasets, reference)

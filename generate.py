@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
+from tokenizer.chat_format import render_prompt
 
 MAX_BATCH = 32  # Prompts decoded together: 16 KB a position and prompt for the default model.
 
@@ -227,6 +228,18 @@ def sample_texts(
         texts.append(
             prompt + tokenizer.decode(list(generate(model, ids, sampling, tokenizer.stop_ids)))
         )
+    return texts
+
+
+def sample_answers(
+    model: Transformer, tokenizer: Tokenizer, questions: Sequence[str], sampling: Sampling
+) -> list[str]:
+    """Each question with the model's answer to it, as a conversation of its own."""
+    texts = []
+    for question in questions:
+        ids = render_prompt(tokenizer, [{"role": "user", "content": question}])
+        answer = list(generate(model, ids, sampling, tokenizer.stop_ids))
+        texts.append(f"{question}\n{tokenizer.decode(answer)}")
     return texts
 
 

@@ -13,13 +13,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from dataset import Batch, DataConfig, Datasets, load_datasets
+from generate import Sampling, sample_answers
 from hf_folder import load_model, load_tokenizer, model_files
 from losses import cross_entropy_sum
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
-from trainlib.loop import fit, make_loader, make_schedule, validate
+from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate
+from trainlib.mfu import flops_per_token
 from trainlib.optim import OptimConfig, build_optimizers
+from yardsticks import with_yardsticks
 
 log = logging.getLogger(__name__)
+
+QUESTIONS = ("你是谁？", "Name three colors.")  # Answered at every evaluation, for the eye.
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any
 def prepare(config: SFTConfig) -> Datasets:
     """The conversations, rendered and tokenized once into the cache."""
     tokenizer = load_tokenizer(config.init_from)
-    return load_datasets(config.data, "sft", tokenizer, config.sequence_length, config.seed)
+    loaded = load_datasets(config.data, "sft", tokenizer, config.sequence_length, config.seed)
+    return with_yardsticks(loaded, tokenizer)
 
 
 def main(config: SFTConfig, datasets: Datasets) -> None:
@@ -54,12 +60,16 @@ def main(config: SFTConfig, datasets: Datasets) -> None:
     run = start_run(config, "sft", datasets.data_key, config.sequence_length)
 
     prepare_model(run, model, model.model.layers, model_files(model.config, tokenizer))
+    run.yardsticks = datasets.yardsticks
+    run.flops_per_token = flops_per_token(model, datasets.train.mean_attended())
     optimizers = build_optimizers(model, config.optim)
     loader = make_loader(run, datasets.train)
     schedule = make_schedule(config, loader)
 
-    def evaluate() -> dict[str, float]:
-        return validate(run, model, loss_fn, datasets.val)
+    def evaluate() -> tuple[Metrics, list[str]]:
+        sampling = Sampling(temperature=0, max_new_tokens=64)
+        samples = sample_answers(model, tokenizer, QUESTIONS, sampling)
+        return validate(run, model, loss_fn, datasets.val), samples
 
     if fit(run, model, optimizers, schedule, loss_fn, loader, evaluate):
         log.info("next: python dpo_train.py init_from=%s/final", run.folder)

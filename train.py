@@ -19,8 +19,10 @@ from losses import cross_entropy_sum
 from model import ModelConfig, Transformer, count_parameters
 from tokenizer import Tokenizer, default_folder
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
-from trainlib.loop import fit, make_loader, make_schedule, validate
+from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate
+from trainlib.mfu import flops_per_token
 from trainlib.optim import OptimConfig, build_optimizers
+from yardsticks import with_yardsticks
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,8 @@ def open_tokenizer(config: PretrainConfig) -> Tokenizer:
 def prepare(config: PretrainConfig) -> Datasets:
     """The data, tokenized once into the cache."""
     tokenizer = open_tokenizer(config)
-    return load_datasets(config.data, "pretrain", tokenizer, config.sequence_length, config.seed)
+    loaded = load_datasets(config.data, "pretrain", tokenizer, config.sequence_length, config.seed)
+    return with_yardsticks(loaded, tokenizer)
 
 
 def main(config: PretrainConfig, datasets: Datasets) -> None:
@@ -72,15 +75,16 @@ def main(config: PretrainConfig, datasets: Datasets) -> None:
     log.info("model: %s parameters", f"{count_parameters(model):,}")
 
     prepare_model(run, model, model.model.layers, model_files(model.config, tokenizer))
+    run.yardsticks = datasets.yardsticks
+    run.flops_per_token = flops_per_token(model, datasets.train.mean_attended())
     optimizers = build_optimizers(model, config.optim)
     loader = make_loader(run, datasets.train)
     schedule = make_schedule(config, loader)
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> tuple[Metrics, list[str]]:
         sampling = Sampling(temperature=0, max_new_tokens=32)
-        for text in sample_texts(model, tokenizer, PROMPTS, sampling):
-            log.info("sample: %s", text.replace("\n", " / "))
-        return validate(run, model, loss_fn, datasets.val)
+        samples = sample_texts(model, tokenizer, PROMPTS, sampling)
+        return validate(run, model, loss_fn, datasets.val), samples
 
     if fit(run, model, optimizers, schedule, loss_fn, loader, evaluate):
         log.info("next: python sft_train.py init_from=%s/final", run.folder)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from trainlib.metrics import MetricsLog, cut_back
+from trainlib.metrics import MetricsLog, as_markdown, charts, cut_back, newly_passed
 
 
 def lines(folder: Path) -> list[dict]:
@@ -18,6 +22,22 @@ def lines(folder: Path) -> list[dict]:
 
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+STEP = ("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "train/mfu",
+        "train/data_wait")  # fmt: skip
+
+
+def layout(events: EventAccumulator) -> dict[str, list[str]]:
+    """The names in each chart of the page, read back."""
+    page = Layout.FromString(
+        events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+    )
+    (category,) = page.category
+    assert category.title == "is it going well?"
+    names = {chart.title: list(chart.multiline.tag) for chart in category.chart}
+    assert all(name.endswith("$") for tags in names.values() for name in tags)
+    return {title: [name[:-1] for name in tags] for title, tags in names.items()}
 
 
 def test_each_line_is_on_disk_at_once(tmp_path):
@@ -29,6 +49,67 @@ def test_each_line_is_on_disk_at_once(tmp_path):
     assert (tmp_path / "train.log").read_text() == "step 1 loss 1.5000\n"
     log.close()
     assert lines(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "To be, or *not* to be:\nthat is\n    the question", "# no heading\n===\n1. no list\n- nor",
+        "<script>alert(1)</script> & <b>bold</b> &amp;", "| a | b |\n| - | - |\n| 1 | 2 |",
+        "`code` ~~~\n[link](http://x.y) ![i](j) \\* _a_ __b__",
+        "第一条\n\n\n话说（一）", "", "  \n",
+    ],
+)  # fmt: skip
+def test_a_sample_is_shown_as_it_is(text):
+    shown = markdown_to_safe_html(as_markdown([text, "the next"]))
+    first, _, second = shown.partition("<hr>")
+    assert not set(re.findall(r"<(\w+)", first)) - {"p", "br"}
+    assert re.sub(r"<[^>]*>", "", second).strip() == "the next"
+    read = html.unescape(re.sub(r"<[^>]*>", "", first)).replace("\xa0", " ")
+    assert [line.rstrip() for line in read.splitlines() if line.strip()] == [
+        line for line in text.splitlines() if line.strip()
+    ]
+
+
+def test_the_page_shows_what_there_is(tmp_path):
+    log = MetricsLog(tmp_path, None)
+    log.add_yardsticks({"unigram": 3.0, "xz": 2.5})
+    assert json.loads((tmp_path / "yardsticks.json").read_text()) == {"unigram": 3.0, "xz": 2.5}
+    figures = {"val/loss": 2.0, "val/bits_per_byte": 2.9, "val/a/loss": 2.0}
+    log.write_evaluation(0, figures, ["To be"], [])
+    log.write_step(1, dict.fromkeys(STEP, 1.0), "step 1")
+    log.close()
+    log = MetricsLog(tmp_path, 1)
+    log.add_yardsticks({"unigram": 3.0, "xz": 2.5})
+    log.write_evaluation(2, figures, ["To be, or"], ["below the unigram line at step 2"])
+    log.close()
+    assert (tmp_path / "train.log").read_text().endswith("below the unigram line at step 2\n")
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    for name, value in {"yardstick/unigram": 3.0, "yardstick/xz": 2.5, "val/loss": 2.0}.items():
+        assert [(e.step, e.value) for e in events.Scalars(name)] == [(0, value), (2, value)]
+    shown = layout(events)
+    assert shown["bits per byte"] == ["val/bits_per_byte", "yardstick/unigram", "yardstick/xz"]
+    assert not {"reward margin", "reward accuracy"} & set(shown)
+    assert {name for names in shown.values() for name in names} <= set(tags)
+    texts = [e.tensor_proto.string_val[0] for e in events.Tensors("samples/text_summary")]
+    assert texts == [b"To be", b"To be&#44; or"]
+
+
+def test_the_page_of_preferences_has_rewards_and_no_bytes():
+    shown = charts(["val/loss", "val/reward_margin", "val/reward_accuracy"], [])
+    assert {"reward margin", "reward accuracy"} < set(shown) and "bits per byte" not in shown
+
+
+def test_each_yardstick_is_passed_once():
+    lines = {"uniform": 4.0, "unigram": 3.0, "bigram": 2.0, "xz": 2.5}
+    assert newly_passed(math.inf, lines, []) == {} == newly_passed(math.nan, lines, [])
+    assert newly_passed(3.5, lines, []) == {}  # Below uniform is nothing to speak of.
+    assert newly_passed(2.4, lines, ["unigram"]) == {"xz": "better than xz"}
+    assert list(newly_passed(1.0, lines, [])) == ["unigram", "xz", "bigram"]
+    assert newly_passed(1.0, lines, ["xz", "bigram", "unigram"]) == {}
 
 
 def test_figures_that_are_not_finite_are_null(tmp_path):

@@ -75,7 +75,7 @@ def metrics(folder):
 
 def figures(folder):
     """Metrics without what a clock decides."""
-    clock = ("train/tokens_per_second", "train/data_wait")
+    clock = ("train/tokens_per_second", "train/data_wait", "train/mfu")
     return [{k: v for k, v in row.items() if k not in clock} for row in metrics(folder)]
 
 

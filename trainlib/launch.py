@@ -138,6 +138,10 @@ class Run:
     layers: nn.ModuleList | None = None
     """What is compiled, where compilation is wanted."""
     metrics: MetricsLog = None  # type: ignore[assignment]  # Opened by fit, at the step it begins.
+    yardsticks: dict[str, float] = field(default_factory=dict)
+    """What val/bits_per_byte is held against, by name."""
+    flops_per_token: float = 0.0
+    """Floating-point operations of training on one token (trainlib/mfu.py)."""
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from trainlib import metrics as names
 from trainlib.batches import ALONE, Place, StepBatch, StepLoader
 from trainlib.control import Control
 from trainlib.errors import UserError
 from trainlib.launch import Run
+from trainlib.metrics import newly_passed
+from trainlib.mfu import matmul_peak
 from trainlib.optim import Schedule
 from trainlib.ranks import Ranks
 from trainlib.runtime import LossFunction, compile_layers, looking
@@ -50,10 +53,11 @@ def fit(
     schedule: Schedule,
     loss_fn: LossFunction,
     loader: StepLoader,
-    evaluate: Callable[[], Metrics],
+    evaluate: Callable[[], tuple[Metrics, list[str]]],
 ) -> bool:
     """Train until the schedule is reached or somebody asks to stop.
 
+    `evaluate` gives the figures of validation and texts that the model wrote.
     Returns whether it was reached, to the one process that may say so and go on from there.
     Raises UserError after MAX_BAD_STEPS steps on end without a finite gradient.
     """
@@ -62,10 +66,9 @@ def fit(
     display = Display(run, schedule, state)
 
     def look() -> None:
-        metrics = {f"val/{name}": value for name, value in evaluate().items()}
+        metrics, samples = evaluate()
         state.evaluated = state.step
-        run.metrics.write(state.step, metrics)
-        display.show_validation(metrics)
+        display.show_validation({f"val/{name}": v for name, v in metrics.items()}, samples)
 
     with Control(run.folder, run.clock, run.ranks) as control, display:
         if state.evaluated != state.step and due(state.step, run.config.eval_every_steps, schedule):
@@ -246,6 +249,8 @@ class Display:
 
     def __init__(self, run: Run, schedule: Schedule, state: TrainState) -> None:
         self.run, self.schedule, self.state = run, schedule, state
+        self.peak = matmul_peak(run.hardware.device, run.hardware.precision) * run.ranks.count
+        run.metrics.add_yardsticks(run.yardsticks)
         self.bar = tqdm(
             total=schedule.num_steps, initial=state.step, unit="step", desc=run.stage,
             disable=None if run.ranks.first else True,
@@ -276,13 +281,15 @@ class Display:
         if not (step % self.run.config.log_every_steps == 0 or self.schedule.reached(step)):
             return
         seconds = time.perf_counter() - self.begin
+        mfu = self.run.flops_per_token * self.tokens / seconds / self.peak
         values = {
-            "train/loss": result.loss,
-            "train/lr": lr,
-            "train/grad_norm": result.grad_norm,
-            "train/tokens_per_second": self.tokens / seconds,
-            "train/data_wait": self.waited / seconds,
-            "train/tokens": self.state.tokens,
+            names.TRAIN_LOSS: result.loss,
+            names.TRAIN_LR: lr,
+            names.TRAIN_GRAD_NORM: result.grad_norm,
+            names.TRAIN_SPEED: self.tokens / seconds,
+            names.TRAIN_MFU: mfu,
+            names.TRAIN_DATA_WAIT: self.waited / seconds,
+            names.TRAIN_TOKENS: self.state.tokens,
             **{f"train/{name}": value for name, value in result.metrics.items()},
         }
         left = self.run.clock.left()
@@ -290,7 +297,7 @@ class Display:
             left = (self.schedule.num_steps - step) * seconds / self.run.config.log_every_steps
         text = (
             f"step {step} loss {result.loss:.4f} lr {lr:.2e} grad_norm {result.grad_norm:.2f} "
-            f"tokens/s {self.tokens / seconds:,.0f} wait {self.waited / seconds:.1%} "
+            f"tokens/s {self.tokens / seconds:,.0f} mfu {mfu:.1%} wait {self.waited / seconds:.1%} "
             f"left {max(0, left or 0) / 60:.1f} min"
             + ("" if result.finite else "  NOT FINITE, skipped")
         )
@@ -303,10 +310,22 @@ class Display:
             log.info("%s", text)
         self._reset()
 
-    def show_validation(self, metrics: Metrics) -> None:
-        """Print one evaluation, and do not count its time as training."""
+    def show_validation(self, metrics: Metrics, samples: list[str]) -> None:
+        """Print and record one evaluation, and do not count its time as training."""
+        step, yardsticks = self.state.step, self.run.yardsticks
+        value = metrics.get(names.VAL_BITS_PER_BYTE, math.inf)
+        passed = newly_passed(value, yardsticks, self.state.passed)
+        self.state.passed += passed
+        words = [
+            f"{text} at step {step}: {value:.3f} against {yardsticks[name]:.3f} bits per byte"
+            for name, text in passed.items()
+        ]
+        self.run.metrics.write_evaluation(step, metrics, samples, words)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        tqdm.write(f"step {self.state.step} {shown}")
+        told = [f"sample: {text}".replace("\n", " / ") for text in samples]
+        if self.run.ranks.first:
+            for line in (*told, f"step {step} {shown}", *words):
+                tqdm.write(line)
         self._reset()
 
     def show_decay(self) -> None:

@@ -4,11 +4,47 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from trainlib.files import write_atomically
+
+TRAIN_LOSS = "train/loss"  # nats a target
+TRAIN_LR = "train/lr"  # of the first parameter group
+TRAIN_GRAD_NORM = "train/grad_norm"  # before clipping
+TRAIN_TOKENS = "train/tokens"  # real positions so far
+TRAIN_SPEED = "train/tokens_per_second"
+TRAIN_DATA_WAIT = "train/data_wait"  # share of the time
+TRAIN_MFU = "train/mfu"  # share of the measured matmul peak
+VAL_LOSS = "val/loss"
+VAL_BITS_PER_BYTE = "val/bits_per_byte"
+VAL_REWARD_ACCURACY = "val/reward_accuracy"  # share of pairs
+VAL_REWARD_MARGIN = "val/reward_margin"  # mean
+YARDSTICK = "yardstick/"
+
+PAGE = "is it going well?"
+
+
+def charts(validation: list[str], yardsticks: list[str]) -> dict[str, list[str]]:
+    """The names in each chart of the page, by title; no chart that the stage has no figures for.
+
+    Of `validation`, the names that an evaluation gives, only those that all sets share are used.
+    """
+    lines = {
+        "loss": [TRAIN_LOSS, VAL_LOSS],
+        "bits per byte": [VAL_BITS_PER_BYTE, *(YARDSTICK + name for name in yardsticks)],
+        "reward accuracy": [VAL_REWARD_ACCURACY],
+        "reward margin": [VAL_REWARD_MARGIN],
+        "learning rate": [TRAIN_LR],
+        "gradient norm": [TRAIN_GRAD_NORM],
+        "tokens per second": [TRAIN_SPEED],
+        "MFU": [TRAIN_MFU],
+        "share of time waiting for data": [TRAIN_DATA_WAIT],
+    }
+    return {title: names for title, names in lines.items()
+            if not names[0].startswith("val/") or names[0] in validation}  # fmt: skip
 
 
 class MetricsLog:
@@ -23,20 +59,49 @@ class MetricsLog:
         self.writes = writes
         if not writes:
             return
-        self._path = folder / "metrics.jsonl"
-        cut_back(self._path, -1 if resume_step is None else resume_step)
-        self._metrics = self._path.open("a", encoding="utf-8")
+        self._folder = folder
+        path = folder / "metrics.jsonl"
+        cut_back(path, -1 if resume_step is None else resume_step)
+        self._metrics = path.open("a", encoding="utf-8")
         self._log = (folder / "train.log").open("a", encoding="utf-8")
         if resume_step is not None:
             self._line(f"resuming from step {resume_step}")
         purge = 0 if resume_step is None else resume_step + 1
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self._yardsticks: dict[str, float] = {}
+        self._has_page = False
+
+    def add_yardsticks(self, yardsticks: dict[str, float]) -> None:
+        """Write what val/bits_per_byte is held against to yardsticks.json, and draw it as lines."""
+        self._yardsticks = yardsticks
+        if yardsticks and self.writes:
+            write_atomically(self._folder / "yardsticks.json", json.dumps(yardsticks, indent=2))
 
     def write_step(self, step: int, values: dict[str, float], text: str) -> None:
         """Record a training step, with its line for people."""
         if self.writes:
             self.write(step, values)
             self._line(text)
+
+    def write_evaluation(
+        self, step: int, values: dict[str, float], samples: list[str], words: list[str]
+    ) -> None:
+        """Record an evaluation: its figures, the yardsticks at this step, what the model wrote.
+
+        `words` are lines for people about it.
+        """
+        if not self.writes:
+            return
+        self.write(step, values)
+        for line in words:
+            self._line(line)
+        for name, value in self._yardsticks.items():
+            self._board.add_scalar(YARDSTICK + name, value, step)
+        if samples:
+            self._board.add_text("samples", as_markdown(samples), step)
+        if not self._has_page:
+            self._add_page(list(values))
+        self._board.flush()  # A chart with its last point missing would mislead who looks now.
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record figures of a step; one that is not finite becomes null."""
@@ -56,9 +121,44 @@ class MetricsLog:
         self._log.close()
         self._board.close()
 
+    def _add_page(self, validation: list[str]) -> None:
+        # TensorBoard takes the names for regular expressions and matches their beginnings.
+        lines = charts(validation, list(self._yardsticks))
+        page = {title: ["Multiline", [f"{n}$" for n in names]] for title, names in lines.items()}
+        self._board.add_custom_scalars({PAGE: page})
+        self._has_page = True
+
     def _line(self, text: str) -> None:
         self._log.write(text + "\n")
         self._log.flush()
+
+
+def newly_passed(value: float, yardsticks: dict[str, float], passed: list[str]) -> dict[str, str]:
+    """Yardsticks that a value lies below for the first time, with the words for it.
+
+    None for uniform: a model that has learned nothing lies now above it, now below.
+    """
+    return {
+        name: "better than xz" if name == "xz" else f"below the {name} line"
+        for name, limit in sorted(yardsticks.items(), key=lambda item: -item[1])
+        if value < limit and name not in passed and name != "uniform"
+    }
+
+
+def as_markdown(samples: list[str]) -> str:
+    """Texts one below the other, in which nothing is taken for markup and no line break is lost.
+
+    Not as code blocks: TensorBoard does not wrap their lines.
+    """
+
+    def plain(line: str) -> str:
+        text = line.lstrip(" ")
+        indent = "&nbsp;" * (len(line) - len(text))
+        return indent + re.sub(r"[!-/:-@\[-`{-~]", lambda found: f"&#{ord(found[0])};", text)
+
+    return "\n\n---\n\n".join(
+        "  \n".join(plain(line) for line in text.splitlines()) for text in samples
+    )
 
 
 def cut_back(path: Path, step: int) -> None:

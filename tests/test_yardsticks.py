@@ -1,0 +1,198 @@
+"""Protects the yardsticks: counted by hand on tiny corpora, on the tokens and bytes of val/loss."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import yardsticks
+from dataset import DataConfig, load_datasets
+from token_cache import TokenCache
+from trainlib.batches import ALONE
+from trainlib.loop import validate
+from trainlib.runtime import Hardware
+from yardsticks import Labels, count_pairs, ngram_bits, training_labels, with_yardsticks
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def data(tmp_path, tokenizer, monkeypatch):
+    """Loads data sets of either kind, with a cache of their own."""
+    monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
+    texts = [f"第{i}条 row {i} of {i % 7} goes on. " * (i % 5 + 1) for i in range(60)]
+
+    def load(kind, **settings):
+        rows = [{"text": text} for text in texts]
+        if kind == "sft":
+            turns = [("user", f"question {i} " * 3) for i in range(60)]
+            rows = [
+                {"conversations": [{"role": "user", "content": question},
+                                   {"role": "assistant", "content": text}]}
+                for (_, question), text in zip(turns, texts, strict=True)
+            ]  # fmt: skip
+        files = write(tmp_path / "train.jsonl", rows[:50])
+        val = (write(tmp_path / "a.jsonl", rows[50:55]), write(tmp_path / "b.jsonl", rows[55:]))
+        config = DataConfig(files=(files,), **{"val_files": val, **settings})
+        return load_datasets(config, kind, tokenizer, 256, 0)
+
+    return load
+
+
+def by_hand(train, val, vocab_size):
+    """Bits of unigram and bigram for pairs (before, label), one pair at a time."""
+    ids, pairs = Counter(b for _, b in train), Counter(train)
+    before = Counter(a for a, _ in train)
+    followers = Counter(a for a, _ in pairs)
+    unigram = bigram = 0.0
+    for a, b in val:
+        p = (ids[b] + 1) / (len(train) + vocab_size)
+        unigram -= math.log2(p)
+        if before[a]:
+            p = (pairs[a, b] + followers[a] * p) / (before[a] + followers[a])
+        bigram -= math.log2(p)
+    return unigram, bigram
+
+
+def pairs_of(packed):
+    """Pairs under the loss, read off the documents one by one."""
+    found = []
+    for cache, selected in packed.parts:
+        for record in np.flatnonzero(selected):
+            here = slice(cache.offsets[record], cache.offsets[record + 1])
+            ids, under_loss = cache.ids[here].tolist(), cache.supervised[here].tolist()
+            found += [(a, b) for a, b, m in zip(ids, ids[1:], under_loss[1:], strict=False) if m]
+    return found
+
+
+def test_a_corpus_counted_on_paper():
+    # Labels after 0: 1, 1, 2; after 1: 2. Unigram over V = 4: p(1) = 3/8, p(2) = 3/8, p(3) = 1/8.
+    # p(1|0) = (2 + 2 * 3/8) / (3 + 2), p(2|1) = (1 + 3/8) / 2, and 3 is followed by nothing.
+    train = Labels(np.array([0, 0, 0, 1]), np.array([1, 1, 2, 2]))
+    val = Labels(np.array([0, 1, 3]), np.array([1, 2, 3]))
+    unigram, bigram = ngram_bits(count_pairs(iter([train]), 4), val)
+    assert unigram == pytest.approx(-math.log2(3 / 8 * 3 / 8 * 1 / 8))
+    assert bigram == pytest.approx(-math.log2(2.75 / 5 * 1.375 / 2 * 1 / 8))
+
+
+def test_bigram_sums_to_one_over_a_large_vocabulary():
+    vocab_size, rng = 70_000, np.random.default_rng(0)
+    train = Labels(rng.integers(0, vocab_size, 3000), rng.integers(0, vocab_size, 3000))
+    counts = count_pairs(iter([train]), vocab_size)
+    everything = np.arange(vocab_size)
+    for before in (int(train.before[0]), vocab_size - 1):
+        p = [
+            2 ** -ngram_bits(counts, Labels(np.array([before]), np.array([label])))[1]
+            for label in (*train.ids[train.before == before], 5)
+        ]
+        assert min(p) > 0
+        rest = Labels(np.full(vocab_size, before), everything)
+        bits = -np.log2(probabilities(counts, rest))
+        assert (2**-bits).sum() == pytest.approx(1)
+        assert ngram_bits(counts, rest)[1] == pytest.approx(bits.sum())
+
+
+def probabilities(counts, labels):
+    """The bigram of each label, one call a label would be slow: by Counts' own definition."""
+    before = int(labels.before[0])
+    unigram = (counts.ids + 1) / (counts.ids.sum() + len(counts.ids))
+    low, high = np.searchsorted(counts.pairs, [before * len(unigram), (before + 1) * len(unigram)])
+    seen = np.bincount(counts.pairs[low:high] - before * len(unigram), minlength=len(unigram))
+    if not seen.sum():
+        return unigram
+    kinds = np.count_nonzero(seen)
+    return (seen + kinds * unigram) / (seen.sum() + kinds)
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+@pytest.mark.parametrize("settings", [{}, {"val_files": (), "val_fraction": 0.2}])
+def test_yardsticks_of_files_are_those_counted_by_hand(kind, settings, data, tokenizer):
+    datasets = with_yardsticks(data(kind, **settings), tokenizer)
+    train = pairs_of(datasets.train)
+    val = [pair for packed in datasets.val.values() for pair in pairs_of(packed)]
+    num_bytes = sum(len(tokenizer.id_to_bytes[label]) for _, label in val)
+    unigram, bigram = by_hand(train, val, tokenizer.vocab_size)
+    found = datasets.yardsticks
+    assert found["uniform"] == pytest.approx(len(val) * math.log2(6400) / num_bytes)
+    assert found["unigram"] == pytest.approx(unigram / num_bytes)
+    assert found["bigram"] == pytest.approx(bigram / num_bytes)
+    assert found["bigram"] < found["unigram"] < found["uniform"]
+
+
+def test_xz_is_the_size_of_the_validation_text(data, tokenizer):
+    datasets = data("sft")
+    found = with_yardsticks(datasets, tokenizer).yardsticks["xz"]
+    labels = yardsticks.validation_labels(list(datasets.val.values()))
+    text = tokenizer.decode_bytes(labels.ids.tolist())
+    assert found == 8 * len(lzma.compress(text)) / len(text)
+    # The same text, answers alone, whatever order the rows are in.
+    answers = [f"第{i}条 row {i} of {i % 7} goes on. " * (i % 5 + 1) for i in range(50, 60)]
+    assert sorted(text) == sorted("".join(answers).encode())
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+@pytest.mark.parametrize("max_rows", [0, 1])
+def test_a_uniform_model_scores_the_uniform_line(kind, max_rows, data, tokenizer):
+    """Same tokens and same bytes as validate(): logits of zeros must give the line exactly."""
+    from train import loss_fn
+
+    class Uniform(torch.nn.Module):
+        def forward(self, input_ids, **_):
+            return torch.zeros(*input_ids.shape, tokenizer.vocab_size)
+
+    datasets = with_yardsticks(data(kind, val_max_rows=max_rows), tokenizer)
+    hardware = Hardware(torch.device("cpu"), "fp32", False, 3)
+    run = SimpleNamespace(hardware=hardware, ranks=ALONE)
+    metrics = validate(run, Uniform(), loss_fn, datasets.val)
+    assert metrics["bits_per_byte"] == pytest.approx(datasets.yardsticks["uniform"], rel=1e-6)
+
+
+def test_blocks_lose_and_repeat_no_label(monkeypatch):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 30, 200)
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    ids = rng.integers(0, 50, offsets[-1]).astype(np.uint16)
+    supervised = (rng.random(len(ids)) < 0.7).astype(np.uint8)
+    supervised[offsets[:-1]] = 0
+    none = np.zeros(0)
+    cache = TokenCache(None, "", ids, supervised, offsets, none, none, none, [])  # type: ignore
+    selected = rng.random(200) < 0.8
+    whole = pairs_of(SimpleNamespace(parts=[(cache, selected)]))
+    for block in (7, 64, 1 << 16):
+        monkeypatch.setattr(yardsticks, "BLOCK", block)
+        blocks = list(training_labels([(cache, selected)], 10**6))
+        assert [pair for b in blocks for pair in zip(*map(list, b), strict=True)] == whole
+    monkeypatch.setattr(yardsticks, "BLOCK", 16)
+    some = [pair for b in training_labels([(cache, selected)], 800)
+            for pair in zip(*map(list, b), strict=True)]  # fmt: skip
+    assert 0.1 * len(whole) < len(some) < 0.5 * len(whole) and set(some) <= set(whole)
+
+
+def test_measured_once_and_again_when_the_data_changes(data, tokenizer, monkeypatch, tmp_path):
+    datasets = data("pretrain")
+    first = with_yardsticks(datasets, tokenizer).yardsticks
+    with monkeypatch.context() as patch:
+        patch.setattr(yardsticks, "measure", lambda *_: pytest.fail("measured again"))
+        assert with_yardsticks(datasets, tokenizer).yardsticks == first
+    (path,) = (tmp_path / "cache/yardsticks").glob("*.json")
+    path.write_text('{"uni')  # A torn file is made anew.
+    assert with_yardsticks(datasets, tokenizer).yardsticks == first
+    assert with_yardsticks(data("pretrain", val_max_rows=1), tokenizer).yardsticks != first
+    assert with_yardsticks(data("sft"), tokenizer).yardsticks != first
+
+
+def test_a_python_without_liblzma_has_three(data, tokenizer, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lzma", None)
+    assert list(with_yardsticks(data("pretrain"), tokenizer).yardsticks) == [
+        "uniform", "unigram", "bigram",
+    ]  # fmt: skip

@@ -1,0 +1,62 @@
+"""Model FLOPs utilization: what training needs, over what this device reaches in a matmul.
+
+The peak is measured, not read from a data sheet: no table goes stale, and a throttled or shared
+device is compared with itself.
+
+Source: Chowdhery et al., PaLM, arXiv:2204.02311, appendix B.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+from torch import nn
+
+from trainlib.runtime import DTYPES
+
+PEAK_SECONDS = 0.25  # Spent on the measurement, about.
+
+
+def flops_per_token(model: nn.Module, attended: float) -> float:
+    """Floating-point operations of training on one token: 6 M + 12 W S.
+
+    M    entries of all matrices that a token is multiplied with: every linear layer, the output
+         matrix too where it is tied; looking up an embedding costs none
+    W    query values of all layers: num_hidden_layers * num_attention_heads * head_dim
+    S    attended = mean number of positions that a position attends to, itself included
+
+    A multiply-add is two operations, scores and weighted values are two products of W S, and
+    backward costs twice forward: 6 = 2 * 3, 12 = 2 * 2 * 3.
+    """
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    matrices = sum(m.in_features * m.out_features for m in linear.values())
+    queries = sum(m.out_features for name, m in linear.items() if name.endswith("q_proj"))
+    return 6 * matrices + 12 * queries * attended
+
+
+@functools.cache
+def matmul_peak(device: torch.device, precision: str) -> float:
+    """Operations a second of the best of many square matrix products; measured once a process.
+
+    Leaves torch's random state alone. A size that would take too long here is left out.
+    """
+    dtype = DTYPES.get(precision, torch.float32)
+    synchronize = getattr(torch, device.type).synchronize
+    generator = torch.Generator(device).manual_seed(0)
+    best, end = 0.0, time.perf_counter() + PEAK_SECONDS
+    for size in (512, 1024, 2048, 4096, 8192):
+        matrix = torch.randn(size, size, device=device, generator=generator).to(dtype)
+        product = torch.empty_like(matrix)
+        fastest, begin = float("inf"), time.perf_counter()
+        # The fastest, as the first picks a kernel and others may use the device too.
+        while (start := time.perf_counter()) < begin + PEAK_SECONDS / 4:
+            synchronize()
+            torch.mm(matrix, matrix, out=product)
+            synchronize()
+            fastest = min(fastest, time.perf_counter() - start)
+        best = max(best, 2 * size**3 / fastest)
+        if start + 8 * fastest > end:
+            break
+    return best

@@ -1,0 +1,172 @@
+"""How well this very data is foretold without a model: lines to hold val/bits_per_byte against.
+
+    uniform   every entry of the vocabulary alike: log2 V bits a token
+    unigram   by how often each id occurs in the training data, one added to every count
+    bigram    the same given the id before; the rarer a pair, the more the unigram counts
+    xz        the size of the validation text under `xz -6`, which knows nothing but that text
+
+All are bits per byte of the labels that validation reads: the same tokens, the same bytes. The
+counts come from at most MAX_TRAIN_IDS ids in blocks spread evenly over the training files, of
+which only labels under the loss count; xz packs the first MAX_XZ_BYTES of the validation text,
+which is as far as its -6 looks back.
+
+Source: Witten-Bell smoothing as in Chen and Goodman, arXiv:cmp-lg/9606011, section 2.6.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from dataset import Datasets, PackedDataset
+from losses import IGNORE_INDEX
+from token_cache import TokenCache, cache_dir
+from tokenizer import Tokenizer
+from trainlib.batches import Place
+from trainlib.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+LAYOUT = 1  # Counts up when a yardstick changes its meaning.
+MAX_TRAIN_IDS = 20_000_000
+MAX_XZ_BYTES = 8 << 20
+BLOCK = 1 << 16  # Ids read at a time.
+
+
+class Labels(NamedTuple):
+    """Every label under the loss with the id before it; int64, shapes (N,)."""
+
+    before: np.ndarray
+    ids: np.ndarray
+
+
+def with_yardsticks(datasets: Datasets, tokenizer: Tokenizer) -> Datasets:
+    """Add the yardsticks of pretraining or fine-tuning data, measured once and kept on disk."""
+    digest = hashlib.sha256(f"{LAYOUT} {MAX_TRAIN_IDS} {datasets.data_key}".encode())
+    for packed in (datasets.train, *datasets.val.values()):
+        digest.update(f" {packed.row_length} {packed.max_rows} ".encode() + packed.selection)
+    path = cache_dir() / "yardsticks" / f"{digest.hexdigest()[:16]}.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = measure(datasets, tokenizer)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(found))
+        except OSError as error:  # A full disk; or another rank has just put the same there.
+            log.info("%s was not kept (%s)", path, error)
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+    log.info("yardsticks in bits per byte of the validation text: %s", shown)
+    return datasets._replace(yardsticks=found)
+
+
+def measure(datasets: Datasets, tokenizer: Tokenizer) -> dict[str, float]:
+    """Bits per byte of the labels of all validation sets together, by yardstick."""
+    labels = validation_labels(list(datasets.val.values()))
+    texts = tokenizer.id_to_bytes
+    num_bytes = int(np.array([len(text) for text in texts])[labels.ids].sum())
+    counts = count_pairs(training_labels(datasets.train.parts, MAX_TRAIN_IDS), len(texts))
+    unigram, bigram = ngram_bits(counts, labels)
+    found = {
+        "uniform": len(labels.ids) * math.log2(len(texts)) / num_bytes,
+        "unigram": unigram / num_bytes,
+        "bigram": bigram / num_bytes,
+    }
+    if xz := xz_bits_per_byte(b"".join(texts[i] for i in labels.ids[:MAX_XZ_BYTES].tolist())):
+        found["xz"] = xz
+    return found
+
+
+def validation_labels(packed: list[PackedDataset]) -> Labels:
+    """What validation reads, through the same collate."""
+    parts = []
+    for dataset in packed:
+        rows = [row for row, _ in dataset.rows(Place())]
+        for begin in range(0, len(rows), 64):
+            batch = dataset.collate(rows[begin : begin + 64], len(rows[begin : begin + 64]))
+            under_loss = batch.labels != IGNORE_INDEX
+            parts.append((batch.input_ids[under_loss].numpy(), batch.labels[under_loss].numpy()))
+    return Labels(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def training_labels(parts: list[tuple[TokenCache, np.ndarray]], limit: int) -> Iterator[Labels]:
+    """Labels of the selected records, block by block; about `limit` ids of them are read.
+
+    A sequence's first id is never under the loss, so no pair spans two sequences.
+    """
+    share = min(1.0, limit / sum(len(cache.ids) for cache, _ in parts))
+    for cache, selected in parts:
+        num_blocks = -(-len(cache.ids) // BLOCK)
+        for block in np.linspace(0, num_blocks - 1, max(1, int(share * num_blocks))).astype(int):
+            # One id more than the block has labels: the one before its first.
+            begin, end = block * BLOCK, min((block + 1) * BLOCK + 1, len(cache.ids))
+            first = np.searchsorted(cache.offsets, begin, "right") - 1
+            last = np.searchsorted(cache.offsets, end, "left")
+            lengths = np.diff(np.clip(cache.offsets[first : last + 1], begin, end))
+            counted = (cache.supervised[begin:end] != 0) & np.repeat(selected[first:last], lengths)
+            ids = cache.ids[begin:end].astype(np.int64)
+            yield Labels(ids[:-1][counted[1:]], ids[1:][counted[1:]])
+
+
+class Counts(NamedTuple):
+    """What the n-grams are made of; of V ids, shapes (V,) but for pairs."""
+
+    ids: np.ndarray
+    """How often each id is a label."""
+    before: np.ndarray
+    """How often it stands before a label."""
+    followers: np.ndarray
+    """Different labels after it."""
+    pairs: np.ndarray
+    """before * V + label of every label, sorted: a table of V * V would not fit."""
+
+
+def count_pairs(blocks: Iterator[Labels], vocab_size: int) -> Counts:
+    """Count labels and pairs."""
+    pairs = np.concatenate([labels.before * vocab_size + labels.ids for labels in blocks])
+    pairs.sort()
+    new = np.diff(pairs, prepend=-1) > 0
+
+    def count(ids: np.ndarray) -> np.ndarray:
+        return np.bincount(ids, minlength=vocab_size)
+
+    before = pairs // vocab_size
+    return Counts(count(pairs % vocab_size), count(before), count(before[new]), pairs)
+
+
+def ngram_bits(counts: Counts, labels: Labels) -> tuple[float, float]:
+    """Bits that unigram and bigram need for all labels.
+
+    Unigram: p(b) = (c(b) + 1) / (N + V). Bigram: p(b|a) = (c(ab) + t p(b)) / (c(a) + t), where t
+    different labels follow a; p(b) where none does.
+    """
+    vocab_size = len(counts.ids)
+    pairs, times = np.unique(labels.before * vocab_size + labels.ids, return_counts=True)
+    before, ids = pairs // vocab_size, pairs % vocab_size
+    unigram = (counts.ids[ids] + 1) / (counts.ids.sum() + vocab_size)
+    left, right = (np.searchsorted(counts.pairs, pairs, side) for side in ("left", "right"))
+    known = np.maximum(counts.before[before], 1)  # Where none follows, the bigram is not used.
+    followers = counts.followers[before]
+    bigram = (right - left + followers * unigram) / (known + followers)
+    bigram = np.where(followers > 0, bigram, unigram)
+    return float(-(times * np.log2(unigram)).sum()), float(-(times * np.log2(bigram)).sum())
+
+
+def xz_bits_per_byte(text: bytes) -> float | None:
+    """Bits per byte of the first MAX_XZ_BYTES of a text as an .xz file.
+
+    None under a Python that was built without liblzma.
+    """
+    try:
+        import lzma
+    except ImportError:
+        log.info("no xz yardstick: this Python was built without liblzma")
+        return None
+    text = text[:MAX_XZ_BYTES]
+    return 8 * len(lzma.compress(text, preset=6)) / len(text)
