@@ -18,6 +18,8 @@ from hf_folder import check_vocabulary, load_model, load_tokenizer, model_files
 from losses import cross_entropy_sum
 from model import ModelConfig, Transformer, count_parameters
 from tokenizer import Tokenizer, default_folder
+from tokenizer.adopt import adopt
+from trainlib.config import provenance, with_value
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
 from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate
 from trainlib.mfu import flops_per_token
@@ -35,12 +37,21 @@ class PretrainConfig(RunConfig):
 
     out_dir: str = field(default="runs/pretrain", metadata=HOW)
     """Folder of the run."""
+    tokenizer: str = ""
+    """Folder with a tokenizer.json; empty = the project's own. Any byte-level BPE, or BPE with byte
+    fallback; the special tokens of the chat format that it lacks are added after its last id."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Sizes of the model."""
+    """Sizes of the model; vocab_size follows the tokenizer where it is not given."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation files."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizers and schedule."""
+
+    def problems(self) -> list[str]:
+        """Those of every stage, and a second tokenizer."""
+        second = f"tokenizer={self.tokenizer} and init_from={self.init_from}: the tokenizer comes "
+        both = self.tokenizer and self.init_from
+        return super().problems() + ([second + "with the model; keep one"] if both else [])
 
 
 def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:
@@ -49,30 +60,34 @@ def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any
     return loss_sum, {"bits_per_byte": (loss_sum / math.log(2), batch.num_bytes)}
 
 
-def open_tokenizer(config: PretrainConfig) -> Tokenizer:
-    """The tokenizer of init_from, or the project's own; raises UserError if it fits no model."""
+def open_tokenizer(config: PretrainConfig) -> tuple[PretrainConfig, Tokenizer]:
+    """The settings with the vocabulary's size, and the tokenizer; raises UserError for a misfit."""
     if config.init_from:
-        return load_tokenizer(config.init_from)
-    tokenizer = Tokenizer(default_folder())
+        return config, load_tokenizer(config.init_from)
+    tokenizer = adopt(config.tokenizer or default_folder())
+    if provenance(config)["model.vocab_size"] == "default":
+        size = tokenizer.vocab_size
+        return with_value(config, "model.vocab_size", size, "of the tokenizer"), tokenizer
     cure = f"set model.vocab_size={tokenizer.vocab_size} or leave it out"
     check_vocabulary(config.model, tokenizer, "model.vocab_size", cure)
-    return tokenizer
+    return config, tokenizer
 
 
 def prepare(config: PretrainConfig) -> Datasets:
     """The data, tokenized once into the cache."""
-    tokenizer = open_tokenizer(config)
+    config, tokenizer = open_tokenizer(config)
     loaded = load_datasets(config.data, "pretrain", tokenizer, config.sequence_length, config.seed)
     return with_yardsticks(loaded, tokenizer)
 
 
 def main(config: PretrainConfig, datasets: Datasets) -> None:
     """Train a model from nothing, or go on from init_from."""
-    tokenizer = open_tokenizer(config)
+    config, tokenizer = open_tokenizer(config)
     initial = load_model(config.init_from) if config.init_from else None
     run = start_run(config, "pretrain", datasets.data_key, config.sequence_length)
     model = initial or Transformer(config.model)
-    log.info("model: %s parameters", f"{count_parameters(model):,}")
+    log.info("model: %s parameters, vocabulary of %s", f"{count_parameters(model):,}",
+             f"{model.config.vocab_size:,}")  # fmt: skip
 
     prepare_model(run, model, model.model.layers, model_files(model.config, tokenizer))
     run.yardsticks = datasets.yardsticks

@@ -6,28 +6,18 @@ Every case is a command line of a stage, run in this process from the reading of
 from __future__ import annotations
 
 import json
-import logging
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import dpo_train
-import sft_train
-import train
 from hf_folder import model_files
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
-from trainlib.launch import launch
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = {
-    "pretrain": (train, train.PretrainConfig),
-    "sft": (sft_train, sft_train.SFTConfig),
-    "dpo": (dpo_train, dpo_train.DPOConfig),
-}
+STAGES = ("pretrain", "sft", "dpo")
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16,
@@ -84,6 +74,8 @@ def place(tmp_path_factory, tokenizer):
     (path / "cut.jsonl").write_text('{"text": "a"}\n{"text": "b\n')
     (path / "c.yaml").write_text("max_steps: 3\nmax_tokens: 99\noptim:\n  muon_rl: 1\nsead: 4\n")
     (path / "broken.yaml").write_text("max_steps: 3\nmodel: [\n")
+    (path / "bad_tokenizer").mkdir()
+    (path / "bad_tokenizer/tokenizer.json").write_text('{"version": "1.0"}')
     write_model(path / "base", tokenizer)
     write_model(path / "llama", tokenizer, architectures=["LlamaForCausalLM"])
     write_model(path / "small", tokenizer, vocab_size=100)
@@ -92,28 +84,19 @@ def place(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture
-def run(place, tmp_path, monkeypatch, capsys):
+def run(place, tmp_path, monkeypatch, capsys, run_stage):
     """Run a stage's command line in the place; gives exit code and output."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
 
     def stage(name: str, *settings: str) -> tuple[int, str]:
-        module, cls = STAGES[name]
         words = [f"data.files={name}.jsonl", *COMMON]
         words += MODEL if name == "pretrain" else ["init_from=base"]
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words, *settings])
-        try:
-            launch(cls, name, module.prepare, module.main)
-            code = 0
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
+        code = run_stage(name, *words, *settings)
         out, err = capsys.readouterr()
         return code, out + err
 
-    yield stage
-    root.handlers[:], root.level = handlers, level
+    return stage
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -171,6 +154,9 @@ CASES = [
     ("sft", "init_from=wide", "wide does not fit its config.json", "has shape (48, 32)"),
     ("pretrain", "model.vocab_size=100", "model.vocab_size=100, but the tokenizer has 6400 entries",
      "set model.vocab_size=6400"),
+    ("pretrain", "tokenizer=nowhere", "nowhere/tokenizer.json does not exist"),
+    ("pretrain", "tokenizer=bad_tokenizer", "bad_tokenizer/tokenizer.json has no \"model\""),
+    ("pretrain", "tokenizer=base init_from=base", "tokenizer=base and init_from=base", "keep one"),
     ("pretrain", "resume=base", "resume=base is no step folder"),
     ("pretrain", "out_dir=base", "base holds files, but no run of this program", "out_dir=NEW"),
 ]  # fmt: skip

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import STAGES
 
-import dpo_train
-import sft_train
-import train
 from trainlib.config import keys
 from trainlib.help import FLAGS, groups, help_text
-from trainlib.launch import RunConfig, launch
+from trainlib.launch import RunConfig
 from trainlib.values import kind_text, value_text
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = {
-    "pretrain": ("train.py", train.PretrainConfig),
-    "sft": ("sft_train.py", sft_train.SFTConfig),
-    "dpo": ("dpo_train.py", dpo_train.DPOConfig),
-}
 
 
 def shown(stage: str, file: str = "none.yaml") -> str:
-    script, cls = STAGES[stage]
+    script, _, cls = STAGES[stage]
     return help_text(cls, script, stage, ROOT / file)
 
 
@@ -38,7 +30,7 @@ def joined(text: str) -> str:
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_setting_stands_with_default_type_and_doc(stage):
     lines = joined(shown(stage)).splitlines()
-    found = keys(STAGES[stage][1])
+    found = keys(STAGES[stage][2])
     assert len(found) > 30
     for key in found:
         assert len(key.doc) > 8 and key.doc.endswith("."), key.name
@@ -65,7 +57,7 @@ def test_every_key_of_the_configs_stands_there(stage):
 def test_it_fits_a_terminal_and_stands_under_titles(stage):
     text = shown(stage)
     assert max(map(len, text.splitlines())) < 80
-    titles = list(groups(STAGES[stage][1]))
+    titles = list(groups(STAGES[stage][2]))
     wanted = ["run", "length", "hardware", "evaluation and saving", "data", "optim"]
     if stage == "pretrain":
         wanted.insert(4, "model")
@@ -77,12 +69,11 @@ def test_it_fits_a_terminal_and_stands_under_titles(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_usage_flags_environment_and_examples(stage, monkeypatch, capsys):
-    script, cls = STAGES[stage]
+def test_usage_flags_environment_and_examples(stage, monkeypatch, capsys, run_stage):
+    script = STAGES[stage][0]
     monkeypatch.chdir(ROOT)
     for argv in (["-h"], ["configs/none.yaml", "--help", "wrong=1"]):
-        monkeypatch.setattr(sys, "argv", [script, *argv])
-        launch(cls, stage, lambda config: None, lambda *_: None)
+        assert run_stage(stage, *argv) == 0
         text = capsys.readouterr().out
         assert text.startswith(f"usage: python {script} [config.yaml] [section.key=value ...]")
         assert all(f"  {flag} " in text for flag in FLAGS)

@@ -1,8 +1,9 @@
-"""Text to ids and back: byte-level BPE through the `tokenizers` library, chat turns as ChatML.
+"""Text to ids and back: BPE through the `tokenizers` library, chat turns as ChatML.
 
 `Tokenizer` never parses special tokens out of text, so nobody can forge a turn by typing one.
 The renderer that turns messages into ids and a loss mask is in chat_format.py, the program that
-trains a vocabulary in train_tokenizer.py, the trained artefact in tokenizer.json.
+trains a vocabulary in train_tokenizer.py, the trained artefact in tokenizer.json, and what makes
+another vocabulary fit in adopt.py.
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer as Bpe
+from tokenizers import decoders
 
 from trainlib.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
+NEEDED = (END_OF_TEXT, IM_START, IM_END)
+"""Special tokens that no tokenizer can be without."""
 
 # Ids 0, 1, 2, ... in this order. Tool and think tags are reserved from the start, so that a
 # model trained today can learn them tomorrow without a new vocabulary.
@@ -50,32 +55,48 @@ class Sequence:
 class Tokenizer:
     """A vocabulary on disk: text to ids, ids to text or bytes.
 
-    Raises UserError where the folder has no tokenizer.json or the file lacks a needed token.
+    `text` is the content of tokenizer.json, read from the folder where none is given.
+    Raises UserError where the folder has no tokenizer.json, or the file lacks a needed token or
+    loses parts of a text.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, text: str | None = None) -> None:
         path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(f"{path} does not exist: a tokenizer is a folder with tokenizer.json")
-        self.json = path.read_text(encoding="utf-8")
-        self._bpe = Bpe.from_str(self.json)
+        self.json = read_json(path) if text is None else text
+        self._bpe = load_bpe(self.json, path)
         # Special tokens in text are spelled out like any other text. This is a state of the
         # object that tokenizer.json does not carry, so it is set here, once, for every use.
         self._bpe.encode_special_tokens = True
+        self._byte_level = isinstance(self._bpe.decoder, decoders.ByteLevel)
         self.end_of_text_id, self.im_start_id, self.im_end_id = (
-            self._required_id(token, path) for token in (END_OF_TEXT, IM_START, IM_END)
+            self._required_id(token, path) for token in NEEDED
         )
+        self._check_round_trip(path)
 
     def _required_id(self, token: str, path: Path) -> int:
         id_ = self._bpe.token_to_id(token)
         if id_ is None:
-            raise UserError(f"{path} lacks the special token {token}")
+            raise UserError(
+                f"{path} lacks the special token {token}; train.py tokenizer={path.parent} adds it"
+            )
         return id_
 
-    @property
+    def _check_round_trip(self, path: Path) -> None:
+        for text in (PROBE, f" {PROBE}"):
+            try:
+                back = self.decode(self.encode(text))
+            except Exception as error:  # What `tokenizers` raises is nothing narrower.
+                back = f"an error: {error}"
+            if back != text:
+                raise UserError(
+                    f"{path} does not give a text back: {text!r} became {back!r}. Take a byte-level"
+                    " BPE, or a BPE with byte fallback, that neither lower-cases nor adds spaces"
+                )
+
+    @cached_property
     def vocab_size(self) -> int:
-        """Entries of the vocabulary, special tokens included."""
-        return self._bpe.get_vocab_size(with_added_tokens=True)
+        """The highest id + 1, special tokens included."""
+        return 1 + max(self._bpe.get_vocab(with_added_tokens=True).values())
 
     @property
     def stop_ids(self) -> tuple[int, int]:
@@ -96,24 +117,25 @@ class Tokenizer:
 
     @cached_property
     def id_to_bytes(self) -> tuple[bytes, ...]:
-        """The bytes that each id stands for; none for special tokens.
+        """The bytes that each id stands for; none for special tokens and ids without an entry."""
+        return tuple(self._bytes_of(id_) for id_ in range(self.vocab_size))
 
-        A byte-level vocabulary writes every byte as one printable character, so that its
-        entries are readable; this undoes that. Raises ValueError for a vocabulary of another kind.
-        """
-        byte_of = {character: byte for byte, character in _byte_alphabet().items()}
-        texts: list[bytes] = []
-        for id_ in range(self.vocab_size):
-            token = self._bpe.id_to_token(id_)
-            if token is None or id_ in self.special_ids:
-                texts.append(b"")
-            elif all(character in byte_of for character in token):
-                texts.append(bytes(byte_of[character] for character in token))
-            else:
-                raise ValueError(
-                    f"token {id_} ({token!r}) is not byte-level: only byte-level BPE is supported"
-                )
-        return tuple(texts)
+    def _bytes_of(self, id_: int) -> bytes:
+        token = self._bpe.id_to_token(id_)
+        if token is None or id_ in self.special_ids:
+            return b""
+        if id_ in self._literal_ids:
+            return token.encode()
+        if self._byte_level:
+            # Every byte is written as one printable character, so that entries are readable.
+            return b"".join(BYTE_OF.get(character, character.encode()) for character in token)
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            return bytes.fromhex(byte[1])
+        return token.replace("\u2581", " ").encode()
+
+    @cached_property
+    def _literal_ids(self) -> frozenset[int]:
+        return frozenset(self._bpe.get_added_tokens_decoder())
 
     def encode(self, text: str) -> list[int]:
         """Ids of text; a special token that is spelled out in it stays text."""
@@ -125,8 +147,8 @@ class Tokenizer:
         return [encoding.ids for encoding in encoded]
 
     def decode_bytes(self, ids: SequenceABC[int]) -> bytes:
-        """The bytes of ids; special tokens give none."""
-        return b"".join(self.id_to_bytes[id_] for id_ in ids)
+        """The bytes of ids; special tokens, and rows of a model that no token has, give none."""
+        return b"".join(self._bytes_of(id_) for id_ in ids)
 
     def decode(self, ids: SequenceABC[int]) -> str:
         """Text of ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
@@ -158,6 +180,30 @@ def default_folder() -> Path:
     return Path(os.path.dirname(os.path.abspath(__file__)))
 
 
+def read_json(path: Path) -> str:
+    """The content of a tokenizer.json; raises UserError where there is none or it is no JSON."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist: a tokenizer is a folder with tokenizer.json"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Copy it again.") from error
+    if not isinstance(values, dict) or "model" not in values:
+        raise UserError(f'{path} has no "model": it is no file of the `tokenizers` library')
+    return text
+
+
+def load_bpe(text: str, path: Path) -> Bpe:
+    """What `tokenizers` makes of a tokenizer.json; raises UserError where it refuses."""
+    try:
+        return Bpe.from_str(text)
+    except Exception as error:  # What `tokenizers` raises is nothing narrower.
+        raise UserError(f"{path}: the `tokenizers` library cannot load it: {error}") from error
+
+
 def _byte_alphabet() -> dict[int, str]:
     """The printable character that byte-level BPE writes for each byte.
 
@@ -168,3 +214,8 @@ def _byte_alphabet() -> dict[int, str]:
     alphabet = {byte: chr(byte) for byte in printable}
     alphabet.update({byte: chr(0x100 + i) for i, byte in enumerate(others)})
     return alphabet
+
+
+BYTE_OF = {character: bytes([byte]) for byte, character in _byte_alphabet().items()}
+PROBE = "A b  c\n\t 1.5% 中文 \u00e9 \u0416 😀\r\n x"
+"""A text that a vocabulary which loses anything does not give back."""

@@ -326,6 +326,15 @@ def _flat(cfg: Any) -> Iterator[tuple[Key, Any]]:
         yield key, value
 
 
+def with_value(cfg: T, name: str, value: Any, source: str) -> T:
+    """The settings with one dotted key set by the program, and why: what provenance tells of it."""
+    head, _, rest = name.partition(".")
+    inner = with_value(getattr(cfg, head), rest, value, source) if rest else value
+    changed = dataclasses.replace(cfg, **{head: inner})  # type: ignore[type-var]
+    object.__setattr__(changed, "_provenance", {**getattr(cfg, "_provenance", {}), name: source})
+    return changed
+
+
 def provenance(cfg: Any) -> dict[str, str]:
     """Where each value came from: file:line, command line, environment X, default."""
     noted = getattr(cfg, "_provenance", {})
@@ -353,11 +362,10 @@ def recipe(cfg: Any) -> dict[str, Any]:
 
 def resolved(cfg: T, **values: Any) -> T:
     """The settings with what "auto" turned into in its place; its source says so."""
-    changed = dataclasses.replace(cfg, **values)  # type: ignore[type-var]
-    was = {name: getattr(cfg, name) for name in values}
-    sources = {n: "auto" for n, value in values.items() if value != was[n]}
-    object.__setattr__(changed, "_provenance", {**provenance(cfg), **sources})
-    return changed
+    for name, value in values.items():
+        if value != getattr(cfg, name):
+            cfg = with_value(cfg, name, value, "auto")
+    return cfg
 
 
 def write_run_yaml(cfg: Any, path: Path) -> None:

@@ -1,0 +1,61 @@
+"""Protects the ids on disk: as wide as the vocabulary needs, and the same when read again."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice, product
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from dataset import DataConfig, encode_document, load_datasets
+from formats import Record
+from losses import IGNORE_INDEX
+from token_cache import build_cache
+from tokenizer import NEEDED
+from tokenizer.adopt import adopt
+from trainlib.batches import Place
+
+PAIRS = ["".join(pair) for pair in product("abcdefghijklmnopqrstuvwxyz", repeat=2)]
+
+
+def large_vocabulary(folder, size):
+    """A byte-level BPE of `size` entries: bytes, pairs of letters, pairs of pairs; not trained."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    quads = islice(product(PAIRS, repeat=2), size - len(NEEDED) - len(alphabet) - len(PAIRS))
+    merges = [*map(tuple, PAIRS), *quads]
+    entries = [*alphabet, *("".join(merge) for merge in merges)]
+    vocab = {entry: id_ for id_, entry in enumerate(entries)}
+    bpe = Tokenizer(models.BPE(vocab, merges))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    folder.mkdir()
+    bpe.save(str(folder / "tokenizer.json"))
+    return adopt(folder), entries
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32), (71_000, np.uint32)]
+)
+def test_ids_are_as_wide_as_the_vocabulary_needs(size, dtype, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
+    tokenizer, entries = large_vocabulary(tmp_path / "large", size)
+    assert tokenizer.vocab_size == size
+    assert tokenizer.end_of_text_id == size - 3  # In every document, as its highest id.
+    texts = [" ".join(entries[i::9000]) for i in range(len(entries) - 50, len(entries))]
+    texts += [f"{entries[-1]} 中文 {i}" for i in range(50)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for _ in range(2):  # Made, then read again.
+        cache = build_cache(path, "pretrain", tokenizer, encode_document)
+        assert cache.ids.dtype == dtype
+        documents = np.split(np.asarray(cache.ids), cache.offsets[1:-1])
+        for text, ids in zip(texts, documents, strict=True):
+            assert ids.tolist() == encode_document(tokenizer, Record(text, "", path, 1))[0].ids
+            assert tokenizer.decode(ids.tolist()) == text
+    data = load_datasets(DataConfig(files=(str(path),)), "pretrain", tokenizer, 64, 0)
+    batch = data.train.collate([row for row, _ in data.train.rows(Place())], data.train.num_rows())
+    assert int(batch.input_ids.max()) == size - 3
+    labels = batch.labels[batch.labels != IGNORE_INDEX].tolist()
+    assert batch.num_bytes == len(tokenizer.decode_bytes(labels)) > 0
