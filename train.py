@@ -49,9 +49,9 @@ class PretrainConfig(RunConfig):
 
     def problems(self) -> list[str]:
         """Those of every stage, and a second tokenizer."""
-        second = f"tokenizer={self.tokenizer} and init_from={self.init_from}: the tokenizer comes "
-        both = self.tokenizer and self.init_from
-        return super().problems() + ([second + "with the model; keep one"] if both else [])
+        both = f"tokenizer={self.tokenizer} and init_from={self.init_from}"
+        second = [f"{both}: the model has a tokenizer of its own, so keep one"]
+        return super().problems() + (second if self.tokenizer and self.init_from else [])
 
 
 def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:

@@ -265,7 +265,8 @@ def _settle_length(
         both = " and ".join(f"{name}={value_text(values[name])}" for name in lengths)
         places = ", ".join(dict.fromkeys(sources[name] for name in lengths))
         problems.append(f"{both} ({places}): two lengths of one run; keep one")
-    elif lengths:
+        lengths = lengths[-1:]  # As if that one were kept, so that nothing else is said of it.
+    if lengths:
         for name in set(getattr(cls, "LENGTH_KEYS", ())) & set(known) - set(lengths):
             # `max_steps=0` beside the new length was said by the same source: it keeps its place.
             if values.get(name, known[name].default):

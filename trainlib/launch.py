@@ -118,7 +118,7 @@ class RunConfig:
             try:
                 seconds_until(self.deadline)
             except ValueError as error:
-                problems.append(str(error))
+                problems.append(str(error).replace(";", ","))  # "; " stands between problems.
         return problems
 
 
