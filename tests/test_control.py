@@ -64,8 +64,10 @@ def test_finish_begins_the_decay_and_is_answered_once(tmp_path):
     with Control(tmp_path, Clock(), Ranks()) as control:
         (tmp_path / "FINISH").touch()
         assert control.poll(40, schedule) == Requests(finish=50)
-        assert not (tmp_path / "FINISH").exists()
+        schedule.begin_decay(40, 50)
         assert control.poll(41, schedule) == Requests()
+        # Killed before that was saved, it goes on from step 30 and finds the request again.
+        assert control.poll(30, Schedule(OptimConfig(decay_fraction=0.5), None)).finish == 45
 
 
 def test_finish_never_makes_a_run_longer(tmp_path, caplog):

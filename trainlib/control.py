@@ -143,11 +143,12 @@ class Control:
         return requests
 
     def _finish(self, step: int, schedule: Schedule) -> int | None:
-        if self._finish_file.exists():
-            self._finish_file.unlink()
+        if self._finish_file.exists() and schedule.decay is None:
+            # The file stays: killed before the next checkpoint, the run reads it again.
             end = step + max(1, round(schedule.config.decay_fraction * step))
             if schedule.num_steps is not None and end >= schedule.num_steps:
                 log.info("FINISH: the run ends at step %d anyway", schedule.num_steps)
+                self._finish_file.unlink()
                 return None
             return end
         return self._clock.plan(step, schedule)

@@ -1,0 +1,85 @@
+"""Protects the fit to the machine: what auto means on each card, and that it is decided once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from trainlib.errors import UserError
+from trainlib.hardware import Choice, Facts, choose_hardware, measured_precision, read_table
+
+TABLE = read_table()
+
+# Capability, MiB -> precision, compile, rows of 512. Memory as torch reports it.
+CARDS = {
+    "V100 16 GB": ((7, 0), 16144, "fp16", True, 48),
+    "RTX 2080 Ti": ((7, 5), 11011, "fp16", True, 32),
+    "T4": ((7, 5), 14912, "fp16", True, 48),
+    "A100 40 GB": ((8, 0), 40326, "bf16", True, 128),
+    "RTX 3090": ((8, 6), 24126, "bf16", True, 64),
+    "RTX 3060 12 GB": ((8, 6), 11907, "bf16", True, 32),
+    "RTX 4090": ((8, 9), 24080, "bf16", True, 64),
+    "RTX 4060": ((8, 9), 7940, "bf16", True, 16),
+    "H100 80 GB": ((9, 0), 81090, "bf16", True, 128),
+    "B200": ((10, 0), 182000, "bf16", True, 128),
+    "RTX 5090": ((12, 0), 32120, "bf16", True, 64),
+    "of tomorrow": ((15, 0), 49152, "bf16", True, 128),
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_auto_on_each_card(card):
+    capability, memory, precision, compile_, rows = CARDS[card]
+    chosen = choose_hardware(Facts(cuda=capability, memory_mib=memory), TABLE)
+    assert chosen == Choice("cuda", precision, "high", compile_, rows)
+
+
+def test_auto_without_a_card():
+    assert choose_hardware(Facts(), TABLE) == Choice("cpu", "measure", "medium", False, 4)
+    assert choose_hardware(Facts(amx=True), TABLE).matmul == "highest"
+    mac = Facts(mps=True)
+    assert choose_hardware(mac, TABLE).device == "cpu"  # mps only when asked for.
+    assert choose_hardware(mac, TABLE, device="mps") == Choice("mps", "fp32", "highest", False, 16)
+
+
+def test_a_setting_is_stronger_than_the_table():
+    facts = Facts(cuda=(8, 9), memory_mib=24080)
+    given = {"precision": "fp32", "compile_": "off", "micro_batch_size": 3}
+    assert choose_hardware(facts, TABLE, **given) == Choice("cuda", "fp32", "high", False, 3)
+    assert choose_hardware(facts, TABLE, device="cpu", precision="bf16").precision == "bf16"
+    assert choose_hardware(facts, TABLE, row_length=4096).micro_batch_size == 8
+    assert choose_hardware(facts, TABLE, row_length=512 * 512).micro_batch_size == 1
+
+
+def test_what_is_not_there_is_refused_with_the_cure():
+    with pytest.raises(UserError, match="no CUDA device here. Use device=cpu"):
+        choose_hardware(Facts(), TABLE, device="cuda")
+    with pytest.raises(UserError, match="no Metal device"):
+        choose_hardware(Facts(), TABLE, device="mps")
+    with pytest.raises(UserError, match=r"has 7\.5\. Use precision=fp16"):
+        choose_hardware(Facts(cuda=(7, 5), memory_mib=11000), TABLE, precision="bf16")
+
+
+def test_a_cpu_is_measured_once(tmp_path, monkeypatch, caplog):
+    file = tmp_path / "cache" / "hardware.json"
+    before = torch.get_float32_matmul_precision()
+    first = measured_precision(file, "medium")
+    assert first in ("fp32", "bf16") and torch.get_float32_matmul_precision() == before
+    (key,) = json.loads(file.read_text())
+    assert "threads" in key and torch.__version__ in key
+    # What stands in the file counts, and nothing is measured again: two runs agree.
+    monkeypatch.setattr("trainlib.hardware._seconds", lambda dtype: 1 / 0)
+    other = {"fp32": "bf16", "bf16": "fp32"}[first]
+    file.write_text(json.dumps({key: other}))
+    assert measured_precision(file, "medium") == other
+
+
+def test_the_faster_precision_is_taken_and_a_broken_file_is_measured_anew(tmp_path, monkeypatch):
+    file = tmp_path / "hardware.json"
+    for winner in ("fp32", "bf16"):
+        file.write_text("{broken")
+        times = {torch.float32: 1.0, torch.bfloat16: 0.5 if winner == "bf16" else 2.0}
+        monkeypatch.setattr("trainlib.hardware._seconds", times.get)
+        assert measured_precision(file, "medium") == winner

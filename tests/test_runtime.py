@@ -1,0 +1,209 @@
+"""Protects what happens on a machine that cannot do all: fp16's scale, a missing compiler."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from trainlib.batches import Place, StepBatch
+from trainlib.loop import optimizer_step
+from trainlib.optim import OptimConfig, build_optimizers
+from trainlib.ranks import Ranks
+from trainlib.runtime import Hardware
+from trainlib.state import SCALE_STEPS, TrainState
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+class Rows(SimpleNamespace):
+    """A micro-batch of numbers."""
+
+    def to(self, device):
+        return self
+
+
+def step(model, optimizers, precision, scale, x, target):
+    """One optimizer step on the mean square error of x."""
+    hardware = Hardware(CPU, precision, False, 1)
+    run = SimpleNamespace(
+        hardware=hardware, ranks=Ranks(), config=SimpleNamespace(optim=OptimConfig())
+    )
+
+    def loss_fn(model, batch):
+        error = (model(batch.x).float() - target).square().sum()
+        return error, {"error": (error, len(batch.x))}
+
+    batch = StepBatch([Rows(x=x)], len(x), len(x), Place())
+    return optimizer_step(run, model, optimizers, loss_fn, batch, scale)
+
+
+def test_fp16_learns_what_fp32_learns():
+    x, target = torch.randn(16, 8), torch.randn(16, 8)
+    losses = {}
+    for precision, scale in (("fp32", 1.0), ("fp16", 2.0**10)):
+        torch.manual_seed(0)
+        model = nn.Linear(8, 8, bias=False)
+        optimizers = build_optimizers(model, OptimConfig())
+        losses[precision] = [
+            step(model, optimizers, precision, scale, x, target).loss for _ in range(20)
+        ]
+    assert losses["fp16"][-1] < 0.8 * losses["fp16"][0]
+    for half, full in zip(losses["fp16"], losses["fp32"], strict=True):
+        assert half == pytest.approx(full, rel=0.02)
+    assert losses["fp16"] != losses["fp32"]  # It did compute in other numbers.
+
+
+def test_the_scale_keeps_small_gradients_alive():
+    """A gradient of 1e-8 is 0 in fp16 (its smallest number is 6e-8), and is not when scaled."""
+    norms = {}
+    for scale in (1.0, 2.0**16):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+        optimizers = build_optimizers(model, OptimConfig(name="adamw"))
+        x = torch.full((2, 4), 1e-4)
+        norms[scale] = step(model, optimizers, "fp16", scale, x, torch.zeros(4)).grad_norm
+    exact = step(model, optimizers, "fp32", 1.0, x, torch.zeros(4)).grad_norm
+    assert norms[2.0**16] == pytest.approx(exact, rel=0.2) and exact > 0
+    assert norms[1.0] < norms[2.0**16] / 2
+
+
+def test_an_overflow_changes_nothing_and_halves_the_scale():
+    model = nn.Linear(8, 8, bias=False)
+    optimizers = build_optimizers(model, OptimConfig())
+    before = model.weight.detach().clone()
+    state = TrainState(loss_scale=2.0**30)
+    result = step(model, optimizers, "fp16", 2.0**30, torch.ones(4, 8), torch.full((8,), 1e4))
+    assert not result.finite and torch.equal(model.weight, before)
+    batch = StepBatch([], 4, 4, Place(0, 1))
+    state.advance(batch, result.finite)
+    # Finding the scale is no fault of the data: no bad step is counted.
+    assert (state.loss_scale, state.bad_steps, state.step) == (2.0**29, 0, 1)
+    for _ in range(SCALE_STEPS):
+        state.advance(batch, True)
+    assert state.loss_scale == 2.0**30
+    plain = TrainState()
+    plain.advance(batch, math.isfinite(math.nan))
+    assert (plain.loss_scale, plain.bad_steps) == (1.0, 1)
+
+
+# ---- the whole program ---------------------------------------------------------------------------
+
+SETTINGS = [
+    "configs/tiny_pretrain.yaml", "model.hidden_size=32", "model.intermediate_size=48",
+    "model.num_hidden_layers=2", "model.num_attention_heads=2", "model.num_key_value_heads=1",
+    "model.head_dim=16", "tokens_per_step=512", "sequence_length=64", "log_every_steps=1",
+    "save_every_steps=0", "device=cpu", "data.files=a.jsonl", "data.val_fraction=0.1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a data file and the configs."""
+    path = tmp_path_factory.mktemp("runtime")
+    (path / "configs").symlink_to(ROOT / "configs")
+    rows = ({"text": f"第{i}条 the text of row {i}. " * (i % 9 + 1)} for i in range(99))
+    (path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def start(place, *settings, env=(), **more):
+    environment = {**os.environ, "TRAIN_LLM_CACHE_DIR": str(place / "cache"),
+                   "OMP_NUM_THREADS": "1", **dict(env)}  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *SETTINGS, *settings], cwd=place, env=environment,
+        text=True, **more,
+    )  # fmt: skip
+
+
+def run(place, *settings, code=0, env=()):
+    process = start(place, *settings, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == code, out
+    return out
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_in_fp16(place):
+    run(place, "out_dir=fp16", "precision=fp16", "max_steps=20", "eval_every_steps=0")
+    rows = metrics(place / "fp16")
+    assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.3
+    state = json.loads((place / "fp16/step_000020/train_state.json").read_text())
+    assert state["train"]["loss_scale"] > 1
+
+
+@pytest.mark.slow
+def test_compile_fails_without_a_compiler_and_says_so(place):
+    broken = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(place / "inductor")}
+    out = run(place, "out_dir=must", "compile=on", "max_steps=2", code=1, env=broken.items())
+    assert "compile=on, but compiling failed" in out and "Traceback" not in out
+
+
+def wait_for_step(folder, step, process):
+    log = folder / "train.log"
+    while process.poll() is None and not (log.exists() and f"step {step} " in log.read_text()):
+        time.sleep(0.02)
+    assert process.poll() is None, "it ended too early to test anything"
+
+
+def test_a_dead_terminal_does_not_end_a_run(place):
+    """The window is closed: SIGHUP comes, and writing to the terminal fails with EIO."""
+    master, slave = pty.openpty()
+    process = start(
+        place, "out_dir=closed", "max_steps=60", stdin=slave, stdout=slave, stderr=slave,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(slave)
+    wait_for_step(place / "closed", 3, process)
+    os.close(master)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 0
+    assert (place / "closed/final/model.safetensors").exists()
+    assert [r["step"] for r in metrics(place / "closed") if "train/loss" in r] == list(range(1, 61))
+    assert "step 60 loss" in (place / "closed/train.log").read_text()
+
+
+def test_a_closed_pipe_does_not_end_a_run(place):
+    process = start(
+        place, "out_dir=pipe", "max_steps=40", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    wait_for_step(place / "pipe", 2, process)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0
+    assert (place / "pipe/final").is_dir()
+
+
+@pytest.mark.slow
+def test_finish_ends_with_a_finished_model_and_a_resume_keeps_the_decay(place):
+    settings = ["max_hours=1", "save_every_steps=1", "eval_every_steps=0"]
+    process = start(place, "out_dir=hours", *settings, stdout=subprocess.DEVNULL)
+    folder = place / "hours"
+    wait_for_step(folder, 40, process)
+    (folder / "FINISH").touch()
+    wait_for_step(folder, 50, process)
+    process.kill()  # In the middle of the decay.
+    process.wait()
+    assert "resuming from" in run(place, "out_dir=hours", *settings)
+    rates = [(row["step"], row["train/lr"]) for row in metrics(folder) if "train/lr" in row]
+    peak = max(rate for _, rate in rates)
+    last_at_peak = max(step for step, rate in rates if rate == peak)
+    assert rates[-1][0] == pytest.approx(1.5 * last_at_peak, abs=2)  # decay_fraction is 0.5.
+    assert rates[-1][1] < peak * 0.1
+    assert (folder / "final").is_dir()
