@@ -40,6 +40,6 @@ tensorboard: .venv/ready
 	$(BIN)/pip install -r requirements.txt
 	touch $@
 
-.venv/ready-dev: .venv/ready requirements-dev.txt
+.venv/ready-dev: .venv/ready requirements-dev.txt requirements-data.txt
 	$(BIN)/pip install -r requirements-dev.txt
 	touch $@

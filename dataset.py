@@ -1,38 +1,33 @@
-"""From files to batches: which files, how a record becomes ids, how ids are packed into rows.
+"""From files to data sets: which files, how a record becomes ids, which are held out.
 
-    1. choose_files       data.files, else what lies in dataset/ and fits, else the sample
-    2. encode_*           a record -> ids and loss mask, in one pass
-    3. build_cache        every file tokenized once, on disk (token_cache.py)
-    4. hold_out           the validation documents, by a hash of their content
-    5. PackedDataset      documents -> rows of one length, best fit, in an order of seed and epoch
-    6. collate            rows -> Batch: the one shift by one, the one place of IGNORE_INDEX
-
-What holds of every Batch: documents of a row never see each other (document_ids), positions
-restart with each, a label is the id that follows, padding is a document of its own without
-labels. No document is lost silently: those that do not fit are counted by kind.
+1. choose_files       data.files, else what lies in dataset/ and fits, else the sample
+2. encode_*           a record -> ids and loss mask, in one pass
+3. build_cache        every file tokenized once, on disk (token_cache.py)
+4. hold_out           the validation documents, by a hash of their content
+5. PackedDataset      documents -> rows of one length, best fit, in an order of seed and epoch
+6. collate            rows -> Batch: the one shift by one, the one place of IGNORE_INDEX
+                      (5 and 6 are in packing.py)
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 import formats
-from losses import IGNORE_INDEX
+from packing import Batch, PackedDataset
+from readers import COMPRESSED, SUFFIXES
 from token_cache import Encode, TokenCache, build_cache
 from tokenizer import Sequence, Tokenizer
 from tokenizer.chat_format import render_conversation
-from trainlib.batches import Place
 from trainlib.errors import UserError
 
+__all__ = ["Batch", "DataConfig", "Datasets", "PackedDataset", "load_datasets"]
 log = logging.getLogger(__name__)
 
 DATASET_DIR = Path("dataset")
@@ -52,11 +47,23 @@ class DataConfig:
     val_max_rows: int = 0
     """Rows of each validation set that one evaluation reads; 0 = all."""
 
+    format: str = "auto"
+    """Format of all files: auto = seen from their content; else a name, of formats.FORMATS."""
+    alpaca_join: Literal["newline", "none"] = "newline"
+    """What stands between instruction and input of an Alpaca row (wyf3: none)."""
+
     def __post_init__(self) -> None:
+        if self.format not in formats.NAMES:
+            raise ValueError(f"data.format={self.format} is none of {', '.join(formats.NAMES)}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"data.val_fraction={self.val_fraction} must be between 0 and 1")
         if self.val_max_rows < 0:
             raise ValueError(f"data.val_max_rows={self.val_max_rows} must be 0 or more")
+
+    @property
+    def read_options(self) -> formats.ReadOptions:
+        """How rows are read."""
+        return formats.ReadOptions(self.format, {"newline": "\n", "none": ""}[self.alpaca_join])
 
 
 # ---- 1. which files ------------------------------------------------------------------------------
@@ -77,9 +84,9 @@ def choose_files(config: DataConfig, kind: str) -> Files:
         return Files([Path(name) for name in config.files], val, "data.files")
     own, others = [], []
     for path in sorted(DATASET_DIR.glob("*")):
-        if path.is_file() and path.suffix in (".jsonl", ".json", ".txt", ".csv"):
+        if path.is_file() and set(path.suffixes) & {*SUFFIXES, *COMPRESSED}:
             try:
-                found = formats.detect(path).kind
+                found = formats.detect(path, name=config.format).format.kind
             except UserError as error:
                 found = f"not usable ({error})"
             (own if found == kind else others).append((path, found))
@@ -151,266 +158,6 @@ def hold_out(cache: TokenCache, fraction: float) -> np.ndarray:
     return np.asarray(cache.hashes <= limit)
 
 
-# ---- 5. documents -> rows ------------------------------------------------------------------------
-
-
-Row = np.ndarray  # The numbers of the units that share a row.
-
-
-class PackedDataset:
-    """Documents packed into rows of `row_length` positions.
-
-    A unit is what is never split: a piece of a document, a conversation, or both answers of a
-    pair. A document longer than a row is cut into pieces (pretraining) or left out and counted.
-    Sequences are numbered from `first_sequence_id` on, over the selected records.
-    """
-
-    def __init__(
-        self,
-        parts: list[tuple[TokenCache, np.ndarray]],
-        kind: str,
-        row_length: int,
-        byte_lengths: np.ndarray,
-        seed: int,
-        *,
-        first_sequence_id: int = 0,
-        max_rows: int = 0,
-    ) -> None:
-        self.parts, self.caches = parts, [cache for cache, _ in parts]
-        self.kind, self.row_length, self.seed, self.max_rows = kind, row_length, seed, max_rows
-        self.first_sequence_id = first_sequence_id
-        self.num_dropped: Counter[str] = Counter()
-        self._byte_lengths = byte_lengths
-        self._plans: dict[int, list[Row]] = {}
-        per_record = 2 if kind == "dpo" else 1
-        files, starts, lengths, sequence_ids, records = [], [], [], [], []
-        count = first_sequence_id
-        for number, (cache, selected) in enumerate(parts):
-            index = np.flatnonzero(selected)
-            first = index * per_record
-            start, end = cache.offsets[first], cache.offsets[first + per_record]
-            length = end - start - per_record  # The last id of a sequence is only a label.
-            ids = count + np.arange(len(index)) * per_record
-            count += len(index) * per_record
-            if kind == "pretrain":
-                pieces = -(-length // row_length)
-                owner = np.repeat(np.arange(len(index)), pieces)
-                offset = (np.arange(len(owner)) - np.repeat(pieces.cumsum() - pieces, pieces)) * (
-                    row_length
-                )
-                start = start[owner] + offset
-                length = np.minimum(length[owner] - offset, row_length)
-                ids, index = ids[owner], index[owner]
-            else:
-                fits = length <= row_length
-                for record in index[~fits]:
-                    self.num_dropped[cache.source(record) or cache.path.stem] += 1
-                start, length, ids, index = start[fits], length[fits], ids[fits], index[fits]
-            files.append(np.full(len(start), number))
-            starts.append(start)
-            lengths.append(length)
-            sequence_ids.append(ids)
-            records.append(index)
-        self.num_sequences = count - first_sequence_id
-        self._file, self._start = np.concatenate(files), np.concatenate(starts)
-        self._length, self._id = np.concatenate(lengths), np.concatenate(sequence_ids)
-        self._record = np.concatenate(records)
-        if not len(self._length):
-            names = ", ".join(str(cache.path) for cache in self.caches)
-            raise UserError(
-                f"{names}: none of {sum(self.num_dropped.values())} rows fits "
-                f"{row_length} positions. Raise sequence_length."
-            )
-
-    @property
-    def num_units(self) -> int:
-        """Pieces, conversations or pairs that are used."""
-        return len(self._length)
-
-    @property
-    def num_tokens(self) -> int:
-        """Real positions of one epoch, padding not counted."""
-        return int(self._length.sum())
-
-    def mean_attended(self) -> float:
-        """Positions that a position attends to, on average; a pair's answers count as alike."""
-        lengths = self._length / (2 if self.kind == "dpo" else 1)
-        return float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
-
-    def num_rows(self, epoch: int = 0) -> int:
-        """Rows of an epoch."""
-        return len(self._plan(epoch))
-
-    def padding(self, epoch: int = 0) -> float:
-        """Share of an epoch's positions that is padding."""
-        rows = self._plan(epoch)
-        used = sum(int(self._length[row].sum()) for row in rows)
-        return 1 - used / (len(rows) * self.row_length)
-
-    def rows(self, position: Place) -> Iterator[tuple[Row, Place]]:
-        """Rows from a position to the end of its epoch, each with the position after it."""
-        plan = self._plan(position.epoch)
-        for number in range(position.row, len(plan)):
-            last = number + 1 == len(plan)
-            after = Place(position.epoch + 1) if last else Place(position.epoch, number + 1)
-            yield plan[number], after
-
-    @property
-    def selection(self) -> bytes:
-        """Which sequences are used, as bytes to hash."""
-        return self._id.tobytes()
-
-    def sources(self) -> dict[int, str]:
-        """The source of every used unit, by the id of its (first) sequence."""
-        return {
-            int(i): self.caches[f].source(r)
-            for i, f, r in zip(self._id, self._file, self._record, strict=True)
-        }
-
-    def _plan(self, epoch: int) -> list[Row]:
-        if epoch not in self._plans:
-            self._plans = {epoch: self._make_plan(epoch)}  # One epoch is kept.
-        return self._plans[epoch]
-
-    def _make_plan(self, epoch: int) -> list[Row]:
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(self.num_units)
-        rows = pack_best_fit(self._length[order], self.row_length)
-        plan = [order[row] for row in rows]
-        plan = [plan[i] for i in rng.permutation(len(plan))]
-        return plan[: self.max_rows] if self.max_rows else plan
-
-    # ---- 6. rows -> Batch ------------------------------------------------------------------------
-
-    def collate(self, rows: list[Row], num_rows: int) -> Batch:
-        """Rows to tensors, filled up with empty rows to `num_rows`.
-
-        Two documents, ids 0 7 8 0 and 0 9 0, in a row of six positions:
-
-            input_ids      0 7 8 | 0 9 | 0          position_ids   0 1 2 | 0 1 | 0
-            labels         7 8 0 | 9 0 | -100       document_ids   0 0 0 | 1 1 | 2   (padding: 2)
-        """
-        shape = (num_rows, self.row_length)
-        input_ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        labels = np.full(shape, IGNORE_INDEX, np.int64)
-        documents = np.full(shape, -1, np.int64)
-        sequence_ids: list[int] = []
-        for r, row in enumerate(rows):
-            column = 0
-            for unit in row:
-                for part, (ids, supervised) in enumerate(self._sequences(unit)):
-                    size = len(ids) - 1
-                    here = slice(column, column + size)
-                    input_ids[r, here] = ids[:-1]
-                    labels[r, here] = np.where(supervised[1:], ids[1:], IGNORE_INDEX)
-                    positions[r, here] = np.arange(size)
-                    documents[r, here] = len(sequence_ids)
-                    sequence_ids.append(int(self._id[unit]) + part)
-                    column += size
-        empty = documents < 0
-        documents[empty] = len(sequence_ids) + np.nonzero(empty)[0]
-        under_loss = labels != IGNORE_INDEX
-        num_labels = int(under_loss.sum())
-        return Batch(
-            torch.from_numpy(input_ids),
-            torch.from_numpy(labels),
-            torch.from_numpy(positions),
-            torch.from_numpy(documents),
-            torch.tensor(sequence_ids, dtype=torch.int64),
-            num_targets=len(sequence_ids) // 2 if self.kind == "dpo" else num_labels,
-            num_bytes=int(self._byte_lengths[labels[under_loss]].sum()),
-            num_tokens=int((~empty).sum()),
-        )
-
-    def count(self, rows: list[Row]) -> tuple[int, int]:
-        """Targets (labels under the loss; of preferences, pairs) and real positions of rows."""
-        units = [unit for row in rows for unit in row]
-        num_tokens = int(self._length[units].sum())
-        if self.kind == "dpo":
-            return len(units), num_tokens
-        if self.kind == "pretrain":
-            return num_tokens, num_tokens  # Every id but a document's first is a label.
-        sequences = (sequence for unit in units for sequence in self._sequences(unit))
-        return sum(int(supervised[1:].sum()) for _, supervised in sequences), num_tokens
-
-    def _sequences(self, unit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids and loss mask of each sequence of a unit."""
-        cache, start = self.caches[self._file[unit]], int(self._start[unit])
-        if self.kind == "dpo":
-            first = 2 * int(self._record[unit])
-            bounds = [int(cache.offsets[first + i]) for i in range(3)]
-        else:
-            bounds = [start, start + int(self._length[unit]) + 1]
-        for begin, end in zip(bounds, bounds[1:], strict=False):
-            yield cache.ids[begin:end].astype(np.int64), cache.supervised[begin:end] != 0
-
-
-def pack_best_fit(lengths: np.ndarray, row_length: int, window: int = 8192) -> list[list[int]]:
-    """Which units share a row: longest first, each into the fullest row that still takes it.
-
-    Works through windows of units, so that the cost is linear and long data stays shuffled;
-    rows left open by a window are closed with it.
-
-    Example: lengths 5 3 2 2, rows of 6 -> [0], [1, 2], [3].
-    """
-    rows: list[list[int]] = []
-    for begin in range(0, len(lengths), window):
-        part = lengths[begin : begin + window]
-        with_space: list[list[int]] = [[] for _ in range(row_length + 1)]
-        spaces = 0  # Bit s is set where some row has s positions left.
-        for unit in np.argsort(-part, kind="stable"):
-            size = int(part[unit])
-            fitting = spaces >> size
-            if fitting:
-                space = size + (fitting & -fitting).bit_length() - 1
-                row = with_space[space].pop()
-                if not with_space[space]:
-                    spaces &= ~(1 << space)
-            else:
-                space, row = row_length, len(rows)
-                rows.append([])
-            rows[row].append(begin + int(unit))
-            with_space[space - size].append(row)
-            spaces |= 1 << (space - size)
-    return rows
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch; shapes (B, T) except sequence_ids (C,), one an entry of document_ids.
-
-    document_ids count through the whole micro-batch; padding has ids from C on. Of a preference
-    pair p, document 2p is chosen and 2p + 1 rejected. num_targets is what a step's loss is
-    divided by: labels under the loss, or pairs. num_bytes counts the text behind the labels.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    position_ids: Tensor
-    document_ids: Tensor
-    sequence_ids: Tensor
-    num_targets: int
-    num_bytes: int
-    num_tokens: int
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """The model's keywords."""
-        return {
-            "input_ids": self.input_ids,
-            "position_ids": self.position_ids,
-            "document_ids": self.document_ids,
-        }
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return Batch(**moved)
-
-
 # ---- all together --------------------------------------------------------------------------------
 
 
@@ -435,8 +182,13 @@ def load_datasets(
     files = choose_files(config, kind)
     log.info("data: %s", files.why)
     encode = ENCODERS[kind]
-    train = [build_cache(path, kind, tokenizer, encode) for path in files.train]
-    val = {name: build_cache(path, kind, tokenizer, encode) for name, path in _named(files.val)}
+    train = [
+        build_cache(path, kind, tokenizer, encode, config.read_options) for path in files.train
+    ]
+    val = {
+        name: build_cache(path, kind, tokenizer, encode, config.read_options)
+        for name, path in _named(files.val)
+    }
     if val:
         held_out = {
             name: [(cache, np.ones(cache.num_records, bool))] for name, cache in val.items()

@@ -1,27 +1,35 @@
 """Any accepted file to records: documents, conversations, preference pairs.
 
-A file is JSON lines: one object a line. Its kind is detected from its first object's keys:
+    Source (readers.py)   file -> items: JSON lines, array, CSV, text, Parquet; .gz and .zst
+    detect                the format, by the content of the first rows, and why
+    check_items           items -> Record, or Broken with the reason
+    read_records          all of a file; stops at the first broken row
 
-    pretrain   {"text": "..."}
-    sft        {"conversations": [{"role": "user", "content": "..."}, ...]}
-    dpo        {"chosen": [messages], "rejected": [messages]}     the shared prefix is the prompt
-
-Further keys are left alone; "source", where a row has one, names its kind in reports.
-Every problem is a UserError that names file, line, reason and cure; nothing is skipped silently.
+FORMATS is the list of all formats, in the order in which they are tried. "source", where a row
+has one, names its kind in reports; other keys are left alone. Nothing is skipped silently.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenizer.chat_format import ROLES
+import conversations as c
+from containers import Broken, Item, Row
+from readers import CONTAINERS, Source, parse
 from trainlib.errors import UserError
 
-Row = dict[str, Any]
+ROWS_LOOKED_AT = 50
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How rows are read where their content does not say it."""
+
+    format: str = "auto"
+    alpaca_join: str = "\n"
 
 
 @dataclass(frozen=True)
@@ -36,158 +44,204 @@ class Record:
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of row: how to recognise it, and how to check one and take its content."""
+    """One kind of row: how to recognise it, how to check one and take its content."""
 
     name: str
     kind: str
+    looks_like: str
     matches: Callable[[Row], bool]
-    read: Callable[[Row], Any]
+    read: Callable[[Row, ReadOptions], Any]
 
 
-def read_text(row: Row) -> str:
+class Detection(NamedTuple):
+    """What a file is, and how that was seen."""
+
+    format: Format
+    source: Source
+    why: str
+
+
+def read_text(row: Row, options: ReadOptions) -> str:
     """The document of a pretraining row; raises ValueError where it is no text or empty."""
-    text = row["text"]
-    if not isinstance(text, str):
-        raise ValueError(f'"text" must be a string, not {type(text).__name__}')
+    text = c.check_text(row["text"], '"text"')
     if not text:
         raise ValueError('"text" is empty')
-    _check_unicode(text)
     return text
 
 
-def read_conversation(row: Row, key: str = "conversations") -> list[dict[str, str]]:
-    """The messages of a row; raises ValueError unless they are turns with an assistant's among."""
-    turns = row[key]
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f'"{key}" must be a list of messages with at least one')
-    messages: list[dict[str, str]] = []
-    for number, turn in enumerate(turns, 1):
-        place = f'"{key}" message {number}'
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise ValueError(f'{place} must be an object with "role" and "content"')
-        if turn["role"] not in ROLES:
-            raise ValueError(f"{place}: role {turn['role']!r} is none of {', '.join(ROLES)}")
-        if not isinstance(turn["content"], str):
-            raise ValueError(f'{place}: "content" must be a string')
-        _check_unicode(turn["content"])
-        messages.append({"role": turn["role"], "content": turn["content"]})
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f'"{key}" has no assistant message, so nothing to learn')
-    return messages
+def _refuse(row: Row, options: ReadOptions) -> Any:
+    raise ValueError("an unpaired preference (label or kto_tag), which no stage trains on")
 
 
-def read_preference(row: Row) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Chosen and rejected conversation; raises ValueError unless only the last answer differs."""
-    chosen, rejected = read_conversation(row, "chosen"), read_conversation(row, "rejected")
-    for key, messages in (("chosen", chosen), ("rejected", rejected)):
-        if messages[-1]["role"] != "assistant":
-            raise ValueError(f'"{key}" must end with an assistant message')
-    if chosen[:-1] != rejected[:-1]:
-        raise ValueError('"chosen" and "rejected" have different prompts (all but the last turn)')
-    if chosen[-1] == rejected[-1]:
-        raise ValueError('"chosen" and "rejected" are the same answer')
-    return chosen, rejected
+def _has(row: Row, *keys: str) -> bool:
+    return all(row.get(key) is not None for key in keys)
 
 
+def _texts(row: Row, *keys: str) -> bool:
+    return all(isinstance(row.get(key), str) for key in keys)
+
+
+def _turns(row: Row, key: str, name: str) -> bool:
+    """Is the first of the turns under `key` one that `name` marks."""
+    turns = row.get(key)
+    return isinstance(turns, list) and (
+        not turns or not isinstance(turns[0], dict) or name in turns[0]
+    )
+
+
+_ANSWERS = ("chosen", "rejected")
 FORMATS: tuple[Format, ...] = (
-    Format("text JSONL", "pretrain", lambda row: "text" in row, read_text),
-    Format("conversations JSONL", "sft", lambda row: "conversations" in row, read_conversation),
-    Format(
-        "chosen/rejected JSONL",
-        "dpo",
-        lambda row: "chosen" in row and "rejected" in row,
-        read_preference,
-    ),
-)
+    Format("sharegpt_preference", "dpo",
+           '{"conversations": [...], "chosen": {"from", "value"}, "rejected": {"from", "value"}}',
+           lambda r: _has(r, *_ANSWERS) and any(isinstance(r.get(k), list)
+                     for k in ("conversations", "messages")) and isinstance(r["chosen"], dict),
+           lambda r, o: c.read_sharegpt_preference(r)),
+    Format("preference", "dpo",
+           '{"chosen": [messages], "rejected": [messages]}, with or without "prompt"',
+           lambda r: _has(r, *_ANSWERS) and not isinstance(r["chosen"], str),
+           lambda r, o: c.read_preference(r)),
+    Format("alpaca_preference", "dpo",
+           '{"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}',
+           lambda r: _texts(r, *_ANSWERS) and "instruction" in r,
+           lambda r, o: c.read_alpaca_preference(r, o.alpaca_join)),
+    Format("prompt_preference", "dpo",
+           '{"prompt": "...", "chosen": "...", "rejected": "..."}',
+           lambda r: _texts(r, *_ANSWERS) and _has(r, "prompt"),
+           lambda r, o: c.read_prompt_preference(r)),
+    Format("text_preference", "dpo",
+           '{"chosen": "...", "rejected": "..."}',
+           lambda r: _texts(r, *_ANSWERS),
+           lambda r, o: c.read_text_preference(r)),
+    Format("unpaired", "kto",
+           '{"prompt": "...", "completion": "...", "label": true}',
+           lambda r: "kto_tag" in r or _has(r, "prompt", "completion") and "label" in r,
+           _refuse),
+    Format("openai", "sft",
+           '{"messages": [{"role": "user", "content": "..."}, ...]}',
+           lambda r: _has(r, "messages"),
+           lambda r, o: c.read_chat(r, "messages")),
+    Format("sharegpt", "sft",
+           '{"conversations": [{"from": "human", "value": "..."}, ...]}',
+           lambda r: _turns(r, "conversations", "from"),
+           lambda r, o: c.read_chat(r, "conversations")),
+    Format("minimind", "sft",
+           '{"conversations": [{"role": "user", "content": "..."}, ...]}',
+           lambda r: _has(r, "conversations"),
+           lambda r, o: c.read_chat(r, "conversations")),
+    Format("alpaca", "sft",
+           '{"instruction": "...", "input": "...", "output": "..."}',
+           lambda r: _has(r, "instruction") and (_has(r, "output") or _has(r, "response")),
+           lambda r, o: c.read_alpaca(r, o.alpaca_join)),
+    Format("prompt_completion", "sft",
+           '{"prompt": "...", "completion": "..."}',
+           lambda r: _has(r, "prompt", "completion"),
+           lambda r, o: c.read_prompt_completion(r)),
+    Format("question_answer", "sft",
+           '{"q": "...", "a": "...", "history": [...]}',
+           lambda r: _has(r, "q", "a"),
+           lambda r, o: c.read_question_answer(r)),
+    Format("text", "pretrain",
+           '{"text": "..."}',
+           lambda r: "text" in r,
+           read_text),
+)  # fmt: skip
 EXPECTED = {
     "pretrain": '{"text": "..."}',
     "sft": '{"conversations": [{"role": "user", "content": "..."}, ...]}',
     "dpo": '{"chosen": [messages], "rejected": [messages]}',
 }
+NAMES = ("auto", *(f.name for f in FORMATS), *CONTAINERS)
+"""What data.format may be: a format of rows, or a container, whose rows are then looked at."""
 
 
-def detect(path: Path) -> Format:
-    """The format of a file, from the keys of its first row.
+def detect(path: Path, kind: str | None = None, name: str = "auto") -> Detection:
+    """The format of a file by its first rows; of several that fit, one of the wanted kind.
 
-    Raises UserError for a file that is empty, no JSON lines, or of no known kind.
+    `name` overrides what would be found. Raises UserError for a file that cannot be read or
+    whose first rows are of no known format.
     """
-    for line, row in read_rows(path):
-        for format_ in FORMATS:
-            if format_.matches(row):
-                return format_
-        keys = ", ".join(sorted(map(str, row))) or "none"
-        raise UserError(
-            f"{path}, line {line}: no known kind of row (its keys: {keys}). "
-            "Known: " + "; ".join(f"{kind} {text}" for kind, text in EXPECTED.items())
-        )
-    raise UserError(f"{path} is empty: it needs at least one JSON object on a line of its own")
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Line numbers (from 1) and objects of a JSON-lines file; blank lines are passed over."""
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                if number == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                if raw.strip():
-                    yield number, _parse(path, number, raw)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def read_records(path: Path, kind: str) -> Iterator[Record]:
-    """Every record of a file of the given kind, in order; raises UserError at the first bad row."""
-    format_ = next(f for f in FORMATS if f.kind == kind)
-    empty = True
-    for line, row in read_rows(path):
-        empty = False
-        if not format_.matches(row):
-            keys = ", ".join(sorted(map(str, row))) or "none"
-            raise UserError(
-                f"{path}, line {line}: not a {kind} row, which looks like {EXPECTED[kind]} "
-                f"(its keys: {keys})"
-            )
+    source = Source(path, name if name in CONTAINERS else "auto")
+    for format_ in FORMATS:
+        if format_.name == name:
+            return Detection(format_, source, f"data.format={name}, in {source.container}")
+    reason = line = None
+    for number, item in enumerate(source.items(), 1):
+        line = item.line if line is None else line
         try:
-            value = format_.read(row)
+            row = parse(item.content)
         except ValueError as error:
-            raise UserError(
-                f"{path}, line {line}: {error}. Mend or remove the line; nothing was written."
-            ) from error
-        source = row.get("source")
-        yield Record(value, source if isinstance(source, str) else "", path, line)
-    if empty:
-        raise UserError(f"{path} is empty: it needs rows like {EXPECTED[kind]}")
+            reason = reason or str(error)
+        else:
+            fitting = [f for f in FORMATS if f.matches(row)]
+            if fitting:
+                format_ = next((f for f in fitting if f.kind == kind), fitting[0])
+                shown = source.container + (
+                    f" in {source.compression}" if source.compression else ""
+                )
+                keys = ", ".join(map(str, row))
+                why = f"{shown} ({source.why}); line {item.line} has {keys}"
+                return Detection(format_, source, why)
+            reason = reason or f"no known kind of row (its keys: {_keys(row)})"
+        if number == ROWS_LOOKED_AT:
+            break
+    if reason is None:
+        raise UserError(f"{path} is empty: it needs at least one row")
+    known = "\n  ".join(f"{f.name:<20} {f.kind:<9} {f.looks_like}" for f in FORMATS)
+    raise UserError(f"{path}, line {line}: {reason}. Known:\n  {known}")
 
 
-def _parse(path: Path, number: int, raw: bytes) -> Row:
-    try:
-        row = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
+def check_items(
+    items: Iterable[Item], path: Path, format_: Format, options: ReadOptions
+) -> Iterator[tuple[int, Record | Broken]]:
+    """Every item as a record, or as what is wrong with it; with its line."""
+    others = [f for f in FORMATS if f.kind == format_.kind and f is not format_]
+    if options.format == format_.name:
+        others = []  # Overridden, so no row is read in another way.
+    for line, content in items:
+        try:
+            row = parse(content)
+            fitting = next((f for f in (format_, *others) if f.matches(row)), None)
+            if fitting is None:
+                raise ValueError(
+                    f"not a {format_.kind} row, which looks like {format_.looks_like} "
+                    f"(its keys: {_keys(row)})"
+                )
+            value = fitting.read(row, options)
+        except ValueError as error:
+            yield line, Broken(str(error))
+        else:
+            source = row.get("source")
+            yield line, Record(value, source if isinstance(source, str) else "", path, line)
+
+
+def find_format(path: Path, kind: str, options: ReadOptions) -> Detection:
+    """The format of a file that a stage reads; raises UserError where it is of another kind."""
+    found = detect(path, kind, options.format)
+    if found.format.kind != kind:
         raise UserError(
-            f"{path}, line {number}: not UTF-8 (byte {raw[error.start]:#04x} at {error.start}). "
-            "Save the file as UTF-8."
-        ) from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        start = raw[:60].decode("utf-8", "replace").strip()
-        raise UserError(
-            f"{path}, line {number}: not JSON ({reason}): {start!r}. "
-            "Each line must hold one whole JSON object."
-        ) from error
-    if not isinstance(row, dict):
-        raise UserError(
-            f"{path}, line {number}: a JSON {type(row).__name__}, where an object is needed"
+            f"{path} holds {found.format.kind} rows ({found.format.name}: {found.why}), but "
+            f"{kind} rows are needed, like {EXPECTED[kind]}"
         )
-    return row
+    return found
 
 
-def _check_unicode(text: str) -> None:
-    """Raise ValueError for half of a surrogate pair, which has no UTF-8 and so no tokens."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"character {error.start} is half of a surrogate pair "
-            f"({text[error.start]!r}), which no tokenizer can encode"
-        ) from error
+def read_records(path: Path, kind: str, options: ReadOptions | None = None) -> Iterator[Record]:
+    """Every record of a file of the given kind, in order; raises UserError at the first bad row."""
+    options = options or ReadOptions()
+    found = find_format(path, kind, options)
+    for line, record in check_items(found.source.items(), path, found.format, options):
+        if isinstance(record, Broken):
+            raise broken_row(path, line, record)
+        yield record
+
+
+def broken_row(path: Path, line: int, broken: Broken) -> UserError:
+    """The error that names a broken row."""
+    return UserError(
+        f"{path}, line {line}: {broken.reason}. Mend or remove the line (nothing was written), or "
+        "leave such rows out with data.on_error=skip."
+    )
+
+
+def _keys(row: Row) -> str:
+    return ", ".join(sorted(map(str, row)))[:200] or "none"

@@ -74,7 +74,13 @@ def file_fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def build_cache(path: Path, kind: str, tokenizer: Tokenizer, encode: Encode) -> TokenCache:
+def build_cache(
+    path: Path,
+    kind: str,
+    tokenizer: Tokenizer,
+    encode: Encode,
+    options: formats.ReadOptions | None = None,
+) -> TokenCache:
     """The cache of one file, made now unless it is there already.
 
     Raises UserError for a bad row, a file that cannot be read or a full disk; nothing half-made
@@ -82,14 +88,16 @@ def build_cache(path: Path, kind: str, tokenizer: Tokenizer, encode: Encode) -> 
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist (a data file of this run). Mend data.files.")
-    made_of = f"{LAYOUT} {path.resolve()} {file_fingerprint(path)} {tokenizer.fingerprint} {kind}"
+    options = options or formats.ReadOptions()
+    file = f"{path.resolve()} {file_fingerprint(path)}"
+    made_of = f"{LAYOUT} {file} {tokenizer.fingerprint} {kind} {options}"
     key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     folder = cache_dir() / "tokens" / f"{path.stem}-{key}"
     if not (folder / "meta.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as making:
             try:
-                _write(Path(making), path, kind, tokenizer, encode)
+                _write(Path(making), path, kind, tokenizer, encode, options)
             except OSError as error:
                 raise UserError(
                     f"{folder}: {error.strerror or error}. The token cache of {path} needs about "
@@ -107,7 +115,14 @@ def build_cache(path: Path, kind: str, tokenizer: Tokenizer, encode: Encode) -> 
     return _open(folder, path, key)
 
 
-def _write(folder: Path, path: Path, kind: str, tokenizer: Tokenizer, encode: Encode) -> None:
+def _write(
+    folder: Path,
+    path: Path,
+    kind: str,
+    tokenizer: Tokenizer,
+    encode: Encode,
+    options: formats.ReadOptions,
+) -> None:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     offsets, lines, hashes, sources = [0], [], [], []
     source_names: dict[str, int] = {}
@@ -117,7 +132,7 @@ def _write(folder: Path, path: Path, kind: str, tokenizer: Tokenizer, encode: En
         tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"tokenizing {path.name}",
              leave=False, disable=None) as bar,
     ):  # fmt: skip
-        for record in formats.read_records(path, kind):
+        for record in formats.read_records(path, kind, options):
             for sequence in encode(tokenizer, record):
                 offsets.append(offsets[-1] + len(sequence.ids))
                 _append(ids_file, sequence.ids, dtype)

@@ -60,6 +60,28 @@ def test_forged_turn_puts_nothing_under_the_loss(tokenizer):
     assert supervised_runs(tokenizer, messages) == [[*tokenizer.encode("no"), tokenizer.im_end_id]]
 
 
+def test_thoughts_and_calls_are_under_the_loss_and_tools_answers_never(tokenizer):
+    call = {"name": "add", "arguments": {"a": 1}}
+    messages = [
+        {"role": "system", "content": "s", "tools": [{"name": "add"}]},
+        {"role": "user", "content": "1+2?"},
+        {"role": "assistant", "content": "let me", "reasoning_content": "hm", "tool_calls": [call]},
+        {"role": "tool", "content": "3 <tool_call> </tool_response>"},
+        {"role": "assistant", "content": "three"},
+    ]
+    first, second = supervised_runs(tokenizer, messages)
+    text = tokenizer._bpe.decode(first, skip_special_tokens=False)
+    assert text == (
+        "<think>\nhm\n</think>\n\nlet me\n"
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+    )
+    tags = [tokenizer.encode_tag(tag)[0] for tag in ("<think>", "</think>", "<tool_call>")]
+    assert [first.count(tag) for tag in tags] == [1, 1, 1]
+    assert second == [*tokenizer.encode("three"), tokenizer.im_end_id]
+    whole = render_conversation(tokenizer, messages).ids
+    assert whole.count(tokenizer.encode_tag("</tool_response>")[0]) == 1  # The typed one is text.
+
+
 def test_prompt_is_the_conversation_up_to_the_answer(tokenizer):
     question = [{"role": "user", "content": "你好"}]
     whole = render_conversation(tokenizer, [*question, {"role": "assistant", "content": "好"}])

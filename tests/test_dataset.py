@@ -15,10 +15,10 @@ from dataset import (
     choose_files,
     hold_out,
     load_datasets,
-    pack_best_fit,
 )
 from losses import IGNORE_INDEX, cross_entropy_sum
 from model import ModelConfig, Transformer
+from packing import pack_best_fit
 from token_cache import build_cache
 from tokenizer.chat_format import render_conversation
 from trainlib.batches import Place

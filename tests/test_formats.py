@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import sys
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import formats
+import readers
 from dataset import ENCODERS
 from token_cache import build_cache, cache_dir
 from trainlib.errors import UserError
@@ -26,7 +32,7 @@ BAD = [
     ("sft", json.dumps({"conversations": [{"content": "x"}]}), 'message 1 must be .* "role"'),
     ("dpo", json.dumps({"chosen": [ASK, YES], "rejected": [NO]}), "different prompts"),
     ("dpo", json.dumps({"chosen": [ASK, YES], "rejected": [ASK, YES]}), "the same answer"),
-    ("dpo", json.dumps({"chosen": [ASK, YES]}), "not a dpo row"),
+    ("dpo", json.dumps({"chosen": [ASK, YES]}), "no known kind of row"),
 ]
 
 
@@ -53,7 +59,7 @@ def test_bom_and_windows_line_ends(tmp_path):
     path = tmp_path / "w.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
     assert [r.value for r in formats.read_records(path, "pretrain")] == ["a", "b"]
-    assert formats.detect(path).kind == "pretrain"
+    assert formats.detect(path).format.kind == "pretrain"
 
 
 def test_a_cache_is_made_once_and_again_when_the_file_changes(tmp_path, monkeypatch, tokenizer):
@@ -68,3 +74,182 @@ def test_a_cache_is_made_once_and_again_when_the_file_changes(tmp_path, monkeypa
     assert build_cache(path, "pretrain", tokenizer, never).key == first.key
     path.write_text('{"text": "b"}\n')
     assert build_cache(path, "pretrain", tokenizer, ENCODERS["pretrain"]).key != first.key
+
+
+# ---- every format of the field, unchanged --------------------------------------------------------
+
+GOLDEN = Path(__file__).parent / "golden"
+EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
+quick = settings(max_examples=40, deadline=None, database=None, derandomize=True)
+
+
+def read(path, name="auto", **options):
+    """What is in a file, as expected.json has it."""
+    found = formats.detect(path, name=name)
+    options = formats.ReadOptions(name, **options)
+    rows = []
+    for line, row in formats.check_items(found.source.items(), path, found.format, options):
+        broken = isinstance(row, formats.Broken)
+        rows.append({"line": line} | ({"broken": row.reason} if broken else {"value": row.value}))
+    rows = json.loads(json.dumps(rows))  # A pair is a tuple there and a list here.
+    return {"format": found.format.name, "kind": found.format.kind,
+            "container": found.source.container, "rows": rows}  # fmt: skip
+
+
+def test_every_format_has_a_golden_file():
+    assert {row["format"] for row in EXPECTED.values()} == {f.name for f in formats.FORMATS}
+    assert {p.name for p in GOLDEN.iterdir()} == {*EXPECTED, "expected.json"}
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_golden_files(name):
+    assert read(GOLDEN / name) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", ["minimind.jsonl", "alpaca.json", "text.csv", "plain.txt"])
+@pytest.mark.parametrize("end", ["lf", "crlf", "bom"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_compression_bom_and_line_ends_change_nothing(name, end, suffix, tmp_path):
+    raw = (GOLDEN / name).read_bytes()
+    if end == "crlf" and name != "text.csv":
+        raw = raw.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    if end == "bom":
+        raw = readers.BOM + raw
+    if suffix == ".gz":
+        raw = gzip.compress(raw[:50]) + gzip.compress(raw[50:])
+    elif suffix == ".zst":
+        zstandard = pytest.importorskip("zstandard")
+        raw = zstandard.compress(raw[:50]) + zstandard.compress(raw[50:])
+    path = tmp_path / (name + suffix)
+    path.write_bytes(raw)
+    assert read(path) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", ["minimind.jsonl", "sharegpt.json", "minimind_dpo.jsonl"])
+def test_parquet(name, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [readers.parse(item.content) for item in readers.Source(GOLDEN / name).items()]
+    if name == "minimind.jsonl":
+        rows = rows[:2]  # A column of Parquet has one type, and tools are a string there.
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=1)
+    values = [row["value"] for row in read(path)["rows"]]
+    assert values == [row["value"] for row in EXPECTED[name]["rows"][: len(rows)]]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="damaged Parquet"):
+        read(path)
+
+
+def test_a_missing_package_is_named_with_the_line_to_type(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    for name, start in (("a.zst", b"\x28\xb5\x2f\xfd"), ("b.parquet", b"PAR1")):
+        path = tmp_path / name
+        path.write_bytes(start + bytes(20))
+        with pytest.raises(UserError, match=r"pip install -r requirements-data\.txt"):
+            formats.detect(path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_stream_that_is_cut_short_stops(suffix, tmp_path):
+    raw = "".join(json.dumps({"text": f"row {i} {i * i}"}) + "\n" for i in range(9999)).encode()
+    if suffix == ".gz":
+        raw = gzip.compress(raw)
+    else:
+        raw = pytest.importorskip("zstandard").compress(raw)
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(raw[:-20])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        list(formats.read_records(path, "pretrain"))
+
+
+def test_wyf3_joins_instruction_and_input_directly():
+    value = read(GOLDEN / "wyf3_sft.jsonl", alpaca_join="")["rows"][0]["value"]
+    assert value[0]["content"] == "你好吗"
+
+
+def test_detection_can_be_overridden(tmp_path):
+    path = tmp_path / "both.jsonl"
+    path.write_text('{"text": "t", "instruction": "i", "output": "o"}\n')
+    assert formats.detect(path).format.name == "alpaca"
+    assert formats.detect(path, kind="pretrain").format.name == "text"
+    assert formats.detect(path, name="text").format.name == "text"
+    assert read(path, "txt")["rows"][0]["value"].startswith('{"text"')
+    assert "data.format" in formats.detect(path, name="txt").why
+
+
+def test_an_array_goes_on_after_a_broken_row(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a", "m": [{}]},\n{"text": b, "m": [{}, {}]},\n{"text": "c"},\n7]')
+    rows = read(path)["rows"]
+    assert [row["line"] for row in rows] == [1, 2, 3, 4]
+    assert [row.get("value") for row in rows] == ["a", None, "c", None]
+    path.write_text('[{"text": "a"},\n{"text": "b"')
+    assert "value" in read(path)["rows"][0] and "broken" in read(path)["rows"][1]
+
+
+def test_a_long_text_becomes_several_documents_and_loses_nothing(tmp_path):
+    path = tmp_path / "book.txt"
+    text = "".join(f"行 {i} of the book\n" + "\n" * (i % 40 == 0) for i in range(9000))
+    text += "尾" * 20000
+    path.write_text(text)
+    values = [row["value"] for row in read(path)["rows"]]
+    assert "".join(values).replace("\n", "") == text.replace("\n", "")
+    assert len(values) > 10 and max(len(v.encode()) for v in values) <= 4 + 2 * (16 << 10)
+
+
+starts = [b'[{"text": "a"}', b'{"text": ', b"a,b\n", b"\x1f\x8b", b"PAR1", b"[[", b""]
+
+
+@settings(quick, max_examples=150)
+@given(
+    raw=st.tuples(st.sampled_from(starts), st.binary(max_size=80)).map(b"".join),
+    suffix=st.sampled_from([".jsonl", ".json", ".txt", ".csv", ""]),
+)
+def test_any_bytes_give_rows_or_the_documented_error(tmp_path_factory, raw, suffix):
+    path = tmp_path_factory.getbasetemp() / f"any{suffix}"
+    path.write_bytes(raw)
+    try:
+        found = formats.detect(path)
+        items = list(found.source.items())
+    except UserError:
+        return
+    checked = list(formats.check_items(items, path, found.format, formats.ReadOptions()))
+    assert [line for line, _ in checked] == [item.line for item in items]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "name", "x"]), inner)
+    ),
+    max_leaves=6,
+)
+rows_of_the_field = st.dictionaries(
+    st.sampled_from([
+        "text", "messages", "conversations", "chosen", "rejected", "prompt", "completion", "tools",
+        "instruction", "input", "output", "history", "system", "q", "a", "label",
+    ]),
+    json_values, min_size=1,
+)  # fmt: skip
+
+
+@quick
+@given(rows=st.lists(rows_of_the_field, min_size=1, max_size=4), indent=st.sampled_from([None, 1]))
+def test_any_row_is_used_or_reported_alike_in_lines_and_arrays(tmp_path_factory, rows, indent):
+    folder = tmp_path_factory.getbasetemp()
+    lines, array = folder / "any_rows.jsonl", folder / "any_rows.json"
+    lines.write_text("\n".join(map(json.dumps, rows)))
+    array.write_text(json.dumps(rows, indent=indent))
+    try:
+        found = formats.detect(lines)
+    except UserError:
+        with pytest.raises(UserError):
+            formats.detect(array)
+        return
+    one, other = read(lines), read(array)
+    assert len(one["rows"]) == len(rows) == len(other["rows"])
+    for row in one["rows"] + other["rows"]:
+        row.pop("line")
+    assert one == {**other, "container": "jsonl"} and found.format.name == one["format"]

@@ -91,6 +91,28 @@ def test_any_plain_content_gives_the_renderers_ids(theirs, tokenizer, user, answ
     assert ids == render_conversation(tokenizer, messages).ids
 
 
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(words=st.lists(content, min_size=7, max_size=7), system=st.booleans())
+def test_thoughts_and_tools_render_as_in_transformers(theirs, tokenizer, words, system):
+    """Tools, thoughts, calls and answers of tools, whatever is in them: the same ids."""
+    one, two, three, four, five, six, seven = words
+    tools = [{"name": one, "parameters": {two: 1, "é": [None, 2.5]}}, {"name": "g"}]
+    messages = [
+        {"role": "user", "content": three},
+        {"role": "assistant", "content": four, "reasoning_content": five or "x", "tool_calls": [
+            {"name": one, "arguments": {two: six}}, {"name": "g", "arguments": "{}"}]},
+        {"role": "tool", "content": seven},
+        {"role": "assistant", "content": two, "reasoning_content": ""},
+    ]  # fmt: skip
+    ours = [{"role": "system", "content": six, "tools": tools}, *messages]
+    if system:
+        messages = [{"role": "system", "content": six}, *messages]
+    else:
+        ours[0]["content"] = ""
+    ids = theirs.apply_chat_template(messages, tools=tools, tokenize=True)["input_ids"]
+    assert ids == render_conversation(tokenizer, ours).ids
+
+
 def test_vocabularies_must_match(tokenizer):
     for enough in (6400, 6464):
         check_vocabulary(ModelConfig(vocab_size=enough), tokenizer, "here", "cure")

@@ -141,6 +141,11 @@ class Tokenizer:
         """Ids of text; a special token that is spelled out in it stays text."""
         return self._bpe.encode(text, add_special_tokens=False).ids
 
+    def encode_tag(self, tag: str) -> list[int]:
+        """The one id of a special token; the ids of its spelling where the vocabulary lacks it."""
+        id_ = self._bpe.token_to_id(tag)
+        return self.encode(tag) if id_ is None else [id_]
+
     def encode_batch(self, texts: SequenceABC[str]) -> list[list[int]]:
         """Ids of several texts, on all cores."""
         encoded = self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)

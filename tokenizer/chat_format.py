@@ -5,29 +5,76 @@ ChatML. Under the loss (underlined) are the assistant's words and the end of the
     <|im_start|>user\\n你好<|im_end|>\\n<|im_start|>assistant\\n您好<|im_end|>\\n
                                                               ----__________
 
-A message is a dict with "role" (system, user or assistant) and "content" (text). No system
-message is added that is not there. The words after "assistant" and a newline are encoded apart
-from it, which gives the same ids as both at once: the pieces in train_tokenizer.py see to that.
+A message is a dict with "role" (system, user, assistant or tool) and "content" (text), and may have
+
+    tools               of a system message: a list of JSON objects, appended one a line
+    reasoning_content   of an assistant's: thoughts, between <think> and </think> before the content
+    tool_calls          of an assistant's: [{"name", "arguments"}], each between <tool_call> tags
+
+Thoughts and calls are what the model must write, so they are under the loss. What a tool answers
+is a turn of the user's, between <tool_response> tags, never under the loss. No system message and
+no empty thought is added that is not there. The words after "assistant" and a newline are encoded
+apart from it, which gives the same ids as both at once: the pieces in train_tokenizer.py see to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
+from typing import Any
 
 from tokenizer import Sequence, Tokenizer
 
-Message = Mapping[str, str]
-ROLES = ("system", "user", "assistant")
+Message = Mapping[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
 
-# Renders the same text as render_conversation. Where content spells out a special token the two
-# differ on purpose: transformers parses it as the token, the renderer keeps it text.
+# Renders the same text as render_conversation (`tools` as transformers passes them, or as they
+# stand in the first message). Where content spells out a special token the two differ on purpose:
+# transformers parses it as the token, the renderer keeps it text.
 CHAT_TEMPLATE = (
+    "{%- set first = messages[0] if messages else {} -%}"
+    "{%- set functions = tools if tools is defined and tools else first.tools -%}"
+    "{%- set heading -%}"
+    "{%- if functions -%}"
+    "{{- '# Tools\\n<tools>' -}}"
+    "{%- for function in functions -%}{{- '\\n' + function | tojson -}}{%- endfor -%}"
+    "{{- '\\n</tools>' -}}"
+    "{%- endif -%}"
+    "{%- endset -%}"
+    "{%- if functions and first.role != 'system' -%}"
+    "{{- '<|im_start|>system\\n' + heading + '<|im_end|>\\n' -}}"
+    "{%- endif -%}"
     "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}"
+    "{%- set content = message.content or '' -%}"
+    "{%- if message.role == 'tool' -%}"
+    "{{- '<|im_start|>user\\n<tool_response>\\n' + content + '\\n</tool_response>' -}}"
+    "{%- else -%}"
+    "{{- '<|im_start|>' + message.role + '\\n' -}}"
+    "{%- if message.role == 'assistant' and message.reasoning_content -%}"
+    "{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' -}}"
+    "{%- endif -%}"
+    "{{- content -}}"
+    "{%- if message.role == 'assistant' -%}"
+    "{%- for tool_call in message.tool_calls or [] -%}"
+    "{%- set call = tool_call.function or tool_call -%}"
+    "{%- if content or not loop.first -%}{{- '\\n' -}}{%- endif -%}"
+    "{{- '<tool_call>\\n{\"name\": ' + call.name | tojson + ', \"arguments\": ' -}}"
+    "{{- call.arguments if call.arguments is string else call.arguments | tojson -}}"
+    "{{- '}\\n</tool_call>' -}}"
+    "{%- endfor -%}"
+    "{%- elif message.role == 'system' and loop.first and functions -%}"
+    "{{- ('\\n\\n' if content else '') + heading -}}"
+    "{%- endif -%}"
+    "{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
+
+
+class Tag(str):
+    """Text that is one special token, not to be spelled out."""
 
 
 def render_conversation(tokenizer: Tokenizer, messages: SequenceABC[Message]) -> Sequence:
@@ -41,8 +88,10 @@ def render_conversation(tokenizer: Tokenizer, messages: SequenceABC[Message]) ->
 
     for message in messages:
         answer = message["role"] == "assistant"
-        add(_open_turn(tokenizer, message["role"]), False)
-        add(tokenizer.encode(message["content"]), answer)
+        add(_open_turn(tokenizer, "user" if message["role"] == "tool" else message["role"]), False)
+        for piece in _pieces(message):
+            add(tokenizer.encode_tag(piece) if isinstance(piece, Tag) else tokenizer.encode(piece),
+                answer)  # fmt: skip
         add([tokenizer.im_end_id], answer)
         add(tokenizer.encode("\n"), False)
     return Sequence(ids, mask)
@@ -55,3 +104,33 @@ def render_prompt(tokenizer: Tokenizer, messages: SequenceABC[Message]) -> list[
 
 def _open_turn(tokenizer: Tokenizer, role: str) -> list[int]:
     return [tokenizer.im_start_id, *tokenizer.encode(role + "\n")]
+
+
+def _pieces(message: Message) -> Iterator[str]:
+    """The words of a turn, in stretches between tags, each encoded as one."""
+    content, role = message["content"], message["role"]
+    if role == "tool":
+        yield from (Tag("<tool_response>"), f"\n{content}\n", Tag("</tool_response>"))
+        return
+    if role == "system" and message.get("tools"):
+        lines = "".join("\n" + _json(tool) for tool in message["tools"])
+        yield content + ("\n\n" if content else "") + f"# Tools\n<tools>{lines}\n</tools>"
+        return
+    before = ""
+    if role == "assistant" and (thoughts := message.get("reasoning_content")):
+        yield from (Tag("<think>"), f"\n{thoughts}\n", Tag("</think>"))
+        before = "\n\n"
+    text = before + content
+    for number, call in enumerate(message.get("tool_calls") or () if role == "assistant" else ()):
+        yield text + ("\n" if content or number else "")
+        arguments = call["arguments"]
+        spelled = arguments if isinstance(arguments, str) else _json(arguments)
+        yield Tag("<tool_call>")
+        yield f'\n{{"name": {_json(call["name"])}, "arguments": {spelled}}}\n'
+        yield Tag("</tool_call>")
+        text = ""
+    yield text
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

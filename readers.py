@@ -1,0 +1,243 @@
+"""Any file to items, one at a time in flat memory: JSON lines, JSON array, CSV, text, Parquet.
+
+    file -> decompressed (gzip, zstd) -> container, by the first bytes -> items -> rows
+
+An item is a line number and what stands there: the bytes of a JSON line, a row that is read
+already, the text of a document, or Broken with the reason. `parse` makes a row of it, so that
+parsing can happen in another process. What a row means is the matter of formats.py.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import importlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from containers import (
+    BOM,
+    Broken,
+    Item,
+    Row,
+    are_messages,
+    invalid_json,
+    read_array,
+    read_csv,
+    read_jsonl,
+    read_txt,
+)
+from trainlib.errors import UserError
+
+CONTAINERS = ("jsonl", "array", "csv", "txt", "parquet")
+SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
+COMPRESSED = (".gz", ".zst")
+
+
+class Source:
+    """A file as items; `position` of `size` bytes are read.
+
+    Raises UserError for a file that is missing, empty, binary, or needs a package that is absent;
+    while reading, for a compressed stream that is damaged.
+    """
+
+    def __init__(self, path: Path, container: str = "auto") -> None:
+        self.path, self.position = path, 0
+        try:
+            self.size = path.stat().st_size
+            with path.open("rb") as file:
+                start = file.read(4)
+            self.compression = _compression(start)
+            if start == b"PAR1":
+                self.container, self.why = "parquet", "begins with PAR1"
+            else:
+                with self._open() as stream:
+                    head = stream.read(1 << 16)
+                self.container, self.why = self._sniff(head)
+        except _STREAM_ERRORS as error:
+            raise self._unreadable(error) from error
+        if container != "auto":
+            self.container, self.why = container, "as data.format says"
+
+    def items(self) -> Iterator[Item]:
+        """All items in order; blank lines are passed over."""
+        try:
+            if self.container == "parquet":
+                yield from self._parquet()
+                return
+            with self._open() as stream:
+                for item in _READERS[self.container](stream):
+                    self.position = self._raw.tell()
+                    yield item
+        except _STREAM_ERRORS as error:
+            raise self._unreadable(error) from error
+        self.position = self.size
+
+    def _open(self) -> BinaryIO:
+        self._raw = self.path.open("rb", buffering=1 << 20)
+        if self.compression == "gzip":
+            return gzip.GzipFile(fileobj=self._raw)  # type: ignore[return-value]
+        if self.compression == "zstd":
+            return io.BufferedReader(_Zstd(self._raw, self.path), 1 << 20)
+        return self._raw
+
+    def _sniff(self, head: bytes) -> tuple[str, str]:
+        """Container and reason, from the first 64 KiB."""
+        if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(f"{self.path} is UTF-16. Save it as UTF-8.")
+        text = head.removeprefix(BOM).lstrip()
+        if not text:
+            raise UserError(f"{self.path} is empty: it needs at least one row")
+        suffixes = [s.lower() for s in self.path.suffixes if s.lower() not in COMPRESSED]
+        suffix = suffixes[-1] if suffixes else ""
+        first = text.split(b"\n", 1)[0].rstrip()
+        if text[:1] == b"[" and are_messages(_json(first)):
+            return "jsonl", "each line is a list of messages"
+        if text[:1] == b"[" and (text[1:].lstrip()[:1] in (b"{", b"]", b"") or suffix == ".json"):
+            return "array", "begins with [ and {"
+        if suffix in (".json", ".jsonl") or text[:1] == b"{" and (
+            suffix not in (".txt", ".csv", ".tsv") or isinstance(_json(first), dict)
+        ):  # fmt: skip
+            return "jsonl", "begins with {" if text[:1] == b"{" else f"its name ends in {suffix}"
+        if b"\0" in head:
+            raise UserError(
+                f"{self.path} is binary (a zero byte at {head.index(0):,}), neither JSON, CSV, "
+                "text nor Parquet"
+            )
+        if suffix in (".csv", ".tsv"):
+            return "csv", f"its name ends in {suffix}"
+        columns = {c.strip(b' "').decode("utf-8", "replace") for c in re.split(rb"[,;\t]", first)}
+        if any(known <= columns for known in _KNOWN_COLUMNS):
+            return "csv", f"its first line names columns: {', '.join(sorted(columns))}"
+        first_character = text[:4].decode("utf-8", "ignore")[:1]
+        return "txt", f"begins with {first_character!r}, neither {{ nor a list of rows"
+
+    def _parquet(self) -> Iterator[Item]:
+        parquet = need("pyarrow.parquet", self.path)
+        arrow = need("pyarrow", self.path)
+        number = 0
+        try:
+            with parquet.ParquetFile(self.path, memory_map=True) as file:
+                total = max(1, file.metadata.num_rows)
+                for batch in file.iter_batches(batch_size=512):
+                    for row in batch.to_pylist():
+                        number += 1
+                        self.position = self.size * number // total
+                        yield Item(number, row)
+        except (arrow.ArrowException, OSError) as error:
+            raise UserError(f"{self.path}, after row {number}: damaged Parquet: {error}") from error
+
+    def _unreadable(self, error: Exception) -> UserError:
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+            return UserError(f"{self.path} cannot be read: {error.strerror or error}")
+        return UserError(
+            f"{self.path}: the compressed stream is damaged or cut short after "
+            f"{self.position:,} of {self.size:,} bytes ({error}). Fetch or copy the file again."
+        )
+
+
+def parse(content: bytes | str | Row | Broken) -> Row:
+    """The row of an item; raises ValueError with the reason where it is none."""
+    if isinstance(content, Broken):
+        raise ValueError(content.reason)
+    if isinstance(content, str):
+        return {"text": content}
+    if isinstance(content, dict):
+        return content
+    try:
+        row = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"not UTF-8 (byte {content[error.start]:#04x} at {error.start}). Save the file as UTF-8"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        reason = invalid_json(error)
+        start = content[:60].decode("utf-8", "replace").strip()
+        raise ValueError(
+            f"not JSON ({reason}): {start!r}. Each line must hold one whole JSON object"
+        ) from error
+    if are_messages(row):
+        return {"messages": row}
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON {type(row).__name__}, where an object is needed")
+    return row
+
+
+def need(module: str, path: Path) -> Any:
+    """An optional package; raises UserError with the line to type where it is absent."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise UserError(
+            f"{path} needs the package {package}, which is not installed. Type:\n"
+            "  pip install -r requirements-data.txt"
+        ) from error
+
+
+# ---- compression ---------------------------------------------------------------------------------
+
+
+class _Zstd(io.RawIOBase):
+    """Decompressed bytes of a file of zstd frames; unlike zstandard's reader it sees a cut end."""
+
+    def __init__(self, raw: BinaryIO, path: Path) -> None:
+        zstandard = need("zstandard", path)
+        self._error = zstandard.ZstdError
+        # Files made with --long need a window above the default bound.
+        self._make = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        self._raw, self._frame, self._ready, self._rest = raw, None, b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            block = self._rest or self._raw.read(1 << 16)
+            self._rest = b""
+            if not block:
+                if self._frame is not None:
+                    raise EOFError("the last frame has no end")
+                return 0
+            self._frame = self._frame or self._make()
+            try:
+                self._ready = self._frame.decompress(block)
+            except self._error as error:
+                raise EOFError(str(error)) from error
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+_STREAM_ERRORS = (OSError, EOFError, zlib.error)
+
+
+def _compression(start: bytes) -> str:
+    if start[:2] == b"\x1f\x8b":
+        return "gzip"
+    return "zstd" if start == b"\x28\xb5\x2f\xfd" else ""
+
+
+_READERS = {"jsonl": read_jsonl, "array": read_array, "csv": read_csv, "txt": read_txt}
+_KNOWN_COLUMNS = (
+    {"instruction", "output"}, {"prompt", "completion"}, {"chosen", "rejected"}, {"q", "a"},
+    {"text", "source"},
+)  # fmt: skip
+
+
+def _json(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
