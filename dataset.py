@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections import Counter
 from dataclasses import dataclass
@@ -77,6 +78,35 @@ class Files(NamedTuple):
     why: str
 
 
+def expand(name: str) -> list[Path]:
+    """The files that a name of data.files stands for: a file, those of a folder, or of a pattern.
+
+    Raises UserError where there are none.
+    """
+    path = Path(name)
+    if path.is_dir():
+        found = [p for p in path.rglob("*") if p.is_file() and _may_be_data(p)]
+    elif path.exists() or not any(c in name for c in "*?["):
+        return [path]
+    else:
+        found = [Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file()]
+    if not found:
+        raise UserError(
+            f"{name}: no data file is there (of a folder those are taken that end in "
+            f"{', '.join(SUFFIXES)}, also with {' or '.join(COMPRESSED)})"
+        )
+    return sorted(found)
+
+
+def _may_be_data(path: Path) -> bool:
+    """Does a name look like one of a data file; README.txt and LICENSE.txt do not."""
+    return (
+        bool({*path.suffixes} & {*SUFFIXES, *COMPRESSED})
+        and not path.name.startswith(".")
+        and path.stem.split(".")[0].upper() not in ("README", "LICENSE", "SOURCES", "NOTICE")
+    )
+
+
 def choose_files(config: DataConfig, kind: str) -> Files:
     """Training and validation files of a stage; raises UserError where there are none."""
     val = [Path(name) for name in config.val_files]
@@ -84,7 +114,7 @@ def choose_files(config: DataConfig, kind: str) -> Files:
         return Files([Path(name) for name in config.files], val, "data.files")
     own, others = [], []
     for path in sorted(DATASET_DIR.glob("*")):
-        if path.is_file() and set(path.suffixes) & {*SUFFIXES, *COMPRESSED}:
+        if path.is_file() and _may_be_data(path):
             try:
                 found = formats.detect(path, name=config.format).format.kind
             except UserError as error:

@@ -37,6 +37,7 @@ PROGRAMS = (
     "dpo_train.py",
     "chat.py",
     "-m tools.prepare_data",
+    "-m tools.inspect_data",
     "-m tokenizer.train_tokenizer",
 )
 

@@ -159,6 +159,10 @@ class Tokenizer:
         """Text of ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def show(self, ids: SequenceABC[int]) -> str:
+        """Text of ids with special tokens spelled out, for the eye."""
+        return self._bpe.decode(list(ids), skip_special_tokens=False)
+
     def files(self, context_length: int) -> dict[str, str]:
         """The tokenizer's share of a Hugging Face model folder: file name to content."""
         from tokenizer.chat_format import CHAT_TEMPLATE

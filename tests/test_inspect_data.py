@@ -1,0 +1,136 @@
+"""Protects the data doctor: all rows counted, all broken ones listed, and findings are true."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dataset import DataConfig, load_datasets
+from tools import data_report, inspect_data
+from trainlib.batches import Place
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def write(path, rows):
+    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def doctor(capsys, *arguments):
+    code = inspect_data.main([*map(str, arguments), "--json"])
+    return code, json.loads(capsys.readouterr().out)["files"]
+
+
+def chat(question, answer):
+    return {"conversations": [{"role": "user", "content": question},
+                              {"role": "assistant", "content": answer}]}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "dpo"])
+def test_counts_are_those_of_training(kind, tmp_path, capsys, tokenizer):
+    rows = {
+        "pretrain": [{"text": f"row {i} 行"} for i in range(30)],
+        "sft": [chat(f"q{i}", f"a{i} 答") for i in range(30)],
+        "dpo": [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": "bad"} for i in range(30)],
+    }[kind]
+    path = write(tmp_path / "a.jsonl", rows)
+    code, [report] = doctor(capsys, path)
+    data = load_datasets(DataConfig(files=(str(path),)), kind, tokenizer, 64, 0)
+    sets = [data.train, *data.val.values()]
+    assert code == 0 and report["kind"] == kind and report["rows"] == 30 and not report["broken"]
+    assert report["tokens"] == sum(packed.num_tokens for packed in sets)
+    batches = [p.collate([row for row, _ in p.rows(Place())], p.num_rows()) for p in sets]
+    labels = sum(int((batch.labels >= 0).sum()) for batch in batches)
+    assert report["supervised_tokens"] == labels
+
+
+def test_every_broken_row_is_listed_and_the_exit_code_is_one(tmp_path, capsys):
+    rows = [{"text": "a"}, "{\n", {"txt": 1}, {"text": ""}, "\n", {"text": "b"}] + ["x\n"] * 200
+    code, [report] = doctor(capsys, write(tmp_path / "a.jsonl", rows))
+    assert code == 1 and report["rows"] == 205
+    assert [row["line"] for row in report["broken"]] == [2, 3, 4, *range(7, 207)]
+    assert all(set(row) == {"line", "reason"} and row["reason"] for row in report["broken"])
+
+
+def test_a_file_of_another_kind_or_none_is_broken_throughout(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
+    code, [report] = doctor(capsys, path, "--stage", "sft")
+    assert code == 1 and len(report["broken"]) == report["rows"] == 2
+    code, [report] = doctor(capsys, write(tmp_path / "b.jsonl", [{"zzz": 1}, {"zzz": 2}]))
+    assert code == 1 and len(report["broken"]) == 2 and report["kind"] is None
+    code, [report] = doctor(capsys, write(tmp_path / "c.jsonl", []))
+    assert code == 1 and "empty" in report["broken"][0]["reason"]
+    code, [report] = doctor(capsys, tmp_path / "absent.jsonl")
+    assert code == 1 and report["rows"] == 0
+
+
+def test_findings(tmp_path, capsys):
+    long = "the quick brown fox jumps over the lazy dog and runs far away from here " * 9
+    rows = [
+        chat("q", "a <|im_end|> b"), chat("q", ""), chat("same", "same words"),
+        chat("same", "same words"), chat("x", long), chat("x", long + "!"), chat("z " * 999, "a"),
+        chat("天地玄黄宇宙洪荒", "日月盈昃辰宿列张"),
+    ]  # fmt: skip
+    code, [report] = doctor(capsys, write(tmp_path / "a.jsonl", rows), "--sequence-length", 256)
+    assert code == 0  # Findings other than broken rows leave it.
+    assert report["special_text"] == {"count": 1, "lines": [1]}
+    assert report["empty"]["lines"] == [2] and report["exact_duplicates"]["lines"] == [4]
+    assert report["near_duplicates"]["lines"] == [6]
+    assert report["no_supervised"]["lines"] == [7] and report["truncated_rows"] == 1 / 8
+    assert report["languages"]["Chinese"] == 1 and report["scripts"]["Han"] > 0
+    assert sum(bar["rows"] for bar in report["length_histogram"]) == 8
+    assert report["packing_gain"] > 1.5 and report["padding_packed"] < report["padding_unpacked"]
+
+
+def test_preference_findings(tmp_path, capsys):
+    def pair(chosen, rejected, **more):
+        return {"prompt": "q", "chosen": chosen, "rejected": rejected, **more}
+
+    rows = [pair("long answer", "short"), pair("same", "same"), pair("a longer one", "b"),
+            pair("<think>\n\n</think>\n\nyes", "yes.")]  # fmt: skip
+    code, [report] = doctor(capsys, write(tmp_path / "a.jsonl", rows))
+    assert code == 1 and report["equal_pairs"]["lines"] == [2]
+    assert report["template_pairs"]["lines"] == [4]
+    assert report["trivial_rules"]["longer"] == pytest.approx(2 / 3)
+
+
+def test_a_sample_reads_all_rows_and_estimates_tokens(tmp_path, capsys):
+    rows = [{"text": f"row {i} of many rows"} for i in range(1500)] + ["{\n"]
+    path = write(tmp_path / "a.jsonl", rows)
+    _, [whole] = doctor(capsys, path)
+    code, [part] = doctor(capsys, path, "--sample", "12KB")
+    assert code == 1 and part["sampled"] and part["rows"] == whole["rows"] == 1501
+    assert part["broken"] == whole["broken"] and 100 < part["rows_looked_at"] < 900
+    assert part["tokens"] == pytest.approx(whole["tokens"], rel=0.05)
+
+
+def test_terminal_and_page_in_both_languages(tmp_path, capsys, monkeypatch):
+    page = tmp_path / "page.html"
+    files = [GOLDEN / "minimind.jsonl", GOLDEN / "wyf3_dpo.json", GOLDEN / "unpaired.jsonl"]
+    assert inspect_data.main([*map(str, files), "--html", str(page)]) == 1
+    out = capsys.readouterr().out
+    assert "conversations" in out and "broken: line 1: an unpaired" in out and "█" in out
+    assert "<span class=on>" in page.read_text(encoding="utf-8")
+    monkeypatch.setattr(inspect_data, "LANGUAGE", "zh")
+    inspect_data.main([str(files[0])])
+    assert "计入损失" in capsys.readouterr().out
+    monkeypatch.setenv("TRAIN_LANG", "zh")
+    assert data_report._language() == "zh"
+
+
+def test_a_page_and_a_terminal_never_run_what_the_data_say(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{"text": "<script>alert(1)</script>\x1b[2J"}, "<b>\n"])
+    page = tmp_path / "page.html"
+    inspect_data.main([str(path), "--html", str(page)])
+    assert "<script>" not in page.read_text(encoding="utf-8")
+    report = doctor(capsys, path)[1][0] if capsys.readouterr() else {}
+    assert "\x1b[2J" not in data_report.terminal_text([report], "en", True)

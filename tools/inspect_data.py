@@ -1,0 +1,382 @@
+"""The data doctor: what is in these files, and what training on them would see.
+
+    python -m tools.inspect_data FILE... [--stage STAGE] [--sample 1GB] [--json] [--html OUT]
+
+Every file is read to its end and every broken row is listed with line and reason; tokens, lengths
+and duplicates come from at most --sample bytes of it, spread over all of it (then "sampled" is
+true and "tokens" is an estimate for the whole). Exit code 1 when any row is broken or a file
+cannot be read; whatever else is found leaves 0.
+
+--json prints one object, {"files": [...]}, each file with path, format and kind (null if unknown),
+rows (all that were read), broken [{"line", "reason"}], tokens (positions of one epoch, as the log
+of a training run counts them), supervised_tokens (those under the loss), and the rest of Report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import json
+import math
+import sys
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+import formats
+from dataset import ENCODERS, expand
+from formats import Broken, Format, ReadOptions, Record
+from packing import pack_best_fit
+from readers import Source
+from tokenizer import SPECIAL_TOKENS, Sequence, Tokenizer, default_folder
+from tokenizer.train_tokenizer import byte_count, bytes_per_token, train
+from tools.data_report import LANGUAGE, html_page, terminal_text
+from tools.text_statistics import MinHashes, above, bare, language, scripts, text_hash, words_of
+from trainlib.errors import UserError
+
+DEFAULT_SAMPLE = 2_000_000_000
+MOST_LINES = 20
+"""Line numbers that a finding lists; its count is of all."""
+TOKENIZER_SAMPLE = 3_000_000
+BETTER = 1.10
+
+
+@dataclass
+class Finding:
+    """How many rows something is true of, and the lines of the first."""
+
+    count: int = 0
+    lines: list[int] = field(default_factory=list)
+
+    def add(self, line: int) -> None:
+        """One more row."""
+        self.count += 1
+        if len(self.lines) < MOST_LINES:
+            self.lines.append(line)
+
+
+@dataclass
+class Report:
+    """All that is found in one file; shares are of 1, lengths in positions, disk in bytes."""
+
+    path: str
+    format: str | None = None
+    kind: str | None = None
+    why: str = ""
+    rows: int = 0
+    broken: list[dict[str, Any]] = field(default_factory=list)
+    tokens: int = 0
+    supervised_tokens: int = 0
+    bytes: int = 0
+    sampled: bool = False
+    rows_looked_at: int = 0
+    bytes_per_token: float | None = None
+    retrained_bytes_per_token: float | None = None
+    retrain_command: str | None = None
+    length: dict[str, float] = field(default_factory=dict)
+    length_histogram: list[dict[str, int]] = field(default_factory=list)
+    sequence_length: int = 0
+    truncated_rows: float = 0.0
+    truncated_tokens: float = 0.0
+    padding_unpacked: float = 0.0
+    padding_packed: float = 0.0
+    packing_gain: float = 1.0
+    empty: Finding = field(default_factory=Finding)
+    no_supervised: Finding = field(default_factory=Finding)
+    exact_duplicates: Finding = field(default_factory=Finding)
+    near_duplicates: Finding = field(default_factory=Finding)
+    special_text: Finding = field(default_factory=Finding)
+    scripts: dict[str, float] = field(default_factory=dict)
+    languages: dict[str, int] = field(default_factory=dict)
+    equal_pairs: Finding = field(default_factory=Finding)
+    different_prompts: Finding = field(default_factory=Finding)
+    template_pairs: Finding = field(default_factory=Finding)
+    trivial_rules: dict[str, float] = field(default_factory=dict)
+    cache_bytes: int = 0
+    tokens_per_step: int = 0
+    steps_per_epoch: int = 0
+    tokens_per_second: float | None = None
+    hours_per_epoch: float | None = None
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    doc = (__doc__ or "").split("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.inspect_data",
+        description="\n\n".join([doc[0], *doc[2:]]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a file, a folder or a pattern")
+    parser.add_argument("--stage", choices=list(ENCODERS), help="what it is meant for")
+    parser.add_argument("--sample", type=byte_count, default=DEFAULT_SAMPLE,
+                        help="bytes of each file to tokenize (default 2GB)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--html", type=Path, metavar="OUT", help="write a page for a projector")
+    parser.add_argument("--format", default="auto", choices=formats.NAMES, help="as data.format")
+    parser.add_argument("--alpaca-join", default="newline", choices=["newline", "none"])
+    parser.add_argument("--tokenizer", type=Path, default=None, help="a folder (default: ours)")
+    parser.add_argument("--sequence-length", type=int, help="positions of a row (default: config)")
+    parser.add_argument("--tokens-per-second", type=float,
+                        help="speed of training (default: of the newest run in runs/)")  # fmt: skip
+    options = parser.parse_args(argv)
+    try:
+        paths = [path for name in options.files for path in expand(name)]
+        tokenizer = Tokenizer(options.tokenizer or default_folder())
+        reports = [inspect(path, options, tokenizer) for path in paths]
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    result = {"files": [asdict(report) for report in reports]}
+    if options.html:
+        options.html.write_text(html_page(result["files"], LANGUAGE), encoding="utf-8")
+    if options.json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        print(terminal_text(result["files"], LANGUAGE, sys.stdout.isatty()))
+    return int(any(report.broken for report in reports))
+
+
+def inspect(path: Path, options: argparse.Namespace, tokenizer: Tokenizer) -> Report:
+    """Read one file to its end."""
+    report = Report(str(path))
+    read_options = ReadOptions(options.format, "\n" if options.alpaca_join == "newline" else "")
+    try:
+        report.bytes = path.stat().st_size
+        source, format_, report.why = _find_format(path, options)
+    except (UserError, OSError) as error:
+        report.broken.append({"line": 1, "reason": str(error)})
+        return report
+    if format_.name:
+        report.format, report.kind = format_.name, format_.kind
+    share = min(1.0, options.sample / max(1, report.bytes))
+    report.sampled = share < 1
+    looker = Looker(report, format_.kind, tokenizer, options)
+    line = 0
+    try:
+        for line, row in formats.check_items(source.items(), path, format_, read_options):
+            report.rows += 1
+            if isinstance(row, Broken):
+                report.broken.append({"line": line, "reason": row.reason})
+                if "the same answer" in row.reason:
+                    report.equal_pairs.add(line)
+                elif "different prompts" in row.reason:
+                    report.different_prompts.add(line)
+            elif share == 1 or (line * 0x9E3779B97F4A7C15 >> 32) % 2**20 < share * 2**20:
+                looker.look(row)
+    except UserError as error:
+        report.broken.append({"line": line + 1, "reason": str(error)})
+    looker.finish()
+    return report
+
+
+def _find_format(path: Path, options: argparse.Namespace) -> tuple[Source, Format, str]:
+    """The format, or one that takes no row, so that each is listed as broken."""
+    try:
+        found = formats.detect(path, options.stage, options.format)
+    except UserError:
+        source = Source(path)
+        if options.stage:
+            return source, _of(options.stage), ""
+        return source, Format("", "", "any of the known formats", lambda row: False, _none), ""
+    if options.stage and found.format.kind != options.stage:
+        return found.source, _of(options.stage), found.why
+    return found.source, found.format, found.why
+
+
+def _of(stage: str) -> Format:
+    expected = formats.EXPECTED[stage]
+    return Format("", stage, expected, lambda row: False, _none)
+
+
+def _none(row: Any, options: ReadOptions) -> Any:
+    raise ValueError("no known kind of row")
+
+
+class Looker:
+    """Looks at the rows of one file, one after the other, and keeps numbers alone."""
+
+    def __init__(
+        self, report: Report, kind: str, tokenizer: Tokenizer, options: argparse.Namespace
+    ) -> None:
+        self.report, self.kind, self.tokenizer = report, kind, tokenizer
+        settings = _stage_settings(kind)
+        self.length = options.sequence_length or settings["sequence_length"]
+        if kind == "dpo":
+            self.length *= 2
+        report.sequence_length, report.tokens_per_step = self.length, settings["tokens_per_step"]
+        report.tokens_per_second = options.tokens_per_second or _measured_speed(kind)
+        self.lengths, self.lines = array.array("q"), array.array("q")
+        self.byte_lengths = np.array([len(text) for text in tokenizer.id_to_bytes], np.int64)
+        self.hashes, self.near = array.array("Q"), MinHashes()
+        self.supervised = self.text_bytes = self.text_tokens = self.within = 0
+        self.scripts: Counter[str] = Counter()
+        self.languages: Counter[str] = Counter()
+        self.rules: dict[str, float] = defaultdict(float)
+        self.texts: list[str] = []
+        self.texts_bytes = 0
+
+    def look(self, record: Record) -> None:
+        """One row."""
+        report, line = self.report, record.line
+        report.rows_looked_at += 1
+        sequences = ENCODERS[self.kind](self.tokenizer, record)
+        length = sum(len(sequence.ids) - 1 for sequence in sequences)
+        self.lengths.append(length)
+        self.lines.append(line)
+        self.supervised += sum(sum(sequence.mask) for sequence in sequences)
+        if not any(any(sequence.mask[: self.length + 1]) for sequence in sequences):
+            report.no_supervised.add(line)
+        words = list(words_of(record.value))
+        text = "\n".join(text for _, text in words)
+        if any(not text.strip() for role, text in words if role in ("text", "assistant")):
+            report.empty.add(line)
+        if any(token in text for token in SPECIAL_TOKENS):
+            report.special_text.add(line)
+        self._count_text(text, sequences)
+        self.hashes.append(text_hash(text))
+        self.near.add(text)
+        if isinstance(record.value, tuple):
+            self._look_at_pair(*record.value, line)
+        if len(report.examples) < 3:
+            report.examples.append({"line": line, "pieces": self._pieces(sequences)})
+
+    def _count_text(self, text: str, sequences: list[Sequence]) -> None:
+        size = len(text.encode())
+        for sequence in sequences:
+            sizes = self.byte_lengths[sequence.ids]
+            self.text_bytes += int(sizes.sum())
+            self.text_tokens += int((sizes > 0).sum())
+        head = text[:2000]
+        self.scripts.update(scripts(head))
+        self.languages[language(head)] += 1
+        if self.texts_bytes < TOKENIZER_SAMPLE:
+            self.texts.append(text)
+            self.texts_bytes += size
+
+    def _look_at_pair(self, chosen: list, rejected: list, line: int) -> None:
+        one, other = chosen[-1]["content"], rejected[-1]["content"]
+        if bare(one) == bare(other):
+            self.report.template_pairs.add(line)
+        prompt = set("".join(message["content"] for message in chosen[:-1]))
+        overlap = [len(prompt & set(text)) / max(1, len(set(text))) for text in (one, other)]
+        self.rules["longer"] += above(len(one), len(other))
+        self.rules["shorter"] += above(len(other), len(one))
+        self.rules["more overlap"] += above(overlap[0], overlap[1])
+
+    def _pieces(self, sequences: list[Sequence]) -> list[list[Any]]:
+        """Text of stretches of ids, each with: is it under the loss."""
+        pieces: list[list[Any]] = []
+        for sequence in sequences:
+            ids: list[int] = []
+            for i, supervised in enumerate([*sequence.mask[:600], None]):
+                if ids and (supervised is None or supervised != sequence.mask[i - 1]):
+                    pieces.append([self.tokenizer.show(ids), bool(sequence.mask[i - 1])])
+                    ids = []
+                if supervised is not None:
+                    ids.append(sequence.ids[i])
+            pieces.append(["\n", False])
+        return pieces
+
+    def finish(self) -> None:
+        """Turn what was counted into the report."""
+        report, lengths = self.report, np.array(self.lengths, np.int64)
+        if not len(lengths):
+            return
+        good = report.rows - len(report.broken)
+        scale = max(1.0, good / len(lengths)) if report.sampled else 1.0
+        report.tokens = round(int(lengths.sum()) * scale)
+        report.supervised_tokens = round(self.supervised * scale)
+        report.bytes_per_token = self.text_bytes / max(1, self.text_tokens)
+        _describe_lengths(report, lengths, self.kind)
+        total = sum(self.scripts.values()) or 1
+        report.scripts = {name: n / total for name, n in self.scripts.most_common()}
+        report.languages = dict(self.languages.most_common())
+        lines = np.array(self.lines)
+        order = np.argsort(np.array(self.hashes, np.uint64), kind="stable")
+        sorted_hashes = np.array(self.hashes, np.uint64)[order]
+        again = np.zeros(len(lines), bool)
+        again[order[1:]] = sorted_hashes[1:] == sorted_hashes[:-1]
+        report.exact_duplicates = Finding(int(again.sum()), lines[again][:MOST_LINES].tolist())
+        near = self.near.repeated() & ~again[: self.near.count]
+        report.near_duplicates = Finding(
+            int(near.sum()), lines[: self.near.count][near][:MOST_LINES].tolist()
+        )
+        if self.rules:
+            report.trivial_rules = {rule: n / len(lengths) for rule, n in self.rules.items()}
+        width = 2 if self.tokenizer.vocab_size <= 1 << 16 else 4
+        report.cache_bytes = report.tokens * (width + 1) + good * 26
+        report.steps_per_epoch = math.ceil(
+            report.tokens / (1 - report.padding_packed) / report.tokens_per_step
+        )
+        if report.tokens_per_second:
+            report.hours_per_epoch = report.tokens / report.tokens_per_second / 3600
+        self._retrain()
+
+    def _retrain(self) -> None:
+        """Bytes per token on a fifth of the texts of a vocabulary that the others made."""
+        if self.texts_bytes < 200_000:
+            return  # Too little to say anything.
+        held_out = self.texts[::5]
+        texts = (text for i, text in enumerate(self.texts) if i % 5)
+        made = bytes_per_token(train(texts, self.tokenizer.vocab_size), held_out)
+        ids = sum(len(self.tokenizer.encode(text)) for text in held_out)
+        ours = sum(len(text.encode()) for text in held_out) / max(1, ids)
+        self.report.retrained_bytes_per_token = made
+        if made > BETTER * ours:
+            self.report.retrain_command = (
+                f"python -m tokenizer.train_tokenizer --data {self.report.path} "
+                f"--vocab-size {self.tokenizer.vocab_size} --out my_tokenizer"
+            )
+
+
+def _describe_lengths(report: Report, lengths: np.ndarray, kind: str) -> None:
+    row = report.sequence_length
+    quantiles = np.quantile(lengths, [0.05, 0.5, 0.95])
+    report.length = {"least": int(lengths.min()), "5%": float(quantiles[0]),
+                     "median": float(quantiles[1]), "95%": float(quantiles[2]),
+                     "most": int(lengths.max()), "mean": float(lengths.mean())}  # fmt: skip
+    edges = [1 << i for i in range(int(lengths.max()).bit_length() + 1)]
+    counts, _ = np.histogram(lengths, [0, *edges])
+    report.length_histogram = [
+        {"below": edge, "rows": int(n)} for edge, n in zip(edges, counts, strict=True)
+    ]
+    report.truncated_rows = float((lengths > row).mean())
+    report.truncated_tokens = float(np.maximum(lengths - row, 0).sum() / lengths.sum())
+    report.padding_unpacked = 1 - float(np.minimum(lengths, row).sum() / (len(lengths) * row))
+    units = lengths
+    if kind == "pretrain":
+        whole, rest = np.divmod(lengths, row)
+        units = np.concatenate([np.full(int(whole.sum()), row), rest[rest > 0]])
+    units = np.minimum(units, row)[:200_000]
+    num_rows = len(pack_best_fit(units, row))
+    report.padding_packed = 1 - float(units.sum()) / (num_rows * row)
+    report.packing_gain = (1 - report.padding_packed) / (1 - report.padding_unpacked)
+
+
+def _stage_settings(kind: str) -> dict[str, int]:
+    """sequence_length and tokens_per_step of configs/<stage>.yaml."""
+    path = Path(__file__).resolve().parents[1] / "configs" / f"{kind or 'pretrain'}.yaml"
+    default = {"sequence_length": 512, "tokens_per_step": 131072}
+    given = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {key: int(given.get(key, value)) for key, value in default.items()}
+
+
+def _measured_speed(kind: str) -> float | None:
+    """Tokens a second of the newest run of the stage, from its metrics."""
+    logs = Path("runs").glob(f"*{kind}*/metrics.jsonl") if kind else ()
+    for log in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True):
+        for line in reversed(log.read_text(encoding="utf-8").splitlines()):
+            speed = json.loads(line).get("train/tokens_per_second")
+            if speed:
+                return float(speed)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
