@@ -1,0 +1,166 @@
+#!/usr/bin/env bash
+# Looks at this machine, chooses settings for it, writes .env and builds the image. bash 3.2 or newer.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+ROOT=$(pwd -P)
+LIB=$ROOT/docker/lib
+TABLE=$ROOT/configs/hardware.tsv
+MIRRORS=$ROOT/docker/mirrors.conf
+ENV_FILE=${ENV_FILE:-$ROOT/.env}
+# shellcheck source=docker/lib/say.sh
+. "$LIB/say.sh"
+# shellcheck source=docker/lib/detect.sh
+. "$LIB/detect.sh"
+# shellcheck source=docker/lib/choose.sh
+. "$LIB/choose.sh"
+# shellcheck source=docker/lib/envfile.sh
+. "$LIB/envfile.sh"
+# shellcheck source=docker/lib/mirrors.sh
+. "$LIB/mirrors.sh"
+# shellcheck source=docker/lib/host.sh
+. "$LIB/host.sh"
+# shellcheck source=docker/lib/cures.sh
+. "$LIB/cures.sh"
+# shellcheck source=docker/lib/settings.sh
+. "$LIB/settings.sh"
+# shellcheck source=docker/lib/doctor.sh
+. "$LIB/doctor.sh"
+
+usage() {
+  say "usage: ./build.sh [auto|$(profiles "$TABLE" | sed 's/ *$//; s/ /|/g')] [options]
+       ./build.sh doctor     checks everything from the card to ten training steps
+  --devices all|0,1|free:N   cards to use; default: all that nobody else is using
+  --mirror auto|cn|off       where packages come from; auto asks which answers
+  --env-only                 write .env, nothing else
+  --no-build                 check and write .env, do not build
+  --dry-run                  show what would be chosen and written, write nothing
+exit codes: 0 done, 2 wrong usage or setting, 3 Docker, 4 card, driver or toolkit, 5 build, 6 doctor found something
+language: TRAIN_LANG=en|zh" \
+    "用法：./build.sh [auto|$(profiles "$TABLE" | sed 's/ *$//; s/ /|/g')] [选项]
+      ./build.sh doctor      逐项检查，从显卡到十步真实训练
+  --devices all|0,1|free:N   使用哪些显卡；默认：所有没有被别人占用的
+  --mirror auto|cn|off       软件包来源；auto 自动探测
+  --env-only                 只写 .env
+  --no-build                 检查并写 .env，不构建
+  --dry-run                  只显示选择和将写入的内容，不改动任何文件
+退出码：0 完成，2 用法或设置错误，3 Docker，4 显卡、驱动或工具包，5 构建失败，6 doctor 发现问题
+语言：TRAIN_LANG=en|zh"
+}
+
+parse_arguments() {
+  profile=auto devices="" mirror=auto env_only=no dry_run=no build=yes doctor=no
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      -h | --help) usage && exit 0 ;;
+      --devices | --mirror)
+        [ $# -ge 2 ] || die 2 "$1 wants a value" "$1 需要一个值"
+        if [ "$1" = --devices ]; then devices=$2; else mirror=$2; fi
+        shift
+        ;;
+      --devices=*) devices=${1#*=} ;;
+      --mirror=*) mirror=${1#*=} ;;
+      --env-only) env_only=yes build=no ;;
+      --no-build) build=no ;;
+      --dry-run) dry_run=yes build=no ;;
+      doctor) doctor=yes ;;
+      auto) profile=auto ;;
+      *)
+        case " $(profiles "$TABLE")" in
+          *" $1 "*) profile=$1 ;;
+          *) die 2 "unknown argument '$1'; profiles are: auto $(profiles "$TABLE")" "未知参数 '$1'；可用配置：auto $(profiles "$TABLE")" ;;
+        esac
+        ;;
+    esac
+    shift
+  done
+  case "$mirror" in auto | cn | off) ;; *) die 2 "--mirror $mirror: give auto, cn or off" "--mirror $mirror：请用 auto、cn 或 off" ;; esac
+  case "$devices" in
+    "") ;;
+    free:*[!0-9]* | free: | free:0) die 2 "--devices $devices: free:N wants a number of cards" "--devices $devices：free:N 需要显卡数量" ;;
+    free:*) ;;
+    *) valid_devices "$devices" || die 2 "--devices $devices: give all, numbers like 0,1, UUIDs, or free:N" "--devices $devices：请用 all、0,1 这样的编号、UUID 或 free:N" ;;
+  esac
+}
+
+check_engine() {
+  local problem_code=3
+  case "$engine_state" in
+    absent) die $problem_code "docker is not installed: docs.docker.com/engine/install (Windows and Mac: Docker Desktop)" "没有安装 docker：docs.docker.com/engine/install（Windows、Mac 使用 Docker Desktop）" ;;
+    denied) die $problem_code "no permission to use Docker. Once: sudo usermod -aG docker \$USER, then log out and in" "没有使用 Docker 的权限。请执行一次：sudo usermod -aG docker \$USER，然后重新登录" ;;
+    down) die $problem_code "the Docker engine does not answer. Start it: sudo systemctl start docker (Windows and Mac: open Docker Desktop)" "Docker 引擎没有响应。请启动：sudo systemctl start docker（Windows、Mac 打开 Docker Desktop）" ;;
+  esac
+  [ -n "$compose" ] || die $problem_code "no Docker Compose that works with engine $engine_version: apt-get install docker-compose-plugin (docker-compose 1.x ends at engine 24)" \
+    "没有与引擎 $engine_version 兼容的 Docker Compose：apt-get install docker-compose-plugin（docker-compose 1.x 只支持到引擎 24）"
+}
+
+prepare_folders() {
+  # Made here, or the engine would make them as root.
+  local folder
+  for folder in runs_dir cache_dir; do
+    mkdir -p "${!folder}" || die 2 "cannot make ${!folder}" "无法创建 ${!folder}"
+  done
+}
+
+build_image() {
+  local log=$ROOT/.cache/docker-build.log started=$SECONDS status=0 flags=""
+  if [ "$compose" = "docker compose" ]; then flags=--progress=plain; fi
+  say "building $image; the log is $log" "正在构建 $image；日志：$log"
+  export DOCKER_BUILDKIT=1 COMPOSE_DOCKER_CLI_BUILD=1 BUILDKIT_PROGRESS=plain
+  # The proxy of this machine is passed on by name, as Docker's predefined arguments.
+  proxies=$(proxy_arguments)
+  # shellcheck disable=SC2086
+  (unset_loopback_proxies && $compose build $proxies $flags train) 2>&1 | tee "$log" || status=$?
+  if [ "$status" != 0 ]; then
+    echo >&2
+    cure_of "$log" >&2
+    die 5 "the build failed; the log is $log" "构建失败；日志：$log"
+  fi
+  say "built $image in $((SECONDS - started)) s" "已构建 $image，用时 $((SECONDS - started)) 秒"
+}
+
+next_steps() {
+  local ssh_hint=""
+  [ -z "${SSH_CONNECTION:-}" ] || ssh_hint=" (from your own machine: ssh -L $tb_port:localhost:$tb_port THIS_HOST)"
+  say "
+next:
+  $compose up -d train
+  $compose exec train python train.py
+  $compose logs -f train
+  TensorBoard: http://localhost:$tb_port$ssh_hint
+  the container is $container" "
+下一步：
+  $compose up -d train
+  $compose exec train python train.py
+  $compose logs -f train
+  TensorBoard：http://localhost:$tb_port$ssh_hint
+  容器名：$container"
+}
+
+main() {
+  parse_arguments "$@"
+  if [ "$doctor" = yes ]; then
+    run_doctor
+    return
+  fi
+  look_at_engine
+  [ "$env_only$dry_run" != nono ] || check_engine
+  look_at_cards
+  choose_settings
+  explain
+  host_warnings "$ROOT"
+  if [ "$dry_run" = yes ]; then
+    say "
+.env would be:" "
+.env 将会是："
+    env_text "$ENV_FILE" "$(env_block)"
+    return
+  fi
+  prepare_folders
+  write_generated
+  write_env "$ENV_FILE" "$(env_block)" || die 2 "cannot write $ENV_FILE" "无法写入 $ENV_FILE"
+  warn_of_running
+  [ "$build" = yes ] && build_image
+  [ "$env_only" = yes ] || next_steps
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then main "$@"; fi

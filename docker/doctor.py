@@ -1,0 +1,152 @@
+"""The part of `./build.sh doctor` inside the container: from torch to ten real training steps.
+
+Prints a line for each check, "OK name: detail" or "NO name: why", and exits 1 after any NO. Nothing
+that it prints names a path of the user or a file of theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 300  # Seconds that a check may take.
+
+
+def torch_version() -> str:
+    """Which torch, for which CUDA, and how many cards it sees."""
+    import torch
+
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if os.environ.get("GPU_PROFILE", "cpu") != "cpu" and not cards:
+        raise RuntimeError(
+            f"the profile is {os.environ['GPU_PROFILE']}, but torch {torch.__version__} sees no "
+            "card. On the host: nvidia-smi; then docker compose up -d --force-recreate train"
+        )
+    return f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {cards} cards"
+
+
+def matmul() -> str:
+    """One product where training will compute: a card without kernels fails here and not before."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.eye(256, device=device)
+    if not torch.equal(a @ a, a):
+        raise RuntimeError("a product of identity matrices is not one")
+    capability = torch.cuda.get_device_capability() if device == "cuda" else ""
+    return f"on {device} {capability}".strip()
+
+
+def shared_memory() -> str:
+    """/dev/shm: Docker's own 64 MB let data workers die with "Bus error"."""
+    megabytes = shutil.disk_usage("/dev/shm").total // 1_000_000
+    if megabytes < 500:
+        raise RuntimeError(f'{megabytes} MB. export SHM_SIZE="2gb", or put it into .env; then up')
+    return f"{megabytes} MB"
+
+
+def two_ranks() -> str:
+    """A sum over two processes, on two cards where there are two."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "ranks.py"
+        script.write_text(
+            "import torch, torch.distributed as d, os\n"
+            "cuda = torch.cuda.device_count() > 1\n"
+            "rank = int(os.environ['RANK'])\n"
+            "device = torch.device('cuda', rank) if cuda else torch.device('cpu')\n"
+            "if cuda: torch.cuda.set_device(device)\n"
+            "d.init_process_group('nccl' if cuda else 'gloo')\n"
+            "x = torch.full((1000,), rank + 1.0, device=device)\n"
+            "d.all_reduce(x)\n"
+            "assert x.eq(3).all(), x[:3]\n"
+            "if rank == 0: print('over', d.get_backend())\n"
+            "d.destroy_process_group()\n",
+            encoding="utf-8",
+        )
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return run([*torchrun, "--nproc-per-node=2", str(script)]).strip().splitlines()[-1]
+
+
+def disk() -> str:
+    """Room for checkpoints, and the right to write them."""
+    with tempfile.NamedTemporaryFile(dir=ROOT / "runs"):
+        free = shutil.disk_usage(ROOT / "runs").free // 1_000_000_000
+    if free < 5:
+        raise RuntimeError(f"{free} GB free in runs/; a checkpoint of the 26.9M model takes 0.4 GB")
+    return f"{free} GB free in runs/, which can be written"
+
+
+def data() -> str:
+    """What training would find in dataset/."""
+    own = [path for path in (ROOT / "dataset").iterdir() if path.is_file()]
+    own = [path for path in own if path.name != "README.md"]
+    sample = (ROOT / "dataset/sample/pretrain.jsonl").is_file()
+    broken = [path for path in (ROOT / "dataset").iterdir() if not path.exists()]
+    if broken:
+        raise RuntimeError(f"{len(broken)} links in dataset/ lead outside the container; set "
+                           "DATASET_DIR in .env to the folder that holds the files")  # fmt: skip
+    return f"{len(own)} files in dataset/, " + ("the sample" if sample else "no sample")
+
+
+def ten_steps() -> str:
+    """Ten optimizer steps of train.py, on text made here."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text.jsonl"
+        rows = [{"text": f"{i} and {i} make {2 * i}. " * 20} for i in range(200)]
+        text.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        started = time.perf_counter()
+        run(
+            [
+                sys.executable, "train.py", "configs/tiny_pretrain.yaml", "max_steps=10",
+                f"data.files={text}", f"out_dir={folder}/run",
+            ],
+        )  # fmt: skip
+        seconds = time.perf_counter() - started
+        lines = (Path(folder) / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        if not (Path(folder) / "run/final/model.safetensors").is_file():
+            raise RuntimeError("train.py ended without a model")
+    return f"done in {seconds:.0f} s, {len(lines)} lines of metrics"
+
+
+def run(command: list[str]) -> str:
+    """Standard output of a command; RuntimeError with the end of what it said, when it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=LIMIT)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()[-3:]
+        raise RuntimeError(f"exit code {done.returncode}: " + " / ".join(said))
+    return done.stdout
+
+
+CHECKS: dict[str, Callable[[], str]] = {
+    "torch": torch_version,
+    "one matmul": matmul,
+    "shared memory": shared_memory,
+    "two ranks": two_ranks,
+    "disk": disk,
+    "data": data,
+    "ten steps": ten_steps,
+}
+
+
+def main() -> int:
+    """Every check, also after one that fails."""
+    failed = 0
+    for name, check in CHECKS.items():
+        try:
+            print(f"OK {name}: {check()}", flush=True)
+        except Exception as error:  # noqa: BLE001  # Whatever fails is the finding.
+            failed += 1
+            print(f"NO {name}: {str(error) or type(error).__name__}", flush=True)
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
