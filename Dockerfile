@@ -4,12 +4,13 @@
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE}
+WORKDIR /workspace
 
 # A C and a C++ compiler for torch.compile; procps for ps and watch. Certificates of a company's
 # proxy lie in docker/certs/*.crt.
 ARG APT_MIRRORS=
-COPY docker/certs/ /usr/local/share/ca-certificates/
-RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
+RUN --mount=type=bind,source=docker/certs,target=/certs \
+    --mount=type=cache,target=/var/cache/apt,sharing=locked \
     --mount=type=cache,target=/var/lib/apt/lists,sharing=locked \
     --mount=type=bind,source=docker/install.sh,target=/install.sh \
     sh /install.sh apt g++ gcc git libc6-dev procps && sh /install.sh certificates
@@ -34,21 +35,20 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # are open to all, so that another number works too.
 ARG HOST_UID=1000
 ARG HOST_GID=1000
-COPY docker/entrypoint.sh /usr/local/bin/entrypoint
-RUN chmod 755 /usr/local/bin/entrypoint \
+RUN --mount=type=bind,source=docker/entrypoint.sh,target=/entrypoint.sh \
+    install -m 755 /entrypoint.sh /usr/local/bin/entrypoint \
     && if [ "${HOST_UID}" != 0 ]; then \
       { getent group "${HOST_GID}" >/dev/null || groupadd --gid "${HOST_GID}" train; } \
       && { getent passwd "${HOST_UID}" >/dev/null \
         || useradd --no-log-init --uid "${HOST_UID}" --gid "${HOST_GID}" --home-dir /home/train --shell /bin/bash train; }; \
     fi \
-    && mkdir -p /home/train/.cache /workspace && chmod 0777 /home/train /home/train/.cache /workspace
+    && mkdir -p /home/train/.cache && chmod 0777 /home/train /home/train/.cache /workspace
 # torch asks for the user's name (KeyError "uid not found" else: pytorch#140765).
 ENV HOME=/home/train USER=train LOGNAME=train \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     TORCHINDUCTOR_CACHE_DIR=/home/train/.cache/inductor TRITON_CACHE_DIR=/home/train/.cache/triton \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 LABEL devcontainer.metadata='[{"customizations":{"vscode":{"extensions":["ms-python.python"]}}}]'
-WORKDIR /workspace
 USER ${HOST_UID}:${HOST_GID}
 ENTRYPOINT ["/usr/local/bin/entrypoint"]
 CMD ["idle"]

@@ -34,7 +34,7 @@ install_apt() {
 install_certificates() {
   bundle=/etc/ssl/certs/ca-certificates.crt
   if [ ! -s "$bundle" ]; then install_apt ca-certificates; fi
-  if ls /usr/local/share/ca-certificates/*.crt >/dev/null 2>&1; then update-ca-certificates; fi
+  if ls /certs/*.crt >/dev/null 2>&1; then cp /certs/*.crt /usr/local/share/ca-certificates/ && update-ca-certificates; fi
 }
 
 # An index that does not answer would cost pip minutes of retries.

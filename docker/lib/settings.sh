@@ -88,7 +88,11 @@ look_at_cards() {
   fi
   if printf '%s' "$used_cards" | cut -f1 | grep -q '^MIG-'; then used_cards=$(printf '%s\n' "$used_cards" | head -1); fi
   cuda_devices=$(printf '%s\n' "$used_cards" | cut -f1 | joined)
-  [ "$used_cards" != "$all_cards" ] || printf '%s' "$cuda_devices" | grep -q MIG || cuda_devices=all
+  # "all" outlives a card that is added; a list that was asked for stays as it is.
+  case "$wanted_devices:$cuda_devices" in
+    *MIG-*) ;;
+    :* | all:*) [ "$used_cards" != "$all_cards" ] || cuda_devices=all ;;
+  esac
 }
 
 # without_card: why there is none, said once

@@ -70,8 +70,9 @@ def test_the_table_itself():
         assert sum(r["typical"] == "yes" for r in mine) == 1, profile
     for row in rows:
         if row["min_capability"] != "-":
-            assert row["precision"] == ("bf16" if number(row["min_capability"]) >= (8, 0) else
-                                        "fp16" if number(row["min_capability"]) >= (7, 0) else "fp32")  # fmt: skip
+            capability = number(row["min_capability"])
+            numbers = "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
+            assert row["precision"] == numbers
             # Room for CUDA itself and for what a desktop takes; MiB are 1.049 MB. The last row of
             # a profile holds whatever is smaller, so it has no bound.
             if int(row["min_mib"]):
@@ -134,7 +135,7 @@ def test_no_card_is_the_cpu(tmp_path):
     "state, words, expected",
     [
         # mxnet#19930
-        ("failing", "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", "reboot"),
+        ("failing", "NVIDIA-SMI has failed because it couldn't communicate with the", "reboot"),
         ("failing", "Failed to initialize NVML: Driver/library version mismatch", "modprobe"),
         ("hang", "", "does not answer"),
     ],
@@ -215,7 +216,9 @@ def test_docker_desktop_needs_no_toolkit(tmp_path):
     assert result.env["GPU_PROFILE"] == "rtx40" and "toolkit" not in result.err.lower()
 
 
-@pytest.mark.parametrize("where", [{"DOCKER_HOST": "ssh://box"}, {"FAKE_CONTEXT": "tcp://10.0.0.9:2376"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "where", [{"DOCKER_HOST": "ssh://box"}, {"FAKE_CONTEXT": "tcp://10.0.0.9:2376"}]
+)
 def test_a_remote_engine_wants_a_profile(where, tmp_path):
     result = build(tmp_path, "--dry-run", cards=eight(set()), **where)
     assert result.code == 4 and "another host" in result.err
@@ -302,4 +305,5 @@ def test_the_forty_series_has_no_peer_to_peer(tmp_path):
     # fluxgym#283, accelerate#2328: in the 40 series only; linked 3090s have it
     result = build(tmp_path, "--dry-run", cards=MACHINES["RTX 4090"].cards)
     assert (result.env["NCCL_P2P_DISABLE"], result.env["NCCL_IB_DISABLE"]) == ("1", "1")
-    assert "NCCL_P2P_DISABLE" not in build(tmp_path, "--dry-run", cards=MACHINES["RTX 3090"].cards).env  # fmt: skip
+    result = build(tmp_path, "--dry-run", cards=MACHINES["RTX 3090"].cards)
+    assert "NCCL_P2P_DISABLE" not in result.env
