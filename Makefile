@@ -5,7 +5,7 @@ NAME ?= 小智
 AUTHOR ?= 我
 BIN = .venv/bin
 
-.PHONY: demo test test-all lint tensorboard
+.PHONY: demo test test-all docker-test lint lock tensorboard
 
 demo: .venv/ready
 	$(BIN)/python -m tools.demo --name "$(NAME)" --author "$(AUTHOR)"
@@ -15,6 +15,24 @@ test: .venv/ready-dev
 
 test-all: .venv/ready-dev
 	$(BIN)/python -m pytest -q
+
+# On a Docker engine, where there is one (with CI=true there must be): a quarter of an hour.
+docker-test: .venv/ready-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -s --durations=8 tests/docker
+	@if docker info >/dev/null 2>&1; then \
+	  for journey in laptop shared_server student_wsl; do bash tests/journeys/$$journey.sh || exit 1; done; \
+	else test -z "$$CI"; fi
+
+# The exact packages of the image, for every Python that is supported; no address is written down.
+lock: .venv/ready-dev
+	grep -hv -e '^torch' -e '^#' requirements.txt docker/requirements.in | \
+	  $(BIN)/uv pip compile --quiet --native-tls --universal --python-version 3.10 --generate-hashes \
+	    --no-header --no-annotate --output-file docker/requirements.lock.new -
+	{ echo '# Exact versions and digests of the image'"'"'s packages but torch. Written by `make lock`.'; \
+	  cat docker/requirements.lock.new; } > docker/requirements.lock
+	{ echo '# pip alone, which the layer of torch needs before the rest. Written by `make lock`.'; \
+	  awk '/^pip==/ {on = 1; print; next} on && /^ / {print; next} {on = 0}' docker/requirements.lock; } > docker/pip.lock
+	rm docker/requirements.lock.new
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

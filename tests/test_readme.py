@@ -67,7 +67,12 @@ def test_every_program_named_is_one_whose_help_is_read():
 def test_options_are_those_of_the_programs(helps):
     for command, program in re.findall(r"`(python (-m [\w.]+|\w+\.py)[^`]*)`", README):
         assert options(command) <= options(helps[program]) | {"--help"}, command
-    known = {"--no-index", "--help"}.union(*map(options, helps.values()))  # --no-index: git diff
+    builder = subprocess.run(
+        ["bash", "build.sh", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    # Those of git diff, docker build, docker builder prune.
+    known = {"--no-index", "--no-cache", "--filter", "--help"} | options(builder.stdout)
+    known = known.union(*map(options, helps.values()))
     assert options(README) <= known
 
 

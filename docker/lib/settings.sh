@@ -167,7 +167,6 @@ choose_settings() {
   precision=$(row_field "$TABLE" "$row" precision)
   micro_batch=$(row_field "$TABLE" "$row" micro_batch_size)
   compile=$(row_field "$TABLE" "$row" compile)
-  workers=$(row_field "$TABLE" "$row" num_workers)
   peak=$(row_field "$TABLE" "$row" peak_gb)
   nccl=$(row_field "$TABLE" "$row" nccl)
   shm=$(wanted SHM_SIZE "")
@@ -251,6 +250,8 @@ env_block() {
   if [ "$on_card" = yes ]; then
     files=$files:docker-compose.gpu.yml
     [ "$rootless" = yes ] || files=$files:docker/compose.limits.yml
+    # WSL shows a container every card, whatever was asked for (nvidia-container-toolkit#21).
+    if is_wsl && [ "$cuda_devices" != all ]; then files=$files:docker/compose.wsl.yml; fi
   fi
   cat <<EOF
 COMPOSE_FILE=$files
@@ -300,6 +301,7 @@ explain() {
   line "driver" "驱动" "$driver"
   line "profile" "配置" "$profile_chosen"
   line "micro batch" "微批大小" "$micro_batch x 512"
+  if [ "$profile_chosen" = cpu ]; then precision=$(say "fp32 or bf16, whichever the first run finds faster" "fp32 或 bf16，首次运行时测量"); fi
   line "precision" "精度" "$precision, compile $compile"
   line "predicted peak" "预计显存峰值" "$peak GB"
   line "/dev/shm" "共享内存" "$shm"

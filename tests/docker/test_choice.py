@@ -8,6 +8,7 @@ import pytest
 
 from tests.docker.driving import ROOT, build
 from tests.docker.fixtures import MACHINES, Machine, card, eight
+from trainlib.hardware import Facts, choose_hardware, find_row, read_table
 
 TABLE = ROOT / "configs/hardware.tsv"
 
@@ -17,18 +18,9 @@ def table() -> list[dict[str, str]]:
     return list(csv.DictReader(lines, delimiter="\t"))
 
 
-def number(capability: str) -> tuple[int, ...]:
-    return tuple(map(int, capability.split(".")))
-
-
-def row_of(capability: str, mib: int) -> dict[str, str]:
-    """The table's rule, said a second time."""
-    for row in table():
-        if row["min_capability"] == "-" or int(row["min_mib"]) > mib:
-            continue
-        if number(row["min_capability"]) <= number(capability) <= number(row["max_capability"]):
-            return row
-    raise AssertionError(capability)
+def number(capability: str) -> tuple[int, int]:
+    major, minor = capability.split(".")
+    return int(major), int(minor)
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -48,13 +40,17 @@ def test_machines_of_users(name: str, tmp_path):
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_the_table_read_in_python_agrees(name: str):
+def test_auto_inside_the_container_agrees(name: str):
     cards = [line.split("|") for line in MACHINES[name].cards]
     profile, micro_batch, precision, _, devices = MACHINES[name].answer
     used = [c for c in cards if devices == "all" or c[0] in devices.split(",")]
-    capability = min((c[3] for c in used), key=number)
-    row = row_of(capability, min(int(c[2]) if c[2].isdigit() else 0 for c in used))
-    found = (row["profile"], int(row["micro_batch_size"]), row["precision"])
+    facts = Facts(
+        cuda=min(number(c[3]) for c in used),
+        memory_mib=min(int(c[2]) if c[2].isdigit() else 0 for c in used),
+    )
+    choice = choose_hardware(facts, read_table())
+    row = find_row(facts, "cuda", read_table())
+    found = (row.profile, choice.micro_batch_size, choice.precision)
     assert found == (profile, micro_batch, precision)
 
 
@@ -261,6 +257,12 @@ def test_wsl_without_memory(tmp_path):
     (tmp_path / "cards").write_text(cards[0] + "\n")
     result = build(tmp_path, "--dry-run", host=host, cards=cards)
     assert result.env["GPU_PROFILE"] == "rtx40"
+    # nvidia-container-toolkit#21: WSL shows every card, so torch is told which
+    two = [card("NVIDIA GeForce RTX 4070", 12282, "8.9", "572.16", i) for i in range(2)]
+    result = build(tmp_path, "--dry-run", "--devices", "1", host=host, cards=two)
+    assert "docker/compose.wsl.yml" in result.env["COMPOSE_FILE"]
+    result = build(tmp_path, "--dry-run", host=host, cards=two)
+    assert "wsl" not in result.env["COMPOSE_FILE"]
 
 
 def test_engines_that_cannot_be_used(tmp_path):

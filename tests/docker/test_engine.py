@@ -29,9 +29,13 @@ if not ENGINE and not os.environ.get("CI"):
 PEOPLE = [None]
 if os.geteuid() == 0:
     PEOPLE.append("train-llm-tester")  # An ordinary user in the group docker.
+# One thread, since trainings run beside each other, and steps of milliseconds.
 TRAIN = (
-    "python train.py configs/tiny_pretrain.yaml max_steps=100000 save_every_steps=1000000 "
-    "log_every_steps=1 eval_every_steps=0 data.files=dataset/text.jsonl data.val_max_rows=2"
+    "env OMP_NUM_THREADS=1 python train.py configs/tiny_pretrain.yaml max_steps=1000000 "
+    "save_every_steps=1000000 log_every_steps=1 eval_every_steps=0 data.files=dataset/text.jsonl "
+    "data.val_max_rows=2 tokens_per_step=4096 sequence_length=128 precision=fp32 "
+    "model.hidden_size=64 model.intermediate_size=128 model.num_hidden_layers=1 "
+    "model.num_attention_heads=2 model.num_key_value_heads=1 model.head_dim=32"
 )
 REPORT: list[str] = []
 
@@ -309,7 +313,7 @@ def test_the_old_spelling(clone):
 
 
 def test_unattended(clone):
-    command = f"{TRAIN} out_dir=runs/alone".replace("max_steps=100000", "max_steps=3")
+    command = f"{TRAIN} out_dir=runs/alone".replace("max_steps=1000000", "max_steps=3")
     with (clone.folder / ".env").open("a") as file:
         file.write(f"TRAIN_COMMAND={command}\nTRAIN_RESTART=unless-stopped\n")
     clone("docker compose up -d train")

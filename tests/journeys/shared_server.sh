@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# A server with eight cards and two people: ann and bob have folders of one name, four cards are in
+# use, and port 6006 is taken. Cards are played by tests/docker/fakes/nvidia-smi.
+# shellcheck source=tests/journeys/steps.sh
+. "$(dirname "$0")/steps.sh"
+ann=$JOURNEY/ann/train_llm bob=$JOURNEY/bob/train_llm
+trap 'tidy_up "$ann"; tidy_up "$bob"; kill "$blocker" 2>/dev/null; rm -rf "$JOURNEY"' EXIT
+mkdir "$JOURNEY/ann" "$JOURNEY/bob" "$JOURNEY/bin"
+cp "$HERE/tests/docker/fakes/nvidia-smi" "$JOURNEY/bin/"
+for card in 0 1 2 3 4 5 6 7; do
+  printf '%s|NVIDIA A100-SXM4-80GB|81920|8.0|550.54.15|Disabled|%s|0|GPU-%s\n' "$card" "$((card < 4 ? 60000 : 4))" "$card"
+done >"$JOURNEY/cards"
+export PATH="$JOURNEY/bin:$PATH" FAKE_CARDS="$JOURNEY/cards"
+python3 -m http.server 6006 --bind 127.0.0.1 >/dev/null 2>&1 &
+blocker=$!
+
+step "ann looks at what would be chosen"
+fresh_clone "$ann"
+cd "$ann"
+expect "in use|use them: card 0,1,2,3" ./build.sh --dry-run
+expect "CUDA_DEVICES=4,5$" ./build.sh --dry-run --devices free:2
+expect "only 4 of the 5" ./build.sh --dry-run --devices free:5
+
+step "ann builds for the CPU, because her cards come tomorrow, and trains"
+./build.sh cpu >/dev/null
+grep -q "^TB_PORT=60[01][0-9]$" .env && ! grep -q "^TB_PORT=6006$" .env
+docker compose up -d train
+# shellcheck disable=SC2086
+docker compose exec -T train $LONG save_every_steps=1000000 out_dir=runs/ann >/dev/null 2>&1 &
+eventually 120 grep -q "^step 3 " runs/ann/train.log
+
+step "bob does the same in a folder of the same name; ann's training goes on"
+fresh_clone "$bob"
+cd "$bob"
+./build.sh cpu --env-only >/dev/null
+grep -q "^TRAIN_LLM_CONTAINER=train_llm_" .env
+printf 'TRAIN_LLM_IMAGE=%s\n' "$(sed -n 's/^TRAIN_LLM_IMAGE=//p' "$ann/.env")" >>.env # The same content.
+docker compose up -d train
+before=$(tail -1 "$ann/runs/ann/train.log")
+docker compose down
+sleep 5
+test "$before" != "$(tail -1 "$ann/runs/ann/train.log")"
+
+step "ann's server goes down: what was trained is there"
+cd "$ann"
+docker compose stop
+last=$(sed -n 's/^step \([0-9]*\) .*/\1/p' runs/ann/train.log | tail -1)
+saved=$(basename "$(ls -d runs/ann/step_*)" | tr -dc 0-9 | sed 's/^0*//')
+test "$saved" -ge "$last" && test "$saved" -le $((last + 2))
+
+step "tomorrow: her cards are asked for by number"
+export CUDA_DEVICES=4,5 SHM_SIZE=1gb
+./build.sh --no-build >/dev/null
+expect '"4,5"|4,5' docker compose config
+if docker compose up -d train >"$JOURNEY/up.log" 2>&1; then
+  expect '^4,5$' docker compose exec -T train printenv NVIDIA_VISIBLE_DEVICES
+else
+  # No toolkit on this engine: the known words have their cure in docs/troubleshooting.md.
+  grep -q "could not select device driver" "$JOURNEY/up.log"
+fi
