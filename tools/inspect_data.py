@@ -242,7 +242,7 @@ class Looker:
         self.hashes.append(text_hash(text))
         self.near.add(text)
         if isinstance(record.value, tuple):
-            self._look_at_pair(*record.value, line)
+            self._look_at_pair(record.value[0], record.value[1], line)
         if len(report.examples) < 3:
             report.examples.append({"line": line, "pieces": self._pieces(sequences)})
 
