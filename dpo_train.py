@@ -89,11 +89,18 @@ def main(config: DPOConfig, datasets: Datasets) -> None:
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:
         return dpo_loss(batch_log_probs(model, batch), reference[batch.sequence_ids], config.beta)
 
+    latest = torch.full_like(reference, torch.nan)
+
+    def look(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:
+        log_probs = batch_log_probs(model, batch)
+        latest[batch.sequence_ids] = log_probs.float()  # So that the report need not look again.
+        return dpo_loss(log_probs, reference[batch.sequence_ids], config.beta)
+
     def evaluate() -> tuple[Metrics, list[str]]:
-        return validate(run, model, loss_fn, datasets.val), []
+        return validate(run, model, look, datasets.val), []
 
     if fit(run, model, optimizers, schedule, loss_fn, loader, evaluate):
-        table = report(run, model, datasets, reference)
+        table = report(run, model, datasets, reference, latest)
         (run.folder / "report.json").write_text(json.dumps(table, indent=2), encoding="utf-8")
         log.info("%s", format_report(table))
         log.info("next: python chat.py --model %s/final", run.folder)

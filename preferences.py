@@ -91,21 +91,24 @@ def share_above(values: np.ndarray) -> float:
     return float(np.where(ties, 0.5, values > 0).mean())
 
 
-def report(run: Run, model: nn.Module, datasets: Datasets, reference: Tensor) -> dict[str, Any]:
+def report(
+    run: Run, model: nn.Module, datasets: Datasets, reference: Tensor, latest: Tensor
+) -> dict[str, Any]:
     """Held-out and trained accuracy of each kind of pair, and what trivial rules reach.
 
     For each kind: n, accuracy (share of pairs whose reward margin is above 0) with its standard
     error, the same on trained pairs, the policy's own preference (log-probability of chosen above
     that of rejected) before and after, and the best of three rules: longer, shorter, more overlap
-    with the prompt.
+    with the prompt. `latest` holds the policy's log-probabilities by sequence id, as far as they
+    are known; what is NaN there is computed.
     """
-    before = reference.cpu().numpy()
+    before, after = reference.cpu().numpy(), latest.cpu().numpy()
     held_out: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     trained: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     with looking(model):
         for name, packed in datasets.val.items():
-            _measure(run, model, packed, before, name, held_out, math.inf)
-        _measure(run, model, datasets.train, before, "", trained, 400)
+            _measure(run, model, packed, before, after, name, held_out, math.inf)
+        _measure(run, model, datasets.train, before, after, "", trained, 400)
     table: dict[str, Any] = {}
     for kind, rows in sorted(held_out.items()):
         margin, own_before, own_after, longer, overlap = np.array(rows).T
@@ -150,6 +153,7 @@ def _measure(
     model: nn.Module,
     packed: PackedDataset,
     before: np.ndarray,
+    after: np.ndarray,
     default_kind: str,
     into: dict[str, list[tuple[float, ...]]],
     max_pairs: float,
@@ -160,19 +164,18 @@ def _measure(
         ids = batch.sequence_ids.numpy()
         if np.isnan(before[ids]).any():
             continue  # A training row that the run's length did not visit.
-        moved = batch.to(run.hardware.device)
-        with run.hardware.autocast():
-            after = batch_log_probs(model, moved).float().cpu().numpy()
-        old = before[ids]
-        ratio = after - old
+        if np.isnan(after[ids]).any():
+            moved = batch.to(run.hardware.device)
+            with run.hardware.autocast():
+                after[ids] = batch_log_probs(model, moved).float().cpu().numpy()
+        old, new = before[ids], after[ids]
+        ratio = new - old
         lengths, overlaps = _trivial(batch)
         for pair in range(0, len(ids), 2):
             kind = kinds[int(ids[pair])] or default_kind or "pairs"
             chosen, rejected = pair, pair + 1
             into[kind].append(
-                tuple(
-                    float(x[chosen] - x[rejected]) for x in (ratio, old, after, lengths, overlaps)
-                )
+                tuple(float(x[chosen] - x[rejected]) for x in (ratio, old, new, lengths, overlaps))
             )
             count += 1
         if count >= max_pairs:
