@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention import attend, document_mask
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -110,39 +112,6 @@ def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def document_mask(document_ids: Tensor) -> Tensor:
-    """Which positions may see which: earlier ones of the same document, and themselves.
-
-    Three documents in a row of six positions (1 = may attend):
-
-        ids 0 0 0 1 1 2      1 . . . . .
-                             1 1 . . . .
-                             1 1 1 . . .
-                             . . . 1 . .
-                             . . . 1 1 .
-                             . . . . . 1
-
-    Shapes: document_ids (B, T) -> bool (B, 1, T, T).
-    """
-    same_BTT = document_ids[:, :, None] == document_ids[:, None, :]
-    return same_BTT.tril()[:, None]
-
-
-def attend(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention with grouped key/value heads; no mask means causal."""
-    grouped = k_BGSH.shape[1] != q_BNTH.shape[1]
-    if grouped and mask is not None and q_BNTH.is_cuda:
-        # On CUDA a mask together with enable_gqa falls back to the quadratic-memory kernel.
-        repeats = q_BNTH.shape[1] // k_BGSH.shape[1]
-        k_BGSH, v_BGSH = (x.repeat_interleave(repeats, dim=1) for x in (k_BGSH, v_BGSH))
-        grouped = False
-    # is_causal aligns to the first key: right for a whole sequence, wrong for one new token.
-    causal = mask is None and q_BNTH.shape[2] > 1
-    return F.scaled_dot_product_attention(
-        q_BNTH, k_BGSH, v_BGSH, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-    )
-
-
 class Attention(nn.Module):
     """Causal self-attention: N query heads share G key/value heads, each head normed."""
 
@@ -162,7 +131,7 @@ class Attention(nn.Module):
         self,
         x_BTD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        visible: Tensor | None,
         cache: Cache | None,
     ) -> Tensor:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
@@ -172,7 +141,7 @@ class Attention(nn.Module):
         q_BNTH, k_BGSH = rotate(q_BNTH, *rotary), rotate(k_BGTH, *rotary)
         if cache is not None:
             k_BGSH, v_BGSH = cache.update(self.layer, k_BGSH, v_BGSH)
-        out_BNTH = attend(q_BNTH, k_BGSH, v_BGSH, mask)
+        out_BNTH = attend(q_BNTH, k_BGSH, v_BGSH, visible)
         return self.o_proj(out_BNTH.transpose(1, 2).flatten(2))
 
 
@@ -203,10 +172,10 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        visible: Tensor | None,
         cache: Cache | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, mask, cache)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, visible, cache)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -224,13 +193,13 @@ class Decoder(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        mask: Tensor | None,
+        visible: Tensor | None,
         cache: Cache | None,
     ) -> Tensor:
         rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         x_BTD = self.embed_tokens(input_ids)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, rotary, mask, cache)
+            x_BTD = layer(x_BTD, rotary, visible, cache)
         return self.norm(x_BTD)
 
 
@@ -241,6 +210,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
+        self.attention = "masked"
+        """Which kernel attends inside packed documents (attention.py): masked or varlen."""
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -270,6 +241,7 @@ class Transformer(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
+        boundaries: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         cache: Cache | None = None,
@@ -277,15 +249,19 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits of the next token at each position.
 
-        Without document_ids (and without a mask of one's own) a row is one document.
+        Without document_ids (and without a mask of one's own) a row is one document. Boundaries
+        say what document_ids say, for the varlen kernel.
 
-        Shapes: input_ids, position_ids, document_ids (B, T) -> (B, T, vocab_size), or
-        (B, 1, vocab_size) with last_only; mask bool (B, 1, T, S), True = attend.
+        Shapes: input_ids, position_ids, document_ids (B, T), boundaries int32 (documents + 1,) ->
+        (B, T, vocab_size), or (B, 1, vocab_size) with last_only; mask bool (B, 1, T, S), True =
+        attend.
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
             position_ids = position_ids.expand_as(input_ids)
-        if document_ids is not None:
+        if boundaries is not None and self.attention == "varlen":
+            mask = boundaries
+        elif document_ids is not None:
             mask = document_mask(document_ids)
         hidden_BTD = self.model(input_ids, position_ids, mask, cache)
         return self.lm_head(hidden_BTD[:, -1:] if last_only else hidden_BTD)

@@ -175,12 +175,18 @@ class PackedDataset:
         empty = documents < 0
         documents[empty] = len(sequence_ids) + np.nonzero(empty)[0]
         under_loss = labels != IGNORE_INDEX
+        flat = documents.reshape(-1)
+        edges = np.flatnonzero(np.diff(flat)) + 1
+        # Filled up to a power of two, so that a compiled model sees few lengths.
+        boundaries = np.full(1 << int(len(edges) + 1).bit_length(), len(flat), np.int32)
+        boundaries[0], boundaries[1 : len(edges) + 1] = 0, edges
         num_labels = int(under_loss.sum())
         return Batch(
             torch.from_numpy(input_ids),
             torch.from_numpy(labels),
             torch.from_numpy(positions),
             torch.from_numpy(documents),
+            torch.from_numpy(boundaries),
             torch.tensor(sequence_ids, dtype=torch.int64),
             num_targets=len(sequence_ids) // 2 if self.kind == "dpo" else num_labels,
             num_bytes=int(self._byte_lengths[labels[under_loss]].sum()),
@@ -244,15 +250,17 @@ def pack_best_fit(lengths: np.ndarray, row_length: int, window: int = 8192) -> l
 class Batch:
     """One micro-batch; shapes (B, T) except sequence_ids (C,), one an entry of document_ids.
 
-    document_ids count through the whole micro-batch; padding has ids from C on. Of a preference
-    pair p, document 2p is chosen and 2p + 1 rejected. num_targets is what a step's loss is
-    divided by: labels under the loss, or pairs. num_bytes counts the text behind the labels.
+    boundaries are where documents begin and end in the rows laid end to end, int32, the last one
+    repeated. document_ids count through the whole micro-batch; padding has ids from C on. Of a
+    preference pair p, document 2p is chosen and 2p + 1 rejected. num_targets is what a step's loss
+    is divided by: labels under the loss, or pairs. num_bytes counts the text behind the labels.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
     document_ids: Tensor
+    boundaries: Tensor
     sequence_ids: Tensor
     num_targets: int
     num_bytes: int
@@ -265,6 +273,7 @@ class Batch:
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
             "document_ids": self.document_ids,
+            "boundaries": self.boundaries,
         }
 
     def to(self, device: torch.device) -> Batch:

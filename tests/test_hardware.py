@@ -32,22 +32,25 @@ CARDS = {
 @pytest.mark.parametrize("card", CARDS)
 def test_auto_on_each_card(card):
     capability, memory, precision, compile_, rows = CARDS[card]
-    chosen = choose_hardware(Facts(cuda=capability, memory_mib=memory), TABLE)
-    assert chosen == Choice("cuda", precision, "high", compile_, rows)
+    chosen = choose_hardware(Facts(cuda=capability, memory_mib=memory, varlen=True), TABLE)
+    attention = "varlen" if precision == "bf16" else "masked"
+    assert chosen == Choice("cuda", precision, "high", attention, compile_, rows)
 
 
 def test_auto_without_a_card():
-    assert choose_hardware(Facts(), TABLE) == Choice("cpu", "measure", "medium", False, 4)
+    assert choose_hardware(Facts(), TABLE) == Choice("cpu", "measure", "medium", "masked", False, 4)
     assert choose_hardware(Facts(amx=True), TABLE).matmul == "highest"
     mac = Facts(mps=True)
     assert choose_hardware(mac, TABLE).device == "cpu"  # mps only when asked for.
-    assert choose_hardware(mac, TABLE, device="mps") == Choice("mps", "fp32", "highest", False, 16)
+    metal = choose_hardware(mac, TABLE, device="mps")
+    assert metal == Choice("mps", "fp32", "highest", "masked", False, 16)
 
 
 def test_a_setting_is_stronger_than_the_table():
-    facts = Facts(cuda=(8, 9), memory_mib=24080)
+    facts = Facts(cuda=(8, 9), memory_mib=24080, varlen=True)
     given = {"precision": "fp32", "compile_": "off", "micro_batch_size": 3}
-    assert choose_hardware(facts, TABLE, **given) == Choice("cuda", "fp32", "high", False, 3)
+    chosen = choose_hardware(facts, TABLE, **given)
+    assert chosen == Choice("cuda", "fp32", "high", "masked", False, 3)
     assert choose_hardware(facts, TABLE, device="cpu", precision="bf16").precision == "bf16"
     assert choose_hardware(facts, TABLE, row_length=4096).micro_batch_size == 8
     assert choose_hardware(facts, TABLE, row_length=512 * 512).micro_batch_size == 1

@@ -10,8 +10,9 @@ import torch
 import transformers
 
 import model as model_module
+from attention import document_mask
 from hf_folder import model_files
-from model import ModelConfig, Transformer, count_parameters, document_mask
+from model import ModelConfig, Transformer, count_parameters
 
 SIZES = {
     "vocab_size": 200,
@@ -114,4 +115,4 @@ def test_model_needs_torch_alone():
         for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else
                      [alias.name for alias in node.names])
     }  # fmt: skip
-    assert imported == {"__future__", "dataclasses", "typing", "torch"}
+    assert imported == {"__future__", "dataclasses", "typing", "torch", "attention"}

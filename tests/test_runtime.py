@@ -37,7 +37,7 @@ class Rows(SimpleNamespace):
 
 def step(model, optimizers, precision, scale, x, target):
     """One optimizer step on the mean square error of x."""
-    hardware = Hardware(CPU, precision, False, 1)
+    hardware = Hardware(CPU, precision, "masked", False, 1)
     run = SimpleNamespace(
         hardware=hardware, ranks=Ranks(), config=SimpleNamespace(optim=OptimConfig())
     )

@@ -7,6 +7,7 @@ container. What a person sets is stronger than what is chosen here.
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import logging
 import os
@@ -38,6 +39,8 @@ class Facts:
     """Memory of the smallest visible card, in MiB."""
     mps: bool = False
     """Whether torch has a Metal device."""
+    varlen: bool = False
+    """Whether this torch has variable-length attention."""
     amx: bool = False
     """Whether the CPU has matrix tiles, with which "medium" products would round to bf16."""
 
@@ -51,6 +54,8 @@ class Choice:
     """fp32, bf16, fp16; "measure" = whichever of fp32 and bf16 a measurement finds faster."""
     matmul: str
     """torch.set_float32_matmul_precision's word for products of fp32 numbers."""
+    attention: str
+    """varlen, or masked (attention.py)."""
     compile: bool
     micro_batch_size: int
     """Most rows in one forward pass."""
@@ -143,7 +148,11 @@ def choose_hardware(
     if not micro_batch_size:
         micro_batch_size = max(1, row.micro_batch_size * TABLE_ROW_LENGTH // row_length)
     compiled = compile_ == "on" or (compile_ == "auto" and row.compile)
-    return Choice(device, precision, matmul, compiled, micro_batch_size)
+    # The kernel is there from capability 8.0 on, for 16-bit numbers alone.
+    modern = device == "cuda" and facts.cuda is not None and facts.cuda >= (8, 0)
+    varlen = facts.varlen and modern and precision in ("bf16", "fp16")
+    attention = "varlen" if varlen else "masked"
+    return Choice(device, precision, matmul, attention, compiled, micro_batch_size)
 
 
 # ---- asking the machine --------------------------------------------------------------------------
@@ -158,6 +167,7 @@ def find_facts() -> Facts:
             (torch.cuda.get_device_properties(card).total_memory // 2**20 for card in cards),
             default=0,
         ),
+        varlen=importlib.util.find_spec("torch.nn.attention.varlen") is not None,
         mps=torch.backends.mps.is_available(),
         amx=bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()),
     )

@@ -28,7 +28,7 @@ from trainlib.metrics import newly_passed
 from trainlib.mfu import matmul_peak
 from trainlib.optim import Schedule
 from trainlib.ranks import Ranks
-from trainlib.runtime import LossFunction, compile_layers, looking
+from trainlib.runtime import LossFunction, compile_layers, looking, try_attention
 from trainlib.state import TrainState, restore, save
 
 log = logging.getLogger(__name__)
@@ -109,20 +109,27 @@ def fit(
 
 
 def warm_up(run: Run, model: nn.Module, loss_fn: LossFunction, loader: StepLoader) -> None:
-    """Compile the layers where wanted, and try them out; weights and random state stay."""
-    if not run.hardware.compile or run.layers is None:
+    """Try out the attention kernel, and compile the layers; weights and random state stay.
+
+    What fails is left out, and the log says so.
+    """
+    if not run.hardware.compile and run.hardware.attention == "masked":
         return
     batch = next(loader).micro_batches[0].to(run.hardware.device)
     loader.seek(Place())
 
-    def try_out() -> None:
+    def try_out() -> float:
         with run.hardware.autocast():
             loss, _ = loss_fn(model, batch)
         loss.backward()
         model.zero_grad(set_to_none=True)
+        return float(loss)
 
-    required = run.config.compile == "on"
-    run.hardware = compile_layers(run.hardware, run.layers, try_out, required)
+    if run.hardware.attention != "masked":
+        run.hardware = try_attention(run.hardware, model, try_out)
+    if run.hardware.compile and run.layers is not None:
+        required = run.config.compile == "on"
+        run.hardware = compile_layers(run.hardware, run.layers, try_out, required)
 
 
 def optimizer_step(

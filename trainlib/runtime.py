@@ -26,6 +26,7 @@ class Hardware:
 
     device: torch.device
     precision: str
+    attention: str
     compile: bool
     micro_batch_size: int
 
@@ -42,7 +43,8 @@ def use_hardware(choice: Choice, local_rank: int = 0) -> Hardware:
     device = (
         torch.device("cuda", local_rank) if choice.device == "cuda" else torch.device(choice.device)
     )
-    return Hardware(device, choice.precision, choice.compile, choice.micro_batch_size)
+    c = choice
+    return Hardware(device, c.precision, c.attention, c.compile, c.micro_batch_size)
 
 
 def compile_layers(
@@ -72,6 +74,29 @@ def compile_layers(
         log.warning("compiling failed, so the layers run uncompiled (%s)", reason)
         return replace(hardware, compile=False)
     log.info("compiled in %.0f s", time.perf_counter() - begin)
+    return hardware
+
+
+def try_attention(hardware: Hardware, model: nn.Module, try_out: Callable[[], float]) -> Hardware:
+    """Use the chosen attention kernel if it works here and agrees with the masked one to 1 %.
+
+    `try_out` gives the loss of a micro-batch; returns the hardware as it is then used.
+    """
+    expected = try_out()
+    model.attention = hardware.attention  # type: ignore[assignment]
+    try:
+        found = try_out()
+        reason = (
+            ""
+            if abs(found - expected) <= 0.01 * abs(expected)
+            else (f"its loss is {found:.4g}, that of the masked kernel {expected:.4g}")
+        )
+    except Exception as error:  # noqa: BLE001  # A kernel can refuse a card in many ways.
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    if reason:
+        model.attention = "masked"  # type: ignore[assignment]
+        log.warning("attention: the %s kernel is left out (%s)", hardware.attention, reason)
+        return replace(hardware, attention="masked")
     return hardware
 
 

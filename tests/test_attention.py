@@ -1,0 +1,147 @@
+"""Protects the second attention kernel, which only a card has: called as its contract says.
+
+A kernel of the same contract is registered for the CPU here, so that the real call, its autograd
+and its compilation run.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import varlen
+
+from attention import attend, document_mask, varlen_keywords
+from model import ModelConfig, Transformer
+from trainlib.runtime import Hardware, try_attention
+
+SIZES = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, head_dim=8)  # fmt: skip
+
+
+def forward(q, k, v, ends, ends_k, max_q, max_k, causal=False, scale=None, window=None,
+            grouped=False, *rest):  # fmt: skip
+    """Document by document; NaN where none is, for there the real kernel writes nothing."""
+    assert ends.dtype == torch.int32 and ends.is_contiguous() and int(ends[-1]) == len(q)
+    assert q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
+    assert all(x.stride(-1) == 1 for x in (q, k, v))
+    assert list(window or []) == [-1, 0] or causal
+    assert grouped or q.shape[1] == k.shape[1]
+    assert int(ends.diff().max()) <= max_q == max_k
+    out = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
+    for begin, end in zip(ends.tolist(), ends.tolist()[1:], strict=False):
+        if end > begin:
+            document = (x[begin:end].transpose(0, 1)[None].float() for x in (q, k, v))
+            answer = F.scaled_dot_product_attention(*document, is_causal=True, enable_gqa=True)
+            out[begin:end] = answer[0].transpose(0, 1).to(q.dtype)
+    return (
+        out,
+        q.new_zeros(q.shape[1], len(q), dtype=torch.float32),
+        torch.zeros(2, dtype=torch.uint64),
+    )
+
+
+def backward(grad, q, k, v, out, lse, ends, ends_k, max_q, max_k, causal, rng, scale=None,
+             window=None, *rest):  # fmt: skip
+    """The same, by hand: inside a kernel autograd does not record."""
+    repeats = q.shape[1] // k.shape[1]
+    dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
+    for begin, end in zip(ends.tolist(), ends.tolist()[1:], strict=False):
+        here = slice(begin, end)
+        q_, do = (x[here].transpose(0, 1).float() for x in (q, grad))  # (N, S, H)
+        k_, v_ = (x[here].transpose(0, 1).float().repeat_interleave(repeats, 0) for x in (k, v))
+        scores = (q_ @ k_.mT / q.shape[-1] ** 0.5).masked_fill(
+            torch.ones(end - begin, end - begin, dtype=torch.bool).triu(1), -torch.inf
+        )
+        p = scores.softmax(-1)
+        dp = do @ v_.mT
+        ds = p * (dp - (dp * p).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
+        dq[here] = (ds @ k_).transpose(0, 1)
+        for total, part in ((dk, ds.mT @ q_), (dv, p.mT @ do)):
+            total[here] = part.unflatten(0, (-1, repeats)).sum(1).transpose(0, 1)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", forward)
+    torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu", backward)
+
+
+@pytest.fixture
+def batch():
+    """Two rows of 12 positions; documents of 1 to 12, and the boundaries that packing makes."""
+    ids = torch.tensor([[0] * 5 + [1] + [2] * 6, [3] * 12])
+    edges = np.flatnonzero(np.diff(ids.reshape(-1).numpy())) + 1
+    boundaries = np.full(8, 24, np.int32)
+    boundaries[0], boundaries[1 : len(edges) + 1] = 0, edges
+    torch.manual_seed(0)
+    position_ids = torch.cat([torch.arange(n) for n in (5, 1, 6, 12)]).view(2, 12)
+    return {
+        "input_ids": torch.randint(64, (2, 12)), "position_ids": position_ids,
+        "document_ids": ids, "boundaries": torch.from_numpy(boundaries),
+    }  # fmt: skip
+
+
+def test_the_two_kernels_agree(kernel, batch):
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, heads, 12, 8, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    one = attend(q, k, v, document_mask(batch["document_ids"]))
+    other = attend(q.float(), k.float(), v, batch["boundaries"])  # As QK-norm under autocast.
+    assert other.dtype == torch.bfloat16 and not other.isnan().any()
+    assert (one.float() - other.float()).abs().max() < 2e-2
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_model_learns_the_same_with_either(kernel, batch, compiled):
+    gradients = {}
+    for attention in ("masked", "varlen"):
+        torch.manual_seed(2)
+        model = Transformer(SIZES)
+        for p in model.parameters():
+            if not p.any():
+                torch.nn.init.normal_(p, std=0.2)  # Else attention would add nothing.
+        model.attention = attention
+        if compiled:
+            for layer in model.model.layers:
+                layer.compile(fullgraph=True, dynamic=False)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(**batch)
+        logits.float().square().sum().backward()
+        gradients[attention] = torch.cat([p.grad.view(-1) for p in model.parameters()])
+    one, other = gradients["masked"], gradients["varlen"]
+    assert not torch.equal(one, other) and not other.isnan().any()
+    assert F.cosine_similarity(one, other, dim=0) > 0.999
+
+
+def test_what_a_release_calls_causal():
+    def of_2_10(q, k, v, cu, cu_k, max_q, max_k, is_causal=False): ...
+    def of_2_11(q, k, v, cu, cu_k, max_q, max_k, *, window_size=(-1, -1)): ...
+    def of_2_12(q, k, v, cu, cu_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False): ...
+
+    assert varlen_keywords(of_2_10) == {"is_causal": True}
+    assert varlen_keywords(of_2_11) == {"window_size": (-1, 0)}
+    assert varlen_keywords(of_2_12) == {"window_size": (-1, 0), "enable_gqa": True}
+    assert varlen_keywords(varlen.varlen_attn)  # And the installed one is of a known kind.
+
+
+@pytest.mark.parametrize("found", [2.5, float("nan"), RuntimeError("no kernel image")])
+def test_a_kernel_that_fails_or_disagrees_is_left_out(found, caplog):
+    hardware, model = Hardware(torch.device("cpu"), "bf16", "varlen", False, 1), Transformer(SIZES)
+
+    def try_out():
+        if model.attention == "masked":
+            return 2.0
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    assert try_attention(hardware, model, try_out).attention == "masked"
+    assert model.attention == "masked" and "varlen kernel is left out" in caplog.text
+
+
+def test_a_kernel_that_agrees_is_used():
+    hardware, model = Hardware(torch.device("cpu"), "bf16", "varlen", False, 1), Transformer(SIZES)
+    assert try_attention(hardware, model, lambda: 2.0).attention == "varlen"
+    assert model.attention == "varlen"
