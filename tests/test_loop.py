@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from trainlib.batches import Place
 from trainlib.checkpoint import Checkpoints
 from trainlib.control import Clock
 from trainlib.errors import UserError
+from trainlib.loop import Display
 from trainlib.metrics import cut_back
 from trainlib.optim import OptimConfig, Schedule, build_optimizers
 from trainlib.ranks import Ranks
@@ -70,6 +72,38 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
     assert torch.equal(torch.rand(3), drawn)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_each_yardstick_is_spoken_of_once_across_a_resume(tmp_path, capsys):
+    model, optimizers = new_model()
+
+    def evaluations(run, state, figures):
+        run.config, run.stage = SimpleNamespace(log_every_steps=1), "pretrain"
+        run.hardware.device = torch.device("cpu")
+        run.yardsticks, run.flops_per_token = {"uniform": 4.0, "unigram": 3.0, "xz": 2.0}, 1.0
+        display = Display(run, SCHEDULE, state)
+        for state.step, value in figures:
+            display.show_validation({"val/bits_per_byte": value}, ["To be,\nor not\n\n"])
+        save(run, model, optimizers, SCHEDULE, state)
+        run.checkpoints.join()
+        run.metrics.close()
+
+    run = new_run(tmp_path)
+    state = restore(run, model, optimizers, SCHEDULE, Loader())
+    evaluations(run, state, [(0, 4.1), (1, 2.9), (2, 3.1)])
+    run = new_run(tmp_path, tmp_path / "step_000002")
+    state = restore(run, model, optimizers, SCHEDULE, Loader())
+    evaluations(run, state, [(3, 2.8), (4, 1.9), (5, 1.8)])
+    told = [
+        "below the unigram line at step 1: 2.900 against 3.000 bits per byte",
+        "resuming from step 2",
+        "better than xz at step 4: 1.900 against 2.000 bits per byte",
+    ]
+    assert (tmp_path / "train.log").read_text().splitlines() == told
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if " at step " in line] == [told[0], told[2]]
+    assert "sample: To be, / or not\nstep 0 val/bits_per_byte 4.1000\n" in out
+    assert json.loads((tmp_path / "yardsticks.json").read_text()) == run.yardsticks
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import transformers
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trainlib.metrics import charts
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = [
@@ -94,7 +97,15 @@ def test_a_run_leaves_what_it_promises(pretrained):
     assert sorted(p.name for p in pretrained.glob("step_*")) == ["step_000009", "step_000012"]
     assert (pretrained / "latest").read_text() == "step_000012"
     assert (pretrained / "train.log").read_text().startswith("step 1 loss ")
-    assert list((pretrained / "tensorboard").iterdir())
+    assert json.loads((pretrained / "yardsticks.json").read_text())["bigram"] > 0
+    events = EventAccumulator(str(pretrained / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    wanted = charts(list(rows[0]), ["uniform", "unigram", "bigram", "xz"])
+    assert {name for names in wanted.values() for name in names} <= tags
+    assert [e.step for e in events.Scalars("yardstick/unigram")] == [0, 4, 8, 12]
+    assert [e.step for e in events.Tensors("samples/text_summary")] == [0, 4, 8, 12]
+    assert len(events.Tensors("custom_scalars__config__")) == 1
     _, info = transformers.AutoModelForCausalLM.from_pretrained(
         pretrained / "final", output_loading_info=True
     )
@@ -168,15 +179,19 @@ def test_a_named_step_folder_goes_on_in_another_folder(place, pretrained):
 
 def test_three_stages(place, pretrained):
     sft = ["configs/tiny_sft.yaml", "out_dir=sft", "init_from=whole/final", "data.files=sft.jsonl"]
-    run("sft_train.py", *sft, *COMMON, "max_steps=8", "sequence_length=64", cwd=place)
+    out = run("sft_train.py", *sft, *COMMON, "max_steps=8", "sequence_length=64", cwd=place)
     rows = metrics(place / "sft")
     assert rows[-1]["val/loss"] < rows[0]["val/loss"]
+    told = (place / "sft/train.log").read_text()
+    assert "yardsticks in bits per byte" in out and "sample: 你是谁？ / " in out
+    assert told.count("better than xz at step 0:") == 1 == out.count("better than xz at step 0:")
     dpo = ["configs/tiny_dpo.yaml", "out_dir=dpo", "init_from=sft/final", "data.files=dpo.jsonl"]
     dpo += [*COMMON, "max_steps=20", "sequence_length=64", "optim.adamw_lr=2e-3"]
     out = run("dpo_train.py", *dpo, "data.val_fraction=0.1", cwd=place)
     rows = metrics(place / "dpo")
     assert rows[0]["val/loss"] == pytest.approx(0.693147, abs=1e-4)
-    assert rows[0]["val/reward_accuracy"] == 0.5
+    assert rows[0]["val/reward_accuracy"] == 0.5 and rows[1]["train/mfu"] > 0
+    assert not (place / "dpo/yardsticks.json").exists()
     assert rows[1]["train/loss"] == pytest.approx(0.693147, abs=1e-4)
     assert rows[-1]["val/reward_accuracy"] > 0.8
     assert "kind of pair" in out and json.loads((place / "dpo/report.json").read_text())["kind"]

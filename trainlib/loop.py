@@ -329,7 +329,7 @@ class Display:
         ]
         self.run.metrics.write_evaluation(step, metrics, samples, words)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        told = [f"sample: {text}".replace("\n", " / ") for text in samples]
+        told = [f"sample: {text.rstrip()}".replace("\n", " / ") for text in samples]
         if self.run.ranks.first:
             for line in (*told, f"step {step} {shown}", *words):
                 tqdm.write(line)
