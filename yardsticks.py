@@ -24,8 +24,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset import Datasets, PackedDataset
+from dataset import Datasets
 from losses import IGNORE_INDEX
+from packing import PackedDataset
 from token_cache import TokenCache, cache_dir
 from tokenizer import Tokenizer
 from trainlib.batches import Place
