@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import glob
 import logging
+import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 import formats
 from packing import Batch, PackedDataset
 from readers import COMPRESSED, SUFFIXES
-from token_cache import Encode, TokenCache, build_cache
+from token_cache import Encode, OnError, TokenCache, build_cache
 from tokenizer import Sequence, Tokenizer
 from tokenizer.chat_format import render_conversation
 from trainlib.errors import UserError
@@ -40,7 +42,9 @@ class DataConfig:
     """Which files are trained on, and which are held out."""
 
     files: tuple[str, ...] = ()
-    """Training files; empty = those directly in dataset/ of the right kind, else the sample."""
+    """Training files, folders or patterns, all or none with a weight (a.jsonl:0.7), which is its
+    share of the tokens of an epoch; empty = those directly in dataset/ of the right kind, else the
+    sample."""
     val_files: tuple[str, ...] = ()
     """Validation files, each reported by its name; empty = a part of the training files."""
     val_fraction: float = 0.005
@@ -52,6 +56,11 @@ class DataConfig:
     """Format of all files: auto = seen from their content; else a name, of formats.FORMATS."""
     alpaca_join: Literal["newline", "none"] = "newline"
     """What stands between instruction and input of an Alpaca row (wyf3: none)."""
+
+    on_error: OnError = field(default="stop", metadata={"recipe": False})
+    """A broken row: stop with its line and reason, or skip it and list it (at most 1 %)."""
+    too_long: Literal["cut", "drop"] = "cut"
+    """A conversation longer than a row: cut after the last answer that fits, or drop it."""
 
     def __post_init__(self) -> None:
         if self.format not in formats.NAMES:
@@ -70,11 +79,20 @@ class DataConfig:
 # ---- 1. which files ------------------------------------------------------------------------------
 
 
+class Group(NamedTuple):
+    """What one entry of data.files stands for: validated under one name, weighted as one."""
+
+    name: str
+    paths: list[Path]
+    weight: float = 0.0
+    """Share of an epoch's tokens, 0 = no weights are given."""
+
+
 class Files(NamedTuple):
     """The data of a run, and in words how it was chosen."""
 
-    train: list[Path]
-    val: list[Path]
+    train: list[Group]
+    val: list[Group]
     why: str
 
 
@@ -109,9 +127,9 @@ def _may_be_data(path: Path) -> bool:
 
 def choose_files(config: DataConfig, kind: str) -> Files:
     """Training and validation files of a stage; raises UserError where there are none."""
-    val = [Path(name) for name in config.val_files]
+    val = _groups(config.val_files, "data.val_files")
     if config.files:
-        return Files([Path(name) for name in config.files], val, "data.files")
+        return Files(_groups(config.files, "data.files"), val, "data.files")
     own, others = [], []
     for path in sorted(DATASET_DIR.glob("*")):
         if path.is_file() and _may_be_data(path):
@@ -122,11 +140,15 @@ def choose_files(config: DataConfig, kind: str) -> Files:
             (own if found == kind else others).append((path, found))
     passed_over = "".join(f"\n  not used: {path} is {found}" for path, found in others)
     if own:
-        return Files([path for path, _ in own], val, f"{kind} files in dataset/{passed_over}")
+        names = [str(path) for path, _ in own]
+        return Files(_groups(names), val, f"{kind} files in dataset/{passed_over}")
     sample = DATASET_DIR / "sample" / f"{kind}.jsonl"
     if sample.is_file():
-        val = val or sorted((DATASET_DIR / "sample" / "val" / kind).glob("*.jsonl"))
-        return Files([sample], val, f"the sample, as dataset/ has no {kind} file{passed_over}")
+        held_out = sorted((DATASET_DIR / "sample" / "val" / kind).glob("*.jsonl"))
+        val = val or _groups([str(path) for path in held_out])
+        return Files(
+            _groups([str(sample)]), val, f"the sample, as dataset/ has no {kind} file{passed_over}"
+        )
     raise UserError(
         f"no {kind} data: looked for JSONL files of rows like {formats.EXPECTED[kind]} in "
         f"{DATASET_DIR.resolve()} and for {sample}.{passed_over}\n"
@@ -211,35 +233,35 @@ def load_datasets(
     """
     files = choose_files(config, kind)
     log.info("data: %s", files.why)
-    encode = ENCODERS[kind]
-    train = [
-        build_cache(path, kind, tokenizer, encode, config.read_options) for path in files.train
-    ]
-    val = {
-        name: build_cache(path, kind, tokenizer, encode, config.read_options)
-        for name, path in _named(files.val)
-    }
+
+    def tokenized(group: Group) -> list[TokenCache]:
+        options = config.read_options
+        return [
+            build_cache(path, kind, tokenizer, ENCODERS[kind], options, config.on_error)
+            for path in group.paths
+        ]
+
+    train = [tokenized(group) for group in files.train]
+    val = {group.name: tokenized(group) for group in files.val}
     if val:
-        held_out = {
-            name: [(cache, np.ones(cache.num_records, bool))] for name, cache in val.items()
-        }
-        selected = [(cache, np.ones(cache.num_records, bool)) for cache in train]
+        held_out = {name: [_all_of(cache) for cache in caches] for name, caches in val.items()}
+        selected = [[_all_of(cache) for cache in caches] for caches in train]
     else:
-        masks = [hold_out(cache, config.val_fraction) for cache in train]
-        held_out = {
-            name: [(cache, mask)]
-            for (name, _), cache, mask in zip(_named(files.train), train, masks, strict=True)
-        }
-        selected = [(cache, ~mask) for cache, mask in zip(train, masks, strict=True)]
+        masks = [[hold_out(cache, config.val_fraction) for cache in caches] for caches in train]
+        pairs = [list(zip(*both, strict=True)) for both in zip(train, masks, strict=True)]
+        held_out = {g.name: parts for g, parts in zip(files.train, pairs, strict=True)}
+        selected = [[(cache, ~mask) for cache, mask in parts] for parts in pairs]
     row_length = 2 * sequence_length if kind == "dpo" else sequence_length
     byte_lengths = np.array([len(text) for text in tokenizer.id_to_bytes], np.int64)
 
-    def pack(parts: list, first: int, max_rows: int, seed: int) -> PackedDataset:
+    def pack(parts: list, first: int, max_rows: int, seed: int, passes: Any = None) -> Any:
         return PackedDataset(
-            parts, kind, row_length, byte_lengths, seed, first_sequence_id=first, max_rows=max_rows
-        )
+            parts, kind, row_length, byte_lengths, seed, first_sequence_id=first,
+            max_rows=max_rows, too_long=config.too_long, passes=passes,
+        )  # fmt: skip
 
-    packed = pack(selected, 0, 0, seed)
+    passes = _passes(files.train, selected)
+    packed = pack([part for parts in selected for part in parts], 0, 0, seed, passes)
     _describe("train", packed)
     first, val_sets = packed.num_sequences, {}
     for name, parts in held_out.items():
@@ -247,16 +269,74 @@ def load_datasets(
         val_sets[name] = pack(parts, first, config.val_max_rows, 0)
         first += val_sets[name].num_sequences
         _describe(f"val/{name}", val_sets[name])
-    return Datasets(packed, val_sets, " ".join(cache.key for cache in (*train, *val.values())))
+    caches = [cache for group in (*train, *val.values()) for cache in group]
+    return Datasets(packed, val_sets, " ".join(cache.key for cache in caches))
 
 
-def _named(paths: list[Path]) -> list[tuple[str, Path]]:
-    """A short name for each file: its stem, with the folder where two share a stem."""
-    stems = Counter(path.stem for path in paths)
-    names = [p.stem if stems[p.stem] == 1 else f"{p.parent.name}_{p.stem}" for p in paths]
-    if len(set(names)) < len(names):
-        names = [f"{name}_{i}" for i, name in enumerate(names)]
-    return list(zip(names, paths, strict=True))
+def _all_of(cache: TokenCache) -> tuple[TokenCache, np.ndarray]:
+    return cache, np.ones(cache.num_records, bool)
+
+
+def _passes(
+    groups: list[Group], selected: list[list[tuple[TokenCache, np.ndarray]]]
+) -> list[float] | None:
+    """How often each file is gone through in an epoch, so that shares of tokens are as weighted.
+
+    An epoch is as short as it can be with every row of every file in it: the group that is largest
+    for its weight is gone through once, the others are repeated.
+    """
+    if not any(group.weight for group in groups):
+        return None
+    sizes = [
+        sum(int((np.diff(cache.offsets).reshape(len(mask), -1).sum(1) * mask).sum())
+            for cache, mask in parts)
+        for parts in selected
+    ]  # fmt: skip
+    total = sum(group.weight for group in groups)
+    epoch = max(size * total / g.weight for g, size in zip(groups, sizes, strict=True))
+    passes: list[float] = []
+    for group, size, parts in zip(groups, sizes, selected, strict=True):
+        share = group.weight / total
+        times = share * epoch / max(1, size)
+        log.info("%s: %.1f %% of the tokens, %.2f passes an epoch", group.name, 100 * share, times)
+        passes += [times] * len(parts)
+    return passes
+
+
+def _groups(names: SequenceABC[str], key: str = "") -> list[Group]:
+    """The files behind each name, under a name of its own."""
+    groups: list[Group] = []
+    for name in names:
+        found = re.fullmatch(r"(.+):(\d*\.?\d+)", name)
+        weight = 0.0
+        if found and not Path(name).exists():
+            name, weight = found[1], float(found[2])
+            if not weight or key == "data.val_files":
+                raise UserError(
+                    f"{key}: {name}:{found[2]}: a weight must be above 0"
+                    if not weight else f"{key}: {name}:{found[2]}: only data.files takes weights"
+                )  # fmt: skip
+        groups.append(Group(_short_name(name), expand(name), weight))
+    if 0 < sum(not group.weight for group in groups) < len(groups):
+        unweighted = next(name for name, g in zip(names, groups, strict=True) if not g.weight)
+        raise UserError(f"{key}: {unweighted} has no weight: give one to all files or to none")
+    counts, seen = Counter(group.name for group in groups), Counter()
+    for i, group in enumerate(groups):
+        name = group.name
+        if counts[name] > 1 and group.paths[0].parent.name:
+            name = f"{group.paths[0].parent.name}_{name}"
+        seen[name] += 1
+        groups[i] = group._replace(name=name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return groups
+
+
+def _short_name(name: str) -> str:
+    """The name of a file without its endings, of a folder, or what is fixed in a pattern."""
+    path = Path(name)
+    while path.suffix.lower() in (*SUFFIXES, *COMPRESSED):
+        path = path.with_suffix("")
+    short = re.sub(r"[*?\[\]/]+", "_", path.name).strip("_.-")
+    return short or path.parent.name or "data"
 
 
 def _describe(name: str, packed: PackedDataset) -> None:
@@ -265,9 +345,11 @@ def _describe(name: str, packed: PackedDataset) -> None:
         "%s: %s of %d, %.1f %% padding  (%s)", name, size, packed.row_length,
         100 * packed.padding(), ", ".join(str(cache.path) for cache in packed.caches),
     )  # fmt: skip
-    if packed.num_dropped:
-        kinds = ", ".join(f"{source} {n}" for source, n in sorted(packed.num_dropped.items()))
-        log.warning(
-            "%s: %d rows longer than %d positions were left out: %s (sequence_length decides)",
-            name, sum(packed.num_dropped.values()), packed.row_length, kinds,
-        )  # fmt: skip
+    for what, counts in (("left out", packed.num_dropped), ("cut", packed.num_cut)):
+        if counts:
+            kinds = ", ".join(f"{source} {n:,}" for source, n in sorted(counts.items()))
+            log.warning(
+                "%s: %s rows longer than %d positions were %s: %s (sequence_length and "
+                "data.too_long decide)",
+                name, f"{sum(counts.values()):,}", packed.row_length, what, kinds,
+            )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import conversations as c
 from containers import Broken, Item, Row
-from readers import CONTAINERS, Source, parse
+from readers import CONTAINERS, EmptyFileError, Source, parse
 from trainlib.errors import UserError
 
 ROWS_LOOKED_AT = 50
@@ -59,6 +59,8 @@ class Detection(NamedTuple):
     format: Format
     source: Source
     why: str
+    line: int = 1
+    """The row that was looked at."""
 
 
 def read_text(row: Row, options: ReadOptions) -> str:
@@ -180,12 +182,12 @@ def detect(path: Path, kind: str | None = None, name: str = "auto") -> Detection
                 )
                 keys = ", ".join(map(str, row))
                 why = f"{shown} ({source.why}); line {item.line} has {keys}"
-                return Detection(format_, source, why)
+                return Detection(format_, source, why, item.line)
             reason = reason or f"no known kind of row (its keys: {_keys(row)})"
         if number == ROWS_LOOKED_AT:
             break
     if reason is None:
-        raise UserError(f"{path} is empty: it needs at least one row")
+        raise EmptyFileError(f"{path} is empty: it needs at least one row")
     known = "\n  ".join(f"{f.name:<20} {f.kind:<9} {f.looks_like}" for f in FORMATS)
     raise UserError(f"{path}, line {line}: {reason}. Known:\n  {known}")
 
@@ -216,11 +218,14 @@ def check_items(
 
 def find_format(path: Path, kind: str, options: ReadOptions) -> Detection:
     """The format of a file that a stage reads; raises UserError where it is of another kind."""
-    found = detect(path, kind, options.format)
+    try:
+        found = detect(path, kind, options.format)
+    except EmptyFileError as error:
+        raise EmptyFileError(f"{error} like {EXPECTED[kind]}") from error
     if found.format.kind != kind:
         raise UserError(
-            f"{path} holds {found.format.kind} rows ({found.format.name}: {found.why}), but "
-            f"{kind} rows are needed, like {EXPECTED[kind]}"
+            f"{path}, line {found.line}: not a {kind} row, which looks like {EXPECTED[kind]}, but "
+            f"{found.format.kind} ({found.format.name}: {found.why})"
         )
     return found
 

@@ -2,14 +2,16 @@
 
 What holds of every Batch: documents of a row never see each other (document_ids), positions
 restart with each, a label is the id that follows, padding is a document of its own without
-labels. No document is lost silently: those that do not fit are counted by kind.
+labels. No document is lost silently: those that do not fit are cut or left out, and counted.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,14 @@ from losses import IGNORE_INDEX
 from token_cache import TokenCache
 from trainlib.batches import Place
 from trainlib.errors import UserError
+from trainlib.files import cache_dir
 
+WINDOW = 8192
+"""Units that are packed together: so the cost is linear, and long data stays shuffled."""
+STORED_UNITS = 500_000
+"""From so many on a plan takes seconds to make and is kept on disk, memory-mapped."""
+PLAN_LAYOUT = 1  # Counts up when the same data are packed in another way.
+KEPT_PLANS = 20
 Row = np.ndarray  # The numbers of the units that share a row.
 
 
@@ -28,8 +37,12 @@ class PackedDataset:
     """Documents packed into rows of `row_length` positions.
 
     A unit is what is never split: a piece of a document, a conversation, or both answers of a
-    pair. A document longer than a row is cut into pieces (pretraining) or left out and counted.
+    pair. What is longer than a row is cut into pieces (pretraining), cut after the last answer
+    that fits (a conversation, with too_long="cut"), or left out; the latter two are counted.
     Sequences are numbered from `first_sequence_id` on, over the selected records.
+
+    `passes` says how often each part is gone through in an epoch, at least once. A fraction is
+    another one in each epoch: over the epochs every unit of a part is used equally often.
     """
 
     def __init__(
@@ -42,13 +55,16 @@ class PackedDataset:
         *,
         first_sequence_id: int = 0,
         max_rows: int = 0,
+        too_long: str = "drop",
+        passes: list[float] | None = None,
     ) -> None:
         self.parts, self.caches = parts, [cache for cache, _ in parts]
         self.kind, self.row_length, self.seed, self.max_rows = kind, row_length, seed, max_rows
         self.first_sequence_id = first_sequence_id
         self.num_dropped: Counter[str] = Counter()
-        self._byte_lengths = byte_lengths
-        self._plans: dict[int, list[Row]] = {}
+        self.num_cut: Counter[str] = Counter()
+        self._passes, self._byte_lengths = passes, byte_lengths
+        self._plans: dict[int, Plan] = {}
         per_record = 2 if kind == "dpo" else 1
         files, starts, lengths, sequence_ids, records = [], [], [], [], []
         count = first_sequence_id
@@ -69,11 +85,12 @@ class PackedDataset:
                 length = np.minimum(length[owner] - offset, row_length)
                 ids, index = ids[owner], index[owner]
             else:
+                if kind == "sft" and too_long == "cut":
+                    self._cut_long(cache, index, start, length)
                 fits = length <= row_length
-                for record in index[~fits]:
-                    self.num_dropped[cache.source(record) or cache.path.stem] += 1
+                self.num_dropped.update(self._source(cache, record) for record in index[~fits])
                 start, length, ids, index = start[fits], length[fits], ids[fits], index[fits]
-            files.append(np.full(len(start), number))
+            files.append(np.full(len(start), number, np.int32))
             starts.append(start)
             lengths.append(length)
             sequence_ids.append(ids)
@@ -89,6 +106,24 @@ class PackedDataset:
                 f"{row_length} positions. Raise sequence_length."
             )
 
+    def _cut_long(
+        self, cache: TokenCache, index: np.ndarray, start: np.ndarray, length: np.ndarray
+    ) -> None:
+        """Shorten `length` to the end of the last answer that fits a row, where there is one.
+
+        The end of an answer is the label of the last position.
+        """
+        for i in np.flatnonzero(length > self.row_length):
+            begin = int(start[i])
+            mask = cache.supervised[begin : begin + min(int(length[i]), self.row_length + 1) + 1]
+            ends = np.flatnonzero((mask[:-1] == 1) & (mask[1:] == 0))
+            if len(ends):
+                length[i] = ends[-1]
+                self.num_cut[self._source(cache, index[i])] += 1
+
+    def _source(self, cache: TokenCache, record: int) -> str:
+        return cache.source(record) or cache.path.stem
+
     @property
     def num_units(self) -> int:
         """Pieces, conversations or pairs that are used."""
@@ -97,7 +132,10 @@ class PackedDataset:
     @property
     def num_tokens(self) -> int:
         """Real positions of one epoch, padding not counted."""
-        return int(self._length.sum())
+        if self._passes is None:
+            return int(self._length.sum())
+        sums = np.bincount(self._file, self._length, len(self._passes))
+        return round(float(sums @ np.array(self._passes)))
 
     def mean_attended(self) -> float:
         """Positions that a position attends to, on average; a pair's answers count as alike."""
@@ -110,9 +148,8 @@ class PackedDataset:
 
     def padding(self, epoch: int = 0) -> float:
         """Share of an epoch's positions that is padding."""
-        rows = self._plan(epoch)
-        used = sum(int(self._length[row].sum()) for row in rows)
-        return 1 - used / (len(rows) * self.row_length)
+        plan = self._plan(epoch)
+        return 1 - int(self._length[plan.used()].sum()) / (len(plan) * self.row_length)
 
     def rows(self, position: Place) -> Iterator[tuple[Row, Place]]:
         """Rows from a position to the end of its epoch, each with the position after it."""
@@ -134,18 +171,51 @@ class PackedDataset:
             for i, f, r in zip(self._id, self._file, self._record, strict=True)
         }
 
-    def _plan(self, epoch: int) -> list[Row]:
+    def _plan(self, epoch: int) -> Plan:
         if epoch not in self._plans:
             self._plans = {epoch: self._make_plan(epoch)}  # One epoch is kept.
         return self._plans[epoch]
 
-    def _make_plan(self, epoch: int) -> list[Row]:
+    def _make_plan(self, epoch: int) -> Plan:
+        if self.num_units < STORED_UNITS:
+            return self._pack(epoch)
+        digest = hashlib.blake2b(digest_size=8)
+        recipe = [self.seed, epoch, self.row_length, self.max_rows, self._passes, PLAN_LAYOUT]
+        digest.update(self._length.tobytes() + self._file.tobytes() + repr(recipe).encode())
+        return Plan.stored(digest.hexdigest(), lambda: self._pack(epoch))
+
+    def _pack(self, epoch: int) -> Plan:
         rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(self.num_units)
-        rows = pack_best_fit(self._length[order], self.row_length)
-        plan = [order[row] for row in rows]
-        plan = [plan[i] for i in rng.permutation(len(plan))]
-        return plan[: self.max_rows] if self.max_rows else plan
+        units = rng.permutation(self._units(epoch)).astype(np.int32)
+        full = self._length[units] == self.row_length
+        alone, rest = units[full], units[~full]
+        packed, sizes = [alone], [np.ones(len(alone), np.int64)]
+        for begin in range(0, len(rest), WINDOW):
+            part = rest[begin : begin + WINDOW]
+            rows = pack_best_fit(self._length[part], self.row_length)
+            packed.append(part[np.concatenate(rows)])
+            sizes.append(np.array([len(row) for row in rows]))
+        bounds = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
+        order = rng.permutation(len(bounds) - 1).astype(np.int32)
+        return Plan(np.concatenate(packed), bounds, order[: self.max_rows or None])
+
+    def _units(self, epoch: int) -> np.ndarray:
+        """The units of an epoch, some of them several times where a part has several passes."""
+        if self._passes is None:
+            return np.arange(self.num_units)
+        chosen, first = [], 0
+        for part, (passes, size) in enumerate(
+            zip(self._passes, np.bincount(self._file, minlength=len(self._passes)), strict=True)
+        ):
+            # A part is an endless row of shuffled passes; an epoch takes the stretch that follows.
+            count = round(passes * int(size))
+            begin, end = epoch * count, (epoch + 1) * count
+            for number in range(begin // size, -(-end // size)) if count else ():
+                shuffled = np.random.default_rng([self.seed, part, number, 1]).permutation(size)
+                here = slice(max(0, begin - number * size), min(size, end - number * size))
+                chosen.append(first + shuffled[here])
+            first += int(size)
+        return np.concatenate(chosen)
 
     def collate(self, rows: list[Row], num_rows: int) -> Batch:
         """Rows to tensors, filled up with empty rows to `num_rows`.
@@ -216,33 +286,74 @@ class PackedDataset:
             yield cache.ids[begin:end].astype(np.int64), cache.supervised[begin:end] != 0
 
 
-def pack_best_fit(lengths: np.ndarray, row_length: int, window: int = 8192) -> list[list[int]]:
-    """Which units share a row: longest first, each into the fullest row that still takes it.
+@dataclass(frozen=True)
+class Plan:
+    """The rows of an epoch: row i has the units from bounds[order[i]] to the next bound."""
 
-    Works through windows of units, so that the cost is linear and long data stays shuffled;
-    rows left open by a window are closed with it.
+    units: np.ndarray
+    bounds: np.ndarray
+    order: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, number: int) -> Row:
+        row = self.order[number]
+        return np.asarray(self.units[self.bounds[row] : self.bounds[row + 1]])
+
+    def used(self) -> np.ndarray:
+        """The units of all rows."""
+        if len(self.order) == len(self.bounds) - 1:
+            return self.units
+        return np.concatenate([self[i] for i in range(len(self))])
+
+    @classmethod
+    def stored(cls, key: str, make: Callable[[], Plan]) -> Plan:
+        """The plan of that key from .cache/plans, memory-mapped; made now unless it is there."""
+        folder = cache_dir() / "plans"
+        names = [f.name for f in fields(cls)]
+        paths = [folder / f"{key}.{name}.npy" for name in names]
+        try:
+            if not all(path.is_file() for path in paths):
+                folder.mkdir(parents=True, exist_ok=True)
+                for old in sorted(folder.glob("*.npy"), key=os.path.getmtime)[: -3 * KEPT_PLANS]:
+                    old.unlink(missing_ok=True)
+                plan = make()
+                for name, path in zip(names, paths, strict=True):
+                    partial = path.with_name(f".{path.stem}.{os.getpid()}.npy")
+                    np.save(partial, getattr(plan, name))
+                    partial.replace(path)
+            return cls(*(np.load(path, mmap_mode="r") for path in paths))
+        except OSError as error:
+            raise UserError(
+                f"{folder}: {error.strerror or error}. The order of the data is kept there; "
+                "TRAIN_LLM_CACHE_DIR names another folder."
+            ) from error
+
+
+def pack_best_fit(lengths: np.ndarray, row_length: int) -> list[list[int]]:
+    """Which units share a row: longest first, each into the fullest row that still takes it.
 
     Example: lengths 5 3 2 2, rows of 6 -> [0], [1, 2], [3].
     """
     rows: list[list[int]] = []
-    for begin in range(0, len(lengths), window):
-        part = lengths[begin : begin + window]
-        with_space: list[list[int]] = [[] for _ in range(row_length + 1)]
-        spaces = 0  # Bit s is set where some row has s positions left.
-        for unit in np.argsort(-part, kind="stable"):
-            size = int(part[unit])
-            fitting = spaces >> size
-            if fitting:
-                space = size + (fitting & -fitting).bit_length() - 1
-                row = with_space[space].pop()
-                if not with_space[space]:
-                    spaces &= ~(1 << space)
-            else:
-                space, row = row_length, len(rows)
-                rows.append([])
-            rows[row].append(begin + int(unit))
-            with_space[space - size].append(row)
-            spaces |= 1 << (space - size)
+    with_space: list[list[int]] = [[] for _ in range(row_length + 1)]
+    spaces = 0  # Bit s is set where some row has s positions left.
+    sizes = lengths.tolist()
+    for unit in np.argsort(-lengths, kind="stable").tolist():
+        size = sizes[unit]
+        fitting = spaces >> size
+        if fitting:
+            space = size + (fitting & -fitting).bit_length() - 1
+            row = with_space[space].pop()
+            if not with_space[space]:
+                spaces &= ~(1 << space)
+        else:
+            space, row = row_length, len(rows)
+            rows.append([])
+        rows[row].append(unit)
+        with_space[space - size].append(row)
+        spaces |= 1 << (space - size)
     return rows
 
 

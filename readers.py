@@ -39,6 +39,10 @@ SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst")
 
 
+class EmptyFileError(UserError):
+    """A file without any row."""
+
+
 class Source:
     """A file as items; `position` of `size` bytes are read.
 
@@ -92,7 +96,7 @@ class Source:
             raise UserError(f"{self.path} is UTF-16. Save it as UTF-8.")
         text = head.removeprefix(BOM).lstrip()
         if not text:
-            raise UserError(f"{self.path} is empty: it needs at least one row")
+            raise EmptyFileError(f"{self.path} is empty: it needs at least one row")
         suffixes = [s.lower() for s in self.path.suffixes if s.lower() not in COMPRESSED]
         suffix = suffixes[-1] if suffixes else ""
         first = text.split(b"\n", 1)[0].rstrip()

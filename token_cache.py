@@ -1,42 +1,54 @@
 """Tokenize each file once, into memory-mapped arrays on disk.
 
 One cache a file, so that one more file costs one file. A cache is a folder under .cache/tokens/
-(TRAIN_LLM_CACHE_DIR moves .cache), named by what it was made from: file, tokenizer, kind.
+(TRAIN_LLM_CACHE_DIR moves .cache), named by what it was made from: file, tokenizer, kind, options.
 
     ids.bin          the ids of all sequences, one after the other (16 bits where they fit, else 32)
     supervised.bin   one byte an id: is it under the loss
-    offsets.npy      where sequence i begins, and the end of the last
-    lines.npy        the line of each record        hashes.npy    64 bits of each record's content
-    sources.npy      number of each record's kind   meta.json     names, counts, what it was made of
+    offsets.bin      where sequence i begins, and the end of the last
+    lines.bin        the line of each record        hashes.bin    64 bits of each record's content
+    sources.bin      number of each record's kind   meta.json     names, counts, what it was made of
+    skipped.jsonl    line and reason of each row that was left out (data.on_error=skip)
 
-A record makes one sequence, a preference pair two: chosen, then rejected.
+A record makes one sequence, a preference pair two: chosen, then rejected. A large file is read by
+one process and tokenized by one a core, a chunk at a time (tokenizing.py). The folder has another
+name until it is whole; what a killed process leaves is gone on with, and of two processes that
+want the same cache one waits for the other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
 import formats
-from tokenizer import Sequence, Tokenizer
+from tokenizer import Tokenizer
+from tokenizing import Chunk, Encode, Task, Tokenized, chunks, tokenize_chunks
 from trainlib.errors import UserError
-from trainlib.files import cache_dir
+from trainlib.files import cache_dir, sync, write_atomically
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 1  # Counts up when the folder's content changes its meaning.
-Encode = Callable[[Tokenizer, formats.Record], list[Sequence]]
+LAYOUT = 2  # Counts up when the folder's content changes its meaning.
+MAX_SKIPPED = 0.01
+"""Share of a file's rows that data.on_error=skip may leave out."""
+MAX_SOURCES = 4096
+"""Kinds of rows that are told apart; beyond it, "source" is something else than a kind."""
+SAVE_SECONDS = 5.0
+OnError = Literal["stop", "skip"]
+ARRAYS = {"offsets": np.int64, "lines": np.int64, "hashes": np.uint64, "sources": np.uint16}
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class TokenCache:
 
     path: Path
     key: str
+    folder: Path
     ids: np.ndarray
     supervised: np.ndarray
     offsets: np.ndarray
@@ -52,10 +65,11 @@ class TokenCache:
     hashes: np.ndarray
     sources: np.ndarray
     source_names: list[str]
+    num_skipped: int
 
     @property
     def num_records(self) -> int:
-        """Rows of the file."""
+        """Rows of the file that are used."""
         return len(self.lines)
 
     def source(self, record: int) -> str:
@@ -80,109 +94,249 @@ def build_cache(
     tokenizer: Tokenizer,
     encode: Encode,
     options: formats.ReadOptions | None = None,
+    on_error: OnError = "stop",
 ) -> TokenCache:
     """The cache of one file, made now unless it is there already.
 
-    Raises UserError for a bad row, a file that cannot be read or a full disk; nothing half-made
-    is left behind.
+    Raises UserError for a broken row (with on_error="skip": for more than MAX_SKIPPED of them), a
+    file that cannot be read or a disk that is or would be full; nothing half-made is left then.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist (a data file of this run). Mend data.files.")
     options = options or formats.ReadOptions()
-    file = f"{path.resolve()} {file_fingerprint(path)}"
+    try:
+        file = f"{path.resolve()} {file_fingerprint(path)}"
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     made_of = f"{LAYOUT} {file} {tokenizer.fingerprint} {kind} {options}"
     key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     folder = cache_dir() / "tokens" / f"{path.stem}-{key}"
     if not (folder / "meta.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as making:
-            try:
-                _write(Path(making), path, kind, tokenizer, encode, options)
-            except OSError as error:
-                raise UserError(
-                    f"{folder}: {error.strerror or error}. The token cache of {path} needs about "
-                    f"{path.stat().st_size / 1e6:.0f} MB; TRAIN_LLM_CACHE_DIR moves it elsewhere."
-                ) from error
-            shutil.rmtree(folder, ignore_errors=True)
-            try:
-                os.rename(making, folder)
-            except OSError:
-                # Another process has just put the same content there.
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(folder.with_name(f".{folder.name}.lock")) as shared_name:
                 if not (folder / "meta.json").is_file():
-                    raise
-            else:
-                os.mkdir(making)  # TemporaryDirectory wants something to remove.
-    return _open(folder, path, key)
+                    making = folder.with_name(f".making-{folder.name}{shared_name}")
+                    found = formats.find_format(path, kind, options)
+                    task = Task(path, found.format.name, kind, tokenizer, encode, options)
+                    _make(making, folder, found, task, on_error)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: {error.strerror or error}. The token cache of {path} needs about "
+                f"{_size(path, tokenizer) / 1e6:,.0f} MB; TRAIN_LLM_CACHE_DIR moves it elsewhere."
+            ) from error
+    cache = _open(folder, path, key)
+    if cache.num_skipped:
+        _tell_skipped(cache, on_error)
+    return cache
 
 
-def _write(
-    folder: Path,
-    path: Path,
-    kind: str,
-    tokenizer: Tokenizer,
-    encode: Encode,
-    options: formats.ReadOptions,
+def _make(
+    making: Path, folder: Path, found: formats.Detection, task: Task, on_error: OnError
 ) -> None:
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    offsets, lines, hashes, sources = [0], [], [], []
-    source_names: dict[str, int] = {}
-    with (
-        (folder / "ids.bin").open("wb") as ids_file,
-        (folder / "supervised.bin").open("wb") as mask_file,
-        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"tokenizing {path.name}",
-             leave=False, disable=None) as bar,
-    ):  # fmt: skip
-        for record in formats.read_records(path, kind, options):
-            for sequence in encode(tokenizer, record):
-                offsets.append(offsets[-1] + len(sequence.ids))
-                _append(ids_file, sequence.ids, dtype)
-                _append(mask_file, sequence.mask, np.uint8)
-            lines.append(record.line)
-            hashes.append(_content_hash(record))
-            sources.append(source_names.setdefault(record.source, len(source_names)))
-            bar.update(_rough_bytes(record))
-    np.save(folder / "offsets.npy", np.asarray(offsets, np.int64))
-    np.save(folder / "lines.npy", np.asarray(lines, np.int64))
-    np.save(folder / "hashes.npy", np.asarray(hashes, np.uint64))
-    np.save(folder / "sources.npy", np.asarray(sources, np.uint16))
-    meta = {"path": str(path), "kind": kind, "dtype": np.dtype(dtype).name,
-            "sources": list(source_names), "tokens": offsets[-1]}  # fmt: skip
-    (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+    """Write the cache into `making`, or go on with what is there, and rename it to `folder`."""
+    try:
+        needed = _size(task.path, task.tokenizer, bool(found.source.compression))
+        there = sum(file.stat().st_size for file in making.glob("*")) if making.is_dir() else 0
+        free = shutil.disk_usage(folder.parent).free
+        if free + there < needed:
+            raise UserError(
+                f"{folder.parent} has {free / 1e6:,.0f} MB free, but the token cache of "
+                f"{task.path} needs about {needed / 1e6:,.0f} MB. Free some, or let "
+                "TRAIN_LLM_CACHE_DIR name a folder on another disk."
+            )
+        log.info("tokenizing %s, %s: %s", task.path, found.format.name, found.why)
+        with Writer(making, task, on_error) as writer:
+            writer.write_all(found)
+        shutil.rmtree(folder, ignore_errors=True)
+        making.rename(folder)
+        sync(folder.parent)
+    except (UserError, OSError):
+        shutil.rmtree(making, ignore_errors=True)
+        raise
 
 
-def _append(file: BinaryIO, values: list[int] | list[bool], dtype: Any) -> None:
-    file.write(np.asarray(values, dtype).tobytes())
+@dataclass
+class Progress:
+    """How much of a file is written: enough to go on after a kill."""
+
+    chunks: int
+    sizes: dict[str, int]
+    rows: int
+    records: int
+    skipped: int
+    tokens: int
+    names: list[str]
+    first_broken: list[Any]
 
 
-def _content_hash(record: formats.Record) -> int:
-    """64 bits of what a record is about: of a preference pair the prompt, else all of it."""
-    about = record.value[0][:-1] if isinstance(record.value, tuple) else record.value
-    text = about if isinstance(about, str) else json.dumps(about, ensure_ascii=False)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+class Writer:
+    """Appends chunks to the files of a cache, and saves from time to time how far it is."""
+
+    def __init__(self, making: Path, task: Task, on_error: OnError) -> None:
+        self.making, self.task, self.on_error = making, task, on_error
+        self.dtype = np.uint16 if task.tokenizer.vocab_size <= 1 << 16 else np.uint32
+        making.mkdir(exist_ok=True)
+        names = ["ids.bin", "supervised.bin", "skipped.jsonl", *(f"{name}.bin" for name in ARRAYS)]
+        try:
+            saved = json.loads((making / "progress.json").read_text(encoding="utf-8"))
+            self.progress = Progress(**saved)
+        except (OSError, ValueError, TypeError):
+            self.progress = Progress(0, dict.fromkeys(names, 0), 0, 0, 0, 0, [], [])
+        self.files = {name: (making / name).open("ab") for name in names}
+        for name, file in self.files.items():
+            file.truncate(self.progress.sizes[name])
+            file.seek(0, os.SEEK_END)
+        if not self.progress.sizes["offsets.bin"]:
+            self.files["offsets.bin"].write(np.zeros(1, np.int64).tobytes())
+        self._names = {name: number for number, name in enumerate(self.progress.names)}
+        self._saved = time.monotonic()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def write_all(self, found: formats.Detection) -> None:
+        """Tokenize a file and end with meta.json."""
+        progress, source = self.progress, found.source
+        with tqdm(total=source.size, unit="B", unit_scale=True, leave=False, disable=None,
+                  desc=f"tokenizing {self.task.path.name}") as bar:  # fmt: skip
+            todo = chunks(source, skip=progress.chunks)
+            for done in tokenize_chunks(todo, self.task, source):
+                self._write(done)
+                bar.update(done.position - bar.n)
+                if time.monotonic() - self._saved > SAVE_SECONDS:
+                    self._save()
+        if progress.skipped > MAX_SKIPPED * progress.rows:
+            first = "; ".join(f"line {line}: {reason}" for line, reason in progress.first_broken)
+            path = self.task.path
+            raise UserError(
+                f"{path}: {progress.skipped:,} of {progress.rows:,} rows are broken, more than the "
+                f"{MAX_SKIPPED:.0%} that data.on_error=skip leaves out. The first: {first}. "
+                f"All of them: python -m tools.inspect_data {path}"
+            )
+        assert progress.rows == progress.records + progress.skipped
+        self._save()
+        meta = {"path": str(self.task.path), "kind": self.task.kind,
+                "dtype": np.dtype(self.dtype).name, "format": found.format.name, "why": found.why,
+                "sources": progress.names, "tokens": progress.tokens, "rows": progress.rows,
+                "records": progress.records, "skipped": progress.skipped}  # fmt: skip
+        (self.making / "progress.json").unlink()
+        write_atomically(self.making / "meta.json", json.dumps(meta, ensure_ascii=False))
+
+    def _write(self, done: Tokenized) -> None:
+        progress = self.progress
+        if done.broken and self.on_error == "stop":
+            line, reason = done.broken[0]
+            raise formats.broken_row(self.task.path, line, formats.Broken(reason))
+        for line, reason in done.broken:
+            row = {"path": str(self.task.path), "line": line, "reason": reason}
+            text = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")
+            self.files["skipped.jsonl"].write(text + b"\n")
+        progress.first_broken += done.broken[: 5 - len(progress.first_broken)]
+        numbers = [self._number(name) for name in done.source_names]
+        sources = np.array(numbers, np.uint16)[done.sources]
+        offsets = progress.tokens + np.cumsum(done.lengths)
+        for name, values in (
+            ("ids", done.ids), ("supervised", done.supervised), ("offsets", offsets),
+            ("lines", done.lines), ("hashes", done.hashes), ("sources", sources),
+        ):  # fmt: skip
+            values = values.astype(self.dtype if name == "ids" else values.dtype, copy=False)
+            self.files[f"{name}.bin"].write(values.tobytes())
+        progress.chunks += 1
+        progress.records += len(done.lines)
+        progress.skipped += len(done.broken)
+        progress.rows += len(done.lines) + len(done.broken)
+        progress.tokens += len(done.ids)
+
+    def _number(self, name: str) -> int:
+        if name not in self._names:
+            if len(self._names) >= MAX_SOURCES:
+                return self._number("")
+            self._names[name] = len(self._names)
+            self.progress.names.append(name)
+        return self._names[name]
+
+    def _save(self) -> None:
+        for name, file in self.files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            self.progress.sizes[name] = file.tell()
+        write_atomically(self.making / "progress.json", json.dumps(asdict(self.progress)))
+        self._saved = time.monotonic()
 
 
-def _rough_bytes(record: formats.Record) -> int:
-    """Size of a record on disk, near enough for a progress bar."""
-    if isinstance(record.value, str):
-        return len(record.value.encode()) + 12
-    conversations = record.value if isinstance(record.value, tuple) else (record.value,)
-    return sum(len(m["content"].encode()) + 40 for c in conversations for m in c)
+def _size(path: Path, tokenizer: Tokenizer, compressed: bool = False) -> int:
+    """Bytes that a cache takes, about: a token is about three bytes of file, a row is small."""
+    tokens = path.stat().st_size * (4 if compressed else 1) / 3
+    return round(tokens * (3 if tokenizer.vocab_size <= 1 << 16 else 5))
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[str]:
+    """Hold a lock file; yields what to add to the name of a folder that must not be shared.
+
+    A lock ends with its process, however that ends. Where the system or the file system knows no
+    locks, each process makes a cache of its own, and the last one stays.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield f"-{os.getpid()}"
+        return
+    waiting = False
+    while True:
+        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not waiting:
+                    log.info("another process is making %s: waiting for it", lock.name[1:-5])
+                    waiting = True
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            os.close(handle)
+            yield f"-{os.getpid()}"
+            return
+        # The one before removes the file when it is done: then this is no lock any more.
+        if lock.exists() and os.stat(lock).st_ino == os.fstat(handle).st_ino:
+            break
+        os.close(handle)
+    try:
+        yield ""
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _tell_skipped(cache: TokenCache, on_error: OnError) -> None:
+    listed = cache.folder / "skipped.jsonl"
+    if on_error == "stop":
+        with listed.open(encoding="utf-8") as file:
+            first = json.loads(file.readline())
+        raise formats.broken_row(cache.path, first["line"], formats.Broken(first["reason"]))
+    log.warning(
+        "%s: %s of %s rows are broken and left out; they are listed in %s",
+        cache.path,
+        f"{cache.num_skipped:,}",
+        f"{cache.num_records + cache.num_skipped:,}",
+        listed,
+    )
 
 
 def _open(folder: Path, path: Path, key: str) -> TokenCache:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-
-    def array(name: str) -> np.ndarray:
-        return np.load(folder / name, mmap_mode="r")
-
+    arrays = {
+        name: np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
+        for name, dtype in {"ids": meta["dtype"], "supervised": np.uint8, **ARRAYS}.items()
+    }
     return TokenCache(
-        path,
-        key,
-        np.memmap(folder / "ids.bin", dtype=meta["dtype"], mode="r"),
-        np.memmap(folder / "supervised.bin", dtype=np.uint8, mode="r"),
-        array("offsets.npy"),
-        array("lines.npy"),
-        array("hashes.npy"),
-        array("sources.npy"),
-        meta["sources"],
+        path, key, folder, source_names=meta["sources"], num_skipped=meta["skipped"], **arrays
     )
+
+
+__all__ = ["Chunk", "Encode", "TokenCache", "build_cache", "cache_dir"]

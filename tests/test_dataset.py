@@ -222,7 +222,7 @@ def test_default_files_by_kind(tmp_path, tokenizer):
     before = {path: path.read_bytes() for path in files.values()}
     for kind, path in files.items():
         found = choose_files(DataConfig(), kind)
-        assert [p.resolve() for p in found.train] == [path]
+        assert [p.resolve() for group in found.train for p in group.paths] == [path]
         assert found.why.count("not used") == 2
     load_datasets(DataConfig(), "pretrain", tokenizer, 32, 0)
     assert before == {path: path.read_bytes() for path in files.values()}

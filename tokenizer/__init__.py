@@ -62,6 +62,7 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path, text: str | None = None) -> None:
         path = Path(folder) / "tokenizer.json"
+        self.folder = Path(folder)
         self.json = read_json(path) if text is None else text
         self._bpe = load_bpe(self.json, path)
         # Special tokens in text are spelled out like any other text. This is a state of the
@@ -72,6 +73,10 @@ class Tokenizer:
             self._required_id(token, path) for token in NEEDED
         )
         self._check_round_trip(path)
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path, str]]:
+        """Another process makes its own: what `_bpe` pickles lacks the state above."""
+        return Tokenizer, (self.folder, self.json)
 
     def _required_id(self, token: str, path: Path) -> int:
         id_ = self._bpe.token_to_id(token)

@@ -1,0 +1,328 @@
+"""Protects the making of token caches: the same whoever makes it, whole or not there, no row lost unsaid."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import token_cache
+import tokenizing
+from dataset import ENCODERS, DataConfig, load_datasets
+from formats import ReadOptions
+from packing import PackedDataset
+from token_cache import build_cache, cache_dir
+from trainlib.batches import Place
+from trainlib.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def build(path, tokenizer, kind="pretrain", **more):
+    return build_cache(path, kind, tokenizer, ENCODERS[kind], **more)
+
+
+def content(cache):
+    return {p.name: p.read_bytes() for p in cache.folder.iterdir() if p.suffix == ".bin"}
+
+
+def many_chunks(monkeypatch, processes=False):
+    """Small chunks, so that a small file has many."""
+    monkeypatch.setattr(tokenizing, "CHUNK_BYTES", 200)
+    monkeypatch.setattr(tokenizing, "SMALL_FILE_BYTES", 0 if processes else 1 << 60)
+    monkeypatch.setattr(tokenizing, "number_of_cores", lambda: 2)
+
+
+def numbered(n):
+    return [{"text": f"row {i} {'文字' * (i % 7)}", "source": f"s{i % 3}"} for i in range(n)]
+
+
+def test_processes_and_chunks_change_nothing(tmp_path, tokenizer, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [*numbered(60), "{\n", *numbered(60)])
+    monkeypatch.setattr(token_cache, "MAX_SKIPPED", 0.02)
+    contents = []
+    for number, processes in enumerate((None, False, True)):
+        monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / f"cache{number}"))
+        if processes is not None:
+            many_chunks(monkeypatch, processes)
+        cache = build(path, tokenizer, on_error="skip")
+        assert cache.num_records == 120 and cache.num_skipped == 1
+        assert [cache.source(i) for i in range(4)] == ["s0", "s1", "s2", "s0"]
+        contents.append(content(cache))
+    assert contents[0] == contents[1] == contents[2]
+
+
+# Without torch, whose import would take longer than all the rest.
+CODE = """
+import sys, time
+from pathlib import Path
+import token_cache, tokenizing
+from tokenizer import Sequence, Tokenizer, default_folder
+tokenizing.CHUNK_BYTES = 200
+tokenizing.SMALL_FILE_BYTES = 0
+tokenizing.number_of_cores = lambda: 2
+token_cache.SAVE_SECONDS = 0
+def encode(tokenizer, record):
+    time.sleep(0.01)
+    ids = [0, *tokenizer.encode(record.value), 0]
+    return [Sequence(ids, [False] + [True] * (len(ids) - 1))]
+print("ready", flush=True)
+token_cache.build_cache(Path(sys.argv[1]), "pretrain", Tokenizer(default_folder()), encode)
+print("made", flush=True)
+"""
+
+
+def start(path):
+    return subprocess.Popen([sys.executable, "-c", CODE, str(path)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_killed_build_is_gone_on_with_and_its_processes_end(tmp_path, tokenizer, monkeypatch):
+    path = write(tmp_path / "a.jsonl", numbered(400))
+    whole = content(build(path, tokenizer))
+    monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "other"))
+    process = start(path)
+    deadline = time.monotonic() + 60
+    saved: list[Path] = []
+    while not saved and time.monotonic() < deadline:
+        time.sleep(0.05)
+        saved = list(cache_dir().glob("tokens/.making-*/progress.json"))
+    workers = children(process.pid)
+    process.kill()
+    process.communicate()
+    assert not list(cache_dir().glob("tokens/a-*")) and saved and workers
+    done = json.loads(saved[0].read_text())["chunks"]
+    assert done > 0
+    with (saved[0].parent / "ids.bin").open("ab") as file:
+        file.write(b"torn")  # What was written after the last save.
+    seen = []
+    real = tokenizing.tokenize_chunk
+    monkeypatch.setattr(tokenizing, "CHUNK_BYTES", 200)
+    monkeypatch.setattr(tokenizing, "tokenize_chunk", lambda c, t: seen.append(c) or real(c, t))
+    assert content(build(path, tokenizer)) == whole
+    assert seen and seen[0].items[0].line > done
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in workers):
+        time.sleep(0.1)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}/stat").exists()
+                and " Z " not in Path(f"/proc/{pid}/stat").read_text()]  # fmt: skip
+    assert not [p for p in cache_dir().glob("tokens/.*")]
+
+
+def test_two_processes_make_one_cache(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", numbered(150))
+    both = [start(path), start(path)]
+    for process in both:
+        out, err = process.communicate(timeout=90)
+        assert process.returncode == 0 and "made" in out, err
+    [folder] = list(cache_dir().glob("tokens/*"))
+    assert content(build(path, tokenizer)) and folder.name.startswith("a-")
+
+
+def test_an_interrupted_build_leaves_no_cache(tmp_path):
+    path = write(tmp_path / "a.jsonl", numbered(400))
+    process = start(path)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode and not list(cache_dir().glob("tokens/a-*"))
+
+
+def test_skipped_rows_are_listed_and_stop_where_that_is_wanted(tmp_path, tokenizer, caplog):
+    path = write(tmp_path / "a.jsonl", [*numbered(150), '{"text": 1}\n', *numbered(50)])
+    cache = build(path, tokenizer, on_error="skip")
+    listed = [json.loads(line) for line in (cache.folder / "skipped.jsonl").open()]
+    assert [(row["line"], row["path"]) for row in listed] == [(151, str(path))]
+    assert "1 of 201 rows are broken and left out" in caplog.text
+    assert "skipped.jsonl" in caplog.text
+    with pytest.raises(UserError, match="line 151: .*must be a string"):
+        build(path, tokenizer)
+
+
+def test_more_than_one_percent_stops_and_leaves_nothing(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", [*numbered(150), "{\n", "{\n"])
+    with pytest.raises(UserError, match=r"2 of 152 rows .* 1% .*line 151: .*inspect_data"):
+        build(path, tokenizer, on_error="skip")
+    assert not [p for p in cache_dir().rglob("*") if p.is_file()]
+
+
+def test_free_space_is_looked_at_before_it_starts(tmp_path, tokenizer, monkeypatch):
+    path = write(tmp_path / "a.jsonl", numbered(500))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(token_cache.shutil, "disk_usage", lambda _: usage(0, 0, 1000))
+    with pytest.raises(UserError, match="MB free, .* needs about .*TRAIN_LLM_CACHE_DIR"):
+        build(path, tokenizer)
+    assert not [p for p in cache_dir().rglob("*") if p.is_file()]
+
+
+def test_options_of_reading_make_another_cache(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"instruction": "a", "input": "b", "output": "c"}] * 2)
+    one = build(path, tokenizer, "sft")
+    other = build(path, tokenizer, "sft", options=ReadOptions(alpaca_join=""))
+    assert one.key != other.key and len(one.ids) > len(other.ids)
+
+
+def test_a_large_vocabulary_gets_wide_ids(tmp_path, tokenizer, monkeypatch):
+    path = write(tmp_path / "a.jsonl", numbered(5))
+    narrow = build(path, tokenizer)
+    monkeypatch.setattr(type(tokenizer), "vocab_size", property(lambda self: 70000))
+    monkeypatch.setattr(token_cache, "LAYOUT", 99)
+    wide = build(path, tokenizer)
+    assert narrow.ids.dtype == np.uint16 and wide.ids.dtype == np.uint32
+    assert (narrow.ids == wide.ids).all()
+
+
+# ---- folders, patterns, weights ------------------------------------------------------------------
+
+
+def test_a_folder_and_a_pattern_are_one_data_set_each(tmp_path, tokenizer):
+    for name in ("web/a.jsonl", "web/deep/b.jsonl", "books/x1.txt", "books/x2.txt"):
+        rows = numbered(9) if name.endswith("jsonl") else [f"{name}\n\n" + "long line\n" * 3000]
+        write(tmp_path / name, rows)
+    (tmp_path / "web/README.txt").write_text("not data")
+    config = DataConfig(files=("web", "books/*.txt"))
+    data = load_datasets(config, "pretrain", tokenizer, 64, 0)
+    assert set(data.val) == {"web", "books"} and len(data.train.caches) == 4
+    with pytest.raises(UserError, match="no data file is there"):
+        load_datasets(DataConfig(files=("none/*.jsonl",)), "pretrain", tokenizer, 64, 0)
+
+
+def shares(data, epoch):
+    """Real positions of an epoch by file, and how often each unit is used."""
+    units = np.concatenate([row for row, _ in data.rows(Place(epoch))])
+    used = np.bincount(units, minlength=data.num_units)
+    return np.bincount(data._file, used * data._length), used
+
+
+def test_weights_are_shares_of_the_tokens_of_an_epoch(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", numbered(300))
+    write(tmp_path / "b.jsonl", numbered(900))
+    config = DataConfig(files=("a.jsonl:0.7", "b.jsonl:0.3"))
+    data = load_datasets(config, "pretrain", tokenizer, 64, 0).train
+    total = np.zeros(data.num_units)
+    for epoch in range(4):
+        tokens, used = shares(data, epoch)
+        assert tokens[0] / tokens.sum() == pytest.approx(0.7, abs=0.01)
+        assert used.min() >= 1 and (used[data._file == 1] == 1).all()
+        assert tokens.sum() == pytest.approx(data.num_tokens, rel=0.01)
+        total += used
+    of_a = total[data._file == 0]
+    assert of_a.max() - of_a.min() <= 1  # Over the epochs all rows of a file are used alike.
+    again = load_datasets(config, "pretrain", tokenizer, 64, 0).train
+    rows = [row.tolist() for row, _ in data.rows(Place(2, 5))]
+    assert rows == [row.tolist() for row, _ in again.rows(Place(2, 5))]
+    assert rows == [row.tolist() for row, _ in again.rows(Place(2))][5:]
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    (("a.jsonl:0.7", "a.jsonl"), "has no weight"), (("a.jsonl:0",), "must be above 0"),
+])  # fmt: skip
+def test_weights_that_make_no_sense(files, message, tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", numbered(9))
+    with pytest.raises(UserError, match=message):
+        load_datasets(DataConfig(files=files), "pretrain", tokenizer, 64, 0)
+    with pytest.raises(UserError, match="only data.files takes weights"):
+        config = DataConfig(files=("a.jsonl",), val_files=("a.jsonl:1",))
+        load_datasets(config, "pretrain", tokenizer, 64, 0)
+
+
+# ---- packing -------------------------------------------------------------------------------------
+
+
+def test_a_long_conversation_is_cut_after_the_last_answer_that_fits(tmp_path, tokenizer):
+    turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": f"turn {i} " + "字" * i}
+             for i in range(20)]  # fmt: skip
+    short = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = write(tmp_path / "a.jsonl", [{"conversations": turns}, {"conversations": short}])
+    cache = build(path, tokenizer, "sft")
+    bytes_ = np.array([len(b) for b in tokenizer.id_to_bytes])
+    parts = [(cache, np.ones(2, bool))]
+    for length in (40, 100, 101, 150, 250):
+        data = PackedDataset(parts, "sft", length, bytes_, 0, too_long="cut")
+        batch = data.collate([np.array([0])], 1)
+        labels = batch.labels[0][batch.document_ids[0] == 0]
+        ends = int((labels == tokenizer.im_end_id).sum())
+        whole = ENCODERS["sft"](tokenizer, _record(turns[: 2 * ends]))[0].ids
+        more = ENCODERS["sft"](tokenizer, _record(turns[: 2 * ends + 2]))[0].ids
+        assert ends and labels[-1] == tokenizer.im_end_id
+        assert len(labels) == len(whole) - 2 <= length < len(more) - 2
+        assert sum(data.num_cut.values()) == 1 and not data.num_dropped and data.num_units == 2
+    data = PackedDataset(parts, "sft", 100, bytes_, 0, too_long="drop")
+    assert data.num_units == 1 and sum(data.num_dropped.values()) == 1 and not data.num_cut
+
+
+def _record(value):
+    from formats import Record
+
+    return Record(value, "", Path("x"), 1)
+
+
+def test_a_stored_plan_is_the_plan(tmp_path, tokenizer, monkeypatch):
+    import packing
+
+    path = write(tmp_path / "a.jsonl", numbered(300))
+    cache = build(path, tokenizer)
+    bytes_ = np.array([len(b) for b in tokenizer.id_to_bytes])
+
+    def plan():
+        data = PackedDataset([(cache, np.ones(300, bool))], "pretrain", 64, bytes_, 0)
+        return [row.tolist() for row, _ in data.rows(Place(1))]
+
+    fresh = plan()
+    monkeypatch.setattr(packing, "STORED_UNITS", 0)
+    assert plan() == fresh == plan()
+    assert len(list(cache_dir().glob("plans/*.npy"))) == 3
+    monkeypatch.setattr(PackedDataset, "_pack", None)
+    assert plan() == fresh  # Nothing is packed again.
+
+
+letters = st.text(alphabet=st.sampled_from("a 中😀\n<|im_end|>é"), max_size=30)
+
+
+@settings(max_examples=25, deadline=None, database=None, derandomize=True)
+@given(answers=st.lists(letters, min_size=1, max_size=4), questions=st.lists(letters, min_size=4))
+def test_the_mask_is_the_answers_for_any_content(tokenizer, answers, questions):
+    messages = []
+    for question, answer in zip(questions, answers, strict=False):
+        messages += [{"role": "user", "content": question},
+                     {"role": "assistant", "content": answer}]  # fmt: skip
+    [sequence] = ENCODERS["sft"](tokenizer, _record(messages))
+    supervised = [i for i, m in zip(sequence.ids, sequence.mask, strict=True) if m]
+    wanted = [i for a in answers for i in [*tokenizer.encode(a), tokenizer.im_end_id]]
+    assert supervised == wanted
+    assert tokenizer.decode(supervised) == "".join(answers)
+
+
+def test_os_is_told_apart_from_bugs(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", numbered(5))
+    cache_dir().parent.mkdir(exist_ok=True)
+    cache_dir().write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="TRAIN_LLM_CACHE_DIR moves it elsewhere"):
+        build(path, tokenizer)
+    assert os.path.isfile(path)
