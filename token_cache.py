@@ -57,7 +57,6 @@ class TokenCache:
 
     path: Path
     key: str
-    folder: Path
     ids: np.ndarray
     supervised: np.ndarray
     offsets: np.ndarray
@@ -65,7 +64,9 @@ class TokenCache:
     hashes: np.ndarray
     sources: np.ndarray
     source_names: list[str]
-    num_skipped: int
+    folder: Path = Path()
+    num_skipped: int = 0
+    """Broken rows that data.on_error=skip left out."""
 
     @property
     def num_records(self) -> int:
@@ -335,7 +336,12 @@ def _open(folder: Path, path: Path, key: str) -> TokenCache:
         for name, dtype in {"ids": meta["dtype"], "supervised": np.uint8, **ARRAYS}.items()
     }
     return TokenCache(
-        path, key, folder, source_names=meta["sources"], num_skipped=meta["skipped"], **arrays
+        path,
+        key,
+        source_names=meta["sources"],
+        folder=folder,
+        num_skipped=meta["skipped"],
+        **arrays,
     )
 
 
