@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -92,8 +93,8 @@ def chunks(source: Source, skip: int = 0) -> Iterator[Chunk]:
 
 def tokenize_chunk(chunk: Chunk, task: Task) -> Tokenized:
     """Ids and loss mask of a chunk's records, and what its broken rows are."""
-    ids: list[int] = []
-    mask: list[bool] = []
+    # Filled from lists several times as fast as NumPy's arrays are.
+    ids, mask = array("I"), bytearray()
     lengths, lines, hashes, sources = [], [], [], []
     names: dict[str, int] = {}
     broken: list[tuple[int, str]] = []
@@ -103,14 +104,14 @@ def tokenize_chunk(chunk: Chunk, task: Task) -> Tokenized:
             broken.append((line, record.reason))
             continue
         for sequence in task.encode(task.tokenizer, record):
-            ids += sequence.ids
-            mask += sequence.mask
+            ids.fromlist(sequence.ids)
+            mask += bytes(sequence.mask)
             lengths.append(len(sequence.ids))
         lines.append(line)
         hashes.append(_content_hash(record))
         sources.append(names.setdefault(record.source, len(names)))
     return Tokenized(
-        np.array(ids, np.uint32), np.array(mask, np.uint8), np.array(lengths, np.int64),
+        np.frombuffer(ids, np.uint32), np.frombuffer(mask, np.uint8), np.array(lengths, np.int64),
         np.array(lines, np.int64), np.array(hashes, np.uint64), np.array(sources, np.int64),
         list(names), broken, chunk.position,
     )  # fmt: skip
