@@ -19,7 +19,7 @@ anonymous() {
 }
 
 run_doctor() {
-  local line log kind rest name
+  local line log kind rest name how
   look_at_engine
   finding OK host "$(uname -sm), $(($(memory_mib) / 1024)) GB of memory, $(disk_gb "$ROOT") GB of disk$(is_wsl && echo ', WSL')"
   case "$engine_state" in
@@ -40,7 +40,11 @@ run_doctor() {
     finding NO container "there is no image yet: run ./build.sh"
   else
     log=$(mktemp)
-    if $compose run --rm --no-deps -T train python docker/doctor.py >"$log" 2>&1; then
+    # In the container that is up, as trainings are; else in one of its own.
+    how="run --rm --no-deps"
+    if [ -n "$($compose ps -q train 2>/dev/null)" ] && $compose exec -T train true >/dev/null 2>&1; then how=exec; fi
+    # shellcheck disable=SC2086
+    if $compose $how -T train python docker/doctor.py >"$log" 2>&1; then
       finding OK container "starts and ends"
     elif grep -q '^NO ' "$log"; then
       finding OK container "starts"

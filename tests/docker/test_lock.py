@@ -1,0 +1,62 @@
+"""Protects the image's packages: the lock's digests are those that the index lists.
+
+Nothing is downloaded but the index's pages. Installing with --require-hashes would show the same,
+and download every wheel to do so.
+"""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from pypi_simple import PyPISimple
+
+from tests.docker.driving import ROOT
+
+
+def locked(name: str) -> dict[tuple[str, str], set[str]]:
+    """(package, version) to its digests."""
+    text = (ROOT / "docker" / name).read_text().replace("\\\n", " ")
+    found = {}
+    for line in text.splitlines():
+        if match := re.match(r"([\w.-]+)==(\S+)", line):
+            found[match[1], match[2]] = set(re.findall(r"--hash=sha256:(\w{64})", line))
+    return found
+
+
+def test_the_lock_is_what_the_index_has():
+    lock = locked("requirements.lock")
+    assert len(lock) > 20 and all(lock.values())
+
+    def compare(item: tuple[tuple[str, str], set[str]]) -> str | None:
+        (package, version), digests = item
+        with PyPISimple() as index:
+            page = index.get_project_page(package)
+        listed = {p.digests.get("sha256") for p in page.packages if p.version == version}
+        if not digests <= listed:
+            return f"{package} {version}: {len(digests - listed)} digests that the index lacks"
+        return None
+
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            wrong = [problem for problem in pool.map(compare, lock.items()) if problem]
+    except OSError as error:
+        pytest.skip(f"no index answers: {error}")
+    assert not wrong, wrong
+
+
+def test_the_lock_holds_every_requirement_but_torch():
+    names = {name.lower().replace("_", "-") for name, _ in locked("requirements.lock")}
+    text = (ROOT / "requirements.txt").read_text() + (ROOT / "docker/requirements.in").read_text()
+    wanted = {m.lower().replace("_", "-") for m in re.findall(r"^([\w-]+)", text, re.M)}
+    assert len(wanted) > 9 and wanted - names == {"torch"}
+    assert "torch" not in names
+    pip = locked("pip.lock")
+    assert list(pip) == [key for key in locked("requirements.lock") if key[0] == "pip"]
+
+
+def test_no_address_is_locked():
+    assert "http" not in re.sub(
+        r"httpx|httpcore", "", (ROOT / "docker/requirements.lock").read_text()
+    )
