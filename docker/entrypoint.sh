@@ -88,6 +88,7 @@ follow() {
 # ---- life ----------------------------------------------------------------------------------------
 
 trap on_stop TERM INT
+follow
 for folder in "$RUNS" /workspace/.cache; do
   if [ -d "$folder" ] && ! [ -w "$folder" ]; then
     note "error: $folder belongs to user $(stat -c %u:%g "$folder"), and this container is user $(id -u):$(id -g): it cannot write there"
@@ -104,7 +105,6 @@ for link in /workspace/dataset/* /workspace/runs; do
   fi
 done
 note "profile ${GPU_PROFILE:-cpu}, cards ${CUDA_DEVICES:-none}, /dev/shm $(df -h --output=size /dev/shm | tail -1 | tr -d ' '), user $(id -u):$(id -g)"
-follow
 if [ -n "${TRAIN_COMMAND:-}" ]; then
   note "TRAIN_COMMAND: $TRAIN_COMMAND (its output: runs/train_command.log)"
   (

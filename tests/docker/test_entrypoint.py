@@ -1,0 +1,177 @@
+"""Protects trainings in a container: logged and stopped, however begun.
+
+There is no engine, but a bare namespace of processes. nsenter is what `docker exec` does; Docker's init is left out, which is the harder case.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.docker.driving import ROOT
+
+UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+if os.geteuid() or subprocess.run([*UNSHARE, "true"], capture_output=True).returncode:
+    pytest.skip("no right to make a process namespace here", allow_module_level=True)
+
+TRAINER = """
+import signal, sys, time
+def save(*_):
+    time.sleep(float(sys.argv[2]))
+    open(sys.argv[1], "w").write("saved")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+open(sys.argv[1] + ".ready", "w").close()
+while True:
+    time.sleep(0.05)
+"""
+
+
+class Container:
+    """The entrypoint as the first process of a namespace, and what it prints."""
+
+    def __init__(self, folder: Path, *command: str, **env: str) -> None:
+        self.folder, self.runs = folder, folder / "runs"
+        self.runs.mkdir(exist_ok=True)
+        self.output = folder / "output"
+        self.process = subprocess.Popen(
+            [*UNSHARE, "bash", str(ROOT / "docker/entrypoint.sh"), *command],
+            env={"PATH": os.environ["PATH"], "RUNS": str(self.runs), **env},
+            stdout=self.output.open("w"), stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.first = 0
+        if not command:
+            self.wait(lambda: "profile" in self.said())
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+            self.first = int(children.read_text().split()[0])
+
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def exec(self, *command: str) -> subprocess.Popen:
+        """What `docker exec` does."""
+        enter = ["nsenter", "--target", str(self.first), "--pid", "--mount"]
+        return subprocess.Popen(
+            [*enter, *command], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def train(self, name: str, seconds: float) -> None:
+        """Begin something that takes so long to save."""
+        result = self.folder / name
+        self.exec("python3", "-c", TRAINER, str(result), str(seconds))
+        self.wait(result.with_suffix(".ready").exists)
+
+    def wait(self, condition, limit: float = 30) -> None:
+        end = time.monotonic() + limit
+        while not condition():
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.05)
+
+    def stop(self) -> float:
+        """SIGTERM as the engine sends it; the seconds until the container is gone."""
+        started = time.monotonic()
+        os.kill(self.first, signal.SIGTERM)
+        self.process.wait(timeout=60)
+        return time.monotonic() - started
+
+
+@pytest.fixture
+def start(tmp_path):
+    started: list[Container] = []
+
+    def begin(*command: str, **env: str) -> Container:
+        started.append(Container(tmp_path, *command, **env))
+        return started[-1]
+
+    yield begin
+    for container in started:
+        container.process.kill()
+        container.process.wait()
+
+
+def test_two_trainings_save_and_a_shell_does_not_hold_them_up(start):
+    container = start()
+    container.train("one", 0.5)
+    container.train("two", 1.5)
+    # An interactive shell ignores SIGTERM.
+    shell = container.exec("bash", "--norc", "-i")
+    took = container.stop()
+    shell.wait(timeout=10)
+    assert container.process.returncode == 0
+    for name in ("one", "two"):
+        assert (container.folder / name).read_text() == "saved"
+    assert took < 15 and "all ended" in container.said()
+
+
+def test_what_does_not_end_is_told_of(start):
+    container = start(STOP_WAIT="2")
+    container.train("slow", 600)
+    assert container.stop() < 15
+    assert "did not end within 2 s" in container.said()
+
+
+def test_nothing_runs_nothing_is_waited_for(start):
+    assert start().stop() < 5
+
+
+def test_lines_are_whole_and_said_once(start):
+    container = start()
+    (container.runs / "a").mkdir()
+    log = container.runs / "a/train.log"
+    with log.open("w") as file:
+        file.write("step 1\nste")
+        file.flush()
+        container.wait(lambda: "[a] step 1\n" in container.said())
+        time.sleep(1.2)
+        assert "ste\n" not in container.said()
+        file.write("p 2\nbar 50%\rbar 100%\rstep 3\r\n")
+        file.flush()
+        container.wait(lambda: "[a] step 3\n" in container.said())
+    said = container.said()
+    assert said.count("step 1") == 1 and "[a] step 2\n" in said and "\r" not in said
+
+
+def test_a_new_run_of_the_name_and_one_deeper(start):
+    container = start()
+    first, deep = container.runs / "a", container.runs / "b/c"
+    first.mkdir()
+    deep.mkdir(parents=True)
+    (first / "train.log").write_text("old 1\nold 2\n")
+    container.wait(lambda: "[a] old 2" in container.said())
+    shutil.move(first, container.runs / "a.1")
+    first.mkdir()
+    (first / "train.log").write_text("new 1\n")
+    (deep / "train.log").write_text("deep 1\n")
+    container.wait(lambda: "[a] new 1" in container.said() and "[b/c] deep 1" in container.said())
+    assert container.said().count("[a] new 1") == 1
+
+
+def test_what_was_there_before_is_not_repeated(start, tmp_path):
+    (tmp_path / "runs/a").mkdir(parents=True)
+    log = tmp_path / "runs/a/train.log"
+    log.write_text("yesterday\n")
+    container = start()
+    with log.open("a") as file:
+        file.write("today\n")
+    container.wait(lambda: "[a] today" in container.said())
+    assert "yesterday" not in container.said()
+
+
+def test_a_command_is_run_in_its_place(start):
+    container = start("echo", "in its place")
+    assert container.process.wait(timeout=10) == 0
+    assert container.said() == "in its place\n"
+
+
+def test_train_command(start):
+    container = start(TRAIN_COMMAND="echo it goes; exit 3")
+    container.wait(lambda: "TRAIN_COMMAND ended with code 3" in container.said())
+    assert "it goes" in container.said()  # The end of what failed.
+    assert container.stop() < 5
