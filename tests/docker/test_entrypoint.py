@@ -1,6 +1,7 @@
 """Protects trainings in a container: logged and stopped, however begun.
 
-There is no engine, but a bare namespace of processes. nsenter is what `docker exec` does; Docker's init is left out, which is the harder case.
+There is no engine, but a bare namespace of processes. nsenter is what `docker exec` does; Docker's
+init is left out, which is the harder case.
 """
 
 from __future__ import annotations
