@@ -228,27 +228,6 @@ def test_tensorboard_is_here_and_nowhere_else(clone):
     assert "Read-only" in clone(f"docker exec {name} touch /workspace/runs/x", check=False)
 
 
-def test_rebuilds(clone):
-    with (clone.folder / "train.py").open("a") as file:
-        file.write("# a change\n")
-    started = time.monotonic()
-    out = clone("./build.sh cpu")
-    took = time.monotonic() - started
-    REPORT.append(f"{clone.user or 'root'}: rebuild after a change of code {took:.1f} s")
-    assert took < 10 and out.count("CACHED") >= 4
-    if clone.user:
-        return
-    lock = clone.folder / "docker/requirements.lock"
-    lock.write_text(re.sub(r"tqdm==.*\n( .*\n)+", "", lock.read_text()))
-    started = time.monotonic()
-    out = clone("./build.sh cpu")
-    took = time.monotonic() - started
-    REPORT.append(f"rebuild after a change of requirements {took:.1f} s (wheels from the cache)")
-    assert took < 120
-    assert "torch==" not in re.sub(r".*CACHED.*", "", out)
-    clone("git checkout docker/requirements.lock && ./build.sh cpu")
-
-
 def test_the_doctor(clone):
     out = clone("./build.sh doctor")
     for check in ("engine", "container", "one matmul", "two ranks", "disk", "data", "ten steps"):
@@ -339,3 +318,24 @@ def test_two_clones_of_one_name_live_side_by_side(clone, tmp_path_factory):
     finally:
         other("docker compose down -v", check=False)
     assert "Up" in clone("docker compose ps train")
+
+
+def test_rebuilds(clone):
+    with (clone.folder / "train.py").open("a") as file:
+        file.write("# a change\n")
+    started = time.monotonic()
+    out = clone("./build.sh cpu")
+    took = time.monotonic() - started
+    REPORT.append(f"{clone.user or 'root'}: rebuild after a change of code {took:.1f} s")
+    assert took < 10 and out.count("CACHED") >= 4
+    if clone.user:
+        return
+    lock = clone.folder / "docker/requirements.lock"
+    lock.write_text(re.sub(r"zstandard==.*\n( .*\n)+", "", lock.read_text()))
+    started = time.monotonic()
+    out = clone("./build.sh cpu")
+    took = time.monotonic() - started
+    REPORT.append(f"rebuild after a change of requirements {took:.1f} s (wheels from the cache)")
+    assert took < 120
+    assert "Collecting torch" not in out
+    clone("git checkout docker/requirements.lock && ./build.sh cpu")
