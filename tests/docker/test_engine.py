@@ -143,6 +143,12 @@ def clone(request, tmp_path_factory):
     shutil.rmtree(base.parent if user or os.geteuid() else base, ignore_errors=True)
 
 
+def once(clone: Clone) -> None:
+    """What does not depend on who types is tried by one of them."""
+    if clone.user:
+        pytest.skip("once is enough")
+
+
 def test_training_by_exec_is_logged_and_saved_by_stop(clone):
     training = clone.start(f"docker compose exec -T train {TRAIN} out_dir=runs/one")
     second = clone.start(f"docker compose exec -T train {TRAIN} out_dir=runs/more/two seed=1")
@@ -229,6 +235,7 @@ def test_tensorboard_is_here_and_nowhere_else(clone):
 
 
 def test_the_doctor(clone):
+    once(clone)
     out = clone("./build.sh doctor")
     for check in ("engine", "container", "one matmul", "two ranks", "disk", "data", "ten steps"):
         assert f"OK {check}:" in out, out
@@ -237,6 +244,7 @@ def test_the_doctor(clone):
 
 
 def test_a_busy_port_moves_tensorboard(clone):
+    once(clone)
     clone("docker compose stop")
     port = int(clone.env("TB_PORT"))
     blocker = subprocess.Popen(
@@ -257,8 +265,7 @@ def test_a_busy_port_moves_tensorboard(clone):
 
 def test_the_overlay_of_cards(clone):
     """A stand-in for NVIDIA's hook lets a container with cards start; there is none inside."""
-    if clone.user:
-        pytest.skip("once is enough")
+    once(clone)
     overlay = "docker-compose.yml:docker-compose.gpu.yml:docker/compose.limits.yml"
     env = {"COMPOSE_FILE": overlay, "CUDA_DEVICES": "0,1", "GPU_PROFILE": "rtx40"}
     out = clone("docker compose up -d train", check=False, **env)
@@ -280,6 +287,7 @@ def test_the_overlay_of_cards(clone):
 
 @pytest.mark.skipif(not shutil.which("docker-compose"), reason="no Compose of the old spelling")
 def test_the_old_spelling(clone):
+    once(clone)
     clone("docker-compose down && docker-compose up -d train", COMPOSE_API_VERSION="1.41")
     clone("docker-compose exec -T train python train.py --help")
     assert "ready" in clone("docker-compose logs train")
@@ -292,6 +300,7 @@ def test_the_old_spelling(clone):
 
 
 def test_unattended(clone):
+    once(clone)
     command = f"{TRAIN} out_dir=runs/alone".replace("max_steps=1000000", "max_steps=3")
     with (clone.folder / ".env").open("a") as file:
         file.write(f"TRAIN_COMMAND={command}\nTRAIN_RESTART=unless-stopped\n")
@@ -302,8 +311,7 @@ def test_unattended(clone):
 
 
 def test_two_clones_of_one_name_live_side_by_side(clone, tmp_path_factory):
-    if clone.user:
-        pytest.skip("once is enough")
+    once(clone)
     before = clone.inspect("{{.Id}} {{.State.StartedAt}}")
     other = Clone(clone.folder.parent / "other" / clone.folder.name, None)
     other("./build.sh cpu --env-only")
