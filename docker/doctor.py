@@ -106,7 +106,8 @@ def ten_steps() -> str:
         run(
             [
                 sys.executable, "train.py", "configs/tiny_pretrain.yaml", "max_steps=10",
-                f"data.files={text}", f"out_dir={folder}/run",
+                "tokens_per_step=1024",
+                "data.val_max_rows=2", f"data.files={text}", f"out_dir={folder}/run",
             ],
         )  # fmt: skip
         seconds = time.perf_counter() - started
