@@ -10,6 +10,7 @@ import os
 import pwd
 import re
 import shutil
+import socket
 import subprocess
 import time
 import urllib.request
@@ -247,19 +248,11 @@ def test_a_busy_port_moves_tensorboard(clone):
     once(clone)
     clone("docker compose stop")
     port = int(clone.env("TB_PORT"))
-    blocker = subprocess.Popen(
-        ["python3", "-m", "http.server", str(port), "--bind", "127.0.0.1"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        time.sleep(1)
+    with socket.create_server(("127.0.0.1", port)):
         clone("./build.sh cpu --env-only")
         assert int(clone.env("TB_PORT")) > port
         clone("docker compose up -d train")
         assert clone("docker compose ps").count("Up") >= 2
-    finally:
-        blocker.terminate()
-        blocker.wait()
     clone("./build.sh cpu --env-only && docker compose up -d train")
 
 

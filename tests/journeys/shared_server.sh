@@ -13,6 +13,7 @@ done >"$JOURNEY/cards"
 export PATH="$JOURNEY/bin:$PATH" FAKE_CARDS="$JOURNEY/cards"
 python3 -m http.server 6006 --bind 127.0.0.1 >/dev/null 2>&1 &
 blocker=$!
+eventually 20 bash -c 'exec 3<>/dev/tcp/127.0.0.1/6006'
 
 step "ann looks at what would be chosen"
 fresh_clone "$ann"
