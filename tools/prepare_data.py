@@ -37,6 +37,7 @@ from tools.sample_rows import (
     conversations,
     identity_rows,
     is_validation,
+    kept_for_sft,
     number_of,
     preferences,
     pretrain_rows,
@@ -93,7 +94,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", default="小智", help="what the assistant calls itself")
     parser.add_argument("--author", default="我", help="who it says has trained it")
     parser.add_argument(
-        "--identity-copies", type=int, default=4, help="times each row about itself is written"
+        "--identity-copies", type=int, default=1, help="times each row about itself is written"
     )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "dataset" / "sample", help="folder of the sample"
@@ -129,7 +130,7 @@ def write_sample(archives: dict[str, Path], options: argparse.Namespace) -> None
     own = identity_rows(archives["llamafactory"], options.name, options.author, copies)
     stages = {
         "pretrain": pretrain_rows(archives),
-        "sft": [*talks, *own],
+        "sft": [*filter(kept_for_sft, talks), *own],
         "dpo": preferences(archives, talks),
     }
     out: Path = options.out
