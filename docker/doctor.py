@@ -119,7 +119,10 @@ def ten_steps() -> str:
 
 def run(command: list[str]) -> str:
     """Standard output of a command; RuntimeError with the end of what it said, when it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=LIMIT)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"not done after {LIMIT} s; is the machine busy? (top)") from None
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()[-3:]
         raise RuntimeError(f"exit code {done.returncode}: " + " / ".join(said))
