@@ -249,7 +249,6 @@ env_block() {
   local files=docker-compose.yml pair
   if [ "$on_card" = yes ]; then
     files=$files:docker-compose.gpu.yml
-    [ "$rootless" = yes ] || files=$files:docker/compose.limits.yml
     # WSL shows a container every card, whatever was asked for (nvidia-container-toolkit#21).
     if is_wsl && [ "$cuda_devices" != all ]; then files=$files:docker/compose.wsl.yml; fi
   fi

@@ -259,7 +259,7 @@ def test_a_busy_port_moves_tensorboard(clone):
 def test_the_overlay_of_cards(clone):
     """A stand-in for NVIDIA's hook lets a container with cards start; there is none inside."""
     once(clone)
-    overlay = "docker-compose.yml:docker-compose.gpu.yml:docker/compose.limits.yml"
+    overlay = "docker-compose.yml:docker-compose.gpu.yml"
     env = {"COMPOSE_FILE": overlay, "CUDA_DEVICES": "0,1", "GPU_PROFILE": "rtx40"}
     out = clone("docker compose up -d train; echo ended with $?", check=False, **env)
     if "could not select device driver" in out:

@@ -172,9 +172,7 @@ def test_both_versions_of_compose_read_it_alike(gpu, dotenv, shell, tmp_path):
     (tmp_path / ".env").touch()
     if dotenv:
         build(tmp_path, "--env-only", cards=cards, CUDA_DEVICES="0")
-    files = "docker-compose.yml" + (
-        ":docker-compose.gpu.yml:docker/compose.limits.yml" if gpu else ""
-    )
+    files = "docker-compose.yml" + (":docker-compose.gpu.yml" if gpu else "")
     env = {**POLLUTED, **({"CUDA_DEVICES": "0,1", "SHM_SIZE": "32gb"} if shell else {})}
     for command in COMPOSES:
         config = render(command, files, env, tmp_path / ".env")
@@ -188,7 +186,7 @@ def test_both_versions_of_compose_read_it_alike(gpu, dotenv, shell, tmp_path):
         (port,) = board["ports"]
         assert (port if isinstance(port, str) else port["host_ip"]).startswith("127.0.0.1")
         assert board["read_only"] is True and board["cap_drop"] == ["ALL"]
-        assert ("deploy" in train) == gpu and ("ulimits" in train) == gpu
+        assert ("deploy" in train) == gpu and "ulimits" not in train
         if gpu:
             (request,) = train["deploy"]["resources"]["reservations"]["devices"]
             wanted = "0,1" if shell else "0" if dotenv else "all"
