@@ -54,7 +54,7 @@ export CUDA_DEVICES=4,5 SHM_SIZE=1gb
 ./build.sh --no-build >/dev/null
 expect '"4,5"|4,5' docker compose config
 if docker compose up -d train >"$JOURNEY/up.log" 2>&1; then
-  expect '^4,5$' docker compose exec -T train printenv NVIDIA_VISIBLE_DEVICES
+  expect '^NVIDIA_VISIBLE_DEVICES=4,5$' docker compose exec -T train bash -c "tr '\\0' '\\n' </proc/1/environ"
 else
   # No toolkit on this engine: the known words have their cure in docs/troubleshooting.md.
   grep -q "could not select device driver" "$JOURNEY/up.log"
