@@ -73,12 +73,15 @@ def test_a_cut_answer_ends_in_mid_sentence(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", [ANSWER, ENGLISH])
-def test_a_repeated_passage_stands_twice(text: str) -> None:
+def test_a_repeated_passage_stands_thrice(text: str) -> None:
     repeated = repeat_passage(text)
     assert repeated and len(repeated) > len(text)
     added = len(repeated) - len(text)
     starts = [i for i in range(len(text)) if repeated[:i] + repeated[i + added :] == text]
-    assert any(repeated[i : i + added].strip() in text for i in starts)
+    passages = {repeated[i : i + added // 2].strip() for i in starts} & {
+        text[i:j] for i in range(len(text)) for j in range(i + 1, len(text) + 1)
+    }
+    assert any(repeated.count(passage) == 2 + text.count(passage) for passage in passages)
 
 
 def test_short_answers_are_not_spoilt() -> None:

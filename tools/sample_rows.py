@@ -349,17 +349,21 @@ def cut_short(text: str) -> str | None:
 
 
 def repeat_passage(text: str) -> str | None:
-    """The text with one of its sentences or clauses said twice, None if it has no fit one."""
+    """The text with one of its sentences or clauses said thrice, None if it has no fit one.
+
+    Thrice, as a model that is caught in a loop says it; with twice, preference optimization did
+    not make greedy answers repeat themselves less.
+    """
     passages = [
         m
         for m in re.finditer(r"[^，。；：！？\n.!?;]+(?:[，。；：！？\n]|[.!?;](?:\s|$))+", text)
-        if 12 <= len(m[0].encode("utf-8")) <= 200
+        if 12 <= len(m[0].encode("utf-8")) <= 100
     ]
     if not passages:
         return None
     chosen = passages[number_of(text) // 7 % len(passages)]
     blank = "" if chosen[0][-1] in "，。；：！？\n " else " "
-    return text[: chosen.end()] + blank + chosen[0] + text[chosen.end() :]
+    return text[: chosen.end()] + 2 * (blank + chosen[0]) + text[chosen.end() :]
 
 
 def continuation_pairs(articles: list[Article]) -> Iterator[Row]:
