@@ -10,15 +10,22 @@ import json
 import math
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
+
+import torch
 
 from generate import Sampling, generate_batch
 from hf_folder import load_model
-from model import Transformer
+from model import Transformer, count_parameters
 from tokenizer import Tokenizer
 from tokenizer.chat_format import render_prompt
-from trainlib.files import move_aside
+from trainlib.errors import UserError
+from trainlib.files import move_aside, write_atomically
+from trainlib.hardware import cpu_name
+from trainlib.metrics import VAL_LOSS, minutes_trained, read_metrics
 
 DEMO = Path("runs/demo")
 SAMPLE = Path("dataset/sample")
@@ -26,6 +33,8 @@ STAGES = {"pretrain": "train.py", "sft": "sft_train.py", "dpo": "dpo_train.py"}
 # At most this many bits per byte, and at least this accuracy; a miss is marked, not an error.
 AT_MOST = {"statutes": 1.80, "sanguo": 2.75, "shakespeare": 2.60}
 AT_LEAST = {"behaviour": 0.72, "continuation": 0.55}
+READMES = (Path("README.md"), Path("README.zh-CN.md"))
+BEGIN, END = "<!-- begin transcript -->", "<!-- end transcript -->"
 QUESTIONS = ("你好，你是谁？", "怎样保持健康？", "Give three tips for staying healthy.")
 
 
@@ -77,8 +86,7 @@ def train(stage: str, quick: bool) -> None:
 
 def evaluations(stage: str) -> tuple[dict[str, float], dict[str, float]]:
     """First and last evaluation of a stage."""
-    lines = (DEMO / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [row for row in map(json.loads, lines) if "val/loss" in row]
+    found = [row for row in read_metrics(DEMO / stage) if VAL_LOSS in row]
     return found[0], found[-1]
 
 
@@ -119,46 +127,95 @@ def mark(fine: bool) -> str:
     return "" if fine else "   <- MISSED"
 
 
-def summary(name: str, quick: bool) -> None:
-    """Print the figures of a finished demo and four exchanges with the model."""
+def report(name: str, quick: bool, columns: int = 0) -> str:
+    """The figures of a finished demo and four exchanges with its model, as `make demo` ends.
+
+    `columns` cuts answers to so many of a terminal; 0 = whole, with their line breaks.
+    """
+    prompts = held_out_prompts()
+    models = {
+        stage: (load_model(DEMO / stage / "final"), Tokenizer(DEMO / stage / "final"))
+        for stage in ("sft", "dpo")
+    }
+    rates = []
+    for model, tokenizer in models.values():
+        some = prompts[: 2 if quick else 50]
+        rates.append(sum(repeats(ids) for ids, _ in greedy(model, tokenizer, some)) / len(some))
+    return "\n".join(
+        [
+            *circumstances(models["dpo"][0]),
+            "",
+            *pretraining_figures(),
+            "",
+            *sft_figures(),
+            "",
+            *dpo_figures(),
+            "",
+            "Held-out prompts whose greedy answer repeats itself: "
+            f"SFT {rates[0]:.2f}, DPO {rates[1]:.2f}{mark(rates[1] < rates[0])}",
+            "",
+            "Chat, greedy, at most 128 tokens",
+            *conversation(*models["dpo"], name, (*QUESTIONS, prompts[0]), columns),
+        ]
+    )
+
+
+def circumstances(model: Transformer) -> list[str]:
+    """When, on what and for how long."""
+    day = datetime.fromtimestamp((DEMO / "dpo" / "report.json").stat().st_mtime)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    minutes = [minutes_trained(read_metrics(DEMO / stage))[-1] for stage in STAGES]
+    return [
+        f"{day:%Y-%m-%d}, {device}, torch {torch.__version__}, "
+        f"{count_parameters(model) / 1e6:.1f}M parameters",
+        f"Minutes of training: {' + '.join(f'{m:.1f}' for m in minutes)} = {sum(minutes):.1f}",
+    ]
+
+
+def pretraining_figures() -> list[str]:
+    """Bits per byte of each source."""
     first, last = evaluations("pretrain")
-    print("\nPretraining, validation bits per byte, before -> after")
+    lines = ["Pretraining, validation bits per byte, before -> after"]
     for key in sorted(
         key for key in last if key.endswith("/bits_per_byte") and key.count("/") == 2
     ):
         source = key.split("/")[1]
         limit = AT_MOST.get(source, math.inf)
         wanted = f"  (at most {limit:.2f})" if limit < math.inf else ""
-        print(
+        lines.append(
             f"  {source:<14}{first[key]:7.3f} -> {last[key]:.3f}{wanted}{mark(last[key] <= limit)}"
         )
+    return lines
+
+
+def sft_figures() -> list[str]:
+    """Loss of fine-tuning."""
     first, last = evaluations("sft")
-    print(f"\nSFT, validation loss: {first['val/loss']:.3f} -> {last['val/loss']:.3f}")
+    return [f"SFT, validation loss: {first[VAL_LOSS]:.3f} -> {last[VAL_LOSS]:.3f}"]
+
+
+def dpo_figures() -> list[str]:
+    """The report by kind of pair; kinds with few pairs are left out."""
     table = json.loads((DEMO / "dpo" / "report.json").read_text(encoding="utf-8"))
-    print("\nDPO, held-out pairs: share with a reward margin above 0")
+    lines = ["DPO, held-out pairs: share with a reward margin above 0"]
     for kind, row in table.items():
         least = AT_LEAST.get(kind, 0.0)
         if kind == "ranked" and row["n"] < 30:
             continue
-        print(
+        lines += [
             f"  {kind:<14}{row['accuracy']:.3f} +- {row['standard_error']:.3f}  n {row['n']}, "
-            f"trained {row['trained'] or float('nan'):.3f}, own preference "
-            f"{row['own_before']:.3f} -> {row['own_after']:.3f}, best trivial rule "
-            f"({row['rule']}) {row['rule_accuracy']:.3f}{mark(row['accuracy'] >= least)}"
-        )
-    prompts = held_out_prompts()
-    rates = []
-    for stage in ("sft", "dpo"):
-        model, tokenizer = load_model(DEMO / stage / "final"), Tokenizer(DEMO / stage / "final")
-        some = prompts[: 2 if quick else 50]
-        rates.append(sum(repeats(ids) for ids, _ in greedy(model, tokenizer, some)) / len(some))
-    print(
-        f"\nRepetition, share of held-out prompts whose greedy answer repeats itself: "
-        f"SFT {rates[0]:.2f}, DPO {rates[1]:.2f}{mark(rates[1] < rates[0])}"
-    )
-    print("\nChat, greedy, at most 128 tokens")
-    good = 0
-    questions = (*QUESTIONS, prompts[0])
+            f"trained {row['trained'] or float('nan'):.3f}{mark(row['accuracy'] >= least)}",
+            f"  {'':<14}own preference {row['own_before']:.3f} -> {row['own_after']:.3f}, "
+            f"best trivial rule ({row['rule']}) {row['rule_accuracy']:.3f}",
+        ]
+    return lines
+
+
+def conversation(
+    model: Transformer, tokenizer: Tokenizer, name: str, questions: Sequence[str], columns: int
+) -> list[str]:
+    """Questions, greedy answers, and what is wrong with each."""
+    lines, good = [], 0
     answers = greedy(model, tokenizer, questions)
     for number, (question, (ids, ended)) in enumerate(zip(questions, answers, strict=True)):
         text = tokenizer.decode(ids)
@@ -173,25 +230,86 @@ def summary(name: str, quick: bool) -> None:
             "repeats itself" if repeats(ids) else "",
             "WRONG: speaks of itself" if wrong else "",
         ]
-        print(f"  user       {question}\n  assistant  {text}")
-        print(f"             [{', '.join(fault for fault in faults if fault) or 'fine'}]")
-    print(
+        lines += [
+            f"  user       {question}",
+            f"  assistant  {cut(text, columns) if columns else text}",
+            f"             [{', '.join(fault for fault in faults if fault) or 'fine'}]",
+        ]
+    lines.append(
         f"{good} of 4 end by themselves, in the language asked, without repetition{mark(good > 2)}"
     )
-    print(f"\nTalk to it: python chat.py --model {DEMO / 'dpo' / 'final'}")
+    return lines
+
+
+def cut(text: str, columns: int) -> str:
+    """A text in one line of at most so many columns of a terminal, where Chinese takes two."""
+    text, width = " / ".join(text.split("\n")), 0
+    for place, char in enumerate(text):
+        width += 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        if width > columns:
+            return text[:place] + " ..."
+    return text
+
+
+def transcript(name: str) -> str:
+    """The report as the block that stands in the READMEs."""
+    lines = (line.rstrip() for line in report(name, quick=False, columns=100).splitlines())
+    return "\n".join(["```", *lines, "```"])
+
+
+def write_readmes(block: str) -> None:
+    """Put the block between the marks of each README.
+
+    Raises UserError where one of them lacks its marks; nothing is written then.
+    """
+    texts = {path: path.read_text(encoding="utf-8") for path in READMES}
+    for path, text in texts.items():
+        if not (text.count(BEGIN) == text.count(END) == 1 and text.index(BEGIN) < text.index(END)):
+            raise UserError(f"{path} needs one line {BEGIN} and after it one line {END}")
+        before, after = text.split(BEGIN)[0], text.split(END)[1]
+        texts[path] = f"{before}{BEGIN}\n{block}\n{END}{after}"
+    for path, text in texts.items():
+        write_atomically(path, text)
+
+
+def finished_name() -> str:
+    """The name of the model of a finished demo; raises UserError where none is there."""
+    files = [DEMO / "identity.txt", DEMO / "dpo" / "report.json"]
+    files += [DEMO / stage / "final" / "model.safetensors" for stage in STAGES]
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"no finished demo: {path} is not there. Run `make demo` first.")
+    return files[0].read_text(encoding="utf-8").splitlines()[0]
 
 
 def main() -> None:
-    """Run the demo."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run the demo, or show what came of it."""
+    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.add_argument("--name", default="小智", help="what the model calls itself")
     parser.add_argument("--author", default="我", help="who it says made it")
     parser.add_argument("--quick", action="store_true", help="six steps a stage, for a test")
+    parser.add_argument(
+        "--transcript", action="store_true",
+        help="train nothing: print the end of the finished demo as a Markdown block",
+    )  # fmt: skip
+    parser.add_argument(
+        "--write-readme", action="store_true", help="the same, written into the READMEs"
+    )
     options = parser.parse_args()
+    if options.transcript or options.write_readme:
+        try:
+            block = transcript(finished_name())
+            print(block)
+            if options.write_readme:
+                write_readmes(block)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        return
     prepare(options.name, options.author)
     for stage in STAGES:
         train(stage, options.quick)
-    summary(options.name, options.quick)
+    print(f"\n{report(options.name, options.quick)}")
+    print(f"\nTalk to it: python chat.py --model {DEMO / 'dpo' / 'final'}")
 
 
 if __name__ == "__main__":

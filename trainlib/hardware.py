@@ -179,7 +179,7 @@ def measured_precision(cache_file: Path, matmul: str) -> str:
     Kept, so that two runs on a machine agree. The key is what can change the answer.
     """
     threads = torch.get_num_threads()
-    key = f"{_cpu_name()} torch {torch.__version__} threads {threads} matmul {matmul}"
+    key = f"{cpu_name()} torch {torch.__version__} threads {threads} matmul {matmul}"
     try:
         known = json.loads(cache_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -221,7 +221,8 @@ def best_time(action: Callable[[], object], budget: float) -> float:
     return min(times)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor as its maker calls it, with the number of cores."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

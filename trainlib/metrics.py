@@ -133,6 +133,23 @@ class MetricsLog:
         self._log.flush()
 
 
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl; figures that were not finite are left out of theirs."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{name: v for name, v in json.loads(line).items() if v is not None} for line in lines]
+
+
+def minutes_trained(rows: list[dict[str, float]]) -> list[float]:
+    """Minutes of training at each line of read_metrics, start, evaluations and writing apart."""
+    minutes, tokens, found = 0.0, 0.0, []
+    for row in rows:
+        if TRAIN_SPEED in row:
+            minutes += (row[TRAIN_TOKENS] - tokens) / row[TRAIN_SPEED] / 60
+            tokens = row[TRAIN_TOKENS]
+        found.append(minutes)
+    return found
+
+
 def newly_passed(value: float, yardsticks: dict[str, float], passed: list[str]) -> dict[str, str]:
     """Yardsticks that a value lies below for the first time, with the words for it.
 
