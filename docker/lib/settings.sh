@@ -256,6 +256,8 @@ env_block() {
 COMPOSE_FILE=$files
 COMPOSE_PATH_SEPARATOR=:
 COMPOSE_PROJECT_NAME=$project
+# Of docker-compose 1: on a slow disk a container of this size takes more than its 60 s.
+COMPOSE_HTTP_TIMEOUT=600
 TRAIN_LLM_CONTAINER=$container
 TRAIN_LLM_IMAGE=$image
 GPU_PROFILE=$profile_chosen
