@@ -1,0 +1,101 @@
+"""Protects what a finished demo shows: its transcript in the READMEs, and the picture's points."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import plot_demo
+from tools import demo
+from trainlib.errors import UserError
+
+
+def test_a_text_is_cut_to_columns_where_chinese_takes_two():
+    assert demo.cut("short", 5) == "short"
+    assert demo.cut("你好，世界", 10) == "你好，世界"
+    assert demo.cut("你好，世界", 9) == "你好，世 ..."
+    assert demo.cut("a\nb", 20) == "a / b"
+
+
+def test_the_block_replaces_what_stands_between_the_marks(tmp_path, monkeypatch):
+    files = (tmp_path / "README.md", tmp_path / "README.zh-CN.md")
+    monkeypatch.setattr(demo, "READMES", files)
+    for path in files:
+        path.write_text(f"{path.name}\n{demo.BEGIN}\nold\n{demo.END}\nafter\n", encoding="utf-8")
+    for _ in range(2):
+        demo.write_readmes("```\nnew\n```")
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert text == f"{path.name}\n{demo.BEGIN}\n```\nnew\n```\n{demo.END}\nafter\n"
+
+
+def test_a_readme_without_marks_leaves_both_as_they_were(tmp_path, monkeypatch):
+    good, bad = tmp_path / "README.md", tmp_path / "README.zh-CN.md"
+    monkeypatch.setattr(demo, "READMES", (good, bad))
+    good.write_text(f"{demo.BEGIN}\nold\n{demo.END}\n", encoding="utf-8")
+    bad.write_text(f"{demo.END}\nold\n{demo.BEGIN}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"README\.zh-CN\.md needs one line"):
+        demo.write_readmes("new")
+    assert "old" in good.read_text(encoding="utf-8")
+
+
+def test_without_a_finished_demo_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "DEMO", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo", "--transcript"])
+    with pytest.raises(SystemExit, match=r"no finished demo: .*identity\.txt"):
+        demo.main()
+
+
+def write_run(folder: Path, rows: list[dict], yardsticks: dict | None = None) -> None:
+    folder.mkdir(parents=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    if yardsticks:
+        (folder / "yardsticks.json").write_text(json.dumps(yardsticks), encoding="utf-8")
+
+
+def write_demo(folder: Path) -> None:
+    """Three stages with figures that can be reckoned by hand."""
+
+    def step(number: int, tokens: int, speed: float, **figures: float | None) -> dict:
+        named = {f"train/{name}": value for name, value in figures.items()}
+        return {"step": number, "train/tokens": tokens, "train/tokens_per_second": speed, **named}
+
+    write_run(folder / "pretrain", [
+        {"step": 0, "val/bits_per_byte": 3.8},
+        step(10, 600, 10, bits_per_byte=3.0), step(20, 3000, 20, bits_per_byte=None),
+        {"step": 20, "val/bits_per_byte": 2.4},
+    ], {"uniform": 3.9, "bigram": 2.5})  # fmt: skip
+    write_run(folder / "sft", [step(10, 600, 10, bits_per_byte=2.0),
+                               {"step": 10, "val/bits_per_byte": 2.2}])  # fmt: skip
+    write_run(folder / "dpo", [step(10, 60, 1, reward_accuracy=0.7),
+                               {"step": 10, "val/reward_accuracy": 0.6}])  # fmt: skip
+
+
+def test_stages_follow_each_other_in_minutes_of_training(tmp_path):
+    write_demo(tmp_path)
+    pretrain, sft, dpo = plot_demo.read_curves(tmp_path)
+    assert pretrain.train == [(1.0, 3.0)]  # The figure that was not finite is left out.
+    assert pretrain.val == [(0.0, 3.8), (3.0, 2.4)]
+    assert pretrain.yardsticks == {"uniform": 3.9, "bigram": 2.5} and sft.yardsticks == {}
+    assert (sft.begin, sft.end, sft.train) == (3.0, 4.0, [(4.0, 2.0)])
+    assert dpo.val == [(5.0, 0.6)]
+
+
+def test_labels_do_not_lie_on_each_other():
+    assert plot_demo.spread([3.9, 3.5, 3.4, 2.0], 0.25) == [3.9, 3.5, 3.25, 2.0]
+
+
+def test_the_picture_names_stages_and_yardsticks(tmp_path):
+    pytest.importorskip("matplotlib")
+    write_demo(tmp_path)
+    pictures = [tmp_path / "one.svg", tmp_path / "two.svg"]
+    for picture in pictures:
+        plot_demo.draw(plot_demo.read_curves(tmp_path), picture)
+    one, two = (picture.read_text(encoding="utf-8") for picture in pictures)
+    assert one == two  # Drawn again, it does not change.
+    for text in ("pretraining", "fine-tuning", "preference optimisation", "uniform 3.90", "2.40"):
+        assert f">{text}<" in one, text
