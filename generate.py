@@ -225,9 +225,7 @@ def sample_texts(
     texts = []
     for prompt in prompts:
         ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
-        texts.append(
-            prompt + tokenizer.decode(list(generate(model, ids, sampling, tokenizer.stop_ids)))
-        )
+        texts.append(prompt + tokenizer.decode(_all_ids(model, tokenizer, ids, sampling)))
     return texts
 
 
@@ -238,9 +236,17 @@ def sample_answers(
     texts = []
     for question in questions:
         ids = render_prompt(tokenizer, [{"role": "user", "content": question}])
-        answer = list(generate(model, ids, sampling, tokenizer.stop_ids))
-        texts.append(f"{question}\n{tokenizer.decode(answer)}")
+        texts.append(f"{question}\n{tokenizer.decode(_all_ids(model, tokenizer, ids, sampling))}")
     return texts
+
+
+def _all_ids(
+    model: Transformer, tokenizer: Tokenizer, ids: list[int], sampling: Sampling
+) -> list[int]:
+    """All that a model which may be in training, and compiled, goes on with."""
+    # A compiled layer would be compiled anew for each length of the cache, and give up at eight.
+    with torch.compiler.set_stance("force_eager"):
+        return list(generate(model, ids, sampling, tokenizer.stop_ids))
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:

@@ -18,10 +18,10 @@ IGNORE_INDEX = -100
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of -log p(label) in nats over the positions under the loss, in fp32.
 
-    Shapes: logits (B, T, V); labels (B, T), already shifted, IGNORE_INDEX where no loss.
+    Shapes: logits (..., V); labels (...), already shifted, IGNORE_INDEX where no loss.
     """
     return F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
 
 
@@ -30,11 +30,11 @@ def sequence_log_probs(
 ) -> Tensor:
     """Log-probability of each document's supervised tokens, in nats.
 
-    Shapes: logits (B, T, V); labels, document_ids (B, T) -> (C,) with C = num_documents; padding
+    Shapes: logits (..., V); labels, document_ids (...) -> (C,) with C = num_documents; padding
     has document ids from num_documents on and is left out.
     """
     token_log_probs = -F.cross_entropy(
-        logits.flatten(0, 1).float(),
+        logits.flatten(0, -2).float(),
         labels.flatten(),
         ignore_index=IGNORE_INDEX,
         reduction="none",

@@ -245,16 +245,17 @@ class Transformer(nn.Module):
         *,
         mask: Tensor | None = None,
         cache: Cache | None = None,
+        select: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Logits of the next token at each position.
+        """Logits of the next token at each position, or where `select` says.
 
         Without document_ids (and without a mask of one's own) a row is one document. Boundaries
         say what document_ids say, for the varlen kernel.
 
         Shapes: input_ids, position_ids, document_ids (B, T), boundaries int32 (documents + 1,) ->
         (B, T, vocab_size), or (B, 1, vocab_size) with last_only; mask bool (B, 1, T, S), True =
-        attend.
+        attend; select bool (B, T) -> (selected, vocab_size).
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -264,6 +265,8 @@ class Transformer(nn.Module):
         elif document_ids is not None:
             mask = document_mask(document_ids)
         hidden_BTD = self.model(input_ids, position_ids, mask, cache)
+        if select is not None:
+            hidden_BTD = hidden_BTD[select]
         return self.lm_head(hidden_BTD[:, -1:] if last_only else hidden_BTD)
 
 

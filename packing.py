@@ -12,12 +12,11 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from batch import Batch
 from losses import IGNORE_INDEX
 from token_cache import TokenCache
 from trainlib.batches import Place
@@ -100,11 +99,19 @@ class PackedDataset:
         self._length, self._id = np.concatenate(lengths), np.concatenate(sequence_ids)
         self._record = np.concatenate(records)
         if not len(self._length):
-            names = ", ".join(str(cache.path) for cache in self.caches)
-            raise UserError(
-                f"{names}: none of {sum(self.num_dropped.values())} rows fits "
-                f"{row_length} positions. Raise sequence_length."
+            raise UserError(self._nothing_left())
+
+    def _nothing_left(self) -> str:
+        names = ", ".join(str(cache.path) for cache in self.caches)
+        if not self.num_dropped:
+            return (
+                f"{names}: all rows are held out for validation, as too few of them differ. "
+                "Add rows, or name other files by data.val_files."
             )
+        return (
+            f"{names}: none of {sum(self.num_dropped.values())} rows fits "
+            f"{self.row_length} positions. Raise sequence_length."
+        )
 
     def _cut_long(
         self, cache: TokenCache, index: np.ndarray, start: np.ndarray, length: np.ndarray
@@ -172,9 +179,11 @@ class PackedDataset:
         }
 
     def _plan(self, epoch: int) -> Plan:
-        if epoch not in self._plans:
-            self._plans = {epoch: self._make_plan(epoch)}  # One epoch is kept.
-        return self._plans[epoch]
+        plan = self._plans.get(epoch)
+        if plan is None:
+            plan = self._make_plan(epoch)
+            self._plans = {epoch: plan}  # One epoch is kept; the loader's thread asks too.
+        return plan
 
     def _make_plan(self, epoch: int) -> Plan:
         if self.num_units < STORED_UNITS:
@@ -355,42 +364,3 @@ def pack_best_fit(lengths: np.ndarray, row_length: int) -> list[list[int]]:
         with_space[space - size].append(row)
         spaces |= 1 << (space - size)
     return rows
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch; shapes (B, T) except sequence_ids (C,), one an entry of document_ids.
-
-    boundaries are where documents begin and end in the rows laid end to end, int32, the last one
-    repeated. document_ids count through the whole micro-batch; padding has ids from C on. Of a
-    preference pair p, document 2p is chosen and 2p + 1 rejected. num_targets is what a step's loss
-    is divided by: labels under the loss, or pairs. num_bytes counts the text behind the labels.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    position_ids: Tensor
-    document_ids: Tensor
-    boundaries: Tensor
-    sequence_ids: Tensor
-    num_targets: int
-    num_bytes: int
-    num_tokens: int
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """The model's keywords."""
-        return {
-            "input_ids": self.input_ids,
-            "position_ids": self.position_ids,
-            "document_ids": self.document_ids,
-            "boundaries": self.boundaries,
-        }
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return Batch(**moved)

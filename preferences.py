@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 from collections import defaultdict
 from typing import Any
 
@@ -33,7 +34,8 @@ TIE_NATS = 1e-3
 def batch_log_probs(model: nn.Module, batch: Batch) -> Tensor:
     """Log-probability of the last answer of each document of a batch, in nats; shape (C,)."""
     logits = model(**batch.inputs)
-    return sequence_log_probs(logits, batch.labels, batch.document_ids, len(batch.sequence_ids))
+    labels, documents = batch.selected(batch.labels), batch.selected(batch.document_ids)
+    return sequence_log_probs(logits, labels, documents, len(batch.sequence_ids))
 
 
 def reference_log_probs(
@@ -47,7 +49,8 @@ def reference_log_probs(
     everything = [datasets.train, *datasets.val.values()]
     last = everything[-1]
     values = np.full(last.first_sequence_id + last.num_sequences, np.nan, np.float32)
-    digest = hashlib.sha256(datasets.data_key.encode())
+    how = f"{datasets.data_key} {run.hardware.precision} {datasets.train.row_length}"
+    digest = hashlib.sha256(how.encode())
     for packed in everything:
         digest.update(packed.selection)
     for parameter in model.parameters():
@@ -79,7 +82,7 @@ def reference_log_probs(
     log.info("reference: %d answers computed, %d from the cache", known - before, before)
     if known > before and run.ranks.first:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp.npy")
+        partial = path.with_suffix(f".{os.getpid()}.npy")
         np.save(partial, values)
         partial.replace(path)
     return torch.from_numpy(values).to(run.hardware.device)

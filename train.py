@@ -56,7 +56,7 @@ class PretrainConfig(RunConfig):
 
 def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:
     """Sum of -log p over the labels; in bits per byte of text it compares across vocabularies."""
-    loss_sum = cross_entropy_sum(model(**batch.inputs), batch.labels)
+    loss_sum = cross_entropy_sum(model(**batch.inputs), batch.selected(batch.labels))
     return loss_sum, {"bits_per_byte": (loss_sum / math.log(2), batch.num_bytes)}
 
 

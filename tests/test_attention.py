@@ -126,13 +126,15 @@ def test_what_a_release_calls_causal():
     assert varlen_keywords(varlen.varlen_attn)  # And the installed one is of a known kind.
 
 
-@pytest.mark.parametrize("found", [2.5, float("nan"), RuntimeError("no kernel image")])
+@pytest.mark.parametrize(
+    "found", [(2.5, 1.0), (2.0, 5.0), (float("nan"), 1.0), RuntimeError("no kernel image")]
+)
 def test_a_kernel_that_fails_or_disagrees_is_left_out(found, caplog):
     hardware, model = Hardware(torch.device("cpu"), "bf16", "varlen", False, 1), Transformer(SIZES)
 
     def try_out():
         if model.attention == "masked":
-            return 2.0
+            return 2.0, 1.0
         if isinstance(found, Exception):
             raise found
         return found
@@ -143,5 +145,5 @@ def test_a_kernel_that_fails_or_disagrees_is_left_out(found, caplog):
 
 def test_a_kernel_that_agrees_is_used():
     hardware, model = Hardware(torch.device("cpu"), "bf16", "varlen", False, 1), Transformer(SIZES)
-    assert try_attention(hardware, model, lambda: 2.0).attention == "varlen"
+    assert try_attention(hardware, model, lambda: (2.0, 1.0)).attention == "varlen"
     assert model.attention == "varlen"

@@ -9,7 +9,7 @@ from datetime import datetime
 
 import pytest
 
-from trainlib.control import Clock, Control, Requests, seconds_until
+from trainlib.control import Clock, Control, Requests, moment
 from trainlib.optim import OptimConfig, Schedule
 from trainlib.ranks import Ranks
 
@@ -120,9 +120,10 @@ def test_time_spent_before_a_resume_counts(time):
 
 def test_a_deadline_is_the_next_such_time():
     now = datetime(2026, 3, 1, 22, 0)
-    assert seconds_until("23:30", now) == 5400
-    assert seconds_until("21:30", now) == 23.5 * 3600
-    assert seconds_until("2026-03-02T22:00", now) == 86400
-    for wrong in ("2026-02-28T22:00", "25:00", "soon"):
+    assert moment("23:30", now) == datetime(2026, 3, 1, 23, 30)
+    assert moment("21:30", now) == datetime(2026, 3, 2, 21, 30)
+    assert moment("2026-02-28T22:00", now) == datetime(2026, 2, 28, 22)  # launch refuses it.
+    for wrong in ("25:00", "soon"):
         with pytest.raises(ValueError, match=f"deadline={wrong}"):
-            seconds_until(wrong, now)
+            moment(wrong, now)
+    assert Clock(deadline="2026-02-28T22:00").left() < 0

@@ -87,9 +87,16 @@ def test_packed_rows_equal_documents_alone(tmp_path, tokenizer):
     for parameter in model.parameters():  # Zero residual projections would hide everything.
         torch.nn.init.normal_(parameter, std=0.7)
     batch = data.collate(all_rows(data), data.num_rows())
-    loss = cross_entropy_sum(model(**batch.inputs), batch.labels)
+    loss = cross_entropy_sum(model(**batch.inputs), batch.selected(batch.labels))
     loss.backward()
     together = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    # The output matrix is asked only where labels are; asked everywhere it gives the same.
+    everywhere = cross_entropy_sum(model(**{**batch.inputs, "select": None}), batch.labels)
+    everywhere.backward()
+    for part, parameter in zip(together, model.parameters(), strict=True):
+        torch.testing.assert_close(part, parameter.grad, rtol=1e-4, atol=1e-5 * float(part.norm()))
+    assert abs(float(everywhere.detach()) / float(loss.detach()) - 1) < 1e-6
     model.zero_grad()
     total = 0.0
     for document in range(len(batch.sequence_ids)):

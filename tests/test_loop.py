@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from trainlib.batches import Place
+from trainlib.batches import Place, StepBatch, StepLoader
 from trainlib.checkpoint import Checkpoints
 from trainlib.control import Clock
 from trainlib.errors import UserError
+from trainlib.files import lock_folder, refuse_if_locked
 from trainlib.loop import Display
 from trainlib.metrics import cut_back
 from trainlib.optim import OptimConfig, Schedule, build_optimizers
@@ -144,3 +146,55 @@ def test_metrics_are_cut_back_to_the_saved_step(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     cut_back(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_another_precision_brings_its_own_loss_scale(tmp_path):
+    model, optimizers = new_model()
+    run = new_run(tmp_path)
+    save(run, model, optimizers, SCHEDULE, TrainState(step=1))
+    save(run, model, optimizers, SCHEDULE, TrainState(step=2, loss_scale=4.0))
+    run.checkpoints.join()
+    for step, precision, expected in ((1, "fp16", 2.0**16), (2, "bf16", 1.0), (2, "fp16", 4.0)):
+        again = new_run(tmp_path, tmp_path / f"step_{step:06d}")
+        again.hardware.precision = precision
+        assert restore(again, model, optimizers, SCHEDULE, Loader()).loss_scale == expected
+
+
+def test_the_scale_of_fp16_never_becomes_that_of_fp32():
+    state, batch = TrainState(loss_scale=4.0), StepBatch([], 1, 1, Place())
+    for _ in range(3):
+        state.advance(batch, False)
+    assert state.loss_scale == 2.0 and state.bad_steps == 2
+
+
+class TwoRows:
+    """A data set of two rows."""
+
+    row_length = 1
+
+    def rows(self, position):
+        for row in range(position.row, 2):
+            yield row, Place(position.epoch + 1) if row else Place(position.epoch, 1)
+
+    def num_rows(self, epoch=0):
+        return 2
+
+    def collate(self, rows, num_rows):
+        return rows
+
+    def count(self, rows):
+        return len(rows), len(rows)
+
+
+def test_a_place_beyond_the_data_goes_on_with_the_next_epoch():
+    loader = StepLoader(TwoRows(), tokens_per_step=2, micro_batch_size=2)
+    loader.seek(Place(0, 7))
+    assert next(loader).after == Place(2, 0)
+
+
+def test_a_folder_is_trained_in_by_one_process(tmp_path):
+    descriptor = lock_folder(tmp_path)
+    with pytest.raises(UserError, match="another process is training there"):
+        refuse_if_locked(tmp_path)
+    os.close(descriptor)
+    refuse_if_locked(tmp_path)

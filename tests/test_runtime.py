@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,19 @@ def test_compile_fails_without_a_compiler_and_says_so(place):
     broken = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(place / "inductor")}
     out = run(place, "out_dir=must", "compile=on", "max_steps=2", code=1, env=broken.items())
     assert "compile=on, but compiling failed" in out and "Traceback" not in out
+
+
+@pytest.mark.slow
+def test_a_compiled_run_evaluates_and_samples(place):
+    """Generation meets a new length at each token, which compiled layers must not see."""
+    if shutil.which("g++") is None:
+        pytest.skip("compiling wants g++")
+    out = run(place, "out_dir=compiled", "compile=on", "max_steps=4", "eval_every_steps=2")
+    assert "compiled in" in out
+    run(place, "out_dir=plain", "compile=off", "max_steps=4", "eval_every_steps=2")
+    for ours, theirs in zip(metrics(place / "compiled"), metrics(place / "plain"), strict=True):
+        for name in ("train/loss", "val/loss"):
+            assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-3)
 
 
 def wait_for_step(folder, step, process):

@@ -99,6 +99,9 @@ class StepLoader(Generic[BatchT]):
         while len(rows) < self.rows_per_step and (
             not self.epochs or not rows or position.epoch < self.epochs
         ):
+            if position.row >= self.dataset.num_rows(position.epoch):
+                # A place beyond the end, which a run on other data left behind.
+                position = Place(position.epoch + 1)
             for row, after in self.dataset.rows(position):
                 rows.append(row)
                 position = after

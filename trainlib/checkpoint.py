@@ -220,6 +220,11 @@ def load_optimizer_tensors(
         if not full_name[0].isdigit():
             continue
         index, name, key = full_name.split("/")
+        if int(index) >= len(optimizers):
+            raise UserError(
+                "the checkpoint was written by other optimizers (optim.name). Start a new run from"
+                " its weights with init_from=FOLDER, or keep optim.name."
+            )
         parameter = parameters[name]
         if isinstance(value, Tensor) and (key != "step" or parameter in counts_on_device):
             value = value.to(parameter.device)

@@ -29,30 +29,23 @@ class Requests:
     """The step with which the run shall end, its rate falling from now on."""
 
 
-def seconds_until(deadline: str, now: datetime | None = None) -> float:
-    """Seconds to `23:30` (its next occurrence) or `2026-01-31T08:00`, in local time.
+def moment(deadline: str, now: datetime | None = None) -> datetime:
+    """What `23:30` (the next such time) or `2026-01-31T08:00` means, in local time.
 
-    Raises ValueError for another form, and for a moment that has passed.
+    Raises ValueError for another form.
     """
     now = now or datetime.now()
     try:
-        clock = datetime.strptime(deadline, "%H:%M").time()
-        then = datetime.combine(now.date(), clock)
-        if then <= now:
-            then += timedelta(days=1)
+        then = datetime.combine(now.date(), datetime.strptime(deadline, "%H:%M").time())
+        return then if then > now else then + timedelta(days=1)
     except ValueError:
-        try:
-            then = datetime.fromisoformat(deadline)
-        except ValueError:
-            raise ValueError(
-                f"deadline={deadline} must be a time like 23:30 or 2026-01-31T08:00"
-            ) from None
-        then = then.astimezone().replace(tzinfo=None) if then.tzinfo else then
-        if then <= now:
-            raise ValueError(
-                f"deadline={deadline} has passed; it is {now:%Y-%m-%dT%H:%M}"
-            ) from None
-    return (then - now).total_seconds()
+        pass
+    try:
+        then = datetime.fromisoformat(deadline)
+    except ValueError:
+        form = f"deadline={deadline} must be a time like 23:30 or 2026-01-31T08:00"
+        raise ValueError(form) from None
+    return then.astimezone().replace(tzinfo=None) if then.tzinfo else then
 
 
 class Clock:
@@ -61,7 +54,9 @@ class Clock:
     def __init__(self, max_hours: float = 0, deadline: str = "") -> None:
         self._begin, self.earlier = time.monotonic(), 0.0
         self._max_seconds = max_hours * 3600
-        self._ends = self._begin + seconds_until(deadline) if deadline else 0.0
+        self._ends: float | None = None
+        if deadline:
+            self._ends = self._begin + (moment(deadline) - datetime.now()).total_seconds()
         self._first: tuple[int, float] | None = None
 
     def seconds(self) -> float:
@@ -70,7 +65,7 @@ class Clock:
 
     def left(self) -> float | None:
         """Seconds to the end; None for a run whose length is no time."""
-        if self._ends:
+        if self._ends is not None:
             return self._ends - time.monotonic()
         return self._max_seconds - self.seconds() if self._max_seconds else None
 

@@ -6,3 +6,6 @@ class UserError(ValueError):
 
     Entry points print it without a traceback and exit with code 1.
     """
+
+    told = False
+    """Whether the first of several ranks prints it, so that the others need not."""

@@ -5,10 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from trainlib.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks, and goes without.
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file beside its place, to the disk, then rename it into place."""
-    beside = path.with_name(f".{path.name}.writing")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
     with beside.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
@@ -42,3 +51,27 @@ def move_aside(folder: Path) -> Path:
 def cache_dir() -> Path:
     """Where everything that can be made again is kept."""
     return Path(os.environ.get("TRAIN_LLM_CACHE_DIR", ".cache"))
+
+
+def lock_folder(folder: Path) -> int:
+    """Claim a folder for this process until it ends; returns the lock's open descriptor.
+
+    Raises UserError where another process holds it.
+    """
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise UserError(
+                f"{folder}: another process is training there. Wait for it, stop it (it saves"
+                " first), or train elsewhere with out_dir=NEW."
+            ) from None
+    return descriptor
+
+
+def refuse_if_locked(folder: Path) -> None:
+    """Raise UserError where another process trains in a folder; writes nothing."""
+    if (folder / LOCK).exists():
+        os.close(lock_folder(folder))

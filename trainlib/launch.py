@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -16,10 +17,18 @@ import yaml
 from torch import nn
 
 from trainlib.checkpoint import Checkpoints
-from trainlib.config import HARDWARE_KEYS, load_config, recipe, resolved, write_run_yaml
-from trainlib.control import Clock, seconds_until
+from trainlib.config import (
+    HARDWARE_KEYS,
+    load_config,
+    provenance,
+    recipe,
+    resolved,
+    with_value,
+    write_run_yaml,
+)
+from trainlib.control import Clock, moment
 from trainlib.errors import UserError
-from trainlib.files import cache_dir, move_aside
+from trainlib.files import cache_dir, lock_folder, move_aside, refuse_if_locked, write_atomically
 from trainlib.hardware import choose_hardware, find_facts, measured_precision, read_table
 from trainlib.help import help_text
 from trainlib.metrics import MetricsLog
@@ -116,7 +125,7 @@ class RunConfig:
                             f"{' and '.join(given) or 'none'}")  # fmt: skip
         if self.deadline:
             try:
-                seconds_until(self.deadline)
+                moment(self.deadline)
             except ValueError as error:
                 problems.append(str(error).replace(";", ","))  # "; " stands between problems.
         return problems
@@ -167,13 +176,14 @@ def launch(
             return
         only_prepare = "--prepare-only" in argv
         argv = [argument for argument in argv if argument != "--prepare-only"]
-        config = load_config(cls, argv, default_file)
+        config = fix_deadline(load_config(cls, argv, default_file))
         datasets = prepare(config)
         if only_prepare:
             print("the token caches are ready")
         elif not inside_ranks() and (count := number_of_ranks(config)) > 1:
             log.info("starting %d ranks, one a process (ranks=1 stops that)", count)
-            sys.exit(start_ranks(count))
+            fixed = [f"deadline={config.deadline}"] if config.deadline else []
+            sys.exit(start_ranks(count, fixed))
         else:
             main(config, datasets)
     except torch.OutOfMemoryError as error:
@@ -185,9 +195,28 @@ def launch(
     except UserError as error:
         if first:
             print(f"error: {error}", file=sys.stderr)
+        elif not error.told:
+            print(f"error of rank {os.environ['RANK']}: {error}", file=sys.stderr)
         sys.exit(1)
     finally:
         leave_ranks()
+
+
+def fix_deadline(config: ConfigT) -> ConfigT:
+    """A clock time to a date, before minutes of preparation can move it to the next day.
+
+    Raises UserError for a moment that has passed.
+    """
+    if not config.deadline or inside_ranks():
+        return config
+    then, now = moment(config.deadline), datetime.now()
+    if then <= now:
+        text = (
+            f"deadline={config.deadline} has passed; it is {now:%Y-%m-%dT%H:%M}. Give a later one."
+        )
+        raise UserError(text)
+    source = f"{provenance(config)['deadline']}: {config.deadline}"
+    return with_value(config, "deadline", then.isoformat(timespec="seconds"), source)
 
 
 def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> Run:
@@ -199,10 +228,6 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
     folder = Path(config.out_dir)
     ranks = join_ranks(config.device)
 
-    def claim() -> Path | None:
-        return _claim(folder, config, data_key)
-
-    resume_from = first_decides(ranks, claim)
     choice = choose_hardware(
         find_facts(),
         read_table(),
@@ -212,17 +237,27 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
         micro_batch_size=config.micro_batch_size,
         row_length=row_length,
     )
+
+    def claim() -> tuple[Path | None, int | None]:
+        refuse_if_locked(folder)
+        step_folder = _claim(folder, config, data_key)
+        folder.mkdir(parents=True, exist_ok=True)
+        return step_folder, lock_folder(folder)
+
+    resume_from, _ = first_decides(ranks, claim)
     if choice.precision == "measure":
         precision = first_decides(ranks, lambda: _precision(folder, resume_from, choice.matmul))
         choice = replace(choice, precision=precision)
     hardware = use_hardware(choice, ranks.local)
     torch.manual_seed(config.seed)
     if ranks.first:
-        folder.mkdir(parents=True, exist_ok=True)
+        if resume_from is not None and resume_from.parent.resolve() == folder.resolve():
+            # What is saved next comes after this one, whatever else lies there.
+            write_atomically(folder / "latest", resume_from.name)
         # The precision as chosen, for a resume must go on with it.
         write_run_yaml(resolved(config, precision=choice.precision), folder / "run.yaml")
         identity = json.dumps({"recipe": recipe(config), "data": data_key}, ensure_ascii=False)
-        (folder / "identity.json").write_text(identity, encoding="utf-8")
+        write_atomically(folder / "identity.json", identity)
     log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
     checkpoints = Checkpoints(folder, config.keep_checkpoints, ranks.first)
     clock = Clock(config.max_hours, config.deadline)

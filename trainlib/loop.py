@@ -88,21 +88,22 @@ def fit(
                     f"on end. Lower optim.*_lr, or look at the data. The last checkpoint is kept."
                 )
             requests = control.poll(state.step, schedule)
-            stopping = requests.stop
             if requests.finish is not None:
                 schedule.begin_decay(state.step, requests.finish)
                 display.show_decay()
             end = schedule.reached(state.step)
+            stopping = requests.stop and not end  # Asked in its last step, a run ends as planned.
             if not stopping and due(state.step, run.config.eval_every_steps, schedule):
                 look()
             if requests.save or stopping or run.checkpoints.due(
                 state.step, run.config.save_every_steps
             ) or end:  # fmt: skip
                 save(run, model, optimizers, schedule, state)
-    run.checkpoints.join()
-    finished = schedule.reached(state.step)
-    if finished:
-        run.checkpoints.write_final(model)
+        # Before the signals get their old meaning back: a second one must not end the writing.
+        run.checkpoints.join()
+        finished = schedule.reached(state.step)
+        if finished:
+            run.checkpoints.write_final(model)
     display.summary(finished)
     run.metrics.close()
     return finished and run.ranks.first
@@ -118,12 +119,13 @@ def warm_up(run: Run, model: nn.Module, loss_fn: LossFunction, loader: StepLoade
     batch = next(loader).micro_batches[0].to(run.hardware.device)
     loader.seek(Place())
 
-    def try_out() -> float:
+    def try_out() -> tuple[float, float]:
         with run.hardware.autocast():
             loss, _ = loss_fn(model, batch)
         loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         model.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss), float(norm)
 
     if run.hardware.attention != "masked":
         run.hardware = try_attention(run.hardware, model, try_out)
@@ -271,7 +273,7 @@ class Display:
         self.bar.close()
 
     def _reset(self) -> None:
-        self.begin, self.tokens, self.waited = time.perf_counter(), 0, 0.0
+        self.begin, self.tokens, self.waited, self.steps = time.perf_counter(), 0, 0.0, 0
 
     def wait_for(self, loader: StepLoader) -> StepBatch:
         """The next step's data, the time for it counted."""
@@ -284,6 +286,7 @@ class Display:
         """Take note of a step; write a line when one is due."""
         step = self.state.step
         self.tokens += batch.num_tokens
+        self.steps += 1
         self.bar.update(1)
         if not (step % self.run.config.log_every_steps == 0 or self.schedule.reached(step)):
             return
@@ -301,7 +304,7 @@ class Display:
         }
         left = self.run.clock.left()
         if left is None and self.schedule.num_steps is not None:
-            left = (self.schedule.num_steps - step) * seconds / self.run.config.log_every_steps
+            left = (self.schedule.num_steps - step) * seconds / self.steps
         text = (
             f"step {step} loss {result.loss:.4f} lr {lr:.2e} grad_norm {result.grad_norm:.2f} "
             f"tokens/s {self.tokens / seconds:,.0f} mfu {mfu:.1%} wait {self.waited / seconds:.1%} "

@@ -160,7 +160,6 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
         ]
     else:
         strong = {"params": matrices, "lr": config.adamw_lr, "weight_decay": config.weight_decay}
-        gentle["lr"] = min(config.embedding_lr, config.adamw_lr)
         optimizers = [AdamW([strong, gentle], betas=betas, fused=True)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from trainlib.errors import UserError
 
 T = TypeVar("T")
 
+PARENT = "TRAIN_LLM_PARENT"
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others: rank 0 alone writes, samples and reads the clock."""
 
@@ -89,6 +91,8 @@ def join_ranks(device: str) -> Ranks:
     if not inside_ranks() or int(os.environ["WORLD_SIZE"]) == 1:
         return Ranks()
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if PARENT in os.environ:
+        threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     if device in ("auto", "cuda") and torch.cuda.is_available():
         card = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(card)
@@ -96,6 +100,13 @@ def join_ranks(device: str) -> Ranks:
     else:
         dist.init_process_group("gloo", timeout=PATIENCE)
     return Ranks(rank, count)
+
+
+def _end_with(parent: int) -> None:
+    """Save and stop when the process that started the ranks is gone: nobody could end them."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def leave_ranks() -> None:
@@ -112,8 +123,10 @@ def first_decides(ranks: Ranks, action: Callable[[], T]) -> T:
             outcome = (action(), None)
         except UserError as error:
             outcome = (None, error)
+    # What the first rank tells, the others need not tell again.
     value, failure = ranks.from_first(outcome)
     if failure is not None:
+        failure.told = True
         raise failure
     return value
 
@@ -133,8 +146,8 @@ def number_of_ranks(config: Any) -> int:
     return config.ranks or max(1, cards)
 
 
-def start_ranks(count: int) -> int:
-    """Run this very command as `count` ranks of this host and return their exit code.
+def start_ranks(count: int, more: list[str]) -> int:
+    """Run this very command, and `more` words, as `count` ranks of this host: their exit code.
 
     What torchrun does, but for signals: its agent kills the ranks 30 seconds after a SIGTERM and
     then fails, whereas here a signal is passed on, the ranks save and end, and the code is theirs.
@@ -144,6 +157,7 @@ def start_ranks(count: int) -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared[PARENT] = str(os.getpid())
     if "OMP_NUM_THREADS" not in os.environ:
         # Otherwise each rank takes all cores, and they stand in each other's way.
         shared["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
@@ -161,7 +175,7 @@ def start_ranks(count: int) -> int:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
             ranks.append(
                 subprocess.Popen(
-                    [sys.executable, *sys.argv],
+                    [sys.executable, *sys.argv, *more],
                     env={**os.environ, **shared, **own},
                     # A Ctrl-C of the terminal reaches this process, which passes it on once.
                     start_new_session=True,

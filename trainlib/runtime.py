@@ -58,6 +58,8 @@ def compile_layers(
     """
     log.info("compiling the layers, once; a minute on a CPU the first time, seconds from a cache")
     begin = time.perf_counter()
+    # Boundaries of documents come in a few lengths, with and without gradients: each is a variant.
+    torch._dynamo.config.recompile_limit = 64
     for layer in layers:
         layer.compile(fullgraph=True, dynamic=False)
     try:
@@ -77,20 +79,20 @@ def compile_layers(
     return hardware
 
 
-def try_attention(hardware: Hardware, model: nn.Module, try_out: Callable[[], float]) -> Hardware:
-    """Use the chosen attention kernel if it works here and agrees with the masked one to 1 %.
+def try_attention(
+    hardware: Hardware, model: nn.Module, try_out: Callable[[], tuple[float, float]]
+) -> Hardware:
+    """Use the chosen attention kernel if it works here and agrees with the masked one to 2 %.
 
-    `try_out` gives the loss of a micro-batch; returns the hardware as it is then used.
+    `try_out` gives loss and gradient norm of a micro-batch; the norm, for in a fresh model o_proj
+    is zero, and the loss does not depend on attention. Returns the hardware as it is then used.
     """
     expected = try_out()
     model.attention = hardware.attention  # type: ignore[assignment]
     try:
         found = try_out()
-        reason = (
-            ""
-            if abs(found - expected) <= 0.01 * abs(expected)
-            else (f"its loss is {found:.4g}, that of the masked kernel {expected:.4g}")
-        )
+        agrees = all(abs(f - e) <= 0.02 * abs(e) for f, e in zip(found, expected, strict=True))
+        reason = "" if agrees else f"loss and gradient {found}, by the masked kernel {expected}"
     except Exception as error:  # noqa: BLE001  # A kernel can refuse a card in many ways.
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     if reason:

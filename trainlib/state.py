@@ -17,6 +17,7 @@ from trainlib.optim import Schedule
 
 log = logging.getLogger(__name__)
 FIRST_SCALE, SCALE_STEPS = 2.0**16, 2000  # Of an fp16 loss, as torch's GradScaler has them.
+LEAST_SCALE = 2.0  # Of an fp16 loss; 1 is that of the other precisions, and stays.
 
 
 @dataclass
@@ -49,9 +50,9 @@ class TrainState:
         self.step += 1
         self.tokens += batch.num_tokens
         self.position = batch.after
-        if self.loss_scale > 1 and not finite:
+        if self.loss_scale > LEAST_SCALE and not finite:
             # Too large a scale is no fault of the data: this is how its size is found.
-            self.loss_scale, self.scaled_steps = max(1.0, self.loss_scale / 2), 0
+            self.loss_scale, self.scaled_steps = self.loss_scale / 2, 0
             return
         self.bad_steps = 0 if finite else self.bad_steps + 1
         self.scaled_steps += 1
@@ -96,6 +97,9 @@ def restore(
     state = TrainState(**saved["train"])
     state.position = Place(*state.position)
     loader.seek(state.position)
+    if (run.hardware.precision == "fp16") != (state.loss_scale > 1):
+        # Begun on a card of another kind.
+        state.loss_scale = FIRST_SCALE if run.hardware.precision == "fp16" else 1.0
     schedule.restore(tuple(state.decay) if state.decay else None)  # type: ignore[arg-type]
     run.clock.earlier = state.seconds
     torch.set_rng_state(tensors["rng/cpu"])
