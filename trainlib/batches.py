@@ -53,6 +53,12 @@ class StepBatch(Generic[BatchT]):
     after: Place
 
 
+def deal(rows_per_step: int, micro_batch_size: int, num_ranks: int) -> tuple[int, int]:
+    """As few micro-batches of each rank as hold a step's rows, and the rows of each of them."""
+    num_micro = -(-rows_per_step // (max(1, micro_batch_size) * num_ranks))
+    return num_micro, -(-rows_per_step // (num_micro * num_ranks))
+
+
 class StepLoader(Generic[BatchT]):
     """Deals a data set's rows to optimizer steps, the next one made in a thread meanwhile.
 
@@ -72,8 +78,7 @@ class StepLoader(Generic[BatchT]):
     ) -> None:
         self.dataset, self.epochs, self.ranks = dataset, epochs, ranks
         self.rows_per_step = max(1, tokens_per_step // dataset.row_length)
-        num_micro = -(-self.rows_per_step // (max(1, micro_batch_size) * ranks.count))
-        self.micro_batch_rows = -(-self.rows_per_step // (num_micro * ranks.count))
+        _, self.micro_batch_rows = deal(self.rows_per_step, micro_batch_size, ranks.count)
         self.position = Place()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._next: Future[StepBatch[BatchT]] | None = None

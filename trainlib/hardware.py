@@ -80,8 +80,8 @@ def read_table(path: Path = TABLE) -> list[HardwareRow]:
     return [
         HardwareRow(
             row["profile"],
-            _capability(row["min_capability"]),
-            _capability(row["max_capability"]),
+            capability(row["min_capability"]),
+            capability(row["max_capability"]),
             int(row["min_mib"]),
             int(row["micro_batch_size"]),
             row["precision"],
@@ -91,7 +91,8 @@ def read_table(path: Path = TABLE) -> list[HardwareRow]:
     ]
 
 
-def _capability(text: str) -> tuple[int, int] | None:
+def capability(text: str) -> tuple[int, int] | None:
+    """A compute capability as the tables write it; "-" is none."""
     if text == "-":
         return None
     major, minor = text.split(".")

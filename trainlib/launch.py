@@ -32,6 +32,7 @@ from trainlib.files import cache_dir, lock_folder, move_aside, refuse_if_locked,
 from trainlib.hardware import choose_hardware, find_facts, measured_precision, read_table
 from trainlib.help import help_text
 from trainlib.metrics import MetricsLog
+from trainlib.plan import WANTED, PlanRequest, plan_request, without_device
 from trainlib.ranks import (
     Ranks,
     first_decides,
@@ -151,6 +152,8 @@ class Run:
     """What val/bits_per_byte is held against, by name."""
     flops_per_token: float = 0.0
     """Floating-point operations of training on one token (trainlib/mfu.py)."""
+    plan: PlanRequest | None = None
+    """What to print instead of training, if a plan is wanted."""
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -174,13 +177,15 @@ def launch(
             named = [Path(word) for word in argv if word.endswith((".yaml", ".yml"))]
             print(help_text(cls, Path(sys.argv[0]).name, stage, (named or [default_file])[0]))
             return
+        wanted, argv = plan_request(argv)
+        WANTED.set(wanted)
         only_prepare = "--prepare-only" in argv
         argv = [argument for argument in argv if argument != "--prepare-only"]
         config = fix_deadline(load_config(cls, argv, default_file))
         datasets = prepare(config)
         if only_prepare:
             print("the token caches are ready")
-        elif not inside_ranks() and (count := number_of_ranks(config)) > 1:
+        elif wanted is None and not inside_ranks() and (count := number_of_ranks(config)) > 1:
             log.info("starting %d ranks, one a process (ranks=1 stops that)", count)
             fixed = [f"deadline={config.deadline}"] if config.deadline else []
             sys.exit(start_ranks(count, fixed))
@@ -220,18 +225,18 @@ def fix_deadline(config: ConfigT) -> ConfigT:
 
 
 def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> Run:
-    """Claim the run's folder and choose the hardware.
+    """Claim the run's folder and choose the hardware; for a plan the folder is left alone.
 
     Raises UserError where the folder holds a finished run or one of another recipe or other data;
     nothing is written then.
     """
-    folder = Path(config.out_dir)
+    folder, wanted = Path(config.out_dir), WANTED.get()
     ranks = join_ranks(config.device)
 
     choice = choose_hardware(
-        find_facts(),
+        wanted.facts() if wanted else find_facts(),
         read_table(),
-        device=config.device,
+        device="cuda" if wanted and wanted.card else config.device,
         precision=config.precision,
         compile_=config.compile,
         micro_batch_size=config.micro_batch_size,
@@ -244,13 +249,16 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
         folder.mkdir(parents=True, exist_ok=True)
         return step_folder, lock_folder(folder)
 
-    resume_from, _ = first_decides(ranks, claim)
+    resume_from, _ = (None, None) if wanted else first_decides(ranks, claim)
     if choice.precision == "measure":
         precision = first_decides(ranks, lambda: _precision(folder, resume_from, choice.matmul))
         choice = replace(choice, precision=precision)
-    hardware = use_hardware(choice, ranks.local)
+    if wanted and not wanted.here:
+        hardware = without_device(choice)
+    else:
+        hardware = use_hardware(choice, ranks.local)
     torch.manual_seed(config.seed)
-    if ranks.first:
+    if ranks.first and not wanted:
         if resume_from is not None and resume_from.parent.resolve() == folder.resolve():
             # What is saved next comes after this one, whatever else lies there.
             write_atomically(folder / "latest", resume_from.name)
@@ -258,10 +266,13 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
         write_run_yaml(resolved(config, precision=choice.precision), folder / "run.yaml")
         identity = json.dumps({"recipe": recipe(config), "data": data_key}, ensure_ascii=False)
         write_atomically(folder / "identity.json", identity)
-    log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
+    if not wanted:
+        log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
     checkpoints = Checkpoints(folder, config.keep_checkpoints, ranks.first)
     clock = Clock(config.max_hours, config.deadline)
-    return Run(config, stage, folder, hardware, checkpoints, ranks, clock, resume_from)
+    run = Run(config, stage, folder, hardware, checkpoints, ranks, clock, resume_from)
+    run.plan = wanted
+    return run
 
 
 def prepare_model(

@@ -13,6 +13,7 @@ import time
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from trainlib.runtime import DTYPES
 
@@ -34,6 +35,19 @@ def flops_per_token(model: nn.Module, attended: float) -> float:
     matrices = sum(m.in_features * m.out_features for m in linear.values())
     queries = sum(m.out_features for name, m in linear.items() if name.endswith("q_proj"))
     return 6 * matrices + 12 * queries * attended
+
+
+def update_flops(optimizers: list[Optimizer]) -> float:
+    """Floating-point operations of Muon's Newton-Schulz in one step; AdamW's are no products.
+
+    Each of its steps on a matrix of m x n, m <= n, takes two products of 2 m m n and one of 2 m^3.
+    """
+    muons = [o for o in optimizers if isinstance(o, torch.optim.Muon)]
+    total = 0.0
+    for group in (group for muon in muons for group in muon.param_groups):
+        for small, large in (sorted(p.shape) for p in group["params"]):
+            total += group["ns_steps"] * (4 * small**2 * large + 2 * small**3)
+    return total
 
 
 @functools.cache
