@@ -28,7 +28,14 @@ from trainlib.config import (
 )
 from trainlib.control import Clock, moment
 from trainlib.errors import UserError
-from trainlib.files import cache_dir, lock_folder, move_aside, refuse_if_locked, write_atomically
+from trainlib.files import (
+    LOCK,
+    cache_dir,
+    lock_folder,
+    move_aside,
+    refuse_if_locked,
+    write_atomically,
+)
 from trainlib.hardware import choose_hardware, find_facts, measured_precision, read_table
 from trainlib.help import help_text
 from trainlib.metrics import MetricsLog
@@ -298,6 +305,11 @@ def _precision(folder: Path, resume_from: Path | None, matmul: str) -> str:
     return measured_precision(cache_dir() / "hardware.json", matmul)
 
 
+def _occupied(folder: Path) -> bool:
+    """Whether a folder holds more than a lock."""
+    return folder.exists() and any(path.name != LOCK for path in folder.iterdir())
+
+
 def _claim(folder: Path, config: RunConfig, data_key: str) -> Path | None:
     """The step folder to go on from, or None for a fresh start in a free folder."""
     if config.resume not in ("auto", "never"):
@@ -305,14 +317,14 @@ def _claim(folder: Path, config: RunConfig, data_key: str) -> Path | None:
         if not (step_folder / "train_state.json").is_file():
             raise UserError(f"resume={step_folder} is no step folder (it has no train_state.json)")
         inside = step_folder.resolve().parent == folder.resolve()
-        if (folder / "final").is_dir() or not inside and folder.exists() and any(folder.iterdir()):
+        if (folder / "final").is_dir() or not inside and _occupied(folder):
             raise UserError(
                 f"{folder} holds a run already, which resume={step_folder} would overwrite; "
                 "give another folder by out_dir=NEW"
             )
         return step_folder
     identity_file = folder / "identity.json"
-    if not folder.exists() or not any(folder.iterdir()):
+    if not _occupied(folder):
         return None
     if config.resume == "never":
         log.info("moved the run that was in %s to %s", folder, move_aside(folder))
