@@ -38,7 +38,9 @@ class Batch:
         On a CPU the output matrix is half of a small model's work, and of a conversation a third
         has no label.
         """
-        return self.labels != IGNORE_INDEX if self.labels.device.type == "cpu" else None
+        # A tensor without content, as --plan has them, has no values to count.
+        real = self.labels.device.type == "cpu" and type(self.labels) is Tensor
+        return self.labels != IGNORE_INDEX if real else None
 
     def selected(self, values: Tensor) -> Tensor:
         """Labels or document_ids in the order of the model's logits."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,7 @@ from trainlib.batches import Place, StepBatch, StepLoader
 from trainlib.checkpoint import Checkpoints
 from trainlib.control import Clock
 from trainlib.errors import UserError
-from trainlib.files import lock_folder, refuse_if_locked
+from trainlib.files import lock_folder, refuse_if_locked, release_folders
 from trainlib.loop import Display
 from trainlib.metrics import cut_back
 from trainlib.optim import OptimConfig, Schedule, build_optimizers
@@ -193,8 +192,8 @@ def test_a_place_beyond_the_data_goes_on_with_the_next_epoch():
 
 
 def test_a_folder_is_trained_in_by_one_process(tmp_path):
-    descriptor = lock_folder(tmp_path)
+    lock_folder(tmp_path)
     with pytest.raises(UserError, match="another process is training there"):
         refuse_if_locked(tmp_path)
-    os.close(descriptor)
+    release_folders()
     refuse_if_locked(tmp_path)

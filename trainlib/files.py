@@ -13,6 +13,8 @@ except ImportError:  # Windows has no such locks, and goes without.
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+HELD: list[int] = []
+"""Descriptors of the locks that this process holds."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -53,8 +55,14 @@ def cache_dir() -> Path:
     return Path(os.environ.get("TRAIN_LLM_CACHE_DIR", ".cache"))
 
 
-def lock_folder(folder: Path) -> int:
-    """Claim a folder for this process until it ends; returns the lock's open descriptor.
+def release_folders() -> None:
+    """Give up every folder that this process holds."""
+    while HELD:
+        os.close(HELD.pop())
+
+
+def lock_folder(folder: Path) -> None:
+    """Claim a folder for this process, until release_folders or its end.
 
     Raises UserError where another process holds it.
     """
@@ -68,10 +76,11 @@ def lock_folder(folder: Path) -> int:
                 f"{folder}: another process is training there. Wait for it, stop it (it saves"
                 " first), or train elsewhere with out_dir=NEW."
             ) from None
-    return descriptor
+    HELD.append(descriptor)
 
 
 def refuse_if_locked(folder: Path) -> None:
     """Raise UserError where another process trains in a folder; writes nothing."""
     if (folder / LOCK).exists():
-        os.close(lock_folder(folder))
+        lock_folder(folder)
+        os.close(HELD.pop())

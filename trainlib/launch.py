@@ -34,6 +34,7 @@ from trainlib.files import (
     lock_folder,
     move_aside,
     refuse_if_locked,
+    release_folders,
     write_atomically,
 )
 from trainlib.hardware import choose_hardware, find_facts, measured_precision, read_table
@@ -211,6 +212,7 @@ def launch(
             print(f"error of rank {os.environ['RANK']}: {error}", file=sys.stderr)
         sys.exit(1)
     finally:
+        release_folders()
         leave_ranks()
 
 
@@ -250,13 +252,14 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
         row_length=row_length,
     )
 
-    def claim() -> tuple[Path | None, int | None]:
+    def claim() -> Path | None:
         refuse_if_locked(folder)
         step_folder = _claim(folder, config, data_key)
         folder.mkdir(parents=True, exist_ok=True)
-        return step_folder, lock_folder(folder)
+        lock_folder(folder)
+        return step_folder
 
-    resume_from, _ = (None, None) if wanted else first_decides(ranks, claim)
+    resume_from = None if wanted else first_decides(ranks, claim)
     if choice.precision == "measure":
         precision = first_decides(ranks, lambda: _precision(folder, resume_from, choice.matmul))
         choice = replace(choice, precision=precision)
