@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from losses import IGNORE_INDEX
 
@@ -39,7 +40,7 @@ class Batch:
         has no label.
         """
         # A tensor without content, as --plan has them, has no values to count.
-        real = self.labels.device.type == "cpu" and type(self.labels) is Tensor
+        real = self.labels.device.type == "cpu" and detect_fake_mode(self.labels) is None
         return self.labels != IGNORE_INDEX if real else None
 
     def selected(self, values: Tensor) -> Tensor:

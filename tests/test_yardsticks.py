@@ -151,7 +151,7 @@ def test_a_uniform_model_scores_the_uniform_line(kind, max_rows, data, tokenizer
             return torch.zeros(*input_ids.shape, tokenizer.vocab_size)
 
     datasets = with_yardsticks(data(kind, val_max_rows=max_rows), tokenizer)
-    hardware = Hardware(torch.device("cpu"), "fp32", False, 3)
+    hardware = Hardware(torch.device("cpu"), "fp32", "masked", False, 3)
     run = SimpleNamespace(hardware=hardware, ranks=ALONE)
     metrics = validate(run, Uniform(), loss_fn, datasets.val)
     assert metrics["bits_per_byte"] == pytest.approx(datasets.yardsticks["uniform"], rel=1e-6)
