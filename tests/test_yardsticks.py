@@ -147,8 +147,8 @@ def test_a_uniform_model_scores_the_uniform_line(kind, max_rows, data, tokenizer
     from train import loss_fn
 
     class Uniform(torch.nn.Module):
-        def forward(self, input_ids, **_):
-            return torch.zeros(*input_ids.shape, tokenizer.vocab_size)
+        def forward(self, input_ids, select, **_):
+            return torch.zeros(*input_ids.shape, tokenizer.vocab_size)[select]
 
     datasets = with_yardsticks(data(kind, val_max_rows=max_rows), tokenizer)
     hardware = Hardware(torch.device("cpu"), "fp32", "masked", False, 3)
