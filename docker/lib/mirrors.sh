@@ -36,16 +36,14 @@ alive() {
   done
 }
 
-# choose_region MODE FILE: world or cn. auto asks the first address of "world" and, where that
-# is silent, the mirrors.
+# choose_region MODE FILE: world or cn. auto asks PyTorch's own index, which a build without a card
+# needs in any case, and, where that is silent, the mirrors.
 choose_region() {
   case "$1" in
     cn) echo cn ;;
     off) echo world ;;
     *)
-      local first
-      first=$(mirrors "$2" probe world | head -1)
-      if [ -n "$first" ] && ! answers "$first" && [ -n "$(alive "$2" pip cn | head -1)" ]; then echo cn; else echo world; fi
+      if [ -z "$(alive "$2" torch-cpu world)" ] && [ -n "$(alive "$2" pip cn | head -1)" ]; then echo cn; else echo world; fi
       ;;
   esac
 }
