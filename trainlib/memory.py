@@ -76,7 +76,17 @@ class _Tracker(TorchDispatchMode):
 
 
 class _NoContent(TorchFunctionMode):
-    """Gives 1 where the step reads one of its figures, which are not there to be read."""
+    """Answers what only the content could tell: figures are 1, and a mask selects everything.
+
+    So all positions are counted as if they had a label: on a card they are computed anyhow, and on
+    a CPU the step takes at most that.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return 1.0 if func is torch.Tensor.item else func(*args, **(kwargs or {}))
+        if func is Tensor.item:
+            return 1.0
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor):
+            values, index = args
+            if index.dtype == torch.bool:
+                return values.flatten(0, index.ndim - 1)
+        return func(*args, **(kwargs or {}))
