@@ -34,6 +34,13 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> None:
+    """An empty folder to work in, with caches of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
 def run_stage(monkeypatch) -> Iterator[Callable[..., int]]:
     """Run a stage's command line in this process; gives its exit code."""
     root = logging.getLogger()

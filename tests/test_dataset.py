@@ -24,6 +24,8 @@ from tokenizer.chat_format import render_conversation
 from trainlib.batches import Place
 from trainlib.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -32,12 +34,6 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
 
 
 def write(path, rows):

@@ -11,13 +11,9 @@ from dataset import DataConfig, load_datasets
 from tools import data_report, inspect_data
 from trainlib.batches import Place
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 GOLDEN = Path(__file__).parent / "golden"
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
 
 
 def write(path, rows):

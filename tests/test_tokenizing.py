@@ -25,13 +25,9 @@ from token_cache import build_cache, cache_dir
 from trainlib.batches import Place
 from trainlib.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
 
 
 def write(path, rows):
