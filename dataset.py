@@ -282,8 +282,8 @@ def _passes(
 ) -> list[float] | None:
     """How often each file is gone through in an epoch, so that shares of tokens are as weighted.
 
-    An epoch is as short as it can be with every row of every file in it: the group that is largest
-    for its weight is gone through once, the others are repeated.
+    An epoch is as short as it can be with every row of every file in the first one: the group that
+    is largest for its weight is gone through once, the others are repeated.
     """
     if not any(group.weight for group in groups):
         return None

@@ -40,8 +40,8 @@ class PackedDataset:
     that fits (a conversation, with too_long="cut"), or left out; the latter two are counted.
     Sequences are numbered from `first_sequence_id` on, over the selected records.
 
-    `passes` says how often each part is gone through in an epoch, at least once. A fraction is
-    another one in each epoch: over the epochs every unit of a part is used equally often.
+    `passes` says how often each part is gone through in an epoch, 1 or more. Of a fraction the next
+    epoch takes what follows: over the epochs every unit of a part is used equally often.
     """
 
     def __init__(
