@@ -7,6 +7,7 @@ tokenize_chunks   all chunks in order, a few at a time in other processes
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -131,13 +132,15 @@ def tokenize_chunks(todo: Iterator[Chunk], task: Task, source: Source) -> Iterat
     )
     running: deque[Future[Tokenized]] = deque()
     try:
-        for chunk in islice(todo, 2 * cores):
-            running.append(pool.submit(_in_process, chunk))
-        while running:
-            done = running.popleft().result()
-            for chunk in islice(todo, 1):
-                running.append(pool.submit(_in_process, chunk))
-            yield done
+        wanted = 2 * cores
+        while True:
+            for chunk in islice(todo, wanted):
+                with _interrupts_waiting():
+                    running.append(pool.submit(_in_process, chunk))
+            if not running:
+                return
+            yield running.popleft().result()
+            wanted = 1
     except BrokenProcessPool as error:
         raise UserError(
             f"{task.path}: a process that tokenizes was killed, perhaps for want of memory. "
@@ -145,6 +148,26 @@ def tokenize_chunks(todo: Iterator[Chunk], task: Task, source: Source) -> Iterat
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_waiting() -> Iterator[None]:
+    """Ctrl-C waits for the end of this: a pool starts its processes when it is given work.
+
+    Python drops an exception that comes up while a process forks, and the build went on; one that
+    came while the pool started left it waiting for ever.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Signals reach the main thread alone.
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def number_of_cores() -> int:

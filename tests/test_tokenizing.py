@@ -141,11 +141,12 @@ def test_two_processes_make_one_cache(tmp_path, tokenizer):
 
 
 def test_an_interrupted_build_leaves_no_cache(tmp_path):
-    path = write(tmp_path / "a.jsonl", numbered(400))
+    path = write(tmp_path / "a.jsonl", numbered(4000))
     process = start(path)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     while not list(cache_dir().glob("tokens/.making-*")) and process.poll() is None:
-        time.sleep(0.05)
+        time.sleep(0.005)
+    assert process.poll() is None, "it was made too soon to test anything"
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode and not list(cache_dir().glob("tokens/a-*"))
