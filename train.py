@@ -48,10 +48,15 @@ class PretrainConfig(RunConfig):
     """Optimizers and schedule."""
 
     def problems(self) -> list[str]:
-        """Those of every stage, and a second tokenizer."""
-        both = f"tokenizer={self.tokenizer} and init_from={self.init_from}"
-        second = [f"{both}: the model has a tokenizer of its own, so keep one"]
-        return super().problems() + (second if self.tokenizer and self.init_from else [])
+        """Those of every stage, a second tokenizer, and rows longer than the model is meant for."""
+        problems, longest = super().problems(), self.model.max_position_embeddings
+        if self.tokenizer and self.init_from:
+            both = f"tokenizer={self.tokenizer} and init_from={self.init_from}"
+            problems.append(f"{both}: the model has a tokenizer of its own, so keep one")
+        if not self.init_from and self.sequence_length > longest:
+            more = f"sequence_length={self.sequence_length} is more than"
+            problems.append(f"{more} model.max_position_embeddings={longest}: raise that too")
+        return problems
 
 
 def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:

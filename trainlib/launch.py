@@ -102,7 +102,7 @@ class RunConfig:
     tokens_per_step: int = 131072
     """Positions of one optimizer step."""
     sequence_length: int = 512
-    """Positions of a row; of DPO, of each of the two answers."""
+    """Positions of a row; of DPO half of one, which both answers of a pair share."""
     eval_every_steps: int = field(default=200, metadata=HOW)
     """Steps between evaluations; 0 = only at the start and the end."""
     save_every_steps: int = field(default=200, metadata=HOW)
@@ -136,7 +136,7 @@ class RunConfig:
             try:
                 moment(self.deadline)
             except ValueError as error:
-                problems.append(str(error).replace(";", ","))  # "; " stands between problems.
+                problems.append(str(error))
         return problems
 
 

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 PARENT = "TRAIN_LLM_PARENT"
 PATIENCE = timedelta(minutes=30)
-"""How long a rank waits for the others: rank 0 alone writes, samples and reads the clock."""
+"""How long a rank waits for the others: rank 0 alone writes and reads the clock."""
 
 
 @dataclass(frozen=True)
