@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from dataset import Batch, DataConfig, Datasets, load_datasets
 from hf_folder import load_model, load_tokenizer, model_files
 from preferences import TIE_NATS, batch_log_probs, format_report, reference_log_probs, report
+from trainlib.files import write_atomically
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
 from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate
 from trainlib.mfu import flops_per_token
 from trainlib.optim import OptimConfig, build_optimizers
+from worst_rows import write_worst_pairs
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +101,13 @@ def main(config: DPOConfig, datasets: Datasets) -> None:
     def evaluate() -> tuple[Metrics, list[str]]:
         return validate(run, model, look, datasets.val), []
 
-    if fit(run, model, optimizers, schedule, loss_fn, loader, evaluate):
+    def finish() -> None:
         table = report(run, model, datasets, reference, latest)
-        (run.folder / "report.json").write_text(json.dumps(table, indent=2), encoding="utf-8")
+        write_atomically(run.folder / "report.json", json.dumps(table, indent=2))
+        write_worst_pairs(run, tokenizer, datasets.val, config.beta * (latest - reference))
         log.info("%s", format_report(table))
+
+    if fit(run, model, optimizers, schedule, loss_fn, loader, evaluate, finish):
         log.info("next: python chat.py --model %s/final", run.folder)
 
 

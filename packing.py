@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,23 @@ STORED_UNITS = 500_000
 PLAN_LAYOUT = 1  # Counts up when the same data are packed in another way.
 KEPT_PLANS = 20
 Row = np.ndarray  # The numbers of the units that share a row.
+
+
+class Origin(NamedTuple):
+    """A record of a file."""
+
+    cache: TokenCache
+    record: int
+
+    @property
+    def line(self) -> int:
+        """Its line in the file, or its number in a file that has no lines; counted from 1."""
+        return int(self.cache.lines[self.record])
+
+    @property
+    def source(self) -> str:
+        """The kind that it names, empty without one."""
+        return self.cache.source(self.record)
 
 
 class PackedDataset:
@@ -171,10 +189,10 @@ class PackedDataset:
         """Which sequences are used, as bytes to hash."""
         return self._id.tobytes()
 
-    def sources(self) -> dict[int, str]:
-        """The source of every used unit, by the id of its (first) sequence."""
+    def origins(self) -> dict[int, Origin]:
+        """Where every used unit comes from, by the id of its (first) sequence."""
         return {
-            int(i): self.caches[f].source(r)
+            int(i): Origin(self.caches[f], int(r))
             for i, f, r in zip(self._id, self._file, self._record, strict=True)
         }
 

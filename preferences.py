@@ -10,6 +10,7 @@ import hashlib
 import logging
 import math
 import os
+import time
 from collections import defaultdict
 from typing import Any
 
@@ -61,7 +62,7 @@ def reference_log_probs(
     path = cache_dir() / "reference" / f"{digest.hexdigest()[:16]}.npy"
     if path.is_file():
         values = np.load(path)
-    before = np.isfinite(values).sum()
+    before, begin = np.isfinite(values).sum(), time.perf_counter()
 
     def fill(batch: Batch) -> None:
         ids = batch.sequence_ids.numpy()
@@ -82,7 +83,8 @@ def reference_log_probs(
     for theirs in run.ranks.gather(values):
         values = np.where(np.isnan(values), theirs, values)
     known = np.isfinite(values).sum()
-    log.info("reference: %d answers computed, %d from the cache", known - before, before)
+    log.info("reference: %d answers computed in %.1f s, %d from the cache", known - before,
+             time.perf_counter() - begin, before)  # fmt: skip
     if known > before and run.ranks.first:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.npy")
@@ -106,7 +108,7 @@ def report(
     error, the same on trained pairs, the policy's own preference (log-probability of chosen above
     that of rejected) before and after, and the best of three rules: longer, shorter, more overlap
     with the prompt. `latest` holds the policy's log-probabilities by sequence id, as far as they
-    are known; what is NaN there is computed.
+    are known; what is NaN there is computed, and filled in.
     """
     before, after = reference.cpu().numpy(), latest.cpu().numpy()
     held_out: dict[str, list[tuple[float, ...]]] = defaultdict(list)
@@ -115,6 +117,7 @@ def report(
         for name, packed in datasets.val.items():
             _measure(run, model, packed, before, after, name, held_out, math.inf)
         _measure(run, model, datasets.train, before, after, "", trained, 400)
+    latest.copy_(torch.from_numpy(after))
     table: dict[str, Any] = {}
     for kind, rows in sorted(held_out.items()):
         margin, own_before, own_after, longer, overlap = np.array(rows).T
@@ -165,7 +168,7 @@ def _measure(
     max_pairs: float,
 ) -> None:
     """Add (margin, own before, own after, length and overlap difference) of each pair by kind."""
-    kinds, count = packed.sources(), 0
+    origins, count = packed.origins(), 0
     for batch in micro_batches(packed, run.hardware.micro_batch_size):
         ids = batch.sequence_ids.numpy()
         if np.isnan(before[ids]).any():
@@ -178,7 +181,7 @@ def _measure(
         ratio = new - old
         lengths, overlaps = _trivial(batch)
         for pair in range(0, len(ids), 2):
-            kind = kinds[int(ids[pair])] or default_kind or "pairs"
+            kind = origins[int(ids[pair])].source or default_kind or "pairs"
             chosen, rejected = pair, pair + 1
             into[kind].append(
                 tuple(float(x[chosen] - x[rejected]) for x in (ratio, old, new, lengths, overlaps))

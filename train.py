@@ -24,6 +24,7 @@ from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
 from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate
 from trainlib.mfu import flops_per_token
 from trainlib.optim import OptimConfig, build_optimizers
+from worst_rows import write_worst_rows
 from yardsticks import with_yardsticks
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,10 @@ def main(config: PretrainConfig, datasets: Datasets) -> None:
         samples = sample_texts(model, tokenizer, PROMPTS, sampling)
         return validate(run, model, loss_fn, datasets.val), samples
 
-    if fit(run, model, optimizers, schedule, loss_fn, loader, evaluate):
+    def finish() -> None:
+        write_worst_rows(run, model, tokenizer, datasets.val)
+
+    if fit(run, model, optimizers, schedule, loss_fn, loader, evaluate, finish):
         log.info("next: python sft_train.py init_from=%s/final", run.folder)
 
 

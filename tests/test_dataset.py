@@ -185,7 +185,9 @@ def test_a_pair_stays_together_chosen_first(tmp_path, tokenizer):
         answer = batch.labels[here][batch.labels[here] >= 0].tolist()
         wanted = "yes" if number % 2 == 0 else "no"
         assert tokenizer.decode(answer) == wanted and document % 2 == number % 2
-    assert set(data.sources().values()) == {"kind"}
+    origins = data.origins()
+    assert {origin.source for origin in origins.values()} == {"kind"}
+    assert {origins[100 + 2 * i].line for i in range(9)} == set(range(1, 10))
 
 
 def test_what_does_not_fit_is_counted(tmp_path, tokenizer):

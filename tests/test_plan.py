@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from bench.allocated import allocated_peak
 from hf_folder import model_files
 from losses import cross_entropy_sum
 from model import ModelConfig, Transformer
@@ -54,23 +54,9 @@ def make_step(precision: str, rows: int, num_micro: int, length: int):
     return step
 
 
-def allocated_peak(model: torch.nn.Module, step) -> int:
-    """Most bytes that torch's CPU allocator held in a step, from the profiler's record."""
+def profiled_peak(model: torch.nn.Module, step) -> int:
     optimizers = build_optimizers(model, OptimConfig())
-    step(model, optimizers)
-    for optimizer in optimizers:
-        optimizer.zero_grad()  # What is freed under the profiler must be allocated under it.
-    moments = [v for o in optimizers for s in o.state.values() for v in s.values()]
-    held = [t for t in (*model.parameters(), *moments) if isinstance(t, torch.Tensor)]
-    before = sum(t.numel() * t.element_size() for t in held)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step(model, optimizers)
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return before + peak
+    return allocated_peak(model.parameters(), optimizers, lambda: step(model, optimizers))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +68,7 @@ def test_the_counted_peak_is_what_torch_allocates(sizes, precision, rows, num_mi
     before = {name: p.clone() for name, p in model.named_parameters()}
     counted = peak_bytes(model, OptimConfig(), step)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-    assert counted == pytest.approx(allocated_peak(model, step), rel=0.1)
+    assert counted == pytest.approx(profiled_peak(model, step), rel=0.1)
 
 
 def test_a_second_micro_batch_keeps_the_gradients_of_the_first():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -112,6 +115,28 @@ def test_a_run_leaves_what_it_promises(pretrained):
     assert not any(info.values())
 
 
+def test_worst_rows_are_those_of_the_held_out_that_transformers_finds_hardest(place, pretrained):
+    rows = [json.loads(x) for x in (pretrained / "worst_rows.jsonl").read_text().splitlines()]
+    texts = [json.loads(x)["text"] for x in (place / "a.jsonl").read_text().splitlines()]
+    model = transformers.AutoModelForCausalLM.from_pretrained(pretrained / "final").eval()
+    words = transformers.AutoTokenizer.from_pretrained(pretrained / "final")
+    assert rows and [r["bits_per_byte"] for r in rows] == sorted(
+        (r["bits_per_byte"] for r in rows), reverse=True
+    )
+    for row in rows:
+        text, bits = texts[row["line"] - 1], 0.0
+        ids = [0, *words(text)["input_ids"], 0]
+        for start in range(0, len(ids) - 1, 64):
+            piece = torch.tensor([ids[start : start + 65]])
+            with torch.no_grad():
+                logits = model(piece[:, :-1]).logits
+            loss = torch.nn.functional.cross_entropy(logits[0], piece[0, 1:], reduction="sum")
+            bits += float(loss) / math.log(2)
+        assert row["path"] == "a.jsonl" and row["bytes"] == len(text.encode())
+        assert row["bits_per_byte"] == pytest.approx(bits / row["bytes"], abs=2e-3)
+        assert row["text"].startswith("<|endoftext|>" + text[:20])
+
+
 def test_killed_at_any_step_it_ends_bit_identical(place, pretrained):
     process = subprocess.Popen(
         command("train.py", *pretrain("killed")), cwd=place, stdout=subprocess.DEVNULL,
@@ -195,6 +220,17 @@ def test_three_stages(place, pretrained):
     assert rows[1]["train/loss"] == pytest.approx(0.693147, abs=1e-4)
     assert rows[-1]["val/reward_accuracy"] > 0.8
     assert "kind of pair" in out and json.loads((place / "dpo/report.json").read_text())["kind"]
+    worst = [json.loads(x) for x in (place / "dpo/worst_rows.jsonl").read_text().splitlines()]
+    margins = [row["reward_margin"] for row in worst]
+    assert margins == sorted(margins) and worst[0]["path"] == "dpo.jsonl"
+    mean = sum(margins) / len(margins)
+    assert mean == pytest.approx(rows[-1]["val/reward_margin"], abs=1e-3)
+    answer = json.loads((place / "sft/worst_rows.jsonl").read_text().splitlines()[0])
+    assert f"q {answer['line'] - 1}" in answer["text"] and answer["bytes"] >= 32
+    shutil.rmtree(place / "dpo/final")
+    (place / "dpo/report.json").unlink()  # As a kill leaves it, before final/ is there.
+    run("dpo_train.py", *dpo, "data.val_fraction=0.1", cwd=place)
+    assert json.loads((place / "dpo/report.json").read_text())["kind"]
     again = run("dpo_train.py", *dpo, "out_dir=dpo2", "data.val_fraction=0.1", cwd=place)
     assert "reference: 0 answers computed" in again
 

@@ -55,10 +55,12 @@ def fit(
     loss_fn: LossFunction,
     loader: StepLoader,
     evaluate: Callable[[], tuple[Metrics, list[str]]],
+    finish: Callable[[], None],
 ) -> bool:
     """Train until the schedule is reached or somebody asks to stop.
 
-    `evaluate` gives the figures of validation and texts that the model wrote.
+    `evaluate` gives the figures of validation and texts that the model wrote; `finish` writes what
+    the trained model is reported by, in the first rank, before final/ says that all is there.
     Returns whether it was reached, to the one process that may say so and go on from there; not so
     where only a plan is wanted, which is printed instead.
     Raises UserError after MAX_BAD_STEPS steps on end without a finite gradient.
@@ -112,6 +114,9 @@ def fit(
         run.checkpoints.join()
         finished = schedule.reached(state.step)
         if finished:
+            display.close()
+            if run.ranks.first:
+                finish()
             run.checkpoints.write_final(model)
     display.summary(finished)
     run.metrics.close()
@@ -279,6 +284,10 @@ class Display:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it is: what comes after are lines."""
         self.bar.close()
 
     def _reset(self) -> None:

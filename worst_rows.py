@@ -1,0 +1,104 @@
+"""After a run, the validation rows that the model does worst on, by file and line.
+
+What stands at the top is either hard, or broken in a way that no parser sees: a table that lost
+its columns, another language, an answer to another question. The same faults are in the training
+rows, which come from the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from packing import Origin, PackedDataset
+from preferences import batch_log_probs
+from tokenizer import Tokenizer
+from trainlib.files import write_atomically
+from trainlib.launch import Run
+from trainlib.loop import micro_batches
+from trainlib.runtime import looking
+
+log = logging.getLogger(__name__)
+
+NUM_ROWS = 50
+MIN_BYTES = 32
+"""Bits per byte of fewer bytes say little: "OK." is a surprise, whatever the model is."""
+SHOWN_IDS = 64
+"""Of a row's text, so that it is known again."""
+
+
+def write_worst_rows(
+    run: Run, model: nn.Module, tokenizer: Tokenizer, val: dict[str, PackedDataset]
+) -> None:
+    """Write the NUM_ROWS rows with the most bits per byte to worst_rows.jsonl of the run.
+
+    Rows with fewer than MIN_BYTES bytes under the loss, and those that data.val_max_rows keeps
+    from being read, are left out.
+    """
+    id_bytes = torch.tensor([len(text) for text in tokenizer.id_to_bytes])
+    found: list[tuple[float, Origin, dict[str, float]]] = []
+    with looking(model):
+        for packed in val.values():
+            bits, num_bytes = (np.zeros(packed.num_sequences) for _ in range(2))
+            for batch in micro_batches(packed, run.hardware.micro_batch_size):
+                with run.hardware.autocast():
+                    log_probs = batch_log_probs(model, batch.to(run.hardware.device))
+                under_loss = batch.labels >= 0
+                sizes = torch.zeros(len(batch.sequence_ids), dtype=torch.int64).index_add(
+                    0, batch.document_ids[under_loss], id_bytes[batch.labels[under_loss]]
+                )
+                # A long document is several pieces, maybe of one batch.
+                own = batch.sequence_ids.numpy() - packed.first_sequence_id
+                np.add.at(bits, own, -log_probs.float().cpu().numpy() / math.log(2))
+                np.add.at(num_bytes, own, sizes.numpy())
+            for sequence_id, origin in packed.origins().items():
+                own_id = sequence_id - packed.first_sequence_id
+                if (size := num_bytes[own_id]) >= MIN_BYTES:
+                    ratio = bits[own_id] / size
+                    found.append((-ratio, origin, {"bits_per_byte": ratio, "bytes": int(size)}))
+    _write(run, tokenizer, found)
+
+
+def write_worst_pairs(
+    run: Run, tokenizer: Tokenizer, val: dict[str, PackedDataset], rewards: Tensor
+) -> None:
+    """Write the NUM_ROWS pairs with the smallest reward margin to worst_rows.jsonl of the run.
+
+    rewards are by sequence id, NaN where a sequence was not read; such pairs are left out.
+    """
+    values = rewards.cpu().numpy()
+    found = []
+    for packed in val.values():
+        for sequence_id, origin in packed.origins().items():
+            margin = float(values[sequence_id] - values[sequence_id + 1])
+            if math.isfinite(margin):
+                found.append((margin, origin, {"reward_margin": margin}))
+    _write(run, tokenizer, found)
+
+
+def _write(
+    run: Run, tokenizer: Tokenizer, found: list[tuple[float, Origin, dict[str, float]]]
+) -> None:
+    """Write the rows with the smallest first value, the worst one first."""
+    lines = []
+    for _, (cache, record), figures in sorted(found, key=lambda row: row[0])[:NUM_ROWS]:
+        origin = Origin(cache, record)
+        first = int(cache.offsets[record * (len(cache.offsets) - 1) // len(cache.lines)])
+        row = {
+            "path": str(cache.path),
+            "line": origin.line,
+            **{name: round(value, 4) for name, value in figures.items()},
+            "source": origin.source,
+            "text": tokenizer.show(cache.ids[first : first + SHOWN_IDS].tolist()),
+        }
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    path = run.folder / "worst_rows.jsonl"
+    write_atomically(path, "".join(lines))
+    if lines:
+        worst = json.loads(lines[0])
+        log.info("worst rows: %s, first %s line %d", path, worst["path"], worst["line"])
