@@ -1,23 +1,31 @@
 """One measured run of a peer: transformers.Trainer, trl.SFTTrainer or trl.DPOTrainer.
 
-    PEERS/bin/python bench/peers.py FIGURE --model DIR --data FILE [--steps N] [--matmul WORD]
+    PEERS/bin/python -m bench.peers FIGURE --model DIR --data FILE [...]
 
-Run by bench.training in an environment of its own (bench/requirements-peers.txt). The peer gets
-the same weights, tokenizer and rows, and otherwise its own defaults, but for logging and saving.
-Prints one JSON object: real tokens (or pairs) a second over the steps after the first two.
+    packed, padded, sft, dpo   {"per_second"}: real tokens (or pairs) over the steps but the first 2
+    loss                       {"bits_per_byte"} on --val after --minutes of training from nothing
+    evaluate                   {"bits_per_byte"} of the model itself on --data
+    memory                     {"peak"}: bytes of a step of 8 rows of 512
+
+Run by the other benchmarks in an environment of its own (bench/requirements-peers.txt). The peer
+gets the same weights, tokenizer and rows, and otherwise its own defaults, but for logging and
+saving. Prints one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
@@ -26,7 +34,9 @@ from transformers import (
     TrainingArguments,
 )
 
-ROWS, LENGTH, WARM = 8, 512, 2
+from bench.allocated import allocated_peak
+
+ROWS, LENGTH, WARM, POINTS = 8, 512, 2, 6
 
 
 class Clock(TrainerCallback):
@@ -65,31 +75,106 @@ def counting(collate: Any, seen: list[int], count: Any) -> Any:
     return wrapped
 
 
-def main() -> None:
-    """Measure one figure of one peer."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("figure", choices=["packed", "padded", "sft", "dpo"])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--matmul", default="highest", help="of torch.set_float32_matmul_precision")
-    options = parser.parse_args()
-    torch.set_float32_matmul_precision(options.matmul)
-    model = AutoModelForCausalLM.from_pretrained(options.model)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    tokenizer.pad_token = tokenizer.pad_token or "<|endoftext|>"
-    rows, clock, seen = read(options.data), Clock(), []
+def joined(tokenizer: Any, rows: list[dict]) -> list[list[int]]:
+    """As run_clm does: all texts in one, an end of text after each, cut, nothing padded."""
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    flat = [i for row in rows for i in (*tokenizer(row["text"])["input_ids"], end)]
+    return [flat[i : i + LENGTH] for i in range(0, len(flat) - LENGTH, LENGTH)]
+
+
+def bits_per_byte(model: Any, tokenizer: Any, rows: list[dict]) -> float:
+    """Of whole documents, each alone between two ends of text, cut into pieces of LENGTH."""
+    bits, num_bytes = 0.0, 0
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    model.eval()
+    with torch.no_grad():
+        for row in rows:
+            ids = [end, *tokenizer(row["text"])["input_ids"], end]
+            num_bytes += len(row["text"].encode())
+            for start in range(0, len(ids) - 1, LENGTH):
+                piece = torch.tensor([ids[start : start + LENGTH + 1]])
+                logits = model(piece[:, :-1]).logits
+                loss = torch.nn.functional.cross_entropy(logits[0], piece[0, 1:], reduction="sum")
+                bits += float(loss) / math.log(2)
+    return bits / num_bytes
+
+
+class Curve(TrainerCallback):
+    """Bits per byte at POINTS places of a run, by minutes of training alone."""
+
+    def __init__(self, measure: Callable[[Any], float], steps: int) -> None:
+        self.measure, self.every = measure, max(1, steps // POINTS)
+        self.points: list[tuple[float, float]] = []
+        self._trained, self._begin = 0.0, 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """The time before a step, its data read."""
+        self._begin = self._begin or time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Measure where it is time to; from there the clock begins anew."""
+        if state.global_step % self.every and state.global_step != state.max_steps:
+            return
+        self._trained += time.perf_counter() - self._begin
+        self.points.append((self._trained / 60, self.measure(more["model"])))
+        more["model"].train()
+        self._begin = 0.0
+
+
+def loss(options: argparse.Namespace, tokenizer: Any, rows: list[dict]) -> dict[str, Any]:
+    """Train from nothing for so many minutes, the number of steps taken from a trial's speed."""
+    data = Dataset.from_dict({"input_ids": joined(tokenizer, rows)})
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    val = read(options.val)
+
+    def train(steps: int, watch: TrainerCallback) -> None:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
+        more = {"learning_rate": options.rate, "warmup_steps": math.ceil(0.02 * steps)}
+        trainer = Trainer(model, TrainingArguments(**settings(steps, **more)), train_dataset=data,
+                          data_collator=collate, callbacks=[watch])  # fmt: skip
+        trainer.train()
+
+    clock = Clock()
+    train(12, clock)
+    a_step = (clock.ends[-1] - clock.ends[WARM - 1]) / (12 - WARM)
+    steps = max(1, round(options.minutes * 60 / a_step))
+    curve = Curve(lambda model: bits_per_byte(model, tokenizer, val), steps)
+    train(steps, curve)
+    minutes, value = curve.points[-1]
+    return {"bits_per_byte": value, "minutes": minutes, "tokens": steps * ROWS * LENGTH,
+            "curve": curve.points}  # fmt: skip
+
+
+def memory(model: Any) -> dict[str, int]:
+    """The most bytes of forward with labels, backward and AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    ids = torch.randint(100, 6000, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    model.train()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    return {"peak": allocated_peak(model.parameters(), [optimizer], step)}
+
+
+def throughput(
+    options: argparse.Namespace, model: Any, tokenizer: Any, rows: list[dict]
+) -> dict[str, float]:
+    """Real tokens or pairs a second."""
+    clock, seen = Clock(), []
     if options.figure in ("packed", "padded"):
-        ids = [tokenizer(row["text"])["input_ids"] for row in rows]
-        if options.figure == "packed":  # As run_clm does: joined and cut, nothing padded.
-            flat = [i for one in ids for i in one]
-            ids = [flat[i : i + LENGTH] for i in range(0, len(flat) - LENGTH, LENGTH)]
-        data = Dataset.from_dict({"input_ids": [one[:LENGTH] for one in ids]})
+        if options.figure == "packed":
+            ids = joined(tokenizer, rows)
+        else:
+            ids = [tokenizer(row["text"])["input_ids"][:LENGTH] for row in rows]
+        data = Dataset.from_dict({"input_ids": ids})
         collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
         trainer = Trainer(
             model, TrainingArguments(**settings(options.steps)), train_dataset=data,
-            data_collator=counting(collate, seen, lambda b: int(b["attention_mask"].sum())),
-            callbacks=[clock],
+            data_collator=counting(collate, seen, real_tokens), callbacks=[clock],
         )  # fmt: skip
     elif options.figure == "sft":
         from trl import SFTConfig, SFTTrainer
@@ -110,7 +195,7 @@ def main() -> None:
     trainer.train()
     seconds = clock.ends[-1] - clock.ends[WARM - 1]
     work = sum(seen[WARM : options.steps])
-    print(json.dumps({"per_second": work / seconds, "seconds": seconds, "work": work}))
+    return {"per_second": work / seconds, "seconds": seconds, "work": work}
 
 
 def real_tokens(batch: Any) -> int:
@@ -118,6 +203,35 @@ def real_tokens(batch: Any) -> int:
     if "attention_mask" in batch:
         return int(batch["attention_mask"].sum())
     return int(batch["input_ids"].numel())
+
+
+def main() -> None:
+    """Measure one figure of one peer."""
+    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
+    figures = ["packed", "padded", "sft", "dpo", "loss", "evaluate", "memory"]
+    parser.add_argument("figure", choices=figures)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--matmul", default="highest", help="of torch.set_float32_matmul_precision")
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--val", type=Path)
+    options = parser.parse_args()
+    torch.set_float32_matmul_precision(options.matmul)
+    model = AutoModelForCausalLM.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer.pad_token = tokenizer.pad_token or "<|endoftext|>"
+    rows = read(options.data)
+    if options.figure == "loss":
+        found: dict[str, Any] = loss(options, tokenizer, rows)
+    elif options.figure == "evaluate":
+        found = {"bits_per_byte": bits_per_byte(model, tokenizer, rows)}
+    elif options.figure == "memory":
+        found = memory(model)
+    else:
+        found = throughput(options, model, tokenizer, rows)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""What every benchmark shares: a run of ours, a run of a peer, and the record of a figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACE = ROOT / ".cache/bench/training"
+SAMPLE = ROOT / "dataset/sample"
+RECORDS = ROOT / "bench/records.jsonl"
+PEERS = ROOT / ".venv-peers"
+STAGES = {"train.py": "pretrain", "sft_train.py": "sft", "dpo_train.py": "dpo"}
+
+
+def run(script: str, data: Path, name: str, more: list[str], config: str = "") -> list[dict]:
+    """One run of a stage on the CPU into a fresh folder of that name; its lines of metrics."""
+    out_dir = PLACE / name
+    shutil.rmtree(out_dir, ignore_errors=True)
+    config = config or f"configs/{STAGES[script]}.yaml"
+    words = [config, f"out_dir={out_dir}", f"data.files={data}", "device=cpu",
+             "sequence_length=512", "save_every_steps=0", "eval_every_steps=0",
+             "log_every_steps=1", "data.val_max_rows=1"]  # fmt: skip
+    if script != "train.py":
+        words.append(f"init_from={PLACE / 'base/final'}")
+    done = subprocess.run([sys.executable, script, *words, *more], cwd=ROOT, text=True,
+                          capture_output=True, check=False)  # fmt: skip
+    if done.returncode:
+        sys.exit(f"{script} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    (out_dir / "stdout.txt").write_text(done.stdout + done.stderr)
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").open()]
+
+
+def base(config: str = "configs/pretrain.yaml") -> Path:
+    """A model of a config after one step, as a folder; made once."""
+    name = "base" if config == "configs/pretrain.yaml" else f"base_{Path(config).stem}"
+    if not (PLACE / name / "final").is_dir():
+        PLACE.mkdir(parents=True, exist_ok=True)
+        more = ["max_steps=1", "tokens_per_step=512"]
+        run("train.py", SAMPLE / "pretrain.jsonl", name, more, config)
+    return PLACE / name / "final"
+
+
+def peer(python: Path, figure: str, data: Path, model: Path, *more: str) -> dict[str, Any]:
+    """What a run of a peer prints, in the environment that lies in `python`."""
+    command = [str(python / "bin/python"), "-m", "bench.peers", figure, "--data", str(data),
+               "--model", str(model), *more]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    if done.returncode:
+        sys.exit(f"the peer failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def record(figure: str, values: list[float], aim: str, **more: object) -> None:
+    """Print a figure, the median and range of its repeats, and append it to records.jsonl."""
+    ordered = sorted(values)
+    middle = statistics.median(ordered) if ordered else None
+    spread = f"{middle:.3g} ({ordered[0]:.3g} to {ordered[-1]:.3g})" if ordered else "not reached"
+    print(f"{figure:<24} {spread}   wanted: {aim}", flush=True)
+    row = {"figure": figure, "median": middle, "values": values, "aim": aim, **more, **machine()}
+    with RECORDS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def machine() -> dict[str, object]:
+    """Where and when a record was made."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, check=False).stdout.strip()  # fmt: skip
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "date": time.strftime("%Y-%m-%d"), "commit": commit, "torch": torch.__version__,
+        "cpu": names[0] if names else platform.processor(), "threads": torch.get_num_threads(),
+    }  # fmt: skip

@@ -1,0 +1,108 @@
+"""How long until the loss that transformers.Trainer reaches in its budget: same data, model, cores.
+
+    python -m bench.time_to_loss --peers .venv-peers [--minutes 5] [--config FILE] [--rates A,B,C]
+
+1. The peer trains the model of --config with its AdamW for --minutes, once for each learning rate
+   (linear decay, 2 % warm-up, rows joined and cut as run_clm does); its best validation counts.
+2. Ours, the stage script with its own recipe, trains for a quarter of that time, and if that was
+   enough for an eighth.
+
+The validation text is the same documents for both, each alone in its row; the peer's bits per byte
+are computed with transformers, ours are those of metrics.jsonl, and our final/ is held to them
+by the peer's own evaluation. Time is training time: start and evaluations are left out for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bench.common import PEERS, PLACE, SAMPLE, base, peer, record, run
+from trainlib.metrics import VAL_BITS_PER_BYTE, minutes_trained, read_metrics
+
+VAL_BYTES = 30_000
+"""Of each validation file of the sample."""
+
+
+def main() -> None:
+    """Measure, and print one line a run."""
+    parser = argparse.ArgumentParser(prog="python -m bench.time_to_loss", description=__doc__)
+    parser.add_argument("--peers", type=Path, default=PEERS)
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--config", default="configs/tiny_pretrain.yaml")
+    parser.add_argument("--rates", default="1e-3,3e-3,6e-3")
+    options = parser.parse_args()
+    val = validation()
+    start = base(options.config)  # The peer draws its own weights for that model.
+    theirs = []
+    for rate in options.rates.split(","):
+        found = peer(options.peers, "loss", SAMPLE / "pretrain.jsonl", start, "--val", str(val),
+                     "--rate", rate, "--minutes", str(options.minutes))  # fmt: skip
+        theirs.append({"rate": rate, **found})
+        print(f"Trainer, AdamW {rate}: {found['bits_per_byte']:.3f} bits per byte after "
+              f"{found['minutes']:.1f} min, {found['tokens']:,} tokens", flush=True)  # fmt: skip
+    best = min(theirs, key=lambda row: row["bits_per_byte"])
+    speed = own_speed(options.config, val)
+    results = []
+    for share in (4, 8):
+        tokens = int(speed * options.minutes * 60 / share)
+        result = ours(options, val, tokens, best["bits_per_byte"])
+        results.append({"share": share, "tokens": tokens, **result})
+        reached = result["reached"]
+        words = f"reached after {reached:.2f} min" if reached else "not reached"
+        print(f"ours, {result['minutes']:.2f} min: {result['bits_per_byte']:.3f} bits per byte, "
+              f"{words}", flush=True)  # fmt: skip
+        if not reached:
+            break
+    times = [row["reached"] for row in results if row["reached"]]
+    ratios = [best["minutes"] / min(times)] if times else []
+    record("time_to_loss", ratios, ">= 4", theirs=theirs, ours=results, config=options.config)
+
+
+def validation() -> Path:
+    """The first documents of each validation file of the sample, in one file."""
+    path, rows = PLACE / "val.jsonl", []
+    PLACE.mkdir(parents=True, exist_ok=True)
+    for file in sorted((SAMPLE / "val/pretrain").glob("*.jsonl")):
+        size = 0
+        for line in file.open(encoding="utf-8"):
+            if size > VAL_BYTES:
+                break
+            size += len(line.encode())
+            rows.append(line)
+    path.write_text("".join(rows), encoding="utf-8")
+    return path
+
+
+def own_speed(config: str, val: Path) -> float:
+    """Tokens a second of the stage script, over twenty steps."""
+    rows = run(
+        "train.py",
+        SAMPLE / "pretrain.jsonl",
+        "speed",
+        ["max_steps=20", "log_every_steps=10", f"data.val_files=[{val}]"],
+        config,
+    )
+    return [row["train/tokens_per_second"] for row in rows if "train/loss" in row][-1]
+
+
+def ours(options: argparse.Namespace, val: Path, tokens: int, target: float) -> dict:
+    """A whole run of so many tokens: its last bits per byte, and when it first had the target."""
+    words = [f"max_tokens={tokens}", "log_every_steps=1", "eval_every_steps=5",
+             f"data.val_files=[{val}]"]  # fmt: skip
+    run("train.py", SAMPLE / "pretrain.jsonl", "ours_loss", words, options.config)
+    rows = read_metrics(PLACE / "ours_loss")
+    reached = [
+        (minutes, row[VAL_BITS_PER_BYTE])
+        for minutes, row in zip(minutes_trained(rows), rows, strict=True)
+        if VAL_BITS_PER_BYTE in row
+    ]
+    check = peer(options.peers, "evaluate", val, PLACE / "ours_loss/final")
+    assert abs(check["bits_per_byte"] - reached[-1][1]) < 0.01, (check, reached[-1])
+    first = next((minutes for minutes, value in reached if value <= target), None)
+    return {"minutes": reached[-1][0], "bits_per_byte": reached[-1][1], "reached": first,
+            "curve": reached}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
