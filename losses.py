@@ -8,11 +8,51 @@ Shapes: B rows, T positions, V vocab_size, C documents of a micro-batch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p(label) in nats of each position, in fp32; 0 where the label is IGNORE_INDEX.
+
+    Shapes: logits (..., V), labels (...) -> (N,), all positions in one row. As F.cross_entropy
+    with reduction="none", which holds the logits three times in backward; this holds them once.
+    """
+    return _TokenLosses.apply(logits.flatten(0, -2), labels.flatten())  # type: ignore[no-any-return]
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Keeps the probabilities alone, and turns them into the gradient where they lie."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        under_loss, index = labels != IGNORE_INDEX, labels.clamp(min=0).unsqueeze(1)
+        probabilities = torch.softmax(logits, 1, dtype=dtype)
+        # The largest logit has probability exp(0) / sum: no second pass is needed for the sum, and
+        # no logarithm of a label's probability, which may be 0.
+        behind = logits.amax(1).to(dtype) - logits.gather(1, index).squeeze(1).to(dtype)
+        losses = behind - probabilities.amax(1).log()
+        ctx.probabilities, ctx.dtype = probabilities, logits.dtype
+        ctx.save_for_backward(under_loss, index)
+        return losses.masked_fill(~under_loss, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """p - 1 at the label, p elsewhere, times the gradient of the position's loss."""
+        under_loss, index = ctx.saved_tensors
+        probabilities, ctx.probabilities = ctx.probabilities, None
+        if probabilities is None:
+            raise RuntimeError("token_losses: its memory is used up by the first backward pass")
+        gradient = gradient.masked_fill(~under_loss, 0).unsqueeze(1)
+        probabilities.mul_(gradient).scatter_add_(1, index, -gradient)
+        return probabilities.to(ctx.dtype), None
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
@@ -20,9 +60,7 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
     Shapes: logits (..., V); labels (...), already shifted, IGNORE_INDEX where no loss.
     """
-    return F.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    return token_losses(logits, labels).sum()
 
 
 def sequence_log_probs(
@@ -33,13 +71,7 @@ def sequence_log_probs(
     Shapes: logits (..., V); labels, document_ids (...) -> (C,) with C = num_documents; padding
     has document ids from num_documents on and is left out.
     """
-    token_log_probs = -F.cross_entropy(
-        logits.flatten(0, -2).float(),
-        labels.flatten(),
-        ignore_index=IGNORE_INDEX,
-        reduction="none",
-    )
     # One slot more gathers what belongs to no document.
     slots = document_ids.flatten().clamp(max=num_documents)
     sums = torch.zeros(num_documents + 1, device=logits.device)
-    return sums.index_add(0, slots, token_log_probs)[:num_documents]
+    return sums.index_add(0, slots, -token_losses(logits, labels))[:num_documents]

@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attention import attend, document_mask
 
@@ -155,7 +156,15 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        gate, up = self.gate_proj(x_BTD), self.up_proj(x_BTD)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # silu and the product are cheap, and the widest of all activations: they are made
+            # again in backward, as a compiled layer does by itself.
+            return checkpoint(self._down, gate, up, use_reentrant=False, preserve_rng_state=False)
+        return self._down(gate, up)
+
+    def _down(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -263,7 +272,9 @@ class Transformer(nn.Module):
         if boundaries is not None and self.attention == "varlen":
             mask = boundaries
         elif document_ids is not None:
-            mask = document_mask(document_ids)
+            # In numbers, once: of a bool mask each layer would make, and keep, its own.
+            numbers = self.lm_head.weight.new_zeros(())
+            mask = numbers.where(document_mask(document_ids), -torch.inf)
         hidden_BTD = self.model(input_ids, position_ids, mask, cache)
         if select is not None:
             hidden_BTD = hidden_BTD[select]

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dpo_train import dpo_loss
-from losses import IGNORE_INDEX, cross_entropy_sum, sequence_log_probs
+from losses import IGNORE_INDEX, cross_entropy_sum, sequence_log_probs, token_losses
 
 
 def test_cross_entropy_is_a_sum():
@@ -17,6 +18,38 @@ def test_cross_entropy_is_a_sum():
     labels = torch.tensor([[0, 1, IGNORE_INDEX]])
     assert float(cross_entropy_sum(logits, labels)) == pytest.approx(math.log(8))
     assert float(cross_entropy_sum(logits, torch.full_like(labels, IGNORE_INDEX))) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_values_and_gradients_are_those_of_torch(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 50, generator=generator) * torch.tensor(
+        [[1.0], [9], [1], [1], [0], [1], [1]]
+    )
+    logits[3] += 3e4  # Far from 0, where exp alone would overflow.
+    logits[5, 4] = 200.0  # All others have probability 0.
+    labels = torch.tensor([3, 49, IGNORE_INDEX, 0, 7, 1, IGNORE_INDEX])
+    weights = torch.arange(1.0, 8.0)
+    results = []
+    for losses in (token_losses, lambda x, y: F.cross_entropy(
+        x if dtype == torch.float64 else x.float(), y, ignore_index=IGNORE_INDEX, reduction="none"
+    )):  # fmt: skip
+        leaf = logits.to(dtype).requires_grad_()
+        values = losses(leaf, labels)
+        (values * weights).sum().backward()
+        results.append((values, leaf.grad))
+    (ours, our_grad), (theirs, their_grad) = results
+    assert ours.dtype == theirs.dtype and our_grad.dtype == dtype
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(our_grad, their_grad)
+    assert ours[2] == 0 == our_grad[2].abs().sum()
+
+
+def test_a_second_backward_pass_is_refused():
+    loss = token_losses(torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1])).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="first backward"):
+        loss.backward()
 
 
 def test_sequence_log_probs_gathers_by_document_and_leaves_padding_out():

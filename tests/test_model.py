@@ -12,7 +12,7 @@ import transformers
 import model as model_module
 from attention import document_mask
 from hf_folder import model_files
-from model import ModelConfig, Transformer, count_parameters
+from model import ModelConfig, SwiGLU, Transformer, count_parameters
 
 SIZES = {
     "vocab_size": 200,
@@ -73,6 +73,21 @@ def test_causality_through_gradients():
     model(ids, None, documents)[0, 8].sum().backward()
     reached = (embedded[0].grad.abs().sum(-1)[0] > 0).tolist()
     assert reached == [False] * 5 + [True] * 4 + [False] * 3
+
+
+def test_what_is_made_again_in_backward_gives_the_same_gradients():
+    torch.manual_seed(0)
+    mlp, x = SwiGLU(ModelConfig(**SIZES)), torch.randn(2, 5, 48)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        out = mlp(x)
+    assert all(tensor.shape[-1] != 64 for tensor in kept if tensor.ndim == 3)
+    weights = dict(mlp.named_parameters())
+    ours = torch.autograd.grad(out.sin().sum(), list(weights.values()))
+    gate, up, down = (weights[f"{name}_proj.weight"] for name in ("gate", "up", "down"))
+    plain = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    theirs = torch.autograd.grad(plain.sin().sum(), [gate, up, down])
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_first_position_is_not_turned_and_pairs_turn_by_their_frequency():
