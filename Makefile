@@ -5,7 +5,7 @@ NAME ?= 小智
 AUTHOR ?= 我
 BIN = .venv/bin
 
-.PHONY: demo test test-all docker-test lint lock tensorboard
+.PHONY: demo test test-all docker-test bench lint lock tensorboard
 
 demo: .venv/ready
 	$(BIN)/python -m tools.demo --name "$(NAME)" --author "$(AUTHOR)"
@@ -34,6 +34,17 @@ lock: .venv/ready-dev
 	  awk '/^pip==/ {on = 1; print; next} on && /^ / {print; next} {on = 0}' docker/requirements.lock; } > docker/pip.lock
 	rm docker/requirements.lock.new
 
+# Every figure of docs/benchmarks.md, beside the peers: about an hour on two cores.
+bench: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json
+	$(BIN)/python -m bench.training
+	$(BIN)/python -m bench.costs
+	$(BIN)/python -m bench.time_to_loss
+	$(BIN)/python -m bench.token_cache --megabytes 300
+	$(BIN)/python -m bench.report
+
+dataset/sample/SOURCES.json: .venv/ready
+	$(BIN)/python -m tools.prepare_data
+
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,4 +71,10 @@ tensorboard: .venv/ready
 
 .venv/ready-dev: .venv/ready requirements-dev.txt requirements-data.txt
 	$(BIN)/pip install -r requirements-dev.txt
+	touch $@
+
+# Apart from ours, since they want other versions of the same packages.
+.venv-peers/ready: bench/requirements-peers.txt
+	test -x .venv-peers/bin/pip || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install -r bench/requirements-peers.txt
 	touch $@

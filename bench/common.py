@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / ".cache/bench/training"
 SAMPLE = ROOT / "dataset/sample"
@@ -74,6 +72,8 @@ def record(figure: str, values: list[float], aim: str, **more: object) -> None:
 
 def machine() -> dict[str, object]:
     """Where and when a record was made."""
+    import torch  # Here, so that a program without it is measured without it.
+
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, check=False).stdout.strip()  # fmt: skip
     lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []

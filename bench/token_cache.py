@@ -9,7 +9,7 @@ Writes JSON lines of the sample's texts, each with a counter so that no two are 
     reuse      the same call again, in a new process: nothing is tokenized
     start      load_datasets from the cache: held-out rows, the plan of an epoch
 
-Prints one JSON object a line: MB/s of text (UTF-8), peak memory of all processes together
+Prints one JSON object a part: MB/s of text (UTF-8), peak memory of all processes together
 (proportional set size, in MB), seconds.
 """
 
@@ -26,7 +26,8 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench.common import ROOT, record
+
 SAMPLE = ROOT / "dataset/sample/pretrain.jsonl"
 
 
@@ -47,11 +48,18 @@ def main() -> None:
     if not path.is_file():
         generate(path, options.megabytes * 1_000_000)
     shutil.rmtree(options.folder / "cache", ignore_errors=True)
+    found = {}
     for name, part in (("library", "library"), ("cache", "cache"), ("reuse", "cache"),
                        ("plan", "start"), ("start", "start")):  # fmt: skip
         command = [sys.executable, "-m", "bench.token_cache", *sys.argv[1:], "--part", part]
         out = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-        print(json.dumps({"part": name, **json.loads(out.stdout.splitlines()[-1])}), flush=True)
+        found[name] = json.loads(out.stdout.splitlines()[-1])
+        print(json.dumps({"part": name, **found[name]}), flush=True)
+    more = {"megabytes": options.megabytes, "parts": found}
+    ratio = found["cache"]["MB_per_s"] / found["library"]["MB_per_s"]
+    record("cache", [ratio], ">= 0.85", **more)
+    record("cache_memory", [found["cache"]["peak_MB"]], "<= 1500", **more)
+    record("cache_start", [found["start"]["seconds"]], "< 5", **more)
 
 
 def generate(path: Path, size: int) -> None:
