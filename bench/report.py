@@ -33,6 +33,17 @@ WHAT = {
 """Every figure that a record may hold, in the order of the page."""
 
 
+INTRODUCTION = """# Benchmarks
+
+Written by `python -m bench.report` from `bench/records.jsonl`, to which `make bench` appends. Given
+are the median of the repeats, the smallest and the largest. Ours and the peer's run in turn, and a
+ratio is taken pair by pair. Peers: the versions of `bench/requirements-peers.txt`. No GPU has been
+measured yet.
+
+What a figure is made of stands in the first lines of its program: `bench/training.py`,
+`bench/costs.py`, `bench/time_to_loss.py`, `bench/token_cache.py`."""
+
+
 def main() -> None:
     """Write the page and the picture."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
@@ -54,19 +65,7 @@ def page(records: list[dict[str, Any]]) -> str:
     for record in records:
         name = f"{record['cpu']}, {record['threads']} threads, torch {record['torch']}"
         machines.setdefault(name, {})[record["figure"]] = record
-    lines = [
-        "# Benchmarks",
-        "",
-        "Written by `python -m bench.report` from `bench/records.jsonl`, which `make bench` appends "
-        "to. Median of the",
-        "repeats, then the smallest and the largest. Pairs are run in turn, ours and the peer's, and "
-        "the ratio is taken pair by",
-        "pair. Peers: the versions of `bench/requirements-peers.txt`. No GPU has been measured.",
-        "",
-        "What a figure is made of stands in the first lines of its program: `bench/training.py`, "
-        "`bench/costs.py`,",
-        "`bench/time_to_loss.py`, `bench/token_cache.py`.",
-    ]
+    lines = [INTRODUCTION]
     for machine, figures in machines.items():
         lines += ["", f"## {machine}", "", "| figure | measured | wanted | what | when |"]
         lines += ["| --- | --- | --- | --- | --- |"]
@@ -102,8 +101,11 @@ def draw(record: dict[str, Any], picture: Path) -> None:
     for row in record["ours"]:
         label = f"ours, a run of {row['minutes']:.1f} min"
         axes.plot(*zip(*row["curve"], strict=True), color="#1f5fa8", label=label)
-    axes.set(xlabel="minutes of training", ylabel="bits per byte of held-out text",
-             title=f"{record['config']} on {record['cpu']}, {record['threads']} threads")  # fmt: skip
+    axes.set(
+        xlabel="minutes of training",
+        ylabel="bits per byte of held-out text",
+        title=f"{record['config']} on {record['cpu']}, {record['threads']} threads",
+    )
     axes.legend()
     figure.savefig(picture, bbox_inches="tight", metadata={"Date": None})
 
