@@ -37,7 +37,7 @@ import formats
 from tokenizer import Tokenizer
 from tokenizing import Chunk, Encode, Task, Tokenized, chunks, tokenize_chunks
 from trainlib.errors import UserError
-from trainlib.files import cache_dir, sync, write_atomically
+from trainlib.files import cache_dir, mount_hint, sync, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,9 @@ def build_cache(
     file that cannot be read or a disk that is or would be full; nothing half-made is left then.
     """
     if not path.is_file():
-        raise UserError(f"{path} does not exist (a data file of this run). Mend data.files.")
+        raise UserError(
+            f"{path} does not exist (a data file of this run). Mend data.files.{mount_hint(path)}"
+        )
     options = options or formats.ReadOptions()
     try:
         file = f"{path.resolve()} {file_fingerprint(path)}"

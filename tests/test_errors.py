@@ -12,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dataset import encode_document
 from hf_folder import model_files
 from model import ModelConfig, Transformer
-from tokenizer import Tokenizer
+from token_cache import build_cache
+from tokenizer import Tokenizer, default_folder
+from trainlib.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("pretrain", "sft", "dpo")
@@ -222,3 +225,17 @@ def test_a_document_longer_than_a_row_is_cut_and_kept(run, place, tokenizer):
     (place / "long.jsonl").unlink()
     assert code == 0 and "left out" not in out
     assert f"train: {-(-(len(tokenizer.encode(text)) + 1) // 64)} units" in out
+
+
+@pytest.mark.parametrize("name", ["/elsewhere/a.jsonl", "link.jsonl"])
+def test_in_a_container_the_line_that_mounts_a_place_is_told(name, elsewhere, monkeypatch):
+    Path("link.jsonl").symlink_to("/elsewhere/a.jsonl")
+    monkeypatch.setenv("GPU_PROFILE", "cpu")  # As docker-compose.yml sets it.
+    tokenizer = Tokenizer(default_folder())
+    with pytest.raises(UserError) as error:
+        build_cache(Path(name), "pretrain", tokenizer, encode_document)
+    assert "DATASET_DIR=/elsewhere" in str(error.value)
+    assert "name it dataset/a.jsonl" in str(error.value)
+    with pytest.raises(UserError) as error:
+        build_cache(Path("none.jsonl"), "pretrain", tokenizer, encode_document)
+    assert "DATASET_DIR" not in str(error.value)

@@ -55,6 +55,18 @@ def cache_dir() -> Path:
     return Path(os.environ.get("TRAIN_LLM_CACHE_DIR", ".cache"))
 
 
+def mount_hint(path: Path) -> str:
+    """Inside a container, how a place that only the host has is brought in; else nothing."""
+    target = Path(os.path.realpath(path))
+    if "GPU_PROFILE" not in os.environ or target.exists() or target.is_relative_to(Path.cwd()):
+        return ""
+    return (
+        f" A container sees {Path.cwd()} alone. On the host put this line into .env, type "
+        f"`docker compose up -d train`, and name it dataset/{target.name}:\n"
+        f"  DATASET_DIR={target.parent}"
+    )
+
+
 def release_folders() -> None:
     """Give up every folder that this process holds."""
     while HELD:
