@@ -5,16 +5,16 @@ NAME ?= 小智
 AUTHOR ?= 我
 BIN = .venv/bin
 
-.PHONY: demo test test-all docker-test bench lint lock tensorboard
+.PHONY: demo test test-all docker-test bench gpu-check lint lock tensorboard
 
 demo: .venv/ready
 	$(BIN)/python -m tools.demo --name "$(NAME)" --author "$(AUTHOR)"
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
 
 test-all: .venv/ready-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 # On a Docker engine, where there is one (with CI=true there must be): a quarter of an hour.
 docker-test: .venv/ready-dev
@@ -41,6 +41,10 @@ bench: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json
 	$(BIN)/python -m bench.time_to_loss
 	$(BIN)/python -m bench.token_cache --megabytes 300
 	$(BIN)/python -m bench.report
+
+# Right, and as large and fast as said? On a card it writes docs/gpu.md.
+gpu-check: .venv/ready
+	$(BIN)/python -m tools.gpu_check
 
 dataset/sample/SOURCES.json: .venv/ready
 	$(BIN)/python -m tools.prepare_data

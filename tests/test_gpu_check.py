@@ -1,0 +1,66 @@
+"""Protects make gpu-check: its half for a CPU passes, and what is broken is seen."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools import gpu_check
+from tools.gpu_check import Machine, check_attention, check_model, check_steps, write_data
+from trainlib.hardware import choose_hardware, find_facts, read_table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def machine(elsewhere, tmp_path, tokenizer) -> Machine:
+    write_data(tmp_path)
+    config = gpu_check.DataConfig(files=(str(tmp_path / "pretrain.jsonl"),))
+    data = gpu_check.load_datasets(config, "pretrain", tokenizer, gpu_check.LENGTH, 0).train
+    choice = choose_hardware(find_facts(), read_table(), device="cpu", precision="fp32")
+    yield Machine(choice, data, gpu_check.TINY, tmp_path)
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_a_sound_machine_passes(machine):
+    for check in (check_attention, check_model, check_steps):
+        lines = list(check(machine))
+        assert lines and all(line.fine for line in lines), lines
+
+
+def test_a_wrong_kernel_is_seen(machine, monkeypatch):
+    right = gpu_check.attend
+    monkeypatch.setattr(gpu_check, "attend", lambda q, k, v, mask: right(q, k, v, None))
+    assert [line.fine for line in check_attention(machine)] == [False]
+
+
+def test_wrong_numbers_are_seen(machine, monkeypatch):
+    calls = []
+
+    def wrong(model, batch):
+        calls.append(1)
+        loss, metrics = right(model, batch)
+        return loss * (1.01 if len(calls) > 1 else 1), metrics
+
+    right = gpu_check.loss_fn
+    monkeypatch.setattr(gpu_check, "loss_fn", wrong)
+    assert [line.fine for line in check_model(machine)] == [True, False]
+    monkeypatch.setattr(gpu_check, "optimizer_step", lambda *_: math.log(-1))
+    assert [line.fine for line in check_steps(machine)] == [False]
+
+
+@pytest.mark.slow
+def test_the_half_for_a_cpu(tmp_path):
+    words = ["attention", "model", "steps", "stages", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.gpu_check", *words, "--out", str(tmp_path / "table.md")],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert table.count("| OK |") == 7 and "killed after step 5 and gone on with" in table

@@ -1,0 +1,396 @@
+"""Is training right and fast on this machine's card? A few minutes, one table.
+
+    python -m tools.gpu_check [CHECK ...] [--device cuda|cpu] [--out FILE]
+
+    attention   each kernel against fp64 arithmetic, forward and backward, on packed documents
+    model       logits in fp32 against the CPU's, loss in 16 bits against fp32
+    steps       training compiles once, and between two steps nothing waits for the device
+    memory      the predicted peak of a step against what the device's allocator held
+    speed       tokens a second by rows of a micro batch, with and without compilation
+    stages      each stage for some steps, the first one killed and gone on with
+
+On a CPU only what holds there is tried. Exit code 1 where a check fails; the table goes to the
+terminal, and of a card to docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attention import attend, document_mask
+from dataset import Batch, DataConfig, PackedDataset, load_datasets
+from losses import cross_entropy_sum
+from model import ModelConfig, Transformer
+from tokenizer import Tokenizer, default_folder
+from trainlib.batches import ALONE, Place, StepBatch, StepLoader
+from trainlib.hardware import Choice, choose_hardware, find_facts, read_table
+from trainlib.loop import optimizer_step
+from trainlib.memory import CUDA_BYTES, peak_bytes
+from trainlib.mfu import flops_per_token, matmul_peak
+from trainlib.optim import OptimConfig, build_optimizers
+from trainlib.runtime import DTYPES, Hardware, compile_layers, use_hardware
+
+LENGTH = 512
+STEPS = 10
+STAGES = {"pretrain": "train.py", "sft": "sft_train.py", "dpo": "dpo_train.py"}
+TINY = ModelConfig(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=32,
+)  # fmt: skip
+
+
+class Line(NamedTuple):
+    """A line of the table; fine is None where nothing is required."""
+
+    check: str
+    fine: bool | None
+    told: str
+
+
+class Machine(NamedTuple):
+    """What all checks work on."""
+
+    choice: Choice
+    data: PackedDataset
+    sizes: ModelConfig
+    folder: Path
+
+    def hardware(self, rows: int = 0) -> Hardware:
+        """The choice in use, with another micro batch if one is given."""
+        choice = replace(self.choice, micro_batch_size=rows) if rows else self.choice
+        return use_hardware(choice)
+
+    def batch(self, rows: int) -> Batch:
+        """The first rows of the data, on the device."""
+        some = [row for row, _ in self.data.rows(Place())][:rows]
+        return self.data.collate(some, rows).to(torch.device(self.choice.device))
+
+
+def loss_fn(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+    """As train.py's, without its figures."""
+    return cross_entropy_sum(model(**batch.inputs), batch.selected(batch.labels)), {}
+
+
+# ---- right ---------------------------------------------------------------------------------------
+
+
+def check_attention(machine: Machine) -> Iterator[Line]:
+    """Outputs and gradients of each kernel, on documents of many lengths in four rows."""
+    batch, device = machine.batch(4), torch.device(machine.choice.device)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, heads, LENGTH, 64) for heads in (8, 4, 4)]
+    values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    visible = document_mask(batch.document_ids.cpu())
+    expected = attention_by_hand(values, visible)
+    kernels: dict[str, tuple[torch.dtype, Tensor, float]] = {
+        "masked fp32": (torch.float32, visible, 1e-4)
+    }
+    if machine.choice.attention == "varlen":
+        kernels["varlen bf16"] = (torch.bfloat16, batch.boundaries, 2e-2)
+    if device.type == "cuda":
+        kernels["masked 16 bits"] = (DTYPES[machine.choice.precision], visible, 2e-2)
+    torch.set_float32_matmul_precision("highest")
+    for name, (dtype, mask, limit) in kernels.items():
+        q, k, v = (value.to(device, dtype).requires_grad_() for value in values)
+        out = attend(q, k, v, mask.to(device))
+        out.double().square().sum().backward()
+        found = [out, q.grad, k.grad, v.grad]
+        error = max(
+            float((ours.detach().cpu().double() - theirs).abs().max() / theirs.abs().max())  # type: ignore[union-attr]
+            for ours, theirs in zip(found, expected, strict=True)
+        )
+        yield Line(f"attention, {name}", error < limit, f"off by {error:.1e}, at most {limit:.0e}")
+
+
+def attention_by_hand(values: list[Tensor], visible: Tensor) -> list[Tensor]:
+    """Output and gradients of the sum of its squares, in fp64."""
+    q, k, v = (value.clone().requires_grad_() for value in values)
+    groups = q.shape[1] // k.shape[1]
+    keys, content = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    scores = (q @ keys.mT / math.sqrt(q.shape[-1])).masked_fill(~visible, -math.inf)
+    out = scores.softmax(-1) @ content
+    out.square().sum().backward()
+    return [out.detach(), *(x.grad for x in (q, k, v))]  # type: ignore[list-item]
+
+
+def check_model(machine: Machine) -> Iterator[Line]:
+    """Logits against the CPU's; the loss under autocast against that in fp32."""
+    torch.manual_seed(0)
+    model, batch = Transformer(machine.sizes), machine.batch(2)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.data.normal_(std=0.02)  # As zeros, as it begins, they would hide the rest.
+    torch.set_float32_matmul_precision("highest")
+    device = torch.device(machine.choice.device)
+    with torch.no_grad():
+        expected = model(**{**batch.to(torch.device("cpu")).inputs, "select": None})
+        found = model.to(device)(**{**batch.inputs, "select": None})
+        error = float((found.cpu() - expected).abs().max())
+        yield Line("logits in fp32", error < 1e-3, f"off by {error:.1e} from the CPU's")
+        hardware = machine.hardware()
+        model.attention = hardware.attention  # type: ignore[assignment]
+        exact, _ = loss_fn(model, batch)
+        with hardware.autocast():
+            rounded, _ = loss_fn(model, batch)
+    ratio = float(rounded / exact) - 1
+    yield Line(f"loss in {hardware.precision}", abs(ratio) < 0.005, f"{ratio:+.2%} of that in fp32")
+
+
+def check_steps(machine: Machine) -> Iterator[Line]:
+    """Optimizer steps that may neither compile anew nor wait."""
+    rows = min(8, machine.choice.micro_batch_size)
+    trainer = Trainer(machine, rows)
+    try:
+        for _ in range(3):
+            trainer.step()
+        torch._dynamo.config.error_on_recompile = trainer.hardware.compile
+        for _ in range(STEPS):
+            trainer.step()
+        fine, told = True, f"{STEPS} steps compile nothing anew"
+    except Exception as error:  # noqa: BLE001  # Dynamo's own classes are no promise.
+        fine, told = False, str(error).strip().splitlines()[0][:150]
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+    yield Line("compiled once" if trainer.hardware.compile else "uncompiled steps", fine, told)
+    if machine.choice.device != "cuda":
+        return
+    batch = trainer.batch.micro_batches[0]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with trainer.hardware.autocast():
+            loss, _ = loss_fn(trainer.model, batch)
+        loss.backward()
+        fine, told = True, "forward and backward wait for nothing"
+    except RuntimeError as error:
+        fine, told = False, str(error).splitlines()[0][:150]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    yield Line("no hidden waiting", fine, told)
+
+
+# ---- as large and as fast as said ----------------------------------------------------------------
+
+
+def check_memory(machine: Machine) -> Iterator[Line]:
+    """Peak of a step of the table's micro batch, uncompiled; on a card alone."""
+    if machine.choice.device != "cuda":
+        return
+    rows = machine.choice.micro_batch_size
+    trainer = Trainer(machine, rows, compile_=False)
+    predicted = trainer.predicted_peak()
+    trainer.step()
+    torch.cuda.reset_peak_memory_stats()
+    trainer.step()
+    held = torch.cuda.max_memory_allocated()
+    free, total = torch.cuda.mem_get_info()
+    told = f"{held / 1e9:.2f} GB held, {predicted / 1e9:.2f} GB predicted, {rows} rows"
+    yield Line("peak of a step", abs(held / predicted - 1) < 0.15, told)
+    own = total - free - torch.cuda.memory_reserved()
+    told = f"{own / 1e9:.2f} GB beside tensors (other programs' too), {CUDA_BYTES / 1e9} GB assumed"
+    yield Line("CUDA itself", None, told)
+
+
+def check_speed(machine: Machine) -> Iterator[Line]:
+    """Tokens a second, and the share of the best matrix product here."""
+    most = machine.choice.micro_batch_size
+    peak = matmul_peak(torch.device(machine.choice.device), machine.hardware().precision)
+    yield Line("best product", None, f"{peak / 1e12:.2f} TFLOP/s in {machine.choice.precision}")
+    for compile_ in (False, True) if machine.choice.compile else (False,):
+        for rows in sorted({max(1, most // 8), max(1, most // 2), most}):
+            trainer = Trainer(machine, rows, compile_=compile_)
+            trainer.step()
+            trainer.synchronize()
+            begin, count = time.perf_counter(), 0
+            while count < 2 or time.perf_counter() < begin + 3:
+                trainer.step()
+                trainer.synchronize()
+                count += 1
+            speed = count * trainer.batch.num_tokens / (time.perf_counter() - begin)
+            attended = machine.data.mean_attended()
+            used = speed * flops_per_token(trainer.model, attended) / peak
+            how = "compiled" if compile_ else "uncompiled"
+            yield Line(f"{rows} rows, {how}", None, f"{speed:,.0f} tokens/s, MFU {used:.0%}")
+
+
+class Trainer:
+    """A fresh model, its optimizers, and the loop's own step on one micro batch."""
+
+    def __init__(self, machine: Machine, rows: int, compile_: bool | None = None) -> None:
+        torch.manual_seed(0)
+        self.hardware = machine.hardware(rows)
+        self.model = Transformer(machine.sizes).to(self.hardware.device)
+        self.model.attention = self.hardware.attention  # type: ignore[assignment]
+        self.optimizers = build_optimizers(self.model, OptimConfig())
+        self.batch: StepBatch[Batch] = next(StepLoader(machine.data, rows * LENGTH, rows))
+        micro = [batch.to(self.hardware.device) for batch in self.batch.micro_batches]
+        self.batch = StepBatch(micro, self.batch.num_targets, self.batch.num_tokens, Place())
+        if self.hardware.compile and compile_ is not False:
+            layers = self.model.model.layers
+            self.hardware = compile_layers(self.hardware, layers, self.step, required=False)
+
+    def step(self) -> None:
+        """One update."""
+        config = SimpleNamespace(optim=OptimConfig())
+        run: Any = SimpleNamespace(hardware=self.hardware, ranks=ALONE, config=config)
+        optimizer_step(run, self.model, self.optimizers, loss_fn, self.batch, 1.0)
+
+    def predicted_peak(self) -> int:
+        """What --plan would say of this step."""
+        cpu = Hardware(torch.device("cpu"), self.hardware.precision, "masked", False, 0)
+        run: Any = SimpleNamespace(
+            hardware=cpu, ranks=ALONE, config=SimpleNamespace(optim=OptimConfig())
+        )
+        micro = [batch.to(cpu.device) for batch in self.batch.micro_batches]
+        batch = StepBatch(micro, self.batch.num_targets, self.batch.num_tokens, Place())
+        plain = Transformer(self.model.config)
+        return peak_bytes(
+            plain, OptimConfig(), lambda m, o: optimizer_step(run, m, o, loss_fn, batch, 1.0)
+        )
+
+    def synchronize(self) -> None:
+        """Until the device has done what it was told."""
+        getattr(torch, self.hardware.device.type).synchronize()
+
+
+# ---- the stages ----------------------------------------------------------------------------------
+
+
+def check_stages(machine: Machine) -> Iterator[Line]:
+    """The stage scripts as a user runs them, the first one killed in the middle."""
+    common = [f"device={machine.choice.device}", "tokens_per_step=4096", "eval_every_steps=0",
+              "log_every_steps=1", "data.val_max_rows=2", "resume=auto"]  # fmt: skip
+    usual = asdict(ModelConfig())
+    sizes = [f"model.{k}={v}" for k, v in asdict(TINY).items() if v != usual[k]]
+    before = ""
+    for stage, script in STAGES.items():
+        out_dir = machine.folder / stage
+        words = [sys.executable, script, f"configs/tiny_{stage}.yaml", f"out_dir={out_dir}",
+                 f"data.files={machine.folder / stage}.jsonl", "max_steps=20", *common]  # fmt: skip
+        words += [f"init_from={before}/final"] if before else [*sizes, "save_every_steps=5"]
+        if stage == "pretrain":
+            killed(words, out_dir)
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        losses = [row["train/loss"] for row in read(out_dir) if "train/loss" in row]
+        fine = not done.returncode and len(losses) == 20 and all(map(math.isfinite, losses))
+        told = (done.stdout + done.stderr)[-300:]
+        if fine:
+            told = f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+        if fine and stage == "pretrain":
+            fine, told = losses[-1] < losses[0], told + ", killed after step 5 and gone on with"
+        if fine and stage == "dpo":
+            fine = abs(losses[0] - math.log(2)) < 1e-3
+            told += ", begins at ln 2"
+        yield Line(stage, fine, told)
+        before = str(out_dir)
+
+
+def killed(words: list[str], out_dir: Path) -> None:
+    """Begin a run, and kill it once it has a checkpoint."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out_dir / "latest").exists():
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+
+
+def read(out_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics."""
+    path = out_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.open(encoding="utf-8")] if path.is_file() else []
+
+
+def write_data(folder: Path) -> None:
+    """Rows for each stage, from sentences that count."""
+    sentences = [f"第{i}条 {i} and {i} make {2 * i}. " * (1 + i * 7 % 23) for i in range(2000)]
+
+    def talk(question: str, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    rows: dict[str, list[dict[str, Any]]] = {
+        "pretrain": [{"text": text} for text in sentences],
+        "sft": [{"conversations": talk(f"{i}?", f"It is {i}.")} for i in range(400)],
+        "dpo": [
+            {"chosen": talk(f"{i}?", f"It is {i}."), "rejected": talk(f"{i}?", f"No, {i + 1}!")}
+            for i in range(400)
+        ],
+    }
+    for name, values in rows.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in values)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+CHECKS: dict[str, Callable[[Machine], Iterator[Line]]] = {
+    "attention": check_attention, "model": check_model, "steps": check_steps,
+    "memory": check_memory, "speed": check_speed, "stages": check_stages,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run all checks, or those that are named."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.gpu_check", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"of {', '.join(CHECKS)}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="where the table goes; docs/gpu.md of a card")
+    options = parser.parse_args()
+    device = options.device
+    choice = choose_hardware(find_facts(), read_table(), device=device)
+    if device == "cpu":
+        choice = choose_hardware(find_facts(), read_table(), device=device, precision="fp32")
+    print(describe(device), flush=True)
+    lines: list[Line] = []
+    with tempfile.TemporaryDirectory() as name:
+        write_data(Path(name))
+        tokenizer = Tokenizer(default_folder())
+        config = DataConfig(files=(f"{name}/pretrain.jsonl",))
+        data = load_datasets(config, "pretrain", tokenizer, LENGTH, 0).train
+        machine = Machine(choice, data, ModelConfig() if device == "cuda" else TINY, Path(name))
+        for check in options.checks or CHECKS:
+            for line in CHECKS[check](machine):
+                lines.append(line)
+                print(f"  {words(line):<7}{line.check:<24}{line.told}", flush=True)
+    if device == "cuda" and not options.checks:
+        options.out = options.out or Path("docs/gpu.md")
+    if options.out:
+        table = ["| | check | found |", "| --- | --- | --- |"]
+        table += [f"| {words(line)} | {line.check} | {line.told} |" for line in lines]
+        options.out.write_text("\n".join([f"# {describe(device)}", "", *table, ""]))
+        print(f"wrote {options.out}")
+    sys.exit(any(line.fine is False for line in lines))
+
+
+def words(line: Line) -> str:
+    """OK, FAILED, or nothing."""
+    return {True: "OK", False: "FAILED", None: ""}[line.fine]
+
+
+def describe(device: str) -> str:
+    """The device and what drives it."""
+    versions = f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    if device != "cuda":
+        return f"{device}, {versions}"
+    card = torch.cuda.get_device_properties(0)
+    return (
+        f"{card.name}, {card.total_memory / 2**30:.0f} GiB, capability {card.major}.{card.minor}, "
+        f"CUDA {torch.version.cuda}, {versions}"
+    )
+
+
+if __name__ == "__main__":
+    main()
