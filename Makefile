@@ -42,11 +42,11 @@ bench: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json
 	$(BIN)/python -m bench.token_cache --megabytes 300
 	$(BIN)/python -m bench.report
 
-# Right, and as large and fast as said? On a card it writes docs/gpu.md.
+# Is training right on this machine's card, and how fast? It writes docs/gpu.md.
 gpu-check: .venv/ready
 	$(BIN)/python -m tools.gpu_check
 
-dataset/sample/SOURCES.json: .venv/ready
+dataset/sample/SOURCES.json: | .venv/ready
 	$(BIN)/python -m tools.prepare_data
 
 lint: .venv/ready-dev
@@ -78,7 +78,7 @@ tensorboard: .venv/ready
 	touch $@
 
 # Apart from ours, since they want other versions of the same packages.
-.venv-peers/ready: bench/requirements-peers.txt
+.venv-peers/ready: bench/requirements-peers.txt requirements.txt
 	test -x .venv-peers/bin/pip || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install -r bench/requirements-peers.txt
 	touch $@

@@ -4,8 +4,8 @@ masked   scaled_dot_product_attention under a mask of positions: on every device
 varlen   torch.nn.attention.varlen: a kernel that computes nothing outside the documents; on CUDA
          from compute capability 8.0 on, in 16-bit numbers
 
-Both take what a query may see as one argument: nothing (the row is one document), a bool mask
-(B, 1, T, S), or the documents' boundaries, int32 (N + 1,).
+Both take what a query may see as one argument: nothing (the row is one document), a mask
+(B, 1, T, S), True or 0 where it may, or the documents' boundaries, int32 (N + 1,).
 Shapes as in model.py: B batch  T query length  S key length  N query heads  G key/value heads
 H head_dim.
 """

@@ -23,7 +23,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     Shapes: logits (..., V), labels (...) -> (N,), all positions in one row. As F.cross_entropy
     with reduction="none", which holds the logits three times in backward; this holds them once.
     """
-    return _TokenLosses.apply(logits.flatten(0, -2), labels.flatten())  # type: ignore[no-any-return]
+    return _TokenLosses.apply(logits.flatten(0, -2), labels.flatten())
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -32,7 +32,8 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        under_loss, index = labels != IGNORE_INDEX, labels.clamp(min=0).unsqueeze(1)
+        under_loss = labels != IGNORE_INDEX
+        index = labels.masked_fill(~under_loss, 0).unsqueeze(1)
         probabilities = torch.softmax(logits, 1, dtype=dtype)
         # The largest logit has probability exp(0) / sum: no second pass is needed for the sum, and
         # no logarithm of a label's probability, which may be 0.
@@ -50,6 +51,8 @@ class _TokenLosses(torch.autograd.Function):
         probabilities, ctx.probabilities = ctx.probabilities, None
         if probabilities is None:
             raise RuntimeError("token_losses: its memory is used up by the first backward pass")
+        # Where no loss is, what overflowed in 16 bits must not become 0 times infinity.
+        probabilities.masked_fill_(~under_loss.unsqueeze(1), 0)
         gradient = gradient.masked_fill(~under_loss, 0).unsqueeze(1)
         probabilities.mul_(gradient).scatter_add_(1, index, -gradient)
         return probabilities.to(ctx.dtype), None
@@ -73,5 +76,5 @@ def sequence_log_probs(
     """
     # One slot more gathers what belongs to no document.
     slots = document_ids.flatten().clamp(max=num_documents)
-    sums = torch.zeros(num_documents + 1, device=logits.device)
-    return sums.index_add(0, slots, -token_losses(logits, labels))[:num_documents]
+    losses = token_losses(logits, labels)
+    return losses.new_zeros(num_documents + 1).index_add(0, slots, -losses)[:num_documents]

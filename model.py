@@ -272,7 +272,7 @@ class Transformer(nn.Module):
         if boundaries is not None and self.attention == "varlen":
             mask = boundaries
         elif document_ids is not None:
-            # In numbers, once: of a bool mask each layer would make, and keep, its own.
+            # In numbers: of a bool mask each layer would make, and in fp32 keep, its own.
             numbers = self.lm_head.weight.new_zeros(())
             mask = numbers.where(document_mask(document_ids), -torch.inf)
         hidden_BTD = self.model(input_ids, position_ids, mask, cache)

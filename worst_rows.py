@@ -37,8 +37,8 @@ def write_worst_rows(
 ) -> None:
     """Write the NUM_ROWS rows with the most bits per byte to worst_rows.jsonl of the run.
 
-    Rows with fewer than MIN_BYTES bytes under the loss, and those that data.val_max_rows keeps
-    from being read, are left out.
+    Rows with fewer than MIN_BYTES bytes under the loss are left out. Where data.val_max_rows bounds
+    what is read, the rest of a long document does not count.
     """
     id_bytes = torch.tensor([len(text) for text in tokenizer.id_to_bytes])
     found: list[tuple[float, Origin, dict[str, float]]] = []
@@ -88,13 +88,14 @@ def _write(
     lines = []
     for _, (cache, record), figures in sorted(found, key=lambda row: row[0])[:NUM_ROWS]:
         origin = Origin(cache, record)
-        first = int(cache.offsets[record * (len(cache.offsets) - 1) // len(cache.lines)])
+        per_record = (len(cache.offsets) - 1) // len(cache.lines)  # A pair is two sequences.
+        first, last = (int(cache.offsets[record * per_record + i]) for i in (0, 1))
         row = {
             "path": str(cache.path),
             "line": origin.line,
             **{name: round(value, 4) for name, value in figures.items()},
             "source": origin.source,
-            "text": tokenizer.show(cache.ids[first : first + SHOWN_IDS].tolist()),
+            "text": tokenizer.show(cache.ids[first : min(last, first + SHOWN_IDS)].tolist()),
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     path = run.folder / "worst_rows.jsonl"

@@ -31,8 +31,9 @@ def run(script: str, data: Path, name: str, more: list[str], config: str = "") -
              "log_every_steps=1", "data.val_max_rows=1"]  # fmt: skip
     if script != "train.py":
         words.append(f"init_from={PLACE / 'base/final'}")
+    own_cache = {**os.environ, "TRAIN_LLM_CACHE_DIR": str(PLACE / "cache")}
     done = subprocess.run([sys.executable, script, *words, *more], cwd=ROOT, text=True,
-                          capture_output=True, check=False)  # fmt: skip
+                          capture_output=True, check=False, env=own_cache)  # fmt: skip
     if done.returncode:
         sys.exit(f"{script} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     (out_dir / "stdout.txt").write_text(done.stdout + done.stderr)
@@ -74,7 +75,7 @@ def machine() -> dict[str, object]:
     """Where and when a record was made."""
     import torch  # Here, so that a program without it is measured without it.
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, check=False).stdout.strip()  # fmt: skip
     lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

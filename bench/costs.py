@@ -27,7 +27,7 @@ from bench.allocated import allocated_peak
 from bench.common import PEERS, PLACE, ROOT, SAMPLE, base, peer, record, run
 from hf_folder import load_model
 from losses import cross_entropy_sum
-from trainlib.metrics import TRAIN_MFU
+from trainlib.metrics import TRAIN_MFU, minutes_trained
 
 DATA = SAMPLE / "pretrain.jsonl"
 ROWS, LENGTH, WARM = 8, 512, 2
@@ -46,19 +46,19 @@ def mfu(options: argparse.Namespace) -> None:
 
 
 def checkpoint(options: argparse.Namespace) -> None:
-    """Seconds of steps with a save after each, less without, over 200 steps' time."""
+    """Seconds of a run with a save after each step, less one without, over 200 steps' time."""
 
-    def a_step(every: int) -> float:
+    def took(every: int) -> tuple[float, float]:
         words = [*STEP, "max_steps=10", f"save_every_steps={every}"]
         begin = time.perf_counter()
-        run("train.py", DATA, "saving", words)
-        return (time.perf_counter() - begin) / 10
+        rows = run("train.py", DATA, "saving", words)
+        return time.perf_counter() - begin, 6 * minutes_trained(rows)[-1]
 
     found = []
     for _ in range(options.repeats):
-        with_saves, without = a_step(1), a_step(0)
+        (with_saves, _), (without, a_step) = took(1), took(0)
         # The last step is saved in both.
-        found.append((with_saves - without) * 10 / 9 / (200 * without))
+        found.append((with_saves - without) / 9 / (200 * a_step))
     record("checkpoint", found, "< 0.01")
 
 

@@ -37,6 +37,8 @@ from transformers import (
 from bench.allocated import allocated_peak
 
 ROWS, LENGTH, WARM, POINTS = 8, 512, 2, 6
+PLAIN = {"bf16": False, "gradient_checkpointing": False}
+"""Of trl: its defaults, both on, are far slower on a CPU without bf16 instructions."""
 
 
 class Clock(TrainerCallback):
@@ -180,7 +182,7 @@ def throughput(
         from trl import SFTConfig, SFTTrainer
 
         data = Dataset.from_list([{"messages": row["conversations"]} for row in rows])
-        config = SFTConfig(**settings(options.steps), packing=True, max_length=LENGTH)
+        config = SFTConfig(**settings(options.steps, **PLAIN), packing=True, max_length=LENGTH)
         trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer,
                              callbacks=[clock])  # fmt: skip
         trainer.data_collator = counting(trainer.data_collator, seen, real_tokens)
@@ -188,7 +190,7 @@ def throughput(
         from trl import DPOConfig, DPOTrainer
 
         data = Dataset.from_list([{k: row[k] for k in ("chosen", "rejected")} for row in rows])
-        config = DPOConfig(**settings(options.steps), max_length=LENGTH)
+        config = DPOConfig(**settings(options.steps, **PLAIN), max_length=LENGTH)
         trainer = DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer,
                              callbacks=[clock])  # fmt: skip
         trainer.data_collator = counting(trainer.data_collator, seen, lambda batch: ROWS)

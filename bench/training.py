@@ -24,7 +24,7 @@ import re
 import shutil
 from pathlib import Path
 
-from bench.common import PEERS, PLACE, ROOT, SAMPLE, base, peer, record, run
+from bench.common import PEERS, PLACE, SAMPLE, base, peer, record, run
 from dataset import DataConfig, load_datasets
 from hf_folder import load_tokenizer
 from trainlib.batches import StepLoader
@@ -111,7 +111,7 @@ def pairs_per_second(data: Path, steps: int) -> float:
 
     A row of ours is two answers of at most 256 positions long and holds as many pairs as fit.
     """
-    shutil.rmtree(ROOT / ".cache/reference", ignore_errors=True)
+    shutil.rmtree(PLACE / "cache/reference", ignore_errors=True)
     words = [
         f"max_steps={steps}",
         f"tokens_per_step={ROWS * LENGTH}",

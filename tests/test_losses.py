@@ -28,21 +28,22 @@ def test_values_and_gradients_are_those_of_torch(dtype):
     )
     logits[3] += 3e4  # Far from 0, where exp alone would overflow.
     logits[5, 4] = 200.0  # All others have probability 0.
+    logits[6, 0] = torch.inf  # Not under the loss: torch gives NaN there, ours nothing.
     labels = torch.tensor([3, 49, IGNORE_INDEX, 0, 7, 1, IGNORE_INDEX])
     weights = torch.arange(1.0, 8.0)
     results = []
     for losses in (token_losses, lambda x, y: F.cross_entropy(
         x if dtype == torch.float64 else x.float(), y, ignore_index=IGNORE_INDEX, reduction="none"
     )):  # fmt: skip
-        leaf = logits.to(dtype).requires_grad_()
+        leaf = logits.clone().to(dtype).requires_grad_()
         values = losses(leaf, labels)
         (values * weights).sum().backward()
         results.append((values, leaf.grad))
     (ours, our_grad), (theirs, their_grad) = results
     assert ours.dtype == theirs.dtype and our_grad.dtype == dtype
     torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(our_grad, their_grad)
-    assert ours[2] == 0 == our_grad[2].abs().sum()
+    torch.testing.assert_close(our_grad[:6], their_grad[:6])
+    assert ours[2] == 0 == our_grad[[2, 6]].abs().sum()
 
 
 def test_a_second_backward_pass_is_refused():

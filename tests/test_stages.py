@@ -135,6 +135,8 @@ def test_worst_rows_are_those_of_the_held_out_that_transformers_finds_hardest(pl
         assert row["path"] == "a.jsonl" and row["bytes"] == len(text.encode())
         assert row["bits_per_byte"] == pytest.approx(bits / row["bytes"], abs=2e-3)
         assert row["text"].startswith("<|endoftext|>" + text[:20])
+        if len(ids) <= 64:
+            assert row["text"] == f"<|endoftext|>{text}<|endoftext|>"
 
 
 def test_killed_at_any_step_it_ends_bit_identical(place, pretrained):

@@ -4,7 +4,7 @@
 
     attention   each kernel against fp64 arithmetic, forward and backward, on packed documents
     model       logits in fp32 against the CPU's, loss in 16 bits against fp32
-    steps       training compiles once, and between two steps nothing waits for the device
+    steps       training compiles once, and forward and backward wait for nothing
     memory      the predicted peak of a step against what the device's allocator held
     speed       tokens a second by rows of a micro batch, with and without compilation
     stages      each stage for some steps, the first one killed and gone on with
@@ -39,13 +39,14 @@ from tokenizer import Tokenizer, default_folder
 from trainlib.batches import ALONE, Place, StepBatch, StepLoader
 from trainlib.hardware import Choice, choose_hardware, find_facts, read_table
 from trainlib.loop import optimizer_step
-from trainlib.memory import CUDA_BYTES, peak_bytes
+from trainlib.memory import peak_bytes
 from trainlib.mfu import flops_per_token, matmul_peak
 from trainlib.optim import OptimConfig, build_optimizers
 from trainlib.runtime import DTYPES, Hardware, compile_layers, use_hardware
 
 LENGTH = 512
 STEPS = 10
+WORDS = {True: "OK", False: "FAILED", None: ""}
 STAGES = {"pretrain": "train.py", "sft": "sft_train.py", "dpo": "dpo_train.py"}
 TINY = ModelConfig(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
@@ -101,11 +102,13 @@ def check_attention(machine: Machine) -> Iterator[Line]:
     }
     if machine.choice.attention == "varlen":
         kernels["varlen bf16"] = (torch.bfloat16, batch.boundaries, 2e-2)
-    if device.type == "cuda":
+    if machine.choice.precision in DTYPES:
         kernels["masked 16 bits"] = (DTYPES[machine.choice.precision], visible, 2e-2)
     torch.set_float32_matmul_precision("highest")
     for name, (dtype, mask, limit) in kernels.items():
         q, k, v = (value.to(device, dtype).requires_grad_() for value in values)
+        if mask.dtype == torch.bool:  # In numbers, as the model has it.
+            mask = torch.zeros((), dtype=dtype).where(mask, -torch.inf)
         out = attend(q, k, v, mask.to(device))
         out.double().square().sum().backward()
         found = [out, q.grad, k.grad, v.grad]
@@ -141,9 +144,9 @@ def check_model(machine: Machine) -> Iterator[Line]:
         found = model.to(device)(**{**batch.inputs, "select": None})
         error = float((found.cpu() - expected).abs().max())
         yield Line("logits in fp32", error < 1e-3, f"off by {error:.1e} from the CPU's")
+        exact, _ = loss_fn(model, batch)
         hardware = machine.hardware()
         model.attention = hardware.attention  # type: ignore[assignment]
-        exact, _ = loss_fn(model, batch)
         with hardware.autocast():
             rounded, _ = loss_fn(model, batch)
     ratio = float(rounded / exact) - 1
@@ -161,6 +164,8 @@ def check_steps(machine: Machine) -> Iterator[Line]:
         for _ in range(STEPS):
             trainer.step()
         fine, told = True, f"{STEPS} steps compile nothing anew"
+        if machine.choice.compile and not trainer.hardware.compile:
+            fine, told = False, "the layers could not be compiled (the log says why)"
     except Exception as error:  # noqa: BLE001  # Dynamo's own classes are no promise.
         fine, told = False, str(error).strip().splitlines()[0][:150]
     finally:
@@ -196,12 +201,8 @@ def check_memory(machine: Machine) -> Iterator[Line]:
     torch.cuda.reset_peak_memory_stats()
     trainer.step()
     held = torch.cuda.max_memory_allocated()
-    free, total = torch.cuda.mem_get_info()
     told = f"{held / 1e9:.2f} GB held, {predicted / 1e9:.2f} GB predicted, {rows} rows"
     yield Line("peak of a step", abs(held / predicted - 1) < 0.15, told)
-    own = total - free - torch.cuda.memory_reserved()
-    told = f"{own / 1e9:.2f} GB beside tensors (other programs' too), {CUDA_BYTES / 1e9} GB assumed"
-    yield Line("CUDA itself", None, told)
 
 
 def check_speed(machine: Machine) -> Iterator[Line]:
@@ -222,7 +223,7 @@ def check_speed(machine: Machine) -> Iterator[Line]:
             speed = count * trainer.batch.num_tokens / (time.perf_counter() - begin)
             attended = machine.data.mean_attended()
             used = speed * flops_per_token(trainer.model, attended) / peak
-            how = "compiled" if compile_ else "uncompiled"
+            how = "compiled" if compile_ and trainer.hardware.compile else "uncompiled"
             yield Line(f"{rows} rows, {how}", None, f"{speed:,.0f} tokens/s, MFU {used:.0%}")
 
 
@@ -272,7 +273,7 @@ class Trainer:
 def check_stages(machine: Machine) -> Iterator[Line]:
     """The stage scripts as a user runs them, the first one killed in the middle."""
     common = [f"device={machine.choice.device}", "tokens_per_step=4096", "eval_every_steps=0",
-              "log_every_steps=1", "data.val_max_rows=2", "resume=auto"]  # fmt: skip
+              "log_every_steps=1", "data.val_max_rows=2", "ranks=1"]  # fmt: skip
     usual = asdict(ModelConfig())
     sizes = [f"model.{k}={v}" for k, v in asdict(TINY).items() if v != usual[k]]
     before = ""
@@ -286,13 +287,14 @@ def check_stages(machine: Machine) -> Iterator[Line]:
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         losses = [row["train/loss"] for row in read(out_dir) if "train/loss" in row]
         fine = not done.returncode and len(losses) == 20 and all(map(math.isfinite, losses))
-        told = (done.stdout + done.stderr)[-300:]
+        told = " ".join((done.stdout + done.stderr)[-300:].replace("|", "/").split())
         if fine:
             told = f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
         if fine and stage == "pretrain":
-            fine, told = losses[-1] < losses[0], told + ", killed after step 5 and gone on with"
+            fine = losses[-1] < losses[0] and "resuming from" in done.stdout + done.stderr
+            told += ", killed and gone on with"
         if fine and stage == "dpo":
-            fine = abs(losses[0] - math.log(2)) < 1e-3
+            fine = abs(losses[0] - math.log(2)) < 5e-3
             told += ", begins at ln 2"
         yield Line(stage, fine, told)
         before = str(out_dir)
@@ -350,9 +352,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the table goes; docs/gpu.md of a card")
     options = parser.parse_args()
     device = options.device
-    choice = choose_hardware(find_facts(), read_table(), device=device)
-    if device == "cpu":
-        choice = choose_hardware(find_facts(), read_table(), device=device, precision="fp32")
+    precision = "fp32" if device == "cpu" else "auto"
+    choice = choose_hardware(find_facts(), read_table(), device=device, precision=precision)
     print(describe(device), flush=True)
     lines: list[Line] = []
     with tempfile.TemporaryDirectory() as name:
@@ -362,22 +363,25 @@ def main() -> None:
         data = load_datasets(config, "pretrain", tokenizer, LENGTH, 0).train
         machine = Machine(choice, data, ModelConfig() if device == "cuda" else TINY, Path(name))
         for check in options.checks or CHECKS:
-            for line in CHECKS[check](machine):
+            for line in tried(check, machine):
                 lines.append(line)
-                print(f"  {words(line):<7}{line.check:<24}{line.told}", flush=True)
+                print(f"  {WORDS[line.fine]:<7}{line.check:<24}{line.told}", flush=True)
     if device == "cuda" and not options.checks:
         options.out = options.out or Path("docs/gpu.md")
     if options.out:
         table = ["| | check | found |", "| --- | --- | --- |"]
-        table += [f"| {words(line)} | {line.check} | {line.told} |" for line in lines]
+        table += [f"| {WORDS[line.fine]} | {line.check} | {line.told} |" for line in lines]
         options.out.write_text("\n".join([f"# {describe(device)}", "", *table, ""]))
         print(f"wrote {options.out}")
     sys.exit(any(line.fine is False for line in lines))
 
 
-def words(line: Line) -> str:
-    """OK, FAILED, or nothing."""
-    return {True: "OK", False: "FAILED", None: ""}[line.fine]
+def tried(check: str, machine: Machine) -> Iterator[Line]:
+    """The lines of a check; one that ends in an error is a line that failed."""
+    try:
+        yield from CHECKS[check](machine)
+    except Exception as error:  # noqa: BLE001  # What a card cannot do is what is asked for.
+        yield Line(check, False, f"{type(error).__name__}: {error}".splitlines()[0][:150])
 
 
 def describe(device: str) -> str:
@@ -386,10 +390,8 @@ def describe(device: str) -> str:
     if device != "cuda":
         return f"{device}, {versions}"
     card = torch.cuda.get_device_properties(0)
-    return (
-        f"{card.name}, {card.total_memory / 2**30:.0f} GiB, capability {card.major}.{card.minor}, "
-        f"CUDA {torch.version.cuda}, {versions}"
-    )
+    size = f"{card.total_memory / 2**30:.0f} GiB, capability {card.major}.{card.minor}"
+    return f"{card.name}, {size}, CUDA {torch.version.cuda}, {versions}"
 
 
 if __name__ == "__main__":

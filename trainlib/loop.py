@@ -116,7 +116,10 @@ def fit(
         if finished:
             display.close()
             if run.ranks.first:
-                finish()
+                try:
+                    finish()
+                except OSError as error:  # The model is worth more than what is said of it.
+                    log.warning("what the run is reported by could not be written (%s)", error)
             run.checkpoints.write_final(model)
     display.summary(finished)
     run.metrics.close()
