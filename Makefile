@@ -16,7 +16,7 @@ test: .venv/ready-dev
 test-all: .venv/ready-dev
 	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
-# On a Docker engine, where there is one (with CI=true there must be): a quarter of an hour.
+# On a Docker engine, where there is one (with CI=true there must be): half an hour.
 docker-test: .venv/ready-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -s --durations=8 tests/docker
 	@if docker info >/dev/null 2>&1; then \

@@ -86,8 +86,8 @@ def _write(
 ) -> None:
     """Write the rows with the smallest first value, the worst one first."""
     lines = []
-    for _, (cache, record), figures in sorted(found, key=lambda row: row[0])[:NUM_ROWS]:
-        origin = Origin(cache, record)
+    for _, origin, figures in sorted(found, key=lambda row: row[0])[:NUM_ROWS]:
+        cache, record = origin
         per_record = (len(cache.offsets) - 1) // len(cache.lines)  # A pair is two sequences.
         first, last = (int(cache.offsets[record * per_record + i]) for i in (0, 1))
         row = {

@@ -63,7 +63,8 @@ def fit(
     the trained model is reported by, in the first rank, before final/ says that all is there.
     Returns whether it was reached, to the one process that may say so and go on from there; not so
     where only a plan is wanted, which is printed instead.
-    Raises UserError after MAX_BAD_STEPS steps on end without a finite gradient.
+    Raises UserError after MAX_BAD_STEPS steps on end without a finite gradient, and where the end
+    cannot be written.
     """
     warm_up(run, model, loss_fn, loader)
     if run.plan is not None:
@@ -118,8 +119,11 @@ def fit(
             if run.ranks.first:
                 try:
                     finish()
-                except OSError as error:  # The model is worth more than what is said of it.
-                    log.warning("what the run is reported by could not be written (%s)", error)
+                except OSError as error:
+                    raise UserError(
+                        f"{run.folder}: the report could not be written ({error}). The last step "
+                        "folder is whole; free some space and start again to go on from it."
+                    ) from error
             run.checkpoints.write_final(model)
     display.summary(finished)
     run.metrics.close()
