@@ -29,6 +29,7 @@ WHAT = {
     "cache": "tokenizing a file, MB/s over what the tokenizers library alone does",
     "cache_memory": "most memory of all processes while a file is tokenized, MB",
     "cache_start": "seconds from the cached file to the first batch",
+    "cache_training": "memory of training on the whole file over that on its first 10 MB",
 }
 """Every figure that a record may hold, in the order of the page."""
 

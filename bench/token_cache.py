@@ -8,6 +8,8 @@ Writes JSON lines of the sample's texts, each with a counter so that no two are 
     cache      token_cache.build_cache: read, parse, check, tokenize, write, on the same cores
     reuse      the same call again, in a new process: nothing is tokenized
     start      load_datasets from the cache: held-out rows, the plan of an epoch
+    train      train.py with the tiny model for 30 steps: seconds to the first, memory;
+               `train_small` is the same on the first 10 MB of the file
 
 Prints one JSON object a part: MB/s of text (UTF-8), peak memory of all processes together
 (proportional set size, in MB), seconds.
@@ -37,7 +39,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--library-megabytes", type=int, default=50)
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache/bench")
-    parser.add_argument("--part", choices=["library", "cache", "start"], help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     path = options.folder / f"{options.megabytes}MB.jsonl"
     os.environ["TRAIN_LLM_CACHE_DIR"] = str(options.folder / "cache")
@@ -50,7 +52,8 @@ def main() -> None:
     shutil.rmtree(options.folder / "cache", ignore_errors=True)
     found = {}
     for name, part in (("library", "library"), ("cache", "cache"), ("reuse", "cache"),
-                       ("plan", "start"), ("start", "start")):  # fmt: skip
+                       ("plan", "start"), ("start", "start"), ("train_small", "train_small"),
+                       ("train_small", "train_small"), ("train", "train")):  # fmt: skip
         command = [sys.executable, "-m", "bench.token_cache", *sys.argv[1:], "--part", part]
         out = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         found[name] = json.loads(out.stdout.splitlines()[-1])
@@ -60,6 +63,8 @@ def main() -> None:
     record("cache", [ratio], ">= 0.85", **more)
     record("cache_memory", [found["cache"]["peak_MB"]], "<= 1500", **more)
     record("cache_start", [found["start"]["seconds"]], "< 5", **more)
+    grown = found["train"]["peak_MB"] / found["train_small"]["peak_MB"]
+    record("cache_training", [grown], "<= 1.1", **more)
 
 
 def generate(path: Path, size: int) -> None:
@@ -124,7 +129,35 @@ def start(path: Path, options: argparse.Namespace) -> None:
     report(0, seconds, peak.stop(), rows=data.num_rows(), imports=round(imported, 2))
 
 
-PARTS = {"library": library, "cache": cache, "start": start}
+def train(path: Path, options: argparse.Namespace) -> None:
+    """A short run of the stage, its cache there."""
+    folder = options.folder / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    words = ["configs/tiny_pretrain.yaml", f"out_dir={folder}", f"data.files={path}", "device=cpu",
+             "data.val_files=", "data.val_max_rows=1", "max_steps=30", "compile=off",
+             "precision=fp32"]  # fmt: skip
+    peak, begin = Peak(), time.perf_counter()
+    process = subprocess.Popen([sys.executable, "train.py", *words], stdout=subprocess.DEVNULL)
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.01)
+    seconds = time.perf_counter() - begin
+    if process.wait():
+        sys.exit(f"train.py {' '.join(words)} failed")
+    report(0, seconds, peak.stop())
+
+
+def train_small(path: Path, options: argparse.Namespace) -> None:
+    """The same on the beginning of the file."""
+    small = options.folder / f"start_of_{path.name}"
+    if not small.is_file():
+        with path.open("rb") as file, small.open("wb") as begin:
+            begin.writelines(file.readlines(10_000_000))
+    train(small, options)
+
+
+PARTS = {"library": library, "cache": cache, "start": start, "train": train,
+         "train_small": train_small}  # fmt: skip
 
 
 class Peak:
