@@ -5,7 +5,7 @@ NAME ?= 小智
 AUTHOR ?= 我
 BIN = .venv/bin
 
-.PHONY: demo test test-all docker-test bench gpu-check lint lock tensorboard
+.PHONY: demo test test-all docker-test bench bench-long gpu-check lint lock tensorboard
 
 demo: .venv/ready
 	$(BIN)/python -m tools.demo --name "$(NAME)" --author "$(AUTHOR)"
@@ -34,12 +34,22 @@ lock: .venv/ready-dev
 	  awk '/^pip==/ {on = 1; print; next} on && /^ / {print; next} {on = 0}' docker/requirements.lock; } > docker/pip.lock
 	rm docker/requirements.lock.new
 
-# Every figure of docs/benchmarks.md, beside the peers: about an hour on two cores.
+# The figures of docs/benchmarks.md, beside the peers: about an hour on two cores.
 bench: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json
+	$(BIN)/python -m bench.profile
 	$(BIN)/python -m bench.training
 	$(BIN)/python -m bench.costs
+	$(BIN)/python -m bench.scaling
 	$(BIN)/python -m bench.time_to_loss
-	$(BIN)/python -m bench.token_cache --megabytes 300
+	$(BIN)/python -m bench.token_cache --megabytes 100
+	$(BIN)/python -m bench.report
+
+# The ones that take hours; started again, it goes on where it was.
+bench-long: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json
+	$(BIN)/python -m bench.ablations
+	$(BIN)/python -m bench.time_to_loss --resume --minutes 20 \
+	  --config configs/pretrain_6m.yaml --set tokens_per_step=4096
+	$(BIN)/python -m bench.token_cache --megabytes 5000
 	$(BIN)/python -m bench.report
 
 # Is training right on this machine's card, and how fast? It writes docs/gpu.md.

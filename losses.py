@@ -1,5 +1,6 @@
-"""The two losses' ingredients: pure functions of logits, nothing else.
+"""The two losses' ingredients: functions of logits, nothing else.
 
+They use the logits up, the largest tensor of a step: whoever needs them later hands in a clone.
 Everything is a sum; the training loop divides once, by the targets of the whole step. So a
 micro-batch with few targets never weighs as much as one with many.
 
@@ -21,25 +22,33 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """-log p(label) in nats of each position, in fp32; 0 where the label is IGNORE_INDEX.
 
     Shapes: logits (..., V), labels (...) -> (N,), all positions in one row. As F.cross_entropy
-    with reduction="none", which holds the logits three times in backward; this holds them once.
+    with reduction="none", but that needs three times the memory of fp32 logits, and this needs
+    none: they are overwritten by the probabilities, and those by the gradient.
     """
     return _TokenLosses.apply(logits.flatten(0, -2), labels.flatten())
 
 
+BLOCK = 1024
+"""Positions whose probabilities are computed at a time."""
+
+
 class _TokenLosses(torch.autograd.Function):
-    """Keeps the probabilities alone, and turns them into the gradient where they lie."""
+    """Turns logits into probabilities, and those into the gradient, where they lie."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         under_loss = labels != IGNORE_INDEX
         index = labels.masked_fill(~under_loss, 0).unsqueeze(1)
-        probabilities = torch.softmax(logits, 1, dtype=dtype)
+        behind = logits.amax(1).to(dtype) - logits.gather(1, index).squeeze(1).to(dtype)
+        ctx.dtype = logits.dtype
+        probabilities = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+        for rows, block in zip(logits.split(BLOCK), probabilities.split(BLOCK), strict=True):
+            block.copy_(torch.softmax(rows, 1, dtype=dtype))
         # The largest logit has probability exp(0) / sum: no second pass is needed for the sum, and
         # no logarithm of a label's probability, which may be 0.
-        behind = logits.amax(1).to(dtype) - logits.gather(1, index).squeeze(1).to(dtype)
         losses = behind - probabilities.amax(1).log()
-        ctx.probabilities, ctx.dtype = probabilities, logits.dtype
+        ctx.probabilities = probabilities
         ctx.save_for_backward(under_loss, index)
         return losses.masked_fill(~under_loss, 0)
 

@@ -130,15 +130,22 @@ class Counts(NamedTuple):
 
 def count_pairs(blocks: Iterator[Labels], vocab_size: int) -> Counts:
     """Count labels and pairs."""
-    pairs = np.concatenate([labels.before * vocab_size + labels.ids for labels in blocks])
-    pairs.sort()
-    new = np.diff(pairs, prepend=-1) > 0
 
     def count(ids: np.ndarray) -> np.ndarray:
         return np.bincount(ids, minlength=vocab_size)
 
-    before = pairs // vocab_size
-    return Counts(count(pairs % vocab_size), count(before), count(before[new]), pairs)
+    # In half the memory where it fits: this is what most of a start's memory would be.
+    dtype = np.uint32 if vocab_size**2 <= 2**32 else np.int64
+    ids, before, codes = count(np.array([], int)), count(np.array([], int)), []
+    for labels in blocks:
+        ids += count(labels.ids)
+        before += count(labels.before)
+        codes.append((labels.before * vocab_size + labels.ids).astype(dtype))
+    pairs = np.concatenate(codes)
+    pairs.sort()
+    new = np.ones(len(pairs), bool)
+    new[1:] = pairs[1:] != pairs[:-1]
+    return Counts(ids, before, count(pairs[new] // vocab_size), pairs)
 
 
 def ngram_bits(counts: Counts, labels: Labels) -> tuple[float, float]:
@@ -151,7 +158,8 @@ def ngram_bits(counts: Counts, labels: Labels) -> tuple[float, float]:
     pairs, times = np.unique(labels.before * vocab_size + labels.ids, return_counts=True)
     before, ids = pairs // vocab_size, pairs % vocab_size
     unigram = (counts.ids[ids] + 1) / (counts.ids.sum() + vocab_size)
-    left, right = (np.searchsorted(counts.pairs, pairs, side) for side in ("left", "right"))
+    wanted = pairs.astype(counts.pairs.dtype)  # Else numpy would widen all of counts.pairs.
+    left, right = (np.searchsorted(counts.pairs, wanted, side) for side in ("left", "right"))
     known = np.maximum(counts.before[before], 1)  # Where none follows, the bigram is not used.
     followers = counts.followers[before]
     bigram = (right - left + followers * unigram) / (known + followers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,25 @@ SAMPLE = ROOT / "dataset/sample"
 RECORDS = ROOT / "bench/records.jsonl"
 PEERS = ROOT / ".venv-peers"
 STAGES = {"train.py": "pretrain", "sft_train.py": "sft", "dpo_train.py": "dpo"}
+
+
+def parser_of(program: str, doc: str, names: Iterable[str]) -> argparse.ArgumentParser:
+    """The command line of a program that measures some of its `names`, or without any all."""
+    names = list(names)
+
+    def known(name: str) -> str:
+        if name not in names:
+            raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(names)}")
+        return name
+
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench.{program}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", type=known, metavar="NAME", help="what to measure")
+    parser.add_argument("--peers", type=Path, default=PEERS, help="the peers' environment")
+    return parser
 
 
 def run(script: str, data: Path, name: str, more: list[str], config: str = "") -> list[dict]:

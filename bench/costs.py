@@ -1,47 +1,46 @@
 """What training costs beside the steps themselves: utilisation, checkpoints, start, memory.
 
-    python -m bench.costs [FIGURE ...] [--peers .venv-peers] [--repeats 3]
+    python -m bench.costs [NAME ...] [--peers .venv-peers] [--repeats 3]
 
     mfu          share of the best matrix product of that precision, measured in the same run
     checkpoint   share of training time when every 200th step is saved: what a save adds to the run
     start        seconds from the command to the first step, data cached, no compile; the evaluation
                  of one row and three samples that stand before it are in it
     memory       peak of a step of 8 rows of 512 over transformers' step, both with AdamW in fp32
+    plan         seconds of a step in a run over what `--plan --gpu here` measured before it, 2.8M
 
-The model is the default of 26.9M parameters.
+The model is the default of 26.9M parameters where no other is named.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import torch
-
-from batch import Batch
-from bench.allocated import allocated_peak
-from bench.common import PEERS, PLACE, ROOT, SAMPLE, base, peer, record, run
-from hf_folder import load_model
-from losses import cross_entropy_sum
+from bench.common import PLACE, ROOT, SAMPLE, base, parser_of, peer, record, run
+from bench.step import own_step
+from bench.training import LENGTH, ROWS, SHIPPED
 from trainlib.metrics import TRAIN_MFU, minutes_trained
 
+TINY = "configs/tiny_pretrain.yaml"
 DATA = SAMPLE / "pretrain.jsonl"
-ROWS, LENGTH, WARM = 8, 512, 2
+WARM = 2
 STEP = [f"tokens_per_step={ROWS * LENGTH}"]
 
 
 def mfu(options: argparse.Namespace) -> None:
-    """Median over the steps after the first two, of each run."""
+    """Median over the steps after the first, of each run."""
     found = []
     for _ in range(options.repeats):
-        rows = [
-            row for row in run("train.py", DATA, "mfu", [*STEP, "max_steps=8"]) if TRAIN_MFU in row
-        ]
-        found.append(sorted(row[TRAIN_MFU] for row in rows[WARM:])[(len(rows) - WARM) // 2])
+        words = [f"tokens_per_step={SHIPPED}", "max_steps=3"]
+        rows = [row for row in run("train.py", DATA, "mfu", words) if TRAIN_MFU in row]
+        found.append(statistics.median(row[TRAIN_MFU] for row in rows[1:]))
     record("mfu", found, ">= 0.65")
 
 
@@ -88,39 +87,36 @@ def start(options: argparse.Namespace) -> None:
 
 def memory(options: argparse.Namespace) -> None:
     """Ours through the loss of train.py, every position a label."""
-    model = load_model(base())
-    optimizer = torch.optim.AdamW(model.parameters())
-    ids = torch.randint(100, 6000, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    rows = torch.arange(ROWS).repeat_interleave(LENGTH).view(ROWS, LENGTH)
-    edges = torch.arange(ROWS + 1, dtype=torch.int32) * LENGTH
-    batch = Batch(ids[:, :-1], ids[:, 1:], torch.arange(LENGTH).repeat(ROWS, 1), rows, edges,
-                  torch.arange(ROWS), ROWS * LENGTH, 1, ROWS * LENGTH)  # fmt: skip
-
-    def step() -> None:
-        optimizer.zero_grad()
-        cross_entropy_sum(model(**batch.inputs), batch.selected(batch.labels)).backward()
-        optimizer.step()
-
-    mine = allocated_peak(model.parameters(), [optimizer], step)
-    theirs = peer(options.peers, "memory", DATA, base())["peak"]
+    mine = own_step(base(), ROWS, LENGTH)["peak"]
+    theirs = peer(options.peers, "step", DATA, base(), "--steps", "0")["peak"]
     record("memory", [mine / theirs], "<= 0.8", bytes=[mine, theirs])
 
 
-FIGURES = {"mfu": mfu, "checkpoint": checkpoint, "start": start, "memory": memory}
+def plan(options: argparse.Namespace) -> None:
+    """Median over the steps after the first two, of each run."""
+    found = []
+    for _ in range(options.repeats):
+        words = [TINY, "--plan", "--gpu", "here", f"data.files={DATA}", "device=cpu"]
+        told = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True,
+                              text=True, capture_output=True)  # fmt: skip
+        match = re.search(r"tokens/s here, ([\d.e+-]+) s a step", told.stdout + told.stderr)
+        assert match is not None, told.stdout + told.stderr
+        minutes = minutes_trained(run("train.py", DATA, "planned", ["max_steps=40"], TINY))
+        seconds = [60 * (b - a) for a, b in itertools.pairwise(minutes) if b > a]
+        found.append(statistics.median(seconds[WARM:]) / float(match[1]))
+    record("plan", found, "0.85 to 1.15")
+
+
+FIGURES = {"mfu": mfu, "checkpoint": checkpoint, "start": start, "memory": memory,
+           "plan": plan}  # fmt: skip
 
 
 def main() -> None:
     """Measure the figures asked for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.costs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(FIGURES)}")
-    parser.add_argument("--peers", type=Path, default=PEERS)
+    parser = parser_of("costs", __doc__, FIGURES)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    for figure in options.figures or FIGURES:
+    for figure in options.names or FIGURES:
         FIGURES[figure](options)
 
 

@@ -5,7 +5,8 @@
     packed, padded, sft, dpo   {"per_second"}: real tokens (or pairs) over the steps but the first 2
     loss                       {"bits_per_byte"} on --val after --minutes of training from nothing
     evaluate                   {"bits_per_byte"} of the model itself on --data
-    memory                     {"peak"}: bytes of a step of 8 rows of 512
+    step                       {"peak", "per_second"}: bytes and tokens/s of a plain step of
+                               --rows of --length
 
 Run by the other benchmarks in an environment of its own (bench/requirements-peers.txt). The peer
 gets the same weights, tokenizer and rows, and otherwise its own defaults, but for logging and
@@ -34,7 +35,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from bench.allocated import allocated_peak
+from bench.allocated import measured
 
 ROWS, LENGTH, WARM, POINTS = 8, 512, 2, 6
 PLAIN = {"bf16": False, "gradient_checkpointing": False}
@@ -148,10 +149,10 @@ def loss(options: argparse.Namespace, tokenizer: Any, rows: list[dict]) -> dict[
             "curve": curve.points}  # fmt: skip
 
 
-def memory(model: Any) -> dict[str, int]:
-    """The most bytes of forward with labels, backward and AdamW."""
+def plain_step(model: Any, rows: int, length: int, count: int) -> dict[str, float]:
+    """Forward with labels, backward and AdamW."""
     optimizer = torch.optim.AdamW(model.parameters())
-    ids = torch.randint(100, 6000, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(100, 6000, (rows, length), generator=torch.Generator().manual_seed(0))
     model.train()
 
     def step() -> None:
@@ -159,7 +160,7 @@ def memory(model: Any) -> dict[str, int]:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
 
-    return {"peak": allocated_peak(model.parameters(), [optimizer], step)}
+    return measured(step, model, optimizer, rows * length, count)
 
 
 def throughput(
@@ -210,11 +211,13 @@ def real_tokens(batch: Any) -> int:
 def main() -> None:
     """Measure one figure of one peer."""
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
-    figures = ["packed", "padded", "sft", "dpo", "loss", "evaluate", "memory"]
+    figures = ["packed", "padded", "sft", "dpo", "loss", "evaluate", "step"]
     parser.add_argument("figure", choices=figures)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--matmul", default="highest", help="of torch.set_float32_matmul_precision")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--rate", type=float, default=1e-3)
@@ -229,8 +232,8 @@ def main() -> None:
         found: dict[str, Any] = loss(options, tokenizer, rows)
     elif options.figure == "evaluate":
         found = {"bits_per_byte": bits_per_byte(model, tokenizer, rows)}
-    elif options.figure == "memory":
-        found = memory(model)
+    elif options.figure == "step":
+        found = plain_step(model, options.rows, options.length, options.steps)
     else:
         found = throughput(options, model, tokenizer, rows)
     print(json.dumps(found))

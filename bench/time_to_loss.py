@@ -1,6 +1,7 @@
 """How long until the loss that transformers.Trainer reaches in its budget: same data, model, cores.
 
-    python -m bench.time_to_loss --peers .venv-peers [--minutes 5] [--config FILE] [--rates A,B,C]
+    python -m bench.time_to_loss [--minutes 5] [--config FILE] [--set key=value ...] [--resume]
+                                 [--rates A,B,C] [--peers .venv-peers]
 
 1. The peer trains the model of --config with its AdamW for --minutes, once for each learning rate
    (linear decay, 2 % warm-up, rows joined and cut as run_clm does); its best validation counts.
@@ -16,6 +17,7 @@ Time is training time: start and evaluations are left out for both.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from bench.common import PEERS, PLACE, SAMPLE, base, peer, record, run
@@ -32,18 +34,28 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--config", default="configs/tiny_pretrain.yaml")
     parser.add_argument("--rates", default="1e-3,3e-3,6e-3")
+    parser.add_argument("--set", nargs="*", default=[], help="settings of ours")
+    parser.add_argument("--resume", action="store_true", help="keep the peer's runs of before")
     options = parser.parse_args()
     val = validation()
     start = base(options.config)  # The peer draws its own weights for that model.
-    theirs = []
+    kept = PLACE / f"race_{Path(options.config).stem}_{options.minutes:g}min.jsonl"
+    if not options.resume:
+        kept.unlink(missing_ok=True)
+    theirs = [json.loads(line) for line in kept.open()] if kept.is_file() else []
+    done = [row["rate"] for row in theirs]
     for rate in options.rates.split(","):
+        if rate in done:
+            continue
         found = peer(options.peers, "loss", SAMPLE / "pretrain.jsonl", start, "--val", str(val),
                      "--rate", rate, "--minutes", str(options.minutes))  # fmt: skip
         theirs.append({"rate": rate, **found})
+        with kept.open("a") as file:
+            file.write(json.dumps(theirs[-1]) + "\n")
         print(f"Trainer, AdamW {rate}: {found['bits_per_byte']:.3f} bits per byte after "
               f"{found['minutes']:.1f} min, {found['tokens']:,} tokens", flush=True)  # fmt: skip
     best = min(theirs, key=lambda row: row["bits_per_byte"])
-    speed = own_speed(options.config, val)
+    speed = own_speed(options, val)
     results = []
     for share in (4, 8):
         tokens = int(speed * options.minutes * 60 / share)
@@ -75,14 +87,14 @@ def validation() -> Path:
     return path
 
 
-def own_speed(config: str, val: Path) -> float:
+def own_speed(options: argparse.Namespace, val: Path) -> float:
     """Tokens a second of the stage script, over twenty steps."""
     rows = run(
         "train.py",
         SAMPLE / "pretrain.jsonl",
         "speed",
-        ["max_steps=20", "log_every_steps=10", f"data.val_files=[{val}]"],
-        config,
+        ["max_steps=20", "log_every_steps=10", f"data.val_files=[{val}]", *options.set],
+        options.config,
     )
     return [row["train/tokens_per_second"] for row in rows if "train/loss" in row][-1]
 
@@ -90,7 +102,7 @@ def own_speed(config: str, val: Path) -> float:
 def ours(options: argparse.Namespace, val: Path, tokens: int, target: float) -> dict:
     """A whole run of so many tokens: its last bits per byte, and when it first had the target."""
     words = [f"max_tokens={tokens}", "log_every_steps=1", "eval_every_steps=5",
-             f"data.val_files=[{val}]", "data.val_max_rows=0"]  # fmt: skip
+             f"data.val_files=[{val}]", "data.val_max_rows=0", *options.set]  # fmt: skip
     run("train.py", SAMPLE / "pretrain.jsonl", "ours_loss", words, options.config)
     rows = read_metrics(PLACE / "ours_loss")
     reached = [

@@ -1,6 +1,6 @@
 """Speed of training beside that of the peers: same model, same rows, in turn, on this machine.
 
-    python -m bench.training [FIGURE ...] [--peers .venv-peers] [--pairs 3] [--steps 6]
+    python -m bench.training [NAME ...] [--peers .venv-peers] [--pairs 3] [--steps 6]
 
     packed   pretraining on full rows of 512, each as shipped, against transformers.Trainer
     same     the same, with the same dtype and matmul setting on both sides, uncompiled
@@ -10,13 +10,12 @@
 
 The model is the default of 26.9M parameters. A pair of runs is ours, then the peer's; the ratio is
 taken pair by pair. Ours is the stage script itself, its figure that of its metrics.jsonl over the
-steps after the first two. Of DPO each side's reference log-probabilities are part of the work that
+steps after the first ones. Of DPO each side's reference log-probabilities are part of the work that
 is timed, as each does it.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import random
@@ -24,13 +23,16 @@ import re
 import shutil
 from pathlib import Path
 
-from bench.common import PEERS, PLACE, SAMPLE, base, peer, record, run
+from bench.common import PLACE, SAMPLE, base, parser_of, peer, record, run
 from dataset import DataConfig, load_datasets
 from hf_folder import load_tokenizer
 from trainlib.batches import StepLoader
 from trainlib.metrics import minutes_trained
 
 ROWS, LENGTH, WARM = 8, 512, 2
+SHIPPED = 16_384
+"""Tokens of a step of ours as shipped: 131,072 would take minutes here, and Muon, which is paid
+once a step, still weighs eight times what it does there."""
 FIGURES = {
     # figure: our script, data, the peer's figure, its matmul setting, ours, what is wanted
     "packed": ("train.py", SAMPLE / "pretrain.jsonl", "packed", "highest", [], ">= 2.2"),
@@ -50,18 +52,12 @@ FIGURES = {
 
 def main() -> None:
     """Measure the figures asked for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.training",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(FIGURES)}")
-    parser.add_argument("--peers", type=Path, default=PEERS)
+    parser = parser_of("training", __doc__, FIGURES)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
     options = parser.parse_args()
     prepare()
-    for figure in options.figures or FIGURES:
+    for figure in options.names or FIGURES:
         _, data, name, matmul, _, aim = FIGURES[figure]
         pairs = []
         for number in range(options.pairs):
@@ -96,14 +92,16 @@ def prepare() -> None:
 def ours(figure: str, steps: int) -> float:
     """Real tokens a second of our script; of preferences, pairs."""
     script, data, _, _, more, _ = FIGURES[figure]
-    length = [f"max_steps={steps}", f"tokens_per_step={ROWS * LENGTH}"]
     if figure == "dpo":
         return pairs_per_second(data, steps)
-    rows = run(script, data, "ours", [*length, *more])
+    each = ROWS * LENGTH if more else SHIPPED
+    warm = max(1, WARM * ROWS * LENGTH // each)
+    length = [f"max_steps={max(warm + 1, steps * ROWS * LENGTH // each)}"]
+    rows = run(script, data, "ours", [*length, f"tokens_per_step={each}", *more])
     minutes = [m for m, row in zip(minutes_trained(rows), rows, strict=True) if "train/loss" in row]
     rows = [row for row in rows if "train/loss" in row]
-    done = rows[-1]["train/tokens"] - rows[WARM - 1]["train/tokens"]
-    return done / (minutes[-1] - minutes[WARM - 1]) / 60
+    done = rows[-1]["train/tokens"] - rows[warm - 1]["train/tokens"]
+    return done / (minutes[-1] - minutes[warm - 1]) / 60
 
 
 def pairs_per_second(data: Path, steps: int) -> float:

@@ -36,7 +36,7 @@ def test_values_and_gradients_are_those_of_torch(dtype):
         x if dtype == torch.float64 else x.float(), y, ignore_index=IGNORE_INDEX, reduction="none"
     )):  # fmt: skip
         leaf = logits.clone().to(dtype).requires_grad_()
-        values = losses(leaf, labels)
+        values = losses(leaf.clone(), labels)
         (values * weights).sum().backward()
         results.append((values, leaf.grad))
     (ours, our_grad), (theirs, their_grad) = results
@@ -44,6 +44,22 @@ def test_values_and_gradients_are_those_of_torch(dtype):
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(our_grad[:6], their_grad[:6])
     assert ours[2] == 0 == our_grad[[2, 6]].abs().sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp32_logits_are_used_up_and_narrower_ones_are_not(dtype):
+    logits = torch.randn(2, 3, 5, dtype=dtype)
+    before = logits.clone()
+    token_losses(logits, torch.zeros(2, 3, dtype=torch.int64))
+    wanted = before.softmax(-1) if dtype == torch.float32 else before
+    torch.testing.assert_close(logits, wanted)
+
+
+def test_logits_that_another_gradient_needs_cannot_be_used_up_unnoticed():
+    logits = torch.zeros(2, 3, requires_grad=True).exp()  # Its backward needs its own value.
+    token_losses(logits, torch.tensor([0, 1])).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()
 
 
 def test_a_second_backward_pass_is_refused():

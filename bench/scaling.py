@@ -1,0 +1,60 @@
+"""How speed and memory of a step grow with the row, the batch and the model, beside transformers.
+
+    python -m bench.scaling [NAME ...] [--peers .venv-peers] [--steps 3]
+
+    length   the 2.8M model on rows of 128 to 2,048 tokens, 4,096 tokens in all
+    batch    the 2.8M model on 1 to 32 rows of 256 tokens
+    model    models of 2.8M to 101M on 2 rows of 512 tokens
+
+A step is forward, backward and AdamW in fp32 with the same matmul setting on both sides and nothing
+compiled; ours is timed, then the peer's, point by point.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from bench.common import SAMPLE, base, parser_of, peer, record
+from bench.step import own_step
+
+TINY = "configs/tiny_pretrain.yaml"
+MODELS = [TINY, "configs/pretrain_6m.yaml", "configs/pretrain.yaml", "configs/pretrain_100m.yaml"]
+AXES = {
+    # axis: for each point its name, config, rows, length
+    "length": [(str(n), TINY, 4096 // n, n) for n in (128, 256, 512, 1024, 2048)],
+    "batch": [(str(n), TINY, n, 256) for n in (1, 2, 4, 8, 16, 32)],
+    "model": [("", config, 2, 512) for config in MODELS],
+}
+
+
+def main() -> None:
+    """Measure the axes asked for."""
+    parser = parser_of("scaling", __doc__, AXES)
+    parser.add_argument("--steps", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_float32_matmul_precision("medium")
+    for axis in options.names or AXES:
+        points = []
+        for name, config, rows, length in AXES[axis]:
+            model, steps = base(config), options.steps
+            mine = own_step(model, rows, length, steps)
+            theirs = peer(options.peers, "step", SAMPLE / "pretrain.jsonl", model,
+                          "--rows", str(rows), "--length", str(length), "--steps", str(steps),
+                          "--matmul", "medium")  # fmt: skip
+            points.append({"x": name or millions(model), "ours": mine, "theirs": theirs})
+            print(f"{axis} {points[-1]['x']}: {mine['per_second']:,.0f} against "
+                  f"{theirs['per_second']:,.0f} tokens/s, {mine['peak'] / 1e6:,.0f} against "
+                  f"{theirs['peak'] / 1e6:,.0f} MB", flush=True)  # fmt: skip
+        ratios = [p["ours"]["per_second"] / p["theirs"]["per_second"] for p in points]
+        record(f"scaling_{axis}", ratios, ">= 1.15", points=points)
+
+
+def millions(folder: Path) -> str:
+    """The size of a model, from its weights on disk."""
+    return f"{(folder / 'model.safetensors').stat().st_size / 4e6:.1f}M"
+
+
+if __name__ == "__main__":
+    main()
