@@ -44,7 +44,7 @@ bench: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json
 	$(BIN)/python -m bench.token_cache --megabytes 100
 	$(BIN)/python -m bench.report
 
-# The ones that take hours; started again, it goes on where it was.
+# The ones that take hours. Started again, the ablations and the peer's runs go on where they were.
 bench-long: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json
 	$(BIN)/python -m bench.ablations
 	$(BIN)/python -m bench.time_to_loss --resume --minutes 20 \

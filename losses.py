@@ -1,6 +1,6 @@
 """The two losses' ingredients: functions of logits, nothing else.
 
-They use the logits up, the largest tensor of a step: whoever needs them later hands in a clone.
+They use fp32 logits up, the largest tensor of a step: who needs them later hands in a clone.
 Everything is a sum; the training loop divides once, by the targets of the whole step. So a
 micro-batch with few targets never weighs as much as one with many.
 
@@ -16,20 +16,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
+BLOCK = 1024
+"""Positions whose probabilities are computed at a time."""
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """-log p(label) in nats of each position, in fp32; 0 where the label is IGNORE_INDEX.
 
     Shapes: logits (..., V), labels (...) -> (N,), all positions in one row. As F.cross_entropy
-    with reduction="none", but that needs three times the memory of fp32 logits, and this needs
-    none: they are overwritten by the probabilities, and those by the gradient.
+    with reduction="none", which takes twice the memory of fp32 logits beside them; here they are
+    overwritten by the probabilities, and those by the gradient. Of 16-bit logits one fp32 copy is
+    made. What computed the logits must not need them in its own backward; a product does not.
     """
     return _TokenLosses.apply(logits.flatten(0, -2), labels.flatten())
-
-
-BLOCK = 1024
-"""Positions whose probabilities are computed at a time."""
 
 
 class _TokenLosses(torch.autograd.Function):

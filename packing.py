@@ -109,7 +109,10 @@ class PackedDataset:
         first = index * self._per_record
         start, end = cache.offsets[first], cache.offsets[first + self._per_record]
         # The last id of a sequence is only a label.
-        length = (end - start - self._per_record).astype(np.int32)
+        length = end - start - self._per_record
+        if len(length) and length.max() > np.iinfo(np.int32).max:
+            raise UserError(f"{cache.path}: a row of it has {length.max():,} tokens; split it")
+        length = length.astype(np.int32)
         ids = (first_id + np.arange(len(index)) * self._per_record).astype(np.int32)
         index = index.astype(np.int32)
         if self.kind == "pretrain":
@@ -169,7 +172,7 @@ class PackedDataset:
     def num_tokens(self) -> int:
         """Real positions of one epoch, padding not counted."""
         if self._passes is None:
-            return int(self._length.sum())
+            return int(self._length.sum(dtype=np.int64))
         sums = np.bincount(self._file, self._length, len(self._passes))
         return round(float(sums @ np.array(self._passes)))
 
@@ -186,7 +189,9 @@ class PackedDataset:
     def padding(self, epoch: int = 0) -> float:
         """Share of an epoch's positions that is padding."""
         plan = self._plan(epoch)
-        return 1 - int(self._length[plan.used()].sum()) / (len(plan) * self.row_length)
+        return 1 - int(self._length[plan.used()].sum(dtype=np.int64)) / (
+            len(plan) * self.row_length
+        )
 
     def rows(self, position: Place) -> Iterator[tuple[Row, Place]]:
         """Rows from a position to the end of its epoch, each with the position after it."""

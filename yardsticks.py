@@ -136,7 +136,7 @@ def count_pairs(blocks: Iterator[Labels], vocab_size: int) -> Counts:
 
     # In half the memory where it fits: this is what most of a start's memory would be.
     dtype = np.uint32 if vocab_size**2 <= 2**32 else np.int64
-    ids, before, codes = count(np.array([], int)), count(np.array([], int)), []
+    ids, before, codes = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, np.int64), []
     for labels in blocks:
         ids += count(labels.ids)
         before += count(labels.before)

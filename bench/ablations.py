@@ -1,18 +1,22 @@
 """Each default of the tiny recipes beside its neighbours: one setting changed at a time.
 
-    python -m bench.ablations [--tokens 400000] [--seeds 3] [--hours 0] [NAME ...]
+    python -m bench.ablations [--tokens 400000] [--seeds 3] [--hours 0] [pretrain sft dpo]
 
 Every run is the stage script itself, on the sample, so many tokens long. A fine-tuning run begins
 with the default pretraining run of its seed, a preference run with the default fine-tuning run. The
-figure is the one at the end over all held-out text: bits per byte, of preferences the loss.
+figure is the one at the end over the held-out rows that the recipe reads: bits per byte, of
+preferences the loss.
 
-Runs are appended to bench/ablations.jsonl as they end, one process a core; what is there already,
-with the same words and tokens, is not run again, and --hours stops before a run that begins later.
+Runs are appended to bench/ablations.jsonl as they end, one process a core. What is there already is
+not run again while its recipe, those of the runs before it and the sample stay as they were; with
+--hours no run begins later than that.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -22,10 +26,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from bench.common import PLACE, ROOT, STAGES, machine, parser_of
+from bench.common import PLACE, ROOT, SAMPLE, STAGES, machine, parser_of
+from dpo_train import DPOConfig
+from sft_train import SFTConfig
+from train import PretrainConfig
+from trainlib.config import load_config, recipe
 from trainlib.metrics import VAL_BITS_PER_BYTE, VAL_LOSS, read_metrics
 
 RUNS = ROOT / "bench/ablations.jsonl"
+CONFIGS = {"pretrain": PretrainConfig, "sft": SFTConfig, "dpo": DPOConfig}
 SCRIPTS = {stage: script for script, stage in STAGES.items()}
 BEFORE = {"sft": "pretrain", "dpo": "sft"}
 FIGURE = {"pretrain": VAL_BITS_PER_BYTE, "sft": VAL_BITS_PER_BYTE, "dpo": VAL_LOSS}
@@ -66,33 +75,47 @@ CHANGES = {
 
 def main() -> None:
     """Run what is not there yet: seed by seed, so that each setting has a figure early."""
-    parser = parser_of("ablations", __doc__, CHANGES)
+    parser = parser_of("ablations", __doc__, CHANGES, peers=False)
     parser.add_argument("--tokens", type=int, default=400_000)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--hours", type=float, default=0.0)
+    parser.add_argument("--hours", type=float, default=math.inf)
     options = parser.parse_args()
-    end = time.time() + 3600 * options.hours if options.hours else float("inf")
-    writing = threading.Lock()
+    end, writing = time.time() + 3600 * options.hours, threading.Lock()
+    failed: list[str] = []
 
     def measure(stage: str, change: str, seed: int) -> None:
         if time.time() > end:
             return
-        value = one(stage, change, seed, options.tokens)
+        try:
+            value = one(stage, change, seed, options.tokens)
+        except RuntimeError as error:
+            failed.append(str(error))
+            print(error, flush=True)
+            return
         row = {"stage": stage, "change": change, "seed": seed, "tokens": options.tokens,
-               "value": value, **machine(), "threads": 1}  # fmt: skip
+               "value": value, "key": key(stage, change, seed, options.tokens),
+               **machine(), "threads": 1}  # fmt: skip
         with writing, RUNS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{stage:9} seed {seed}  {value:.4f}  {change or 'default'}", flush=True)
 
     for seed in range(options.seeds):
         for stage in options.names or CHANGES:
-            done = {(r["stage"], r["change"], r["seed"], r["tokens"]) for r in rows()}
-            wanted = [c for c in CHANGES[stage] if (stage, c, seed, options.tokens) not in done]
-            if wanted and stage in BEFORE:
+            done = {row["key"] for row in rows()}
+            wanted = [c for c in CHANGES[stage] if key(stage, c, seed, options.tokens) not in done]
+            if not wanted or time.time() > end:
+                continue
+            if stage in BEFORE:
                 default(BEFORE[stage], seed, options.tokens)  # Before several need it at once.
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                for done in [pool.submit(measure, stage, change, seed) for change in wanted]:
-                    done.result()
+            pool = ThreadPoolExecutor(os.cpu_count())
+            runs = [pool.submit(measure, stage, change, seed) for change in wanted]
+            try:
+                for run in runs:
+                    run.result()
+            finally:  # After Ctrl-C, which the running ones see too, nothing new begins.
+                pool.shutdown(cancel_futures=True)
+    if failed:
+        sys.exit(f"{len(failed)} runs have no figure")
 
 
 def rows() -> list[dict[str, Any]]:
@@ -102,30 +125,55 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RUNS.open(encoding="utf-8")]
 
 
+def up_to_date(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of today's recipes and sample."""
+    return [r for r in runs if r["key"] == key(r["stage"], r["change"], r["seed"], r["tokens"])]
+
+
+def settings(stage: str, change: str, seed: int, tokens: int) -> list[str]:
+    """The words of a run that decide what is learned."""
+    place = SAMPLE.relative_to(ROOT)
+    held_out = sorted(str(p.relative_to(ROOT)) for p in (SAMPLE / "val" / stage).glob("*.jsonl"))
+    return [f"configs/tiny_{stage}.yaml", f"data.files={place / stage}.jsonl",
+            f"data.val_files=[{','.join(held_out)}]", f"max_tokens={tokens}", f"seed={seed}",
+            *change.split()]  # fmt: skip
+
+
+def key(stage: str, change: str, seed: int, tokens: int) -> str:
+    """Changes with the run's recipe, with the sample, and with what it starts from."""
+    config = load_config(CONFIGS[stage], settings(stage, change, seed, tokens), None)
+    parts = [recipe(config), [path.stat().st_size for path in sorted(SAMPLE.glob("**/*.jsonl"))]]
+    if stage in BEFORE:
+        parts.append(key(BEFORE[stage], "", seed, tokens))
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 def default(stage: str, seed: int, tokens: int) -> str:
     """The final model of the default run of a stage, made where it is not there any more."""
-    folder = PLACE / f"ablations/{stage}_{seed}_{tokens}"
+    folder = PLACE / f"ablations/{key(stage, '', seed, tokens)}"
     if not (folder / "final").is_dir():
         one(stage, "", seed, tokens)
     return str(folder / "final")
 
 
 def one(stage: str, change: str, seed: int, tokens: int) -> float:
-    """The figure of one run, on one thread."""
-    name = f"{stage}_{seed}_{tokens}" + "".join(f"_{word}" for word in change.split())
-    folder = PLACE / "ablations" / name
+    """The figure of one run, on one thread; RuntimeError where it did not come to its end."""
+    folder = PLACE / f"ablations/{key(stage, change, seed, tokens)}"
     shutil.rmtree(folder, ignore_errors=True)
-    words = [f"configs/tiny_{stage}.yaml", f"out_dir={folder}", f"max_tokens={tokens}",
-             f"seed={seed}", "device=cpu", "precision=fp32", "save_every_steps=0",
-             *change.split()]  # fmt: skip
+    words = [*settings(stage, change, seed, tokens), f"out_dir={folder}", "device=cpu",
+             "precision=fp32", "save_every_steps=0"]  # fmt: skip
     if stage in BEFORE:
         words.append(f"init_from={default(BEFORE[stage], seed, tokens)}")
     done = subprocess.run([sys.executable, SCRIPTS[stage], *words], cwd=ROOT, text=True,
                           capture_output=True, check=False,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    if done.returncode:
-        sys.exit(f"{SCRIPTS[stage]} {' '.join(words)} failed:\n{done.stderr[-2000:]}")
-    value = [row for row in read_metrics(folder) if FIGURE[stage] in row][-1][FIGURE[stage]]
+    told = f"{SCRIPTS[stage]} {' '.join(words)}"
+    if done.returncode or not (folder / "final").is_dir():
+        raise RuntimeError(f"{told} did not finish:\n{done.stderr[-2000:]}")
+    value = read_metrics(folder)[-1].get(FIGURE[stage])
+    if value is None:
+        raise RuntimeError(f"{told} ended without a finite {FIGURE[stage]}")
     if change:
         shutil.rmtree(folder)
     return value

@@ -23,7 +23,9 @@ PEERS = ROOT / ".venv-peers"
 STAGES = {"train.py": "pretrain", "sft_train.py": "sft", "dpo_train.py": "dpo"}
 
 
-def parser_of(program: str, doc: str, names: Iterable[str]) -> argparse.ArgumentParser:
+def parser_of(
+    program: str, doc: str, names: Iterable[str], peers: bool = True
+) -> argparse.ArgumentParser:
     """The command line of a program that measures some of its `names`, or without any all."""
     names = list(names)
 
@@ -38,7 +40,8 @@ def parser_of(program: str, doc: str, names: Iterable[str]) -> argparse.Argument
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", type=known, metavar="NAME", help="what to measure")
-    parser.add_argument("--peers", type=Path, default=PEERS, help="the peers' environment")
+    if peers:
+        parser.add_argument("--peers", type=Path, default=PEERS, help="the peers' environment")
     return parser
 
 
@@ -52,13 +55,17 @@ def run(script: str, data: Path, name: str, more: list[str], config: str = "") -
              "log_every_steps=1", "data.val_max_rows=1"]  # fmt: skip
     if script != "train.py":
         words.append(f"init_from={PLACE / 'base/final'}")
-    own_cache = {**os.environ, "TRAIN_LLM_CACHE_DIR": str(PLACE / "cache")}
     done = subprocess.run([sys.executable, script, *words, *more], cwd=ROOT, text=True,
-                          capture_output=True, check=False, env=own_cache)  # fmt: skip
+                          capture_output=True, check=False, env=own_cache())  # fmt: skip
     if done.returncode:
         sys.exit(f"{script} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     (out_dir / "stdout.txt").write_text(done.stdout + done.stderr)
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").open()]
+
+
+def own_cache() -> dict[str, str]:
+    """An environment in which what is kept of data and machine lies apart from the user's own."""
+    return {**os.environ, "TRAIN_LLM_CACHE_DIR": str(PLACE / "cache")}
 
 
 def base(config: str = "configs/pretrain.yaml") -> Path:
@@ -96,8 +103,14 @@ def machine() -> dict[str, object]:
     """Where and when a record was made."""
     import torch  # Here, so that a program without it is measured without it.
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, check=False).stdout.strip()  # fmt: skip
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                              check=False)  # fmt: skip
+        return done.stdout.strip()
+
+    commit = git("describe", "--always")
+    if git("status", "--porcelain", "--", ".", ":!bench/*.jsonl", ":!docs"):
+        commit += "-dirty"
     lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {

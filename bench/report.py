@@ -2,7 +2,7 @@
 
     python -m bench.report [docs/benchmarks.md]
 
-Below it the ablations of bench/ablations.jsonl. Also draws, beside the page,
+Below it the ablations of bench/ablations.jsonl. Draws, of the machine that was measured last,
 
     time_to_loss.svg   bits per byte over minutes of ours and of each of the peer's runs
     scaling.svg        speed and memory over the length of a row, the rows and the model
@@ -11,23 +11,24 @@ Below it the ablations of bench/ablations.jsonl. Also draws, beside the page,
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from bench.ablations import CHANGES, FIGURE, rows
+from bench.ablations import CHANGES, FIGURE, rows, up_to_date
 from bench.common import RECORDS, ROOT
 
 WHAT = {
-    "packed": "real tokens/s on full rows of 512, 26.9M, as shipped, over transformers.Trainer",
+    "packed": "tokens/s on full rows of 512, 26.9M, over transformers.Trainer, each as shipped",
     "same": "the same, AdamW, same dtype and matmul setting on both sides, uncompiled",
     "padded": "real tokens/s on rows of 60 to 700 characters, over Trainer's dynamic padding",
     "padded_same": "the same, same setting on both sides",
     "sft": "real tokens/s of fine-tuning, over trl.SFTTrainer with packing",
     "dpo": "pairs/s of preference optimisation with its reference, over trl.DPOTrainer",
     "mfu": "model FLOP utilisation: share of the best matrix product measured in the same run",
-    "time_to_loss": "how many times sooner the loss of Trainer's best AdamW run is reached, 2.8M",
+    "time_to_loss": "how many times sooner the loss of Trainer's best AdamW run is reached",
     "checkpoint": "share of training time that saving every 200th step takes, 26.9M",
     "start": "seconds from the command to the first step, data cached, not compiled",
     "memory": "peak bytes of a step of 8 rows of 512 over transformers' step, fp32",
@@ -45,54 +46,99 @@ WHAT = {
 
 INTRODUCTION = """# Benchmarks
 
-Written by `python -m bench.report` from `bench/records.jsonl`, to which `make bench` appends. Given
-are the median of the repeats, the smallest and the largest. Ours and the peer's run in turn, and a
-ratio is taken pair by pair. Peers: the versions of `bench/requirements-peers.txt`. No GPU has been
+Written by `python -m bench.report` from the records that `make bench` and `make bench-long` append
+to `bench/records.jsonl` and `bench/ablations.jsonl`. Given are the median of the repeats, the
+smallest and the largest; of scaling, over the sizes. Ours and the peer's run in turn, and a ratio
+is taken pair by pair. Peers: the versions of `bench/requirements-peers.txt`. No GPU has been
 measured yet.
 
 What a figure is made of stands in the first lines of its program: `bench/training.py`,
 `bench/costs.py`, `bench/time_to_loss.py`, `bench/scaling.py`, `bench/token_cache.py`,
 `bench/ablations.py`."""
 
+NOTES = """## What made it faster or smaller
+
+Kept by hand in `bench/report.py`; each was measured when it was made, on two cores of an EPYC
+without bf16 instructions, or stands in the code beside what it explains.
+
+* Muon's Newton-Schulz runs in fp32 where bf16 is slow (a matrix of 512 x 512: 0.03 s instead of
+  2.2 s), and takes all matrices of one shape at once. It is paid once a step, so that it weighs
+  more the fewer tokens a step has.
+* bf16 or fp32 is chosen by a measurement, once a machine, as without the instructions bf16 is far
+  slower. Products under `set_float32_matmul_precision("medium")` are oneDNN's: up to 1.6 times
+  faster on a CPU with AVX-512, no faster here.
+* The loss overwrites the logits by the probabilities, and those by the gradient; the feed-forward
+  layer keeps its two inputs alone and makes silu and product again in backward. Both take less
+  memory, and the step of the 2.8M model was 5 to 8 % faster.
+* The output matrix is asked only where a label is: of a conversation a third has none.
+* Left out: attention document by document in place of one mask. Of the 26.9M model rows of short
+  documents were 5 to 13 % faster, the sample's long ones and the 2.8M model were not.
+* Left out: compiling on a CPU by default. A step of 8 rows was 1.12 times as fast, one of 4 rows
+  was not, and compiling takes 20 s."""
+
 
 def main() -> None:
-    """Write the page and the picture."""
+    """Write the page and the pictures."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("page", nargs="?", type=Path, default=ROOT / "docs/benchmarks.md")
     options = parser.parse_args()
     records = [json.loads(line) for line in RECORDS.open(encoding="utf-8")]
-    options.page.write_text(page(records, rows()), encoding="utf-8")
+    options.page.write_text(page(records, up_to_date(rows())), encoding="utf-8")
     print(f"wrote {options.page}")
-    last = {record["figure"]: record for record in records}
-    scaling = {name: record for name, record in last.items() if name.startswith("scaling_")}
-    if "time_to_loss" in last:
-        draw_race(last["time_to_loss"], options.page.with_name("time_to_loss.svg"))
+    # Of the machine that was measured last.
+    figures = list(by_machine(records).values())[-1]
+    races = [record for record in figures.values() if record["figure"] == "time_to_loss"]
+    scaling = [record for record in figures.values() if record["figure"].startswith("scaling_")]
+    if races:
+        draw_races(races, options.page.with_name("time_to_loss.svg"))
     if scaling:
         draw_scaling(scaling, options.page.with_name("scaling.svg"))
 
 
-def page(records: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
-    """The page's text, from the records of figures and the runs of ablations."""
+def by_machine(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The last record of each figure by machine and by the figure's name, the last machine last."""
     machines: dict[str, dict[str, dict[str, Any]]] = {}
     for record in records:
         name = f"{record['cpu']}, {record['threads']} threads, torch {record['torch']}"
-        machines.setdefault(name, {})[record["figure"]] = record
+        machines[name] = machines.pop(name, {})
+        machines[name][full_name(record)] = record
+    return machines
+
+
+def full_name(record: dict[str, Any]) -> str:
+    """A figure with what it was measured on, where that can be chosen."""
+    if "megabytes" in record:
+        return f"{record['figure']}, {record['megabytes']:,} MB"
+    if "minutes" in record:
+        words = " ".join([Path(record["config"]).stem, *record["set"]])
+        return f"{record['figure']}, {words}, {record['minutes']:g} min"
+    return record["figure"]
+
+
+def page(records: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
+    """The page's text, from the records of figures and the runs of ablations."""
+    machines = by_machine(records)
     lines = [INTRODUCTION]
-    for machine, figures in machines.items():
+    for number, (machine, figures) in enumerate(machines.items()):
         lines += ["", f"## {machine}", "", "| figure | measured | wanted | what | when |"]
         lines += ["| --- | --- | --- | --- | --- |"]
-        for name in sorted(figures.keys() & WHAT.keys(), key=list(WHAT).index):
-            record = figures[name]
-            when = f"{record['date']}, {record['commit']}"
-            lines.append(f"| {name} | {told(record)} | {record['aim']} | {WHAT[name]} | {when} |")
-        if "time_to_loss" in figures:
+        table = [r for r in figures.values() if r["figure"] != "profile"]
+        for record in sorted(table, key=lambda record: list(WHAT).index(record["figure"])):
+            when, what = f"{record['date']}, {record['commit']}", WHAT[record["figure"]]
+            name = full_name(record)
+            lines.append(f"| {name} | {told(record)} | {record['aim']} | {what} | {when} |")
+        drawn = {r["figure"].split("_")[0] for r in table} if number + 1 == len(machines) else ()
+        if "time" in drawn:
             lines += ["", "![bits per byte over minutes of training](time_to_loss.svg)"]
-        if any(name.startswith("scaling_") for name in figures):
+        if "scaling" in drawn:
             lines += ["", "![speed and memory by length, batch and model](scaling.svg)"]
         if "profile" in figures:
             lines += profile(figures["profile"])
+    lines += ["", NOTES]
     for stage in CHANGES:
-        lines += ablations([run for run in runs if run["stage"] == stage])
+        for tokens in sorted({run["tokens"] for run in runs if run["stage"] == stage}):
+            own = [run for run in runs if (run["stage"], run["tokens"]) == (stage, tokens)]
+            lines += ablations(stage, tokens, own)
     return "\n".join(lines) + "\n"
 
 
@@ -107,39 +153,45 @@ def told(record: dict[str, Any]) -> str:
 
 def profile(record: dict[str, Any]) -> list[str]:
     """Where a step's time goes."""
-    lines = ["", f"### A step of 8 rows of 512, 26.9M, fp32: {record['median']:.3g} s", "",
+    lines = ["", "### Where the time of a step goes", "",
+             "8 rows of 512, 26.9M, fp32; of the update, which is made once in 131,072 tokens, its "
+             f"share of these 4,096: {record['median']:.3g} s in all.", "",
              "| operator by itself | share | calls |", "| --- | --- | --- |"]  # fmt: skip
     for row in record["operators"]:
         lines.append(f"| {row['name']} | {row['share']:.1%} | {row['calls']} |")
     return lines
 
 
-def ablations(runs: list[dict[str, Any]]) -> list[str]:
-    """Settings of one stage from best to worst: mean, spread and difference to the default."""
-    if not runs:
-        return []
+def ablations(stage: str, tokens: int, runs: list[dict[str, Any]]) -> list[str]:
+    """Settings from best to worst by their gain, the mean over the default's seeds that they have.
+
+    Means alone would put first what has run with the easier seeds only.
+    """
     by_change: dict[str, dict[int, float]] = {}  # change -> seed -> value
     for run in runs:
         by_change.setdefault(run["change"], {})[run["seed"]] = run["value"]
-    means = {change: statistics.mean(values.values()) for change, values in by_change.items()}
     default = by_change.get("", {})
-    stage, tokens = runs[0]["stage"], runs[0]["tokens"]
+    gains = {
+        change: statistics.mean(default[seed] - values[seed] for seed in default.keys() & values)
+        for change, values in by_change.items()
+        if default.keys() & values
+    }
     lines = [
         "",
         f"## Ablations of configs/tiny_{stage}.yaml, {tokens:,} tokens",
         "",
-        f"{FIGURE[stage]} at the end, lower is better; differences are taken seed by seed.",
+        f"{FIGURE[stage]} at the end, lower is better.",
         "",
-        "| setting | mean | spread | less than the default | seeds |",
+        "| setting | less than the default, seed by seed | mean | spread | seeds |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for change in sorted(means, key=means.__getitem__):
-        values = by_change[change]
-        spread = f"{statistics.stdev(values.values()):.4f}" if len(values) > 1 else ""
-        gains = [default[seed] - value for seed, value in values.items() if seed in default]
-        gain = f"{statistics.mean(gains):+.4f}" if gains and change else ""
-        name = f"`{change}`" if change else "**the default**"
-        lines.append(f"| {name} | {means[change]:.4f} | {spread} | {gain} | {len(values)} |")
+    for change in sorted(gains, key=gains.__getitem__, reverse=True):
+        values = by_change[change].values()
+        spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        name, gain = (f"`{change}`", f"{gains[change]:+.4f}") if change else ("**the default**", "")
+        lines.append(
+            f"| {name} | {gain} | {statistics.mean(values):.4f} | {spread} | {len(values)} |"
+        )
     return lines
 
 
@@ -159,46 +211,45 @@ def save(figure: Any, picture: Path) -> None:
     print(f"wrote {picture}")
 
 
-def draw_scaling(records: dict[str, dict[str, Any]], picture: Path) -> None:
+def draw_scaling(records: list[dict[str, Any]], picture: Path) -> None:
     """A column for each axis: tokens a second above, peak memory below."""
     figure, grid = new_figure(len(records), (4 * len(records), 6), rows=2)
-    for column, (name, record) in enumerate(sorted(records.items())):
-        points = record["points"]
-        names = [point["x"] for point in points]
+    for column, record in enumerate(records):
+        names = [point["x"] for point in record["points"]]
         for row, (key, unit, title) in enumerate(
             [("per_second", 1, "tokens/s"), ("peak", 1e9, "peak of a step, GB")]
         ):
             axes = grid[row][column]
-            for side, style in (("ours", "-o"), ("theirs", "--s")):
-                label = {"ours": "ours", "theirs": "transformers"}[side]
-                color = {"ours": "#1f5fa8", "theirs": "#666666"}[side]
-                values = [point[side][key] / unit for point in points]
+            for side, label, style, color in (
+                ("ours", "ours", "-o", "#1f5fa8"),
+                ("theirs", "transformers", "--s", "#666666"),
+            ):
+                values = [point[side][key] / unit for point in record["points"]]
                 axes.plot(names, values, style, color=color, label=label)
-            axes.set(xlabel=name.removeprefix("scaling_"), ylabel=title)
+            axes.set(xlabel=record["figure"].removeprefix("scaling_"), ylabel=title)
             axes.set_ylim(bottom=0)
     grid[0][0].legend()
-    machine = next(iter(records.values()))
-    figure.suptitle(f"{machine['cpu']}, {machine['threads']} threads")
+    figure.suptitle(f"{records[0]['cpu']}, {records[0]['threads']} threads")
     figure.tight_layout()
     save(figure, picture)
 
 
-def draw_race(record: dict[str, Any], picture: Path) -> None:
-    """Curves of the peer's runs and of ours."""
-    figure, grid = new_figure(1, (7, 4))
-    axes = grid[0][0]
-    for row, style in zip(record["theirs"], ("--", "-.", ":"), strict=False):
-        label = f"transformers.Trainer, AdamW {row['rate']}"
-        axes.plot(*zip(*row["curve"], strict=True), style, color="#666666", label=label)
-    for row in record["ours"]:
-        label = f"ours, a run of {row['minutes']:.1f} min"
-        axes.plot(*zip(*row["curve"], strict=True), color="#1f5fa8", label=label)
-    axes.set(
-        xlabel="minutes of training",
-        ylabel="bits per byte of held-out text",
-        title=f"{record['config']} on {record['cpu']}, {record['threads']} threads",
-    )
-    axes.legend()
+def draw_races(records: list[dict[str, Any]], picture: Path) -> None:
+    """For each race a panel: the curves of the peer's runs and of ours."""
+    figure, grid = new_figure(len(records), (7 * len(records), 4))
+    for axes, record in zip(grid[0], records, strict=True):
+        for row, style in zip(record["theirs"], itertools.cycle(("--", "-.", ":"))):  # noqa: B905
+            label = f"transformers.Trainer, AdamW {row['rate']}"
+            axes.plot(*zip(*row["curve"], strict=True), style, color="#666666", label=label)
+        for row in record["ours"]:
+            label = f"ours, a run of {row['minutes']:.1f} min"
+            axes.plot(*zip(*row["curve"], strict=True), color="#1f5fa8", label=label)
+        axes.set(
+            xlabel="minutes of training",
+            ylabel="bits per byte of held-out text",
+            title=f"{record['config']} on {record['cpu']}, {record['threads']} threads",
+        )
+        axes.legend()
     save(figure, picture)
 
 

@@ -42,9 +42,11 @@ def main() -> None:
     kept = PLACE / f"race_{Path(options.config).stem}_{options.minutes:g}min.jsonl"
     if not options.resume:
         kept.unlink(missing_ok=True)
+    rates = options.rates.split(",")
     theirs = [json.loads(line) for line in kept.open()] if kept.is_file() else []
+    theirs = [row for row in theirs if row["rate"] in rates]
     done = [row["rate"] for row in theirs]
-    for rate in options.rates.split(","):
+    for rate in rates:
         if rate in done:
             continue
         found = peer(options.peers, "loss", SAMPLE / "pretrain.jsonl", start, "--val", str(val),
@@ -69,7 +71,9 @@ def main() -> None:
             break
     times = [row["reached"] for row in results if row["reached"]]
     ratios = [best["minutes"] / min(times)] if times else []
-    record("time_to_loss", ratios, ">= 4", theirs=theirs, ours=results, config=options.config)
+    record("time_to_loss", ratios, ">= 4", theirs=theirs, ours=results, config=options.config,
+           minutes=options.minutes, set=options.set)  # fmt: skip
+    kept.unlink()  # The race is over: --resume is for one that was cut off.
 
 
 def validation() -> Path:

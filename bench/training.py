@@ -8,10 +8,11 @@
     sft      real tokens on the sample's conversations, against trl.SFTTrainer with packing
     dpo      pairs on the sample's preferences, against trl.DPOTrainer
 
-The model is the default of 26.9M parameters. A pair of runs is ours, then the peer's; the ratio is
-taken pair by pair. Ours is the stage script itself, its figure that of its metrics.jsonl over the
-steps after the first ones. Of DPO each side's reference log-probabilities are part of the work that
-is timed, as each does it.
+The model is the default of 26.9M parameters. "As shipped" the peer takes a step of AdamW every
+4,096 tokens, which is its default, and ours one of Muon every 16,384. A pair of runs is the peer's,
+then ours; the ratio is taken pair by pair. Ours is the stage script itself, its figure that of its
+metrics.jsonl over the steps after the first ones. Of DPO each side's reference log-probabilities
+are part of the work that is timed, as each does it.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from trainlib.batches import StepLoader
 from trainlib.metrics import minutes_trained
 
 ROWS, LENGTH, WARM = 8, 512, 2
-SHIPPED = 16_384
-"""Tokens of a step of ours as shipped: 131,072 would take minutes here, and Muon, which is paid
-once a step, still weighs eight times what it does there."""
+LONG_STEP = 16_384
+"""Tokens of a step of ours as shipped: the 131,072 of pretraining and 32,768 of fine-tuning would
+take minutes here, and Muon, paid once a step, weighs eight and two times less there."""
 FIGURES = {
     # figure: our script, data, the peer's figure, its matmul setting, ours, what is wanted
     "packed": ("train.py", SAMPLE / "pretrain.jsonl", "packed", "highest", [], ">= 2.2"),
@@ -94,7 +95,7 @@ def ours(figure: str, steps: int) -> float:
     script, data, _, _, more, _ = FIGURES[figure]
     if figure == "dpo":
         return pairs_per_second(data, steps)
-    each = ROWS * LENGTH if more else SHIPPED
+    each = ROWS * LENGTH if more else LONG_STEP
     warm = max(1, WARM * ROWS * LENGTH // each)
     length = [f"max_steps={max(warm + 1, steps * ROWS * LENGTH // each)}"]
     rows = run(script, data, "ours", [*length, f"tokens_per_step={each}", *more])
