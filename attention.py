@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    from torch.nn.attention import varlen
-except ImportError:  # A build of torch without it.
-    varlen: Any = None
+varlen: Any = None
+"""torch's module, once load_varlen has imported it."""
+VARLEN_KEYWORDS: dict[str, Any] = {}
+"""How its kernel says "causal" and "grouped"."""
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
@@ -68,7 +68,15 @@ def varlen_keywords(function: Callable[..., Any]) -> dict[str, Any]:
     return {**causal, "enable_gqa": True} if "enable_gqa" in names else causal
 
 
-VARLEN_KEYWORDS = varlen_keywords(varlen.varlen_attn) if varlen else {}
+def load_varlen() -> None:
+    """Import torch's kernel: apart, as it brings torch's compiler along, 1.4 s of every start.
+
+    Raises ImportError for a build of torch without it.
+    """
+    global varlen
+    from torch.nn.attention import varlen
+
+    VARLEN_KEYWORDS.update(varlen_keywords(varlen.varlen_attn))
 
 
 def attend_varlen(q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor, boundaries: Tensor) -> Tensor:

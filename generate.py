@@ -7,6 +7,8 @@ Shapes: B batch  T new positions  S positions so far  G key/value heads  H head_
 from __future__ import annotations
 
 import codecs
+import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -245,7 +247,9 @@ def _all_ids(
 ) -> list[int]:
     """All that a model which may be in training, and compiled, goes on with."""
     # A compiled layer would be compiled anew for each length of the cache, and give up at eight.
-    with torch.compiler.set_stance("force_eager"):
+    # Where torch's compiler is not even imported, which takes a second, nothing is compiled.
+    compiler = "torch._dynamo" in sys.modules
+    with torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext():
         return list(generate(model, ids, sampling, tokenizer.stop_ids))
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import attend, document_mask
+from attention import attend, document_mask, load_varlen
 
 
 @dataclass(frozen=True)
@@ -219,12 +219,22 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.attention = "masked"
-        """Which kernel attends inside packed documents (attention.py): masked or varlen."""
+        self._attention = "masked"
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.init_weights()
+
+    @property
+    def attention(self) -> str:
+        """Which kernel attends inside packed documents (attention.py): masked or varlen."""
+        return self._attention
+
+    @attention.setter
+    def attention(self, name: str) -> None:
+        if name == "varlen":
+            load_varlen()
+        self._attention = name
 
     @torch.no_grad()
     def init_weights(self) -> None:

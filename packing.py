@@ -110,8 +110,8 @@ class PackedDataset:
         start, end = cache.offsets[first], cache.offsets[first + self._per_record]
         # The last id of a sequence is only a label.
         length = end - start - self._per_record
-        if len(length) and length.max() > np.iinfo(np.int32).max:
-            raise UserError(f"{cache.path}: a row of it has {length.max():,} tokens; split it")
+        if (longest := length.max(initial=0)) > np.iinfo(np.int32).max:
+            raise UserError(f"{cache.path}: a row of it has {longest:,} tokens; split it")
         length = length.astype(np.int32)
         ids = (first_id + np.arange(len(index)) * self._per_record).astype(np.int32)
         index = index.astype(np.int32)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import varlen
 
-from attention import attend, document_mask, varlen_keywords
+from attention import attend, document_mask, load_varlen, varlen_keywords
 from model import ModelConfig, Transformer
 from trainlib.runtime import Hardware, try_attention
 
@@ -65,6 +65,7 @@ def backward(grad, q, k, v, out, lse, ends, ends_k, max_q, max_k, causal, rng, s
 
 @pytest.fixture(scope="module")
 def kernel():
+    load_varlen()
     torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", forward)
     torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu", backward)
 

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attention import attend, document_mask
+from attention import attend, document_mask, load_varlen
 from dataset import Batch, DataConfig, PackedDataset, load_datasets
 from losses import cross_entropy_sum
 from model import ModelConfig, Transformer
@@ -101,6 +101,7 @@ def check_attention(machine: Machine) -> Iterator[Line]:
         "masked fp32": (torch.float32, visible, 1e-4)
     }
     if machine.choice.attention == "varlen":
+        load_varlen()
         kernels["varlen bf16"] = (torch.bfloat16, batch.boundaries, 2e-2)
     if machine.choice.precision in DTYPES:
         kernels["masked 16 bits"] = (DTYPES[machine.choice.precision], visible, 2e-2)

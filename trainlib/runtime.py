@@ -88,8 +88,8 @@ def try_attention(
     is zero, and the loss does not depend on attention. Returns the hardware as it is then used.
     """
     expected = try_out()
-    model.attention = hardware.attention  # type: ignore[assignment]
     try:
+        model.attention = hardware.attention  # type: ignore[assignment]
         found = try_out()
         agrees = all(abs(f - e) <= 0.02 * abs(e) for f, e in zip(found, expected, strict=True))
         reason = "" if agrees else f"loss and gradient {found}, by the masked kernel {expected}"
