@@ -108,8 +108,7 @@ class PackedDataset:
         """
         first = index * self._per_record
         start, end = cache.offsets[first], cache.offsets[first + self._per_record]
-        # The last id of a sequence is only a label.
-        length = end - start - self._per_record
+        length = end - start - self._per_record  # The last id of a sequence is only a label.
         if (longest := length.max(initial=0)) > np.iinfo(np.int32).max:
             raise UserError(f"{cache.path}: a row of it has {longest:,} tokens; split it")
         length = length.astype(np.int32)

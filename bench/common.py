@@ -24,7 +24,7 @@ STAGES = {"train.py": "pretrain", "sft_train.py": "sft", "dpo_train.py": "dpo"}
 
 
 def parser_of(
-    program: str, doc: str, names: Iterable[str], peers: bool = True
+    program: str, doc: str | None, names: Iterable[str], peers: bool = True
 ) -> argparse.ArgumentParser:
     """The command line of a program that measures some of its `names`, or without any all."""
     names = list(names)
