@@ -12,12 +12,12 @@ compiled; ours is timed, then the peer's, point by point.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
-import torch
-
-from bench.common import SAMPLE, base, parser_of, peer, record
-from bench.step import own_step
+from bench.common import ROOT, SAMPLE, base, parser_of, peer, record
 
 TINY = "configs/tiny_pretrain.yaml"
 MODELS = [TINY, "configs/pretrain_6m.yaml", "configs/pretrain.yaml", "configs/pretrain_100m.yaml"]
@@ -34,15 +34,16 @@ def main() -> None:
     parser = parser_of("scaling", __doc__, AXES)
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
-    torch.set_float32_matmul_precision("medium")
     for axis in options.names or AXES:
         points = []
         for name, config, rows, length in AXES[axis]:
             model, steps = base(config), options.steps
-            mine = own_step(model, rows, length, steps)
-            theirs = peer(options.peers, "step", SAMPLE / "pretrain.jsonl", model,
-                          "--rows", str(rows), "--length", str(length), "--steps", str(steps),
-                          "--matmul", "medium")  # fmt: skip
+            words = ["--rows", str(rows), "--length", str(length), "--steps", str(steps),
+                     "--matmul", "medium"]  # fmt: skip
+            command = [sys.executable, "-m", "bench.step", "--model", str(model), *words]
+            done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True)
+            mine = json.loads(done.stdout.splitlines()[-1])
+            theirs = peer(options.peers, "step", SAMPLE / "pretrain.jsonl", model, *words)
             points.append({"x": name or millions(model), "ours": mine, "theirs": theirs})
             print(f"{axis} {points[-1]['x']}: {mine['per_second']:,.0f} against "
                   f"{theirs['per_second']:,.0f} tokens/s, {mine['peak'] / 1e6:,.0f} against "

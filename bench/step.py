@@ -1,7 +1,14 @@
-"""One plain training step of ours: what it takes in memory and time, without data and loop."""
+"""One plain training step of ours: what it takes in memory and time, without data and loop.
+
+    python -m bench.step --model FOLDER [--rows 8] [--length 512] [--steps 3] [--matmul medium]
+
+Prints one JSON object, as bench.peers does of the same step.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -37,3 +44,20 @@ def rows_of_one_document(rows: int, length: int) -> Batch:
     total = rows * length
     return Batch(ids[:, :-1], ids[:, 1:], torch.arange(length).repeat(rows, 1), documents, edges,
                  torch.arange(rows), total, 1, total)  # fmt: skip
+
+
+def main() -> None:
+    """Measure in a process of its own, as the peer's is."""
+    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--matmul", default="medium")
+    options = parser.parse_args()
+    torch.set_float32_matmul_precision(options.matmul)
+    print(json.dumps(own_step(options.model, options.rows, options.length, options.steps)))
+
+
+if __name__ == "__main__":
+    main()
