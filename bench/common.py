@@ -63,6 +63,21 @@ def run(script: str, data: Path, name: str, more: list[str], config: str = "") -
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").open()]
 
 
+def seconds_to_first_figure(words: list[str], folder: Path) -> float:
+    """From the command of train.py until metrics.jsonl has a line; the run then goes to its end."""
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "train.py", *words, f"out_dir={folder}", "device=cpu"]
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.01)
+    seconds = time.perf_counter() - begin
+    if process.wait():
+        sys.exit(f"{' '.join(command[1:])} failed")
+    return seconds
+
+
 def own_cache() -> dict[str, str]:
     """An environment in which what is kept of data and machine lies apart from the user's own."""
     return {**os.environ, "TRAIN_LLM_CACHE_DIR": str(PLACE / "cache")}

@@ -18,13 +18,23 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import time
 
-from bench.common import PLACE, ROOT, SAMPLE, base, own_cache, parser_of, peer, record, run
+from bench.common import (
+    PLACE,
+    ROOT,
+    SAMPLE,
+    base,
+    own_cache,
+    parser_of,
+    peer,
+    record,
+    run,
+    seconds_to_first_figure,
+)
 from bench.step import own_step
 from bench.training import LENGTH, LONG_STEP, ROWS
 from trainlib.metrics import TRAIN_MFU, minutes_trained
@@ -66,23 +76,9 @@ def start(options: argparse.Namespace) -> None:
     """From the command until the evaluation before the first step is written."""
     found = []
     for _ in range(options.repeats + 1):
-        folder = PLACE / "start"
-        shutil.rmtree(folder, ignore_errors=True)
-        words = ["configs/pretrain.yaml", f"out_dir={folder}", f"data.files={DATA}", "device=cpu",
-                 "compile=off", "data.val_max_rows=1", "max_steps=1", *STEP]  # fmt: skip
-        begin = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, "train.py", *words],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        metrics = folder / "metrics.jsonl"
-        while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
-            time.sleep(0.01)
-        found.append(time.perf_counter() - begin)
-        if process.wait():
-            sys.exit(f"train.py {' '.join(words)} failed")
+        words = ["configs/pretrain.yaml", f"data.files={DATA}", "compile=off",
+                 "data.val_max_rows=1", "max_steps=1", *STEP]  # fmt: skip
+        found.append(seconds_to_first_figure(words, PLACE / "start"))
     record("start", found[1:], "< 5 s")  # The first one tokenizes.
 
 

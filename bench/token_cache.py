@@ -29,7 +29,7 @@ import threading
 import time
 from pathlib import Path
 
-from bench.common import ROOT, record
+from bench.common import ROOT, record, seconds_to_first_figure
 
 SAMPLE = ROOT / "dataset/sample/pretrain.jsonl"
 
@@ -133,19 +133,10 @@ def start(path: Path, options: argparse.Namespace) -> None:
 
 def train(path: Path, options: argparse.Namespace) -> None:
     """A short run of the stage."""
-    folder = options.folder / "run"
-    shutil.rmtree(folder, ignore_errors=True)
-    words = ["configs/tiny_pretrain.yaml", f"out_dir={folder}", f"data.files={path}", "device=cpu",
-             "data.val_files=", "data.val_max_rows=1", "max_steps=30", "compile=off",
-             "precision=fp32"]  # fmt: skip
-    peak, begin = Peak(), time.perf_counter()
-    process = subprocess.Popen([sys.executable, "train.py", *words], stdout=subprocess.DEVNULL)
-    metrics = folder / "metrics.jsonl"
-    while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
-        time.sleep(0.01)
-    seconds = time.perf_counter() - begin
-    if process.wait():
-        sys.exit(f"train.py {' '.join(words)} failed")
+    words = ["configs/tiny_pretrain.yaml", f"data.files={path}", "data.val_files=",
+             "data.val_max_rows=1", "max_steps=30", "compile=off", "precision=fp32"]  # fmt: skip
+    peak = Peak()
+    seconds = seconds_to_first_figure(words, options.folder / "run")
     report(0, seconds, peak.stop())
 
 
