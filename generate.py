@@ -224,33 +224,33 @@ def sample_texts(
     model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling
 ) -> list[str]:
     """Continue each text as the beginning of a document."""
-    texts = []
-    for prompt in prompts:
-        ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
-        texts.append(prompt + tokenizer.decode(_all_ids(model, tokenizer, ids, sampling)))
-    return texts
+    ids = [[tokenizer.end_of_text_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    return [
+        prompt + tokenizer.decode(new)
+        for prompt, new in zip(prompts, _samples(model, tokenizer, ids, sampling), strict=True)
+    ]
 
 
 def sample_answers(
     model: Transformer, tokenizer: Tokenizer, questions: Sequence[str], sampling: Sampling
 ) -> list[str]:
     """Each question with the model's answer to it, as a conversation of its own."""
-    texts = []
-    for question in questions:
-        ids = render_prompt(tokenizer, [{"role": "user", "content": question}])
-        texts.append(f"{question}\n{tokenizer.decode(_all_ids(model, tokenizer, ids, sampling))}")
-    return texts
+    ids = [render_prompt(tokenizer, [{"role": "user", "content": q}]) for q in questions]
+    return [
+        f"{question}\n{tokenizer.decode(new)}"
+        for question, new in zip(questions, _samples(model, tokenizer, ids, sampling), strict=True)
+    ]
 
 
-def _all_ids(
-    model: Transformer, tokenizer: Tokenizer, ids: list[int], sampling: Sampling
-) -> list[int]:
-    """All that a model which may be in training, and compiled, goes on with."""
+def _samples(
+    model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], sampling: Sampling
+) -> list[list[int]]:
+    """What a model that may be in training, and compiled, goes on with."""
     # A compiled layer would be compiled anew for each length of the cache, and give up at eight.
     # Where torch's compiler is not even imported, which takes a second, nothing is compiled.
     compiler = "torch._dynamo" in sys.modules
     with torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext():
-        return list(generate(model, ids, sampling, tokenizer.stop_ids))
+        return generate_batch(model, prompts, sampling, tokenizer.stop_ids)
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:

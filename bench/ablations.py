@@ -1,11 +1,13 @@
 """Each default of the tiny recipes beside its neighbours: one setting changed at a time.
 
-    python -m bench.ablations [--tokens 400000] [--seeds 3] [--hours 0] [pretrain sft dpo]
+    python -m bench.ablations [--tokens 400000] [--seeds 3] [--within 0.03] [pretrain sft dpo]
 
 Every run is the stage script itself, on the sample, so many tokens long. A fine-tuning run begins
 with the default pretraining run of its seed, a preference run with the default fine-tuning run. The
 figure is the one at the end over the held-out rows that the recipe reads: bits per byte, of
 preferences the loss.
+
+A setting that is worse than the best by more than --within after one seed gets no other.
 
 Runs are appended to bench/ablations.jsonl as they end, one process a core. What is there already is
 not run again while its recipe, those of the runs before it and the sample stay as they were; with
@@ -15,6 +17,7 @@ not run again while its recipe, those of the runs before it and the sample stay 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -33,6 +36,7 @@ from train import PretrainConfig
 from trainlib.config import load_config, recipe
 from trainlib.metrics import VAL_BITS_PER_BYTE, VAL_LOSS, read_metrics
 
+TOKENS, SEEDS = 400_000, 3
 RUNS = ROOT / "bench/ablations.jsonl"
 CONFIGS = {"pretrain": PretrainConfig, "sft": SFTConfig, "dpo": DPOConfig}
 SCRIPTS = {stage: script for script, stage in STAGES.items()}
@@ -41,12 +45,13 @@ FIGURE = {"pretrain": VAL_BITS_PER_BYTE, "sft": VAL_BITS_PER_BYTE, "dpo": VAL_LO
 CHANGES = {
     "pretrain": [
         "",  # The default.
-        "optim.name=adamw optim.adamw_lr=3e-3",
-        "optim.name=adamw optim.adamw_lr=1e-3",
-        "optim.muon_lr=0.01",
-        "optim.muon_lr=0.04",
-        "optim.embedding_lr=4e-3",
-        "optim.embedding_lr=16e-3",
+        "optim.name=adamw optim.adamw_lr=3e-3 optim.embedding_lr=8e-3",
+        "optim.name=adamw optim.adamw_lr=3e-3 optim.embedding_lr=3e-3",
+        "optim.name=adamw optim.adamw_lr=1e-3 optim.embedding_lr=8e-3",
+        "optim.muon_lr=0.005",
+        "optim.muon_lr=0.02",
+        "optim.embedding_lr=8e-3",
+        "optim.embedding_lr=32e-3",
         "tokens_per_step=2048",
         "tokens_per_step=8192",
         "optim.decay_fraction=0.25",
@@ -76,8 +81,9 @@ CHANGES = {
 def main() -> None:
     """Run what is not there yet: seed by seed, so that each setting has a figure early."""
     parser = parser_of("ablations", __doc__, CHANGES, peers=False)
-    parser.add_argument("--tokens", type=int, default=400_000)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--within", type=float, default=0.03, help="bits per byte, or loss")
     parser.add_argument("--hours", type=float, default=math.inf)
     options = parser.parse_args()
     end, writing = time.time() + 3600 * options.hours, threading.Lock()
@@ -101,8 +107,12 @@ def main() -> None:
 
     for seed in range(options.seeds):
         for stage in options.names or CHANGES:
-            done = {row["key"] for row in rows()}
-            wanted = [c for c in CHANGES[stage] if key(stage, c, seed, options.tokens) not in done]
+            done, left = values(), CHANGES[stage]
+            if seed:
+                first = {c: done.get(key(stage, c, 0, options.tokens), math.inf) for c in left}
+                limit = min(first.values()) + options.within
+                left = [c for c in left if not c or first[c] <= limit]
+            wanted = [c for c in left if key(stage, c, seed, options.tokens) not in done]
             if not wanted or time.time() > end:
                 continue
             if stage in BEFORE:
@@ -118,16 +128,27 @@ def main() -> None:
         sys.exit(f"{len(failed)} runs have no figure")
 
 
-def rows() -> list[dict[str, Any]]:
-    """The runs so far."""
+def values() -> dict[str, float]:
+    """The figures of the runs so far, by key."""
     if not RUNS.is_file():
-        return []
-    return [json.loads(line) for line in RUNS.open(encoding="utf-8")]
+        return {}
+    runs = map(json.loads, RUNS.open(encoding="utf-8"))
+    return {run["key"]: run["value"] for run in runs}
 
 
-def up_to_date(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of today's recipes and sample."""
-    return [r for r in runs if r["key"] == key(r["stage"], r["change"], r["seed"], r["tokens"])]
+def up_to_date(tokens: int = TOKENS, seeds: int = SEEDS) -> list[dict[str, Any]]:
+    """The runs of today's recipes and sample.
+
+    By key alone: what was a change while another recipe was the default may be the default now.
+    """
+    done, found = values(), []
+    for stage, changes in CHANGES.items():
+        for change, seed in itertools.product(changes, range(seeds)):
+            value = done.get(key(stage, change, seed, tokens))
+            if value is not None:
+                found.append({"stage": stage, "change": change, "seed": seed, "tokens": tokens,
+                              "value": value})  # fmt: skip
+    return found
 
 
 def settings(stage: str, change: str, seed: int, tokens: int) -> list[str]:

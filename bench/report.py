@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bench.ablations import CHANGES, FIGURE, rows, up_to_date
+from bench.ablations import CHANGES, FIGURE, up_to_date
 from bench.common import RECORDS, ROOT
 
 WHAT = {
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("page", nargs="?", type=Path, default=ROOT / "docs/benchmarks.md")
     options = parser.parse_args()
     records = [json.loads(line) for line in RECORDS.open(encoding="utf-8")]
-    options.page.write_text(page(records, up_to_date(rows())), encoding="utf-8")
+    options.page.write_text(page(records, up_to_date()), encoding="utf-8")
     print(f"wrote {options.page}")
     # Of the machine that was measured last.
     figures = list(by_machine(records).values())[-1]
