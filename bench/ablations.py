@@ -45,7 +45,6 @@ FIGURE = {"pretrain": VAL_BITS_PER_BYTE, "sft": VAL_BITS_PER_BYTE, "dpo": VAL_LO
 CHANGES = {
     "pretrain": [
         "",  # The default.
-        "optim.name=adamw optim.adamw_lr=3e-3 optim.embedding_lr=8e-3",
         "optim.name=adamw optim.adamw_lr=3e-3 optim.embedding_lr=3e-3",
         "optim.name=adamw optim.adamw_lr=1e-3 optim.embedding_lr=8e-3",
         "optim.muon_lr=0.005",
