@@ -6,6 +6,7 @@ Below it the ablations of bench/ablations.jsonl. Draws, of the machine that was 
 
     time_to_loss.svg   bits per byte over minutes of ours and of each of the peer's runs
     scaling.svg        speed and memory over the length of a row, the rows and the model
+    data.svg           tokenizing and memory over the size of the data
 """
 
 from __future__ import annotations
@@ -93,10 +94,13 @@ def main() -> None:
     figures = list(by_machine(records).values())[-1]
     races = [record for record in figures.values() if record["figure"] == "time_to_loss"]
     scaling = [record for record in figures.values() if record["figure"].startswith("scaling_")]
+    files = [record for record in figures.values() if record["figure"].startswith("cache")]
     if races:
         draw_races(races, options.page.with_name("time_to_loss.svg"))
     if scaling:
         draw_scaling(scaling, options.page.with_name("scaling.svg"))
+    if files:
+        draw_data(files, options.page.with_name("data.svg"))
 
 
 def by_machine(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -136,6 +140,8 @@ def page(records: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
             lines += ["", "![bits per byte over minutes of training](time_to_loss.svg)"]
         if "scaling" in drawn:
             lines += ["", "![speed and memory by length, batch and model](scaling.svg)"]
+        if "cache" in drawn:
+            lines += ["", "![tokenizing and memory by the size of the data](data.svg)"]
         if "profile" in figures:
             lines += profile(figures["profile"])
     lines += ["", NOTES]
@@ -236,6 +242,30 @@ def draw_scaling(records: list[dict[str, Any]], picture: Path) -> None:
     grid[0][0].legend()
     figure.suptitle(f"{records[0]['cpu']}, {records[0]['threads']} threads")
     figure.tight_layout()
+    save(figure, picture)
+
+
+def draw_data(records: list[dict[str, Any]], picture: Path) -> None:
+    """Speed of tokenizing on the left, memory on the right, each over the size of the file."""
+    parts: dict[int, dict[str, Any]] = {}
+    for record in records:  # The later ones measured the later parts anew.
+        parts.setdefault(record["megabytes"], {}).update(record["parts"])
+    figure, grid = new_figure(2, (11, 4))
+    for axes, key, title, names in (
+        (grid[0][0], "MB_per_s", "text tokenized, MB/s",
+         {"cache": "ours, from the file to the cache", "library": "tokenizers alone, in memory"}),
+        (grid[0][1], "peak_MB", "peak of all processes, MB",
+         {"cache": "tokenizing", "start": "to the first batch", "train": "training, 2.8M"}),
+    ):  # fmt: skip
+        for (part, label), style in zip(names.items(), ("-o", "--s", ":^"), strict=False):
+            sizes = [size for size in sorted(parts) if part in parts[size]]
+            values = [parts[size][part][key] for size in sizes]
+            axes.plot(sizes, values, style, label=label)
+        axes.set(xlabel="size of the file, MB", ylabel=title)
+        axes.margins(y=0.15)
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    figure.suptitle(f"{records[0]['cpu']}, {records[0]['threads']} threads")
     save(figure, picture)
 
 
