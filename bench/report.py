@@ -210,6 +210,7 @@ def new_figure(columns: int, size: tuple[float, float], rows: int = 1) -> tuple[
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "benchmarks"  # Without it ids are drawn by chance.
     from matplotlib import pyplot
 
     return pyplot.subplots(rows, columns, figsize=size, squeeze=False)
