@@ -282,9 +282,12 @@ class Transformer(nn.Module):
         if boundaries is not None and self.attention == "varlen":
             mask = boundaries
         elif document_ids is not None:
-            # In numbers: of a bool mask each layer would make, and in fp32 keep, its own.
-            numbers = self.lm_head.weight.new_zeros(())
-            mask = numbers.where(document_mask(document_ids), -torch.inf)
+            # In numbers of the queries' dtype: of another each layer would make, and keep, its own.
+            device = input_ids.device.type
+            autocast = torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if autocast else self.lm_head.weight.dtype
+            zero = torch.zeros((), dtype=dtype, device=input_ids.device)
+            mask = zero.where(document_mask(document_ids), -torch.inf)
         hidden_BTD = self.model(input_ids, position_ids, mask, cache)
         if select is not None:
             hidden_BTD = hidden_BTD[select]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import varlen
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention import attend, document_mask, load_varlen, varlen_keywords
 from model import ModelConfig, Transformer
@@ -114,6 +115,21 @@ def test_a_model_learns_the_same_with_either(kernel, batch, compiled):
     one, other = gradients["masked"], gradients["varlen"]
     assert not torch.equal(one, other) and not other.isnan().any()
     assert F.cosine_similarity(one, other, dim=0) > 0.999
+
+
+def test_under_autocast_no_layer_makes_a_mask_of_its_own(batch):
+    copied = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default:
+                copied.append(tuple(out.shape))
+            return out
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), Copies():
+        Transformer(SIZES)(**batch)
+    assert copied and (2, 1, 12, 12) not in copied
 
 
 def test_what_a_release_calls_causal():

@@ -35,3 +35,19 @@ def test_the_peak_is_measured_once_in_a_moment():
     begin = time.perf_counter()
     assert matmul_peak(torch.device("cpu"), "fp32") == peak
     assert time.perf_counter() - begin < 0.01
+
+
+def test_a_slow_first_product_does_not_count(monkeypatch):
+    """As on a card, whose first product loads a library."""
+    multiply, calls = torch.mm, []
+
+    def slow_at_first(*words, **more):
+        if not calls:
+            time.sleep(1)
+        calls.append(words[0].shape[0])
+        return multiply(*words, **more)
+
+    monkeypatch.setattr(torch, "mm", slow_at_first)
+    peak = matmul_peak.__wrapped__(torch.device("cpu"), "fp32")
+    assert calls.count(512) > 2 and calls[-1] > 512
+    assert peak > 2 * 512**3 / 0.5

@@ -180,10 +180,10 @@ def optimizer_step(
         loss_sum = loss_sum + loss.detach()
         add_metrics(sums, metrics)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    totals = torch.stack([loss_sum, *(torch.as_tensor(total) for total, _ in sums.values())])
+    totals = [torch.as_tensor(total, device=loss_sum.device) for total, _ in sums.values()]
     counts = torch.tensor([float(count) for _, count in sums.values()])
     counts = counts.to(run.hardware.device, non_blocking=True)
-    figures = torch.cat([totals.float(), counts])
+    figures = torch.cat([torch.stack([loss_sum, *totals]).float(), counts])
     run.ranks.sum([*gradients, figures])
     if loss_scale != 1:
         torch._foreach_mul_(gradients, 1 / loss_scale)  # pyright: ignore

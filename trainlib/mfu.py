@@ -9,15 +9,15 @@ Source: Chowdhery et al., PaLM, arXiv:2204.02311, appendix B.
 from __future__ import annotations
 
 import functools
-import time
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from trainlib.hardware import best_time
 from trainlib.runtime import DTYPES
 
-PEAK_SECONDS = 0.25  # Spent on the measurement, about.
+PEAK_SECONDS = 0.25  # What the measurement takes, about.
 
 
 def flops_per_token(model: nn.Module, attended: float) -> float:
@@ -54,23 +54,27 @@ def update_flops(optimizers: list[Optimizer]) -> float:
 def matmul_peak(device: torch.device, precision: str) -> float:
     """Operations a second of the best of many square matrix products; measured once a process.
 
-    Leaves torch's random state alone. A size that would take too long here is left out.
+    Leaves torch's random state alone. Sizes that would take too long here are left out.
     """
     dtype = DTYPES.get(precision, torch.float32)
     synchronize = getattr(torch, device.type).synchronize
     generator = torch.Generator(device).manual_seed(0)
-    best, end = 0.0, time.perf_counter() + PEAK_SECONDS
-    for size in (512, 1024, 2048, 4096, 8192):
+
+    def seconds(size: int) -> float:
         matrix = torch.randn(size, size, device=device, generator=generator).to(dtype)
         product = torch.empty_like(matrix)
-        fastest, begin = float("inf"), time.perf_counter()
-        # The fastest, as the first picks a kernel and others may use the device too.
-        while (start := time.perf_counter()) < begin + PEAK_SECONDS / 4:
-            synchronize()
+
+        def multiply() -> None:
             torch.mm(matrix, matrix, out=product)
             synchronize()
-            fastest = min(fastest, time.perf_counter() - start)
+
+        return best_time(multiply, PEAK_SECONDS / 4)  # The best, as others may use it too.
+
+    seconds(512)  # The first product on a card loads the library, which takes far longer.
+    best = 0.0
+    for size in (512, 1024, 2048, 4096, 8192):
+        fastest = seconds(size)
         best = max(best, 2 * size**3 / fastest)
-        if start + 8 * fastest > end:
+        if 8 * fastest > PEAK_SECONDS:
             break
     return best

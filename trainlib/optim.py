@@ -121,19 +121,19 @@ class Muon(torch.optim.Muon):
                 self._step_shape(group, parameters, math.sqrt(max(1.0, rows / columns)))
 
     def _step_shape(self, group: dict[str, Any], parameters: list, lr_ratio: float) -> None:
-        momentum, updates = group["momentum"], []
+        momentum, gradients = group["momentum"], [p.grad for p in parameters]
         for p in parameters:
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p.grad)
-            buffer = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-            updates.append(p.grad.lerp(buffer, momentum) if group["nesterov"] else buffer)
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        updates = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_lerp_(updates, gradients, 1 - momentum)  # pyright: ignore
+        if group["nesterov"]:
+            updates = torch._foreach_lerp(gradients, updates, momentum)  # pyright: ignore
         device = parameters[0].device
         dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
         update = orthogonalize(torch.stack(updates), group["ns_steps"], dtype)
-        for p, direction in zip(parameters, update, strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(direction, alpha=-group["lr"] * lr_ratio)
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore
+        torch._foreach_add_(parameters, update.unbind(), alpha=-group["lr"] * lr_ratio)  # pyright: ignore
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
