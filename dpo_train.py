@@ -21,7 +21,7 @@ from hf_folder import load_model, load_tokenizer, model_files
 from preferences import TIE_NATS, batch_log_probs, format_report, reference_log_probs, report
 from trainlib.files import write_atomically
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
-from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate
+from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate, warm_up
 from trainlib.mfu import flops_per_token
 from trainlib.optim import OptimConfig, build_optimizers
 from worst_rows import write_worst_pairs
@@ -85,6 +85,7 @@ def main(config: DPOConfig, datasets: Datasets) -> None:
     run.flops_per_token = flops_per_token(model, datasets.train.mean_attended())
     optimizers = build_optimizers(model, config.optim)
     loader = make_loader(run, datasets.train)
+    warm_up(run, model, loader)
     schedule = make_schedule(config, loader)
     reference = reference_log_probs(run, model, datasets, loader, schedule.num_steps)
 

@@ -290,10 +290,10 @@ class PackedDataset:
         under_loss = labels != IGNORE_INDEX
         flat = documents.reshape(-1)
         edges = np.flatnonzero(np.diff(flat)) + 1
-        # Filled up to a power of two, so that a compiled model sees few lengths.
-        boundaries = np.full(1 << int(len(edges) + 1).bit_length(), len(flat), np.int32)
+        # Filled up to a power of two from documents of 32 on: a compiled model sees few lengths.
+        room = 1 << max(len(edges) + 1, len(flat) // 32).bit_length()
+        boundaries = np.full(room, len(flat), np.int32)
         boundaries[0], boundaries[1 : len(edges) + 1] = 0, edges
-        num_labels = int(under_loss.sum())
         return Batch(
             torch.from_numpy(input_ids),
             torch.from_numpy(labels),
@@ -301,7 +301,7 @@ class PackedDataset:
             torch.from_numpy(documents),
             torch.from_numpy(boundaries),
             torch.tensor(sequence_ids, dtype=torch.int64),
-            num_targets=len(sequence_ids) // 2 if self.kind == "dpo" else num_labels,
+            num_targets=len(sequence_ids) // 2 if self.kind == "dpo" else int(under_loss.sum()),
             num_bytes=int(self._byte_lengths[labels[under_loss]].sum()),
             num_tokens=int((~empty).sum()),
         )

@@ -53,7 +53,8 @@ def reference_log_probs(
     values = np.full(last.first_sequence_id + last.num_sequences, np.nan, np.float32)
     if run.plan is not None:
         return torch.zeros(len(values), device=run.hardware.device)
-    how = f"{datasets.data_key} {run.hardware.precision} {datasets.train.row_length}"
+    h = run.hardware
+    how = f"{datasets.data_key} {h.precision} {h.attention} {h.compile} {datasets.train.row_length}"
     digest = hashlib.sha256(how.encode())
     for packed in everything:
         digest.update(packed.selection)

@@ -17,7 +17,7 @@ from generate import Sampling, sample_answers
 from hf_folder import load_model, load_tokenizer, model_files
 from losses import cross_entropy_sum
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
-from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate
+from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate, warm_up
 from trainlib.mfu import flops_per_token
 from trainlib.optim import OptimConfig, build_optimizers
 from worst_rows import write_worst_rows
@@ -65,6 +65,7 @@ def main(config: SFTConfig, datasets: Datasets) -> None:
     run.flops_per_token = flops_per_token(model, datasets.train.mean_attended())
     optimizers = build_optimizers(model, config.optim)
     loader = make_loader(run, datasets.train)
+    warm_up(run, model, loader)
     schedule = make_schedule(config, loader)
 
     def evaluate() -> tuple[Metrics, list[str]]:

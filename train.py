@@ -21,7 +21,7 @@ from tokenizer import Tokenizer, default_folder
 from tokenizer.adopt import adopt
 from trainlib.config import provenance, with_value
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
-from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate
+from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate, warm_up
 from trainlib.mfu import flops_per_token
 from trainlib.optim import OptimConfig, build_optimizers
 from worst_rows import write_worst_rows
@@ -100,6 +100,7 @@ def main(config: PretrainConfig, datasets: Datasets) -> None:
     run.flops_per_token = flops_per_token(model, datasets.train.mean_attended())
     optimizers = build_optimizers(model, config.optim)
     loader = make_loader(run, datasets.train)
+    warm_up(run, model, loader)
     schedule = make_schedule(config, loader)
 
     def evaluate() -> tuple[Metrics, list[str]]:

@@ -6,6 +6,11 @@ and its compilation run.
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +18,11 @@ import torch.nn.functional as F
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attention import attend, document_mask, load_varlen, varlen_keywords
+from attention import attend, attend_varlen, document_mask, load_varlen, varlen_keywords
 from model import ModelConfig, Transformer
-from trainlib.runtime import Hardware, try_attention
+from trainlib.batches import StepBatch, StepLoader
+from trainlib.loop import warm_up
+from trainlib.runtime import Hardware, looking
 
 SIZES = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                     num_attention_heads=4, num_key_value_heads=2, head_dim=8)  # fmt: skip
@@ -143,24 +150,63 @@ def test_what_a_release_calls_causal():
     assert varlen_keywords(varlen.varlen_attn)  # And the installed one is of a known kind.
 
 
-@pytest.mark.parametrize(
-    "found", [(2.5, 1.0), (2.0, 5.0), (float("nan"), 1.0), RuntimeError("no kernel image")]
-)
-def test_a_kernel_that_fails_or_disagrees_is_left_out(found, caplog):
-    hardware, model = Hardware(torch.device("cpu"), "bf16", "varlen", False, 1), Transformer(SIZES)
-
-    def try_out():
-        if model.attention == "masked":
-            return 2.0, 1.0
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    assert try_attention(hardware, model, try_out).attention == "masked"
-    assert model.attention == "masked" and "varlen kernel is left out" in caplog.text
+BF16 = Hardware(torch.device("cpu"), "bf16", "varlen", False, 2)
 
 
-def test_a_kernel_that_agrees_is_used():
-    hardware, model = Hardware(torch.device("cpu"), "bf16", "varlen", False, 1), Transformer(SIZES)
-    assert try_attention(hardware, model, lambda: (2.0, 1.0)).attention == "varlen"
-    assert model.attention == "varlen"
+def warmed_up(batch, hardware=BF16, **config):
+    """A fresh model after the warm-up of a run, and that run."""
+    torch.manual_seed(3)
+    model = Transformer(SIZES)
+    micro = SimpleNamespace(inputs=batch, input_ids=batch["input_ids"])
+    micro.to = lambda device: micro
+    loader = StepLoader(SimpleNamespace(row_length=12), 24, 2)  # type: ignore[arg-type]
+    loader._make = lambda position: StepBatch([micro], 24, 24, position)  # type: ignore[assignment]
+    layers = model.model.layers
+    run: Any = SimpleNamespace(hardware=hardware, layers=layers, config=SimpleNamespace(**config))
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    warm_up(run, model, loader)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state()) and model.training
+    assert all(p.grad is None for p in model.parameters())
+    return model, run
+
+
+def test_a_kernel_that_agrees_is_used(kernel, batch):
+    model, run = warmed_up(batch)
+    assert model.attention == run.hardware.attention == "varlen"
+
+
+def fails(q, k, v, boundaries):
+    raise RuntimeError("no kernel image")
+
+
+WRONG = {
+    "fails": fails,
+    "gives no numbers": lambda q, k, v, boundaries: q * torch.nan,
+    "swaps heads": lambda q, k, v, boundaries: attend_varlen(q, k, v, boundaries).flip(1),
+    "forgets a gradient": lambda q, k, v, ends: attend_varlen(q, k.detach(), v, ends),
+    "forgets documents": lambda q, k, v, boundaries: attend(q, k, v, None),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_kernel_that_fails_or_disagrees_is_left_out(kernel, batch, wrong, monkeypatch, caplog):
+    """In a fresh model too, whose output does not depend on attention yet."""
+    monkeypatch.setattr("attention.attend_varlen", WRONG[wrong])
+    model, run = warmed_up(batch)
+    assert model.attention == run.hardware.attention == "masked"
+    assert "varlen kernel is left out" in caplog.text
+
+
+@pytest.mark.slow
+def test_what_is_compiled_before_the_first_step_serves_training_and_evaluation(kernel, batch):
+    model, run = warmed_up(batch, replace(BF16, compile=True), compile="on")
+    assert run.hardware.compile and run.hardware.attention == "varlen"
+    torch._dynamo.config.error_on_recompile = True
+    try:
+        with run.hardware.autocast():
+            model(**batch).float().sum().backward()
+        with looking(model), run.hardware.autocast():
+            model(**batch)
+    finally:
+        torch._dynamo.config.error_on_recompile = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -189,6 +190,21 @@ def test_a_place_beyond_the_data_goes_on_with_the_next_epoch():
     loader = StepLoader(TwoRows(), tokens_per_step=2, micro_batch_size=2)
     loader.seek(Place(0, 7))
     assert next(loader).after == Place(2, 0)
+
+
+def test_for_a_card_micro_batches_are_pinned_where_they_are_made():
+    class Pinnable(list):
+        def pinned(self):
+            return threading.current_thread().name, list(self)
+
+    class Rows(TwoRows):
+        def collate(self, rows, num_rows):
+            return Pinnable(rows)
+
+    loader = StepLoader(Rows(), tokens_per_step=2, micro_batch_size=1, pin=True)
+    names = [name for _ in range(2) for name, _ in next(loader).micro_batches]
+    assert names[:2] == ["MainThread"] * 2 and all(n.startswith("loader") for n in names[2:])
+    assert type(next(StepLoader(Rows(), 2, 2)).micro_batches[0]) is Pinnable
 
 
 def test_a_folder_is_trained_in_by_one_process(tmp_path):

@@ -38,11 +38,11 @@ from model import ModelConfig, Transformer
 from tokenizer import Tokenizer, default_folder
 from trainlib.batches import ALONE, Place, StepBatch, StepLoader
 from trainlib.hardware import Choice, choose_hardware, find_facts, read_table
-from trainlib.loop import optimizer_step
+from trainlib.loop import optimizer_step, warm_up
 from trainlib.memory import peak_bytes
 from trainlib.mfu import flops_per_token, matmul_peak
 from trainlib.optim import OptimConfig, build_optimizers
-from trainlib.runtime import DTYPES, Hardware, compile_layers, use_hardware
+from trainlib.runtime import DTYPES, Hardware, looking, use_hardware
 
 LENGTH = 512
 STEPS = 10
@@ -159,11 +159,11 @@ def check_steps(machine: Machine) -> Iterator[Line]:
     rows = min(8, machine.choice.micro_batch_size)
     trainer = Trainer(machine, rows)
     try:
-        for _ in range(3):
+        for number in range(3 + STEPS):
+            torch._dynamo.config.error_on_recompile = trainer.hardware.compile and number >= 3
             trainer.step()
-        torch._dynamo.config.error_on_recompile = trainer.hardware.compile
-        for _ in range(STEPS):
-            trainer.step()
+        with looking(trainer.model), trainer.hardware.autocast():
+            loss_fn(trainer.model, machine.batch(rows))
         fine, told = True, f"{STEPS} steps compile nothing anew"
         if machine.choice.compile and not trainer.hardware.compile:
             fine, told = False, "the layers could not be compiled (the log says why)"
@@ -174,13 +174,14 @@ def check_steps(machine: Machine) -> Iterator[Line]:
     yield Line("compiled once" if trainer.hardware.compile else "uncompiled steps", fine, told)
     if machine.choice.device != "cuda":
         return
-    batch = trainer.batch.micro_batches[0]
+    batch = next(trainer.loader).micro_batches[0]
     torch.cuda.set_sync_debug_mode("error")
     try:
+        batch = batch.to(trainer.hardware.device)
         with trainer.hardware.autocast():
             loss, _ = loss_fn(trainer.model, batch)
         loss.backward()
-        fine, told = True, "forward and backward wait for nothing"
+        fine, told = True, "copying a batch, forward and backward wait for nothing"
     except RuntimeError as error:
         fine, told = False, str(error).splitlines()[0][:150]
     finally:
@@ -216,48 +217,48 @@ def check_speed(machine: Machine) -> Iterator[Line]:
             trainer = Trainer(machine, rows, compile_=compile_)
             trainer.step()
             trainer.synchronize()
-            begin, count = time.perf_counter(), 0
-            while count < 2 or time.perf_counter() < begin + 3:
+            begin, before = time.perf_counter(), trainer.tokens
+            trainer.step()
+            while time.perf_counter() < begin + 3:
                 trainer.step()
-                trainer.synchronize()
-                count += 1
-            speed = count * trainer.batch.num_tokens / (time.perf_counter() - begin)
-            attended = machine.data.mean_attended()
-            used = speed * flops_per_token(trainer.model, attended) / peak
+            trainer.synchronize()
+            speed = (trainer.tokens - before) / (time.perf_counter() - begin)
+            used = speed * flops_per_token(trainer.model, machine.data.mean_attended()) / peak
             how = "compiled" if compile_ and trainer.hardware.compile else "uncompiled"
             yield Line(f"{rows} rows, {how}", None, f"{speed:,.0f} tokens/s, MFU {used:.0%}")
 
 
 class Trainer:
-    """A fresh model, its optimizers, and the loop's own step on one micro batch."""
+    """A fresh model, its optimizers, and the loop's own step, each on the next micro batch."""
 
-    def __init__(self, machine: Machine, rows: int, compile_: bool | None = None) -> None:
+    def __init__(self, machine: Machine, rows: int, compile_: bool = True) -> None:
         torch.manual_seed(0)
-        self.hardware = machine.hardware(rows)
-        self.model = Transformer(machine.sizes).to(self.hardware.device)
-        self.model.attention = self.hardware.attention  # type: ignore[assignment]
+        hardware = machine.hardware(rows)
+        hardware = replace(hardware, compile=hardware.compile and compile_)
+        self.model = Transformer(machine.sizes).to(hardware.device)
         self.optimizers = build_optimizers(self.model, OptimConfig())
-        self.batch: StepBatch[Batch] = next(StepLoader(machine.data, rows * LENGTH, rows))
-        micro = [batch.to(self.hardware.device) for batch in self.batch.micro_batches]
-        self.batch = StepBatch(micro, self.batch.num_targets, self.batch.num_tokens, Place())
-        if self.hardware.compile and compile_ is not False:
-            layers = self.model.model.layers
-            self.hardware = compile_layers(self.hardware, layers, self.step, required=False)
+        self.sizes = (machine.data, rows * LENGTH, rows)
+        pin = hardware.device.type == "cuda"
+        self.loader: StepLoader[Batch] = StepLoader(*self.sizes, pin=pin)
+        self.tokens = 0
+        config = SimpleNamespace(optim=OptimConfig(), compile="auto")
+        self.run: Any = SimpleNamespace(
+            hardware=hardware, ranks=ALONE, config=config, layers=self.model.model.layers
+        )
+        warm_up(self.run, self.model, self.loader)
+        self.hardware: Hardware = self.run.hardware  # As it is used.
 
     def step(self) -> None:
         """One update."""
-        config = SimpleNamespace(optim=OptimConfig())
-        run: Any = SimpleNamespace(hardware=self.hardware, ranks=ALONE, config=config)
-        optimizer_step(run, self.model, self.optimizers, loss_fn, self.batch, 1.0)
+        batch = next(self.loader)
+        optimizer_step(self.run, self.model, self.optimizers, loss_fn, batch, 1.0)
+        self.tokens += batch.num_tokens
 
     def predicted_peak(self) -> int:
         """What --plan would say of this step."""
         cpu = Hardware(torch.device("cpu"), self.hardware.precision, "masked", False, 0)
-        run: Any = SimpleNamespace(
-            hardware=cpu, ranks=ALONE, config=SimpleNamespace(optim=OptimConfig())
-        )
-        micro = [batch.to(cpu.device) for batch in self.batch.micro_batches]
-        batch = StepBatch(micro, self.batch.num_targets, self.batch.num_tokens, Place())
+        run: Any = SimpleNamespace(**{**vars(self.run), "hardware": cpu})
+        batch: StepBatch[Batch] = next(StepLoader(*self.sizes))
         plain = Transformer(self.model.config)
         return peak_bytes(
             plain, OptimConfig(), lambda m, o: optimizer_step(run, m, o, loss_fn, batch, 1.0)

@@ -65,7 +65,8 @@ class StepLoader(Generic[BatchT]):
     A step takes tokens_per_step / row_length rows, whatever the number of ranks, dealt evenly to
     as few micro-batches of at most micro_batch_size rows as hold them, the same number for each
     rank; all have one shape, and rows that are missing are empty. Goes on into the next epoch;
-    with `epochs` the last step ends with the last row.
+    with `epochs` the last step ends with the last row. `pin` puts micro-batches into pinned
+    memory: from other memory a copy to a card waits for all that the card has yet to do.
     """
 
     def __init__(
@@ -75,8 +76,10 @@ class StepLoader(Generic[BatchT]):
         micro_batch_size: int,
         epochs: int = 0,
         ranks: Ranks = ALONE,
+        pin: bool = False,
     ) -> None:
         self.dataset, self.epochs, self.ranks = dataset, epochs, ranks
+        self.pin = pin
         self.rows_per_step = max(1, tokens_per_step // dataset.row_length)
         _, self.micro_batch_rows = deal(self.rows_per_step, micro_batch_size, ranks.count)
         self.position = Place()
@@ -116,9 +119,11 @@ class StepLoader(Generic[BatchT]):
         num_micro = -(-len(rows) // (self.micro_batch_rows * count))
         # Row i goes to micro-batch i mod n, so that all are filled alike; of these n, every rank
         # takes as many, itself first.
-        micro = [
+        micro: list[Any] = [
             self.dataset.collate(rows[i :: num_micro * count], self.micro_batch_rows)
             for i in range(self.ranks.rank, num_micro * count, count)
         ]
+        if self.pin:
+            micro = [batch.pinned() for batch in micro]
         num_targets, num_tokens = self.dataset.count(rows)
         return StepBatch(micro, num_targets, num_tokens, position)

@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import nn
 
+from trainlib.batches import deal
 from trainlib.checkpoint import Checkpoints
 from trainlib.config import (
     HARDWARE_KEYS,
@@ -267,6 +268,10 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
         hardware = without_device(choice)
     else:
         hardware = use_hardware(choice, ranks.local)
+        rows_per_step = max(1, config.tokens_per_step // row_length)
+        # As many rows as training has, so that evaluations are compiled for one shape too.
+        _, rows = deal(rows_per_step, hardware.micro_batch_size, ranks.count)
+        hardware = replace(hardware, micro_batch_size=rows)
     torch.manual_seed(config.seed)
     if ranks.first and not wanted:
         if resume_from is not None and resume_from.parent.resolve() == folder.resolve():

@@ -29,7 +29,7 @@ from trainlib.mfu import matmul_peak
 from trainlib.optim import Schedule
 from trainlib.plan import show_plan
 from trainlib.ranks import Ranks
-from trainlib.runtime import LossFunction, compile_layers, looking, try_attention
+from trainlib.runtime import LossFunction, awake, compile_layers, looking, try_attention
 from trainlib.state import TrainState, restore, save
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,6 @@ def fit(
     Raises UserError after MAX_BAD_STEPS steps on end without a finite gradient, and where the end
     cannot be written.
     """
-    warm_up(run, model, loss_fn, loader)
     if run.plan is not None:
 
         def step(run: Run, model: nn.Module, optimizers: list[Optimizer], batch: StepBatch) -> None:
@@ -130,29 +129,42 @@ def fit(
     return finished and run.ranks.first
 
 
-def warm_up(run: Run, model: nn.Module, loss_fn: LossFunction, loader: StepLoader) -> None:
+def warm_up(run: Run, model: nn.Module, loader: StepLoader) -> None:
     """Try out the attention kernel, and compile the layers; weights and random state stay.
 
-    What fails is left out, and the log says so.
+    What fails is left out, and the log says so. To be called before the model is first used, so
+    that all that it computes in a run is computed in one way.
     """
     if not run.hardware.compile and run.hardware.attention == "masked":
         return
     batch = next(loader).micro_batches[0].to(run.hardware.device)
     loader.seek(Place())
 
-    def try_out() -> tuple[float, float]:
+    def gradient() -> Tensor:
+        """Of the attention layers' weights, by way of all others."""
         with run.hardware.autocast():
-            loss, _ = loss_fn(model, batch)
-        loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            logits = model(**batch.inputs)
+        # Summed over a row: a mean over all would vanish in fp16.
+        (logits.float().square().sum() / len(batch.input_ids)).backward()
+        parts = [
+            p.grad.flatten()
+            for name, p in model.named_parameters()
+            if "attn" in name and p.grad is not None
+        ]
         model.zero_grad(set_to_none=True)
-        return float(loss), float(norm)
+        return torch.cat(parts)
 
-    if run.hardware.attention != "masked":
-        run.hardware = try_attention(run.hardware, model, try_out)
-    if run.hardware.compile and run.layers is not None:
-        required = run.config.compile == "on"
-        run.hardware = compile_layers(run.hardware, run.layers, try_out, required)
+    def try_out() -> None:
+        gradient()
+        with looking(model), run.hardware.autocast():  # A program of its own.
+            model(**batch.inputs)
+
+    with awake(model):
+        if run.hardware.attention != "masked":
+            run.hardware = try_attention(run.hardware, model, gradient)
+        if run.hardware.compile and run.layers is not None:
+            required = run.config.compile == "on"
+            run.hardware = compile_layers(run.hardware, run.layers, try_out, required)
 
 
 def optimizer_step(
@@ -255,8 +267,11 @@ def due(step: int, every: int, schedule: Schedule) -> bool:
 
 def make_loader(run: Run, dataset: Any) -> StepLoader:
     """This rank's share of the steps over a data set."""
-    c, micro_batch_size = run.config, run.hardware.micro_batch_size
-    return StepLoader(dataset, c.tokens_per_step, micro_batch_size, c.epochs, run.ranks)
+    c, hardware = run.config, run.hardware
+    pin = hardware.device.type == "cuda"
+    return StepLoader(
+        dataset, c.tokens_per_step, hardware.micro_batch_size, c.epochs, run.ranks, pin
+    )
 
 
 def make_schedule(config: Any, loader: StepLoader) -> Schedule:

@@ -80,19 +80,18 @@ def compile_layers(
 
 
 def try_attention(
-    hardware: Hardware, model: nn.Module, try_out: Callable[[], tuple[float, float]]
+    hardware: Hardware, model: nn.Module, gradient: Callable[[], torch.Tensor]
 ) -> Hardware:
-    """Use the chosen attention kernel if it works here and agrees with the masked one to 2 %.
+    """Use the chosen attention kernel if it works here and agrees with the masked one to 5 %.
 
-    `try_out` gives loss and gradient norm of a micro-batch; the norm, for in a fresh model o_proj
-    is zero, and the loss does not depend on attention. Returns the hardware as it is then used.
+    `gradient` gives that of a micro-batch as one vector; what 16-bit numbers lose is about 1 %.
+    Returns the hardware as it is then used.
     """
-    expected = try_out()
+    expected = gradient()
     try:
         model.attention = hardware.attention  # type: ignore[assignment]
-        found = try_out()
-        agrees = all(abs(f - e) <= 0.02 * abs(e) for f, e in zip(found, expected, strict=True))
-        reason = "" if agrees else f"loss and gradient {found}, by the masked kernel {expected}"
+        off = float((gradient() - expected).norm() / expected.norm())
+        reason = "" if off <= 0.05 else f"its gradient is off by {off:.1%}"
     except Exception as error:  # noqa: BLE001  # A kernel can refuse a card in many ways.
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     if reason:
@@ -100,6 +99,21 @@ def try_attention(
         log.warning("attention: the %s kernel is left out (%s)", hardware.attention, reason)
         return replace(hardware, attention="masked")
     return hardware
+
+
+@contextlib.contextmanager
+def awake(model: nn.Module) -> Iterator[None]:
+    """For a while without zero matrices: in a fresh model they hide what attention does."""
+    zeros = [p for p in model.parameters() if p.ndim == 2 and not p.any()]
+    with torch.no_grad():
+        for p in zeros:
+            p.normal_(std=0.02, generator=torch.Generator(p.device).manual_seed(0))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p in zeros:
+                p.zero_()
 
 
 @contextlib.contextmanager
