@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -14,6 +13,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from trainlib.hardware import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / ".cache/bench/training"
@@ -63,12 +64,12 @@ def run(script: str, data: Path, name: str, more: list[str], config: str = "") -
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").open()]
 
 
-def seconds_to_first_figure(words: list[str], folder: Path) -> float:
+def seconds_to_first_figure(words: list[str], folder: Path, env: dict[str, str]) -> float:
     """From the command of train.py until metrics.jsonl has a line; the run then goes to its end."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "train.py", *words, f"out_dir={folder}", "device=cpu"]
     begin = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=env)
     metrics = folder / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
         time.sleep(0.01)
@@ -126,9 +127,7 @@ def machine() -> dict[str, object]:
     commit = git("describe", "--always")
     if git("status", "--porcelain", "--", ".", ":!bench/*.jsonl", ":!docs"):
         commit += "-dirty"
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "date": time.strftime("%Y-%m-%d"), "commit": commit, "torch": torch.__version__,
-        "cpu": names[0] if names else platform.processor(), "threads": torch.get_num_threads(),
+        "cpu": cpu_name().rpartition(" x ")[0], "threads": torch.get_num_threads(),
     }  # fmt: skip

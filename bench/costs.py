@@ -78,7 +78,7 @@ def start(options: argparse.Namespace) -> None:
     for _ in range(options.repeats + 1):
         words = ["configs/pretrain.yaml", f"data.files={DATA}", "compile=off",
                  "data.val_max_rows=1", "max_steps=1", *STEP]  # fmt: skip
-        found.append(seconds_to_first_figure(words, PLACE / "start"))
+        found.append(seconds_to_first_figure(words, PLACE / "start", own_cache()))
     record("start", found[1:], "< 5 s")  # The first one tokenizes.
 
 

@@ -2,15 +2,16 @@
 
     PEERS/bin/python -m bench.peers FIGURE --model DIR --data FILE [...]
 
-    packed, padded, sft, dpo   {"per_second"}: real tokens (or pairs) over the steps but the first 2
+    packed, padded, sft, sft_wrapped, dpo
+                               {"per_second"}: real tokens (or pairs) over the steps but the first 2
     loss                       {"bits_per_byte"} on --val after --minutes of training from nothing
     evaluate                   {"bits_per_byte"} of the model itself on --data
     step                       {"peak", "per_second"}: bytes and tokens/s of a plain step of
                                --rows of --length
 
 Run by the other benchmarks in an environment of its own (bench/requirements-peers.txt). The peer
-gets the same weights, tokenizer and rows, and otherwise its own defaults, but for logging and
-saving. Prints one JSON object.
+gets the same weights, tokenizer and rows, and otherwise its own defaults, but for logging, saving
+and what PLAIN says. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from transformers import (
 
 from bench.allocated import measured
 
-ROWS, LENGTH, WARM, POINTS = 8, 512, 2, 6
+ROWS, LENGTH, WARM, POINTS, TRIAL = 8, 512, 2, 6, 32
 PLAIN = {"bf16": False, "gradient_checkpointing": False}
 """Of trl: its defaults, both on, are far slower on a CPU without bf16 instructions."""
 
@@ -139,8 +140,8 @@ def loss(options: argparse.Namespace, tokenizer: Any, rows: list[dict]) -> dict[
         trainer.train()
 
     clock = Clock()
-    train(12, clock)
-    a_step = (clock.ends[-1] - clock.ends[WARM - 1]) / (12 - WARM)
+    train(TRIAL, clock)
+    a_step = (clock.ends[-1] - clock.ends[WARM - 1]) / (TRIAL - WARM)
     steps = max(1, round(options.minutes * 60 / a_step))
     curve = Curve(lambda model: bits_per_byte(model, tokenizer, val), steps)
     train(steps, curve)
@@ -179,11 +180,14 @@ def throughput(
             model, TrainingArguments(**settings(options.steps)), train_dataset=data,
             data_collator=counting(collate, seen, real_tokens), callbacks=[clock],
         )  # fmt: skip
-    elif options.figure == "sft":
+    elif options.figure in ("sft", "sft_wrapped"):
         from trl import SFTConfig, SFTTrainer
 
         data = Dataset.from_list([{"messages": row["conversations"]} for row in rows])
-        config = SFTConfig(**settings(options.steps, **PLAIN), packing=True, max_length=LENGTH)
+        how = {"packing_strategy": "wrapped"} if options.figure == "sft_wrapped" else {}
+        config = SFTConfig(
+            **settings(options.steps, **PLAIN), packing=True, max_length=LENGTH, **how
+        )
         trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer,
                              callbacks=[clock])  # fmt: skip
         trainer.data_collator = counting(trainer.data_collator, seen, real_tokens)
@@ -211,7 +215,7 @@ def real_tokens(batch: Any) -> int:
 def main() -> None:
     """Measure one figure of one peer."""
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
-    figures = ["packed", "padded", "sft", "dpo", "loss", "evaluate", "step"]
+    figures = ["packed", "padded", "sft", "sft_wrapped", "dpo", "loss", "evaluate", "step"]
     parser.add_argument("figure", choices=figures)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)

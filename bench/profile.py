@@ -16,11 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.common import base, record
 from bench.step import rows_of_one_document
+from bench.training import LENGTH, ROWS
 from hf_folder import load_model
 from losses import cross_entropy_sum
 from trainlib.optim import OptimConfig, build_optimizers
 
-ROWS, LENGTH, SHIPPED = 8, 512, 131_072
+SHIPPED = 131_072
 
 
 def main() -> None:

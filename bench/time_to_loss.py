@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=PEERS)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--config", default="configs/tiny_pretrain.yaml")
-    parser.add_argument("--rates", default="1e-3,3e-3,6e-3")
+    parser.add_argument("--rates", default="3e-3,6e-3,12e-3")
     parser.add_argument("--set", nargs="*", default=[], help="settings of ours")
     parser.add_argument("--resume", action="store_true", help="keep the peer's runs of before")
     options = parser.parse_args()
