@@ -123,6 +123,20 @@ def test_terminal_and_page_in_both_languages(tmp_path, capsys, monkeypatch):
     assert data_report._language() == "zh"
 
 
+def test_a_page_replaces_pages_alone(tmp_path, capsys, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [{"text": "a"}])
+    page = tmp_path / "page.html"
+    assert inspect_data.main([str(path), "--html", str(page)]) == 0
+    assert inspect_data.main([str(path), "--html", str(page)]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(inspect_data, "inspect", lambda *_: pytest.fail("began to work"))
+    for place, said in ((path, "would be lost"), (tmp_path / "no" / "a.html", "no folder"),
+                        (tmp_path, "is a folder")):  # fmt: skip
+        assert inspect_data.main([str(path), "--html", str(place)]) == 1
+        assert said in capsys.readouterr().err
+    assert path.read_text() == '{"text": "a"}\n'
+
+
 def test_a_page_and_a_terminal_never_run_what_the_data_say(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{"text": "<script>alert(1)</script>\x1b[2J"}, "<b>\n"])
     page = tmp_path / "page.html"

@@ -201,8 +201,10 @@ def _paint(text: str, under_loss: bool) -> str:
     return f"\x1b[4;34m{text}\x1b[0m" if under_loss else f"\x1b[33m{text}\x1b[0m"
 
 
+MARK = '<meta name="generator" content="tools.inspect_data">'
+"""What every page begins with, so that no other file is taken for one."""
 PAGE = """<!doctype html>
-<html lang="{language}"><meta charset="utf-8"><title>{title}</title>
+<html lang="{language}"><meta charset="utf-8">{mark}<title>{title}</title>
 <style>
 body {{ font: 20px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }}
 th {{ text-align: left; padding-right: 2em; vertical-align: top; font-weight: normal; color: #555 }}
@@ -244,4 +246,5 @@ def html_page(reports: list[Report], language: str) -> str:
                 for text, under in example["pieces"]
             )
             parts.append(f"<p>{t('line')} {example['line']}</p><pre>{painted}</pre>")
-    return PAGE.format(language=language, title=t("Data report"), body="\n".join(parts))
+    title, body = t("Data report"), "\n".join(parts)
+    return PAGE.format(language=language, mark=MARK, title=title, body=body)

@@ -34,9 +34,10 @@ from packing import pack_best_fit
 from readers import Source
 from tokenizer import SPECIAL_TOKENS, Sequence, Tokenizer, default_folder
 from tokenizer.train_tokenizer import byte_count, bytes_per_token, train
-from tools.data_report import LANGUAGE, html_page, terminal_text
+from tools.data_report import LANGUAGE, MARK, html_page, terminal_text
 from tools.text_statistics import MinHashes, above, bare, language, scripts, text_hash, words_of
 from trainlib.errors import UserError
+from trainlib.files import refuse_to_overwrite
 
 DEFAULT_SAMPLE = 2_000_000_000
 MOST_LINES = 20
@@ -126,6 +127,8 @@ def main(argv: list[str] | None = None) -> int:
                         help="speed of training (default: of the newest run in runs/)")  # fmt: skip
     options = parser.parse_args(argv)
     try:
+        if options.html:
+            refuse_to_overwrite(options.html, MARK)
         paths = [path for name in options.files for path in expand(name)]
         tokenizer = Tokenizer(options.tokenizer or default_folder())
         reports = [inspect(path, options, tokenizer) for path in paths]
