@@ -23,6 +23,7 @@ DOCUMENT_BYTES = 8 << 10
 """A document of a plain text ends at the first blank line after so many bytes, ..."""
 MAX_DOCUMENT_BYTES = 16 << 10
 """... or else at the first end of a line after so many."""
+NOT_UTF8 = "not UTF-8"
 GBK_CURE = "looks like GBK/GB18030. Type: iconv -f gb18030 -t utf-8 FILE > NEW"
 DOCUMENT_END = b"<|endoftext|>"
 
@@ -51,7 +52,7 @@ def are_messages(value: Any) -> bool:
 
 def not_utf8(raw: bytes, place: int) -> str:
     """Why bytes with a wrong one at `place` are no text, and how they become one."""
-    reason = f"not UTF-8 (byte {raw[place]:#04x} at {place})"
+    reason = f"{NOT_UTF8} (byte {raw[place]:#04x} at {place})"
     if looks_like_gbk(raw):
         return f"{reason}, which {GBK_CURE}"
     return f"{reason}. Save the file as UTF-8"

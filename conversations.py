@@ -12,7 +12,7 @@ import json
 import re
 from typing import Any
 
-from containers import Row
+from containers import GBK_CURE, Row, looks_like_gbk
 from tokenizer.chat_format import ROLES
 
 Messages = list[dict[str, Any]]
@@ -52,6 +52,8 @@ def check_text(value: Any, what: str) -> str:
         code = ord(value[error.start])
         if 0xDC80 <= code <= 0xDCFF:  # How a byte that is no UTF-8 comes out of a text stream.
             byte = f"perhaps the byte {code - 0xDC00:#04x} of a file that is not UTF-8"
+            if looks_like_gbk(value.encode("utf-8", "surrogateescape")):
+                byte += f", which {GBK_CURE}"
         else:
             byte = "which no tokenizer can encode"
         raise ValueError(

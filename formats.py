@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import conversations as c
-from containers import Broken, Item, Row
+from containers import GBK_CURE, NOT_UTF8, Broken, Item, Row
 from readers import CONTAINERS, EmptyFileError, Source, parse
 from trainlib.errors import UserError
 
@@ -188,6 +188,8 @@ def detect(path: Path, kind: str | None = None, name: str = "auto") -> Detection
             break
     if reason is None:
         raise EmptyFileError(f"{path} is empty: it needs at least one row")
+    if reason.startswith(NOT_UTF8):  # Of its rows nothing is known, so no format is the cure.
+        raise UserError(f"{path}, line {line}: {reason}")
     known = "\n  ".join(f"{f.name:<20} {f.kind:<9} {f.looks_like}" for f in FORMATS)
     raise UserError(f"{path}, line {line}: {reason}. Known:\n  {known}")
 
@@ -242,6 +244,8 @@ def read_records(path: Path, kind: str, options: ReadOptions | None = None) -> I
 
 def broken_row(path: Path, line: int, broken: Broken) -> UserError:
     """The error that names a broken row."""
+    if GBK_CURE in broken.reason:  # One row of many, so that leaving it out is no cure.
+        return UserError(f"{path}, line {line}: {broken.reason} (nothing was written)")
     return UserError(
         f"{path}, line {line}: {broken.reason}. Mend or remove the line (nothing was written), or "
         "leave such rows out with data.on_error=skip."

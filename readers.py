@@ -27,6 +27,7 @@ from containers import (
     Row,
     are_messages,
     invalid_json,
+    not_utf8,
     read_array,
     read_csv,
     read_jsonl,
@@ -156,9 +157,7 @@ def parse(content: bytes | str | Row | Broken) -> Row:
     try:
         row = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"not UTF-8 (byte {content[error.start]:#04x} at {error.start}). Save the file as UTF-8"
-        ) from error
+        raise ValueError(not_utf8(content, error.start)) from error
     except (ValueError, RecursionError) as error:
         reason = invalid_json(error)
         start = content[:60].decode("utf-8", "replace").strip()

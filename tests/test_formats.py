@@ -49,10 +49,23 @@ def test_bad_rows(kind, content, message, tmp_path, monkeypatch, tokenizer):
 
 
 def test_bytes_that_are_no_utf8(tmp_path):
-    path = tmp_path / "gbk.jsonl"
-    path.write_bytes('{"text": "中文"}\n'.encode("gbk"))
-    with pytest.raises(UserError, match="line 1: not UTF-8"):
-        list(formats.read_records(path, "pretrain"))
+    rows = {
+        "gbk.jsonl": '{"text": "one"}\n{"text": "中文"}\n', "first.jsonl": '{"text": "中文"}\n',
+        "gbk.txt": "one\n今天天气很好\n", "gbk.json": '[{"text": "中文"}]',
+        "gbk.csv": "text,source\n中文,a\n",
+    }  # fmt: skip
+    for name, text in rows.items():
+        path = tmp_path / name
+        path.write_bytes(text.encode("gbk"))
+        with pytest.raises(UserError, match=f"{name}, line .*iconv -f gb18030") as caught:
+            list(formats.read_records(path, "pretrain"))
+        assert "Known" not in str(caught.value) and "on_error" not in str(caught.value)
+    for raw in ('{"text": "déjà"}'.encode("latin-1"), '{"text": "中文"}'.encode()[:-4] + b'"}'):
+        path.write_bytes(raw)
+        found = next(
+            formats.check_items([(1, raw)], path, formats.FORMATS[-1], formats.ReadOptions())
+        )
+        assert found[1].reason.startswith("not UTF-8") and "GBK" not in found[1].reason
 
 
 def test_bom_and_windows_line_ends(tmp_path):
