@@ -50,6 +50,20 @@ def are_messages(value: Any) -> bool:
     )
 
 
+def json_type(value: Any) -> str:
+    """What JSON calls the type of a value."""
+    for name, types in _JSON_TYPES.items():
+        if isinstance(value, types):
+            return name
+    return type(value).__name__
+
+
+_JSON_TYPES = {
+    "null": type(None), "boolean": bool, "number": (int, float), "string": str, "array": list,
+    "object": dict,
+}  # fmt: skip
+
+
 def not_utf8(raw: bytes, place: int) -> str:
     """Why bytes with a wrong one at `place` are no text, and how they become one."""
     reason = f"{NOT_UTF8} (byte {raw[place]:#04x} at {place})"
@@ -121,7 +135,7 @@ def read_array(stream: BinaryIO) -> Iterator[Item]:
         elif are_messages(value):
             yield Item(line, {"messages": value})
         else:
-            yield Item(line, Broken(f"a JSON {type(value).__name__}, where an object is needed"))
+            yield Item(line, Broken(f"a JSON {json_type(value)}, where an object is needed"))
         text.advance(end)
         text.skip(r"\s*")
         if text.starts_with(","):

@@ -63,6 +63,9 @@ class Detection(NamedTuple):
     """The row that was looked at."""
 
 
+UNPAIRED = "an unpaired preference (label or kto_tag), which no stage trains on"
+
+
 def read_text(row: Row, options: ReadOptions) -> str:
     """The document of a pretraining row; raises ValueError where it is no text or empty."""
     text = c.check_text(row["text"], '"text"')
@@ -72,7 +75,7 @@ def read_text(row: Row, options: ReadOptions) -> str:
 
 
 def _refuse(row: Row, options: ReadOptions) -> Any:
-    raise ValueError("an unpaired preference (label or kto_tag), which no stage trains on")
+    raise ValueError(UNPAIRED)
 
 
 def _has(row: Row, *keys: str) -> bool:
@@ -190,8 +193,15 @@ def detect(path: Path, kind: str | None = None, name: str = "auto") -> Detection
         raise EmptyFileError(f"{path} is empty: it needs at least one row")
     if reason.startswith(NOT_UTF8):  # Of its rows nothing is known, so no format is the cure.
         raise UserError(f"{path}, line {line}: {reason}")
-    known = "\n  ".join(f"{f.name:<20} {f.kind:<9} {f.looks_like}" for f in FORMATS)
-    raise UserError(f"{path}, line {line}: {reason}. Known:\n  {known}")
+    raise UserError(f"{path}, line {line}: {reason}. Known:\n{known_formats()}")
+
+
+def known_formats() -> str:
+    """All formats of rows, a line each: name, what it is for, and a row."""
+    return "\n".join(
+        f"  {f.name:<20} {f.kind if f.kind in EXPECTED else 'no stage':<9} {f.looks_like}"
+        for f in FORMATS
+    )
 
 
 def check_items(
@@ -224,6 +234,11 @@ def find_format(path: Path, kind: str, options: ReadOptions) -> Detection:
         found = detect(path, kind, options.format)
     except EmptyFileError as error:
         raise EmptyFileError(f"{error} like {EXPECTED[kind]}") from error
+    if found.format.kind not in EXPECTED:
+        raise UserError(
+            f"{path}, line {found.line}: {UNPAIRED}. Preferences are learned from pairs: "
+            f"{EXPECTED['dpo']}"
+        )
     if found.format.kind != kind:
         raise UserError(
             f"{path}, line {found.line}: not a {kind} row, which looks like {EXPECTED[kind]}, but "

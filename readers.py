@@ -27,6 +27,7 @@ from containers import (
     Row,
     are_messages,
     invalid_json,
+    json_type,
     not_utf8,
     read_array,
     read_csv,
@@ -167,7 +168,7 @@ def parse(content: bytes | str | Row | Broken) -> Row:
     if are_messages(row):
         return {"messages": row}
     if not isinstance(row, dict):
-        raise ValueError(f"a JSON {type(row).__name__}, where an object is needed")
+        raise ValueError(f"a JSON {json_type(row)}, where an object is needed")
     return row
 
 

@@ -22,9 +22,10 @@ YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "conten
 
 BAD = [
     ("pretrain", '{"text": "a"}\n{"text": \n', "line 2: not JSON"),
-    ("pretrain", '{"text": "a"}\n[1]\n', "line 2: a JSON list"),
+    ("pretrain", '{"text": "a"}\n[1]\n', "line 2: a JSON array"),
     ("pretrain", '{"text": "a"}\n\n{"txt": "b"}\n', "line 3: not a pretrain row"),
-    ("pretrain", '{"text": 7}\n', "line 1: .* must be a string, not int"),
+    ("pretrain", '{"text": 7}\n', "line 1: .* must be a string, not number"),
+    ("pretrain", '{"text": null}\n', '"text" must be a string, not null'),
     ("pretrain", '{"text": "\\ud800"}\n', "line 1: .*surrogate"),
     ("pretrain", "\n", "is empty"),
     ("sft", json.dumps({"conversations": [ASK]}), "no assistant message"),
@@ -32,6 +33,11 @@ BAD = [
     ("sft", json.dumps({"conversations": [{"content": "x"}]}), 'message 1 must be .* "role"'),
     ("dpo", json.dumps({"chosen": [ASK, YES], "rejected": [NO]}), "different prompts"),
     ("dpo", json.dumps({"chosen": [ASK, YES], "rejected": [ASK, YES]}), "the same answer"),
+    (
+        "dpo",
+        json.dumps({"prompt": "q", "completion": "a", "label": True}),
+        "no stage trains on.*pairs",
+    ),
     ("dpo", json.dumps({"chosen": [ASK, YES]}), "no known kind of row"),
 ]
 
