@@ -53,7 +53,7 @@ class DataConfig:
     """Rows of each validation set that one evaluation reads; 0 = all."""
 
     format: str = "auto"
-    """Format of all files: auto = seen from their content; else a name, of formats.FORMATS."""
+    """Format of all files: auto = by their content; else a name (tools.inspect_data --help)."""
     alpaca_join: Literal["newline", "none"] = "newline"
     """What stands between instruction and input of an Alpaca row (wyf3: none)."""
 

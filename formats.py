@@ -186,7 +186,7 @@ def detect(path: Path, kind: str | None = None, name: str = "auto") -> Detection
                 keys = ", ".join(map(str, row))
                 why = f"{shown} ({source.why}); line {item.line} has {keys}"
                 return Detection(format_, source, why, item.line)
-            reason = reason or f"no known kind of row (its keys: {_keys(row)})"
+            reason = reason or f"no known kind of row (its keys: {keys_of(row)})"
         if number == ROWS_LOOKED_AT:
             break
     if reason is None:
@@ -218,7 +218,7 @@ def check_items(
             if fitting is None:
                 raise ValueError(
                     f"not a {format_.kind} row, which looks like {format_.looks_like} "
-                    f"(its keys: {_keys(row)})"
+                    f"(its keys: {keys_of(row)})"
                 )
             value = fitting.read(row, options)
         except ValueError as error:
@@ -267,5 +267,6 @@ def broken_row(path: Path, line: int, broken: Broken) -> UserError:
     )
 
 
-def _keys(row: Row) -> str:
+def keys_of(row: Row) -> str:
+    """The keys of a row, as errors show them."""
     return ", ".join(sorted(map(str, row)))[:200] or "none"

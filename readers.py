@@ -139,6 +139,8 @@ class Source:
             raise UserError(f"{self.path}, after row {number}: damaged Parquet: {error}") from error
 
     def _unreadable(self, error: Exception) -> UserError:
+        if isinstance(error, FileNotFoundError):
+            return UserError(f"{self.path} does not exist")
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
             return UserError(f"{self.path} cannot be read: {error.strerror or error}")
         return UserError(

@@ -28,6 +28,7 @@ LANGUAGE = _language()
 CHINESE = {
     "format": "格式",
     "unknown": "未知",
+    "known formats": "可用格式见",
     "seen from": "依据",
     "rows": "行数",
     "broken": "损坏",
@@ -68,6 +69,7 @@ CHINESE = {
     "hours at": "小时，速度",
     "tokens per second": "词元/秒",
     "hours: not known (--tokens-per-second N)": "用时未知（--tokens-per-second N）",
+    "as in": "来自",
     "line": "第几行",
     "and more, all in --json": "更多见 --json",
     "blue and underlined: under the loss": "蓝色下划线：计入损失",
@@ -110,6 +112,8 @@ def facts(report: Report, t: Words) -> Iterator[tuple[str, str]]:
     """(name, text) of everything but broken rows, histogram and examples."""
     kind = f"{report['format']} ({report['kind']})" if report["format"] else t("unknown")
     yield t("format"), kind
+    if not report["format"] and report["rows"]:
+        yield t("known formats"), "python -m tools.inspect_data --help"
     if report["why"]:
         yield t("seen from"), report["why"]
     yield t("rows"), f"{report['rows']:,}, {t('broken')} {len(report['broken']):,}"
@@ -154,6 +158,8 @@ def facts(report: Report, t: Words) -> Iterator[tuple[str, str]]:
     steps = f"{report['steps_per_epoch']:,} {t('steps of')} {report['tokens_per_step']:,}"
     if report["hours_per_epoch"]:
         speed = f"{report['tokens_per_second']:,.0f} {t('tokens per second')}"
+        if report["speed_of"]:
+            speed += f" ({t('as in')} {report['speed_of']})"
         steps += f"; {report['hours_per_epoch']:,.2f} {t('hours at')} {speed}"
     else:
         steps += f"; {t('hours: not known (--tokens-per-second N)')}"
