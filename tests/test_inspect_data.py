@@ -117,6 +117,24 @@ def test_findings(tmp_path, capsys):
     assert report["packing_gain"] > 1.5 and report["padding_packed"] < report["padding_unpacked"]
 
 
+def test_what_the_context_loses_is_to_be_mended(tmp_path, capsys):
+    long = "word " * 300
+    cases = {
+        "fits": ([chat("q", "a")] * 3, False),
+        "no answer": ([chat("q", "a")] * 99 + [chat(long, "a")], True),
+        "most": ([chat("q", long)], True), "document": ([{"text": long}], False),
+    }  # fmt: skip
+    for name, (rows, lost) in cases.items():
+        path = write(tmp_path / f"{name}.jsonl", rows)
+        code, [report] = doctor(capsys, path, "--sequence-length", 64)
+        said = data_report.terminal_text([report], "en", False)
+        assert code == 0 and ("nothing to mend" in said) is not lost, name
+        assert ("lost beyond the context" in said and "sequence_length=" in said) is lost, name
+    assert "data.too_long=drop" in data_report.html_page(
+        doctor(capsys, tmp_path / "most.jsonl", "--sequence-length", 64)[1], "en"
+    )
+
+
 def test_preference_findings(tmp_path, capsys):
     def pair(chosen, rejected, **more):
         return {"prompt": "q", "chosen": chosen, "rejected": rejected, **more}

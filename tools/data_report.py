@@ -7,11 +7,14 @@ underline, which eyes of every kind tell apart.
 from __future__ import annotations
 
 import html
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
 
 Report = dict[str, Any]
+MUCH = 0.10
+"""A share of all tokens beyond the context from which on it is something to mend."""
 MOST_BROKEN = 50
 """Broken rows that a terminal shows; --json has all."""
 
@@ -45,6 +48,10 @@ CHINESE = {
     "mean": "平均",
     "rows beyond the context of": "超出上下文的行，上下文为",
     "of all tokens": "占全部词元",
+    "to mend: lost beyond the context": "需要修改：超出上下文而丢失",
+    "holds 95 % of the rows": "可容纳 95 % 的行",
+    "all": "可容纳全部",
+    "leaves out whole rows": "则整行舍弃",
     "padding without packing": "不打包时的填充",
     "with packing": "打包后",
     "gain": "提速",
@@ -142,6 +149,8 @@ def facts(report: Report, t: Words) -> Iterator[tuple[str, str]]:
         f"{report['padding_unpacked']:.1%}  {t('with packing')} {report['padding_packed']:.1%}  "
         f"({t('gain')} {report['packing_gain']:.2f}x)",
     )
+    for text in losses(report, t):
+        yield t("to mend: lost beyond the context"), text
     for key, phrase in FINDINGS.items():
         finding = report[key]
         if finding["count"]:
@@ -166,6 +175,25 @@ def facts(report: Report, t: Words) -> Iterator[tuple[str, str]]:
     yield t("an epoch"), steps
 
 
+def losses(report: Report, t: Words) -> Iterator[str]:
+    """What training would leave out for the length of its rows, with the cure."""
+    if report["kind"] in (None, "pretrain"):
+        return  # A document longer than a row goes on in the next.
+    sequences = 2 if report["kind"] == "dpo" else 1
+    lost = []
+    if report["truncated_tokens"] > MUCH:
+        lost.append(f"{report['truncated_tokens']:.1%} {t('of all tokens')}")
+    if report["no_supervised"]["count"]:
+        count = f"{report['no_supervised']['count']:,}"
+        lost.append(f"{count} {t('rows without a supervised token in the context')}")
+    if lost:
+        most, least = (math.ceil(report["length"][k] / sequences) for k in ("most", "95%"))
+        cure = f"sequence_length={least} {t('holds 95 % of the rows')}, {most} {t('all')}"
+        if report["kind"] == "sft":
+            cure += f"; data.too_long=drop {t('leaves out whole rows')}"
+        yield f"{', '.join(lost)}. {cure}"
+
+
 def terminal_text(reports: list[Report], language: str, colour: bool) -> str:
     """All reports, with a drawn histogram and a few rows in colour."""
     t, lines = Words(language), []
@@ -179,7 +207,7 @@ def terminal_text(reports: list[Report], language: str, colour: bool) -> str:
             lines.append(
                 f"  ... {len(report['broken']) - MOST_BROKEN:,} {t('and more, all in --json')}"
             )
-        if not report["broken"]:
+        if not report["broken"] and not any(losses(report, t)):
             lines.append(f"  {t('nothing to mend')}")
         if colour and report["examples"]:
             lines.append(f"  {t('blue and underlined: under the loss')}")
