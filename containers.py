@@ -6,6 +6,7 @@ broken one. readers.py says which of them a file needs.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -22,6 +23,8 @@ DOCUMENT_BYTES = 8 << 10
 """A document of a plain text ends at the first blank line after so many bytes, ..."""
 MAX_DOCUMENT_BYTES = 16 << 10
 """... or else at the first end of a line after so many."""
+NOT_UTF8 = "not UTF-8"
+GBK_CURE = "looks like GBK/GB18030. Type: iconv -f gb18030 -t utf-8 FILE > NEW"
 DOCUMENT_END = b"<|endoftext|>"
 
 
@@ -45,6 +48,41 @@ def are_messages(value: Any) -> bool:
         and bool(value)
         and all(isinstance(turn, dict) and "role" in turn for turn in value)
     )
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls the type of a value."""
+    for name, types in _JSON_TYPES.items():
+        if isinstance(value, types):
+            return name
+    return type(value).__name__
+
+
+_JSON_TYPES = {
+    "null": type(None), "boolean": bool, "number": (int, float), "string": str, "array": list,
+    "object": dict,
+}  # fmt: skip
+
+
+def not_utf8(raw: bytes, place: int) -> str:
+    """Why bytes with a wrong one at `place` are no text, and how they become one."""
+    reason = f"{NOT_UTF8} (byte {raw[place]:#04x} at {place})"
+    if looks_like_gbk(raw):
+        return f"{reason}, which {GBK_CURE}"
+    return f"{reason}. Save the file as UTF-8"
+
+
+def looks_like_gbk(raw: bytes) -> bool:
+    """Do bytes that are no UTF-8 decode as GB18030, most of them to the common characters."""
+    start = re.search(rb"[\x80-\xff]", raw)
+    beginning = raw[start.start() :][:200] if start else b""
+    try:
+        text = codecs.getincrementaldecoder("gb18030")().decode(beginning)
+    except UnicodeDecodeError:
+        return False
+    # Other encodings of a byte a letter decode too, but to characters that are seldom seen.
+    wide = "".join(c for c in text if not c.isascii())
+    return len(wide.encode("gb2312", "ignore")) > len(wide)
 
 
 def invalid_json(error: Exception) -> str:
@@ -97,7 +135,7 @@ def read_array(stream: BinaryIO) -> Iterator[Item]:
         elif are_messages(value):
             yield Item(line, {"messages": value})
         else:
-            yield Item(line, Broken(f"a JSON {type(value).__name__}, where an object is needed"))
+            yield Item(line, Broken(f"a JSON {json_type(value)}, where an object is needed"))
         text.advance(end)
         text.skip(r"\s*")
         if text.starts_with(","):
@@ -206,9 +244,9 @@ def read_txt(stream: BinaryIO) -> Iterator[Item]:
             try:
                 yield Item(begin, raw.decode("utf-8"))
             except UnicodeDecodeError as error:
-                byte = raw[error.start]
-                place = begin + raw.count(b"\n", 0, error.start)
-                yield Item(place, Broken(f"not UTF-8 (byte {byte:#04x}). Save the file as UTF-8"))
+                start = raw.rfind(b"\n", 0, error.start) + 1
+                place = begin + raw.count(b"\n", 0, start)
+                yield Item(place, Broken(not_utf8(raw[start:], error.start - start)))
 
     while (raw := rest + stream.readline(MAX_DOCUMENT_BYTES)) != b"":
         # A line longer than a document is cut, but not within a character.

@@ -12,7 +12,7 @@ import json
 import re
 from typing import Any
 
-from containers import Row
+from containers import GBK_CURE, Row, json_type, looks_like_gbk
 from tokenizer.chat_format import ROLES
 
 Messages = list[dict[str, Any]]
@@ -45,13 +45,15 @@ def assistant(content: str) -> dict[str, Any]:
 def check_text(value: Any, what: str) -> str:
     """The text itself; raises ValueError for no text, or half of a surrogate pair."""
     if not isinstance(value, str):
-        raise ValueError(f"{what} must be a string, not {type(value).__name__}")
+        raise ValueError(f"{what} must be a string, not {json_type(value)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(value[error.start])
         if 0xDC80 <= code <= 0xDCFF:  # How a byte that is no UTF-8 comes out of a text stream.
             byte = f"perhaps the byte {code - 0xDC00:#04x} of a file that is not UTF-8"
+            if looks_like_gbk(value.encode("utf-8", "surrogateescape")):
+                byte += f", which {GBK_CURE}"
         else:
             byte = "which no tokenizer can encode"
         raise ValueError(
@@ -127,7 +129,7 @@ def _join_parts(parts: list, place: str) -> str:
     texts = []
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            kind = part.get("type") if isinstance(part, dict) else json_type(part)
             raise ValueError(f"{place}: a part of type {kind!r}, where only text can be read")
         texts.append(check_text(part.get("text"), f'{place}: "text" of a part'))
     return "".join(texts)

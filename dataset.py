@@ -53,7 +53,7 @@ class DataConfig:
     """Rows of each validation set that one evaluation reads; 0 = all."""
 
     format: str = "auto"
-    """Format of all files: auto = seen from their content; else a name, of formats.FORMATS."""
+    """Format of all files: auto = by their content; else a name (tools.inspect_data --help)."""
     alpaca_join: Literal["newline", "none"] = "newline"
     """What stands between instruction and input of an Alpaca row (wyf3: none)."""
 
@@ -105,9 +105,14 @@ def expand(name: str) -> list[Path]:
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.is_file() and _may_be_data(p)]
     elif path.exists() or not any(c in name for c in "*?["):
+        parts = name.split(",")
+        if len(parts) > 1 and not path.exists() and all(Path(part).exists() for part in parts):
+            raise UserError(f"{name} does not exist. Several files are a list: data.files=[{name}]")
         return [path]
     else:
         found = [Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file()]
+        if not found:
+            raise UserError(f"{name} matches nothing in {Path.cwd()}. Mend the pattern.")
     if not found:
         raise UserError(
             f"{name}: no data file is there (of a folder those are taken that end in "

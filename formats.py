@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import conversations as c
-from containers import Broken, Item, Row
+from containers import GBK_CURE, NOT_UTF8, Broken, Item, Row
 from readers import CONTAINERS, EmptyFileError, Source, parse
 from trainlib.errors import UserError
 
@@ -63,6 +63,9 @@ class Detection(NamedTuple):
     """The row that was looked at."""
 
 
+UNPAIRED = "an unpaired preference (label or kto_tag), which no stage trains on"
+
+
 def read_text(row: Row, options: ReadOptions) -> str:
     """The document of a pretraining row; raises ValueError where it is no text or empty."""
     text = c.check_text(row["text"], '"text"')
@@ -72,7 +75,7 @@ def read_text(row: Row, options: ReadOptions) -> str:
 
 
 def _refuse(row: Row, options: ReadOptions) -> Any:
-    raise ValueError("an unpaired preference (label or kto_tag), which no stage trains on")
+    raise ValueError(UNPAIRED)
 
 
 def _has(row: Row, *keys: str) -> bool:
@@ -183,13 +186,22 @@ def detect(path: Path, kind: str | None = None, name: str = "auto") -> Detection
                 keys = ", ".join(map(str, row))
                 why = f"{shown} ({source.why}); line {item.line} has {keys}"
                 return Detection(format_, source, why, item.line)
-            reason = reason or f"no known kind of row (its keys: {_keys(row)})"
+            reason = reason or f"no known kind of row (its keys: {keys_of(row)})"
         if number == ROWS_LOOKED_AT:
             break
     if reason is None:
         raise EmptyFileError(f"{path} is empty: it needs at least one row")
-    known = "\n  ".join(f"{f.name:<20} {f.kind:<9} {f.looks_like}" for f in FORMATS)
-    raise UserError(f"{path}, line {line}: {reason}. Known:\n  {known}")
+    if reason.startswith(NOT_UTF8):  # Of its rows nothing is known, so no format is the cure.
+        raise UserError(f"{path}, line {line}: {reason}")
+    raise UserError(f"{path}, line {line}: {reason}. Known:\n{known_formats()}")
+
+
+def known_formats() -> str:
+    """All formats of rows, a line each: name, what it is for, and a row."""
+    return "\n".join(
+        f"  {f.name:<20} {f.kind if f.kind in EXPECTED else 'no stage':<9} {f.looks_like}"
+        for f in FORMATS
+    )
 
 
 def check_items(
@@ -206,7 +218,7 @@ def check_items(
             if fitting is None:
                 raise ValueError(
                     f"not a {format_.kind} row, which looks like {format_.looks_like} "
-                    f"(its keys: {_keys(row)})"
+                    f"(its keys: {keys_of(row)})"
                 )
             value = fitting.read(row, options)
         except ValueError as error:
@@ -222,6 +234,11 @@ def find_format(path: Path, kind: str, options: ReadOptions) -> Detection:
         found = detect(path, kind, options.format)
     except EmptyFileError as error:
         raise EmptyFileError(f"{error} like {EXPECTED[kind]}") from error
+    if found.format.kind not in EXPECTED:
+        raise UserError(
+            f"{path}, line {found.line}: {UNPAIRED}. Preferences are learned from pairs: "
+            f"{EXPECTED['dpo']}"
+        )
     if found.format.kind != kind:
         raise UserError(
             f"{path}, line {found.line}: not a {kind} row, which looks like {EXPECTED[kind]}, but "
@@ -242,11 +259,14 @@ def read_records(path: Path, kind: str, options: ReadOptions | None = None) -> I
 
 def broken_row(path: Path, line: int, broken: Broken) -> UserError:
     """The error that names a broken row."""
+    if GBK_CURE in broken.reason:  # One row of many, so that leaving it out is no cure.
+        return UserError(f"{path}, line {line}: {broken.reason} (nothing was written)")
     return UserError(
         f"{path}, line {line}: {broken.reason}. Mend or remove the line (nothing was written), or "
         "leave such rows out with data.on_error=skip."
     )
 
 
-def _keys(row: Row) -> str:
+def keys_of(row: Row) -> str:
+    """The keys of a row, as errors show them."""
     return ", ".join(sorted(map(str, row)))[:200] or "none"

@@ -27,6 +27,8 @@ from containers import (
     Row,
     are_messages,
     invalid_json,
+    json_type,
+    not_utf8,
     read_array,
     read_csv,
     read_jsonl,
@@ -137,6 +139,8 @@ class Source:
             raise UserError(f"{self.path}, after row {number}: damaged Parquet: {error}") from error
 
     def _unreadable(self, error: Exception) -> UserError:
+        if isinstance(error, FileNotFoundError):
+            return UserError(f"{self.path} does not exist")
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
             return UserError(f"{self.path} cannot be read: {error.strerror or error}")
         return UserError(
@@ -156,9 +160,7 @@ def parse(content: bytes | str | Row | Broken) -> Row:
     try:
         row = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"not UTF-8 (byte {content[error.start]:#04x} at {error.start}). Save the file as UTF-8"
-        ) from error
+        raise ValueError(not_utf8(content, error.start)) from error
     except (ValueError, RecursionError) as error:
         reason = invalid_json(error)
         start = content[:60].decode("utf-8", "replace").strip()
@@ -168,7 +170,7 @@ def parse(content: bytes | str | Row | Broken) -> Row:
     if are_messages(row):
         return {"messages": row}
     if not isinstance(row, dict):
-        raise ValueError(f"a JSON {type(row).__name__}, where an object is needed")
+        raise ValueError(f"a JSON {json_type(row)}, where an object is needed")
     return row
 
 

@@ -22,9 +22,10 @@ YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "conten
 
 BAD = [
     ("pretrain", '{"text": "a"}\n{"text": \n', "line 2: not JSON"),
-    ("pretrain", '{"text": "a"}\n[1]\n', "line 2: a JSON list"),
+    ("pretrain", '{"text": "a"}\n[1]\n', "line 2: a JSON array"),
     ("pretrain", '{"text": "a"}\n\n{"txt": "b"}\n', "line 3: not a pretrain row"),
-    ("pretrain", '{"text": 7}\n', "line 1: .* must be a string, not int"),
+    ("pretrain", '{"text": 7}\n', "line 1: .* must be a string, not number"),
+    ("pretrain", '{"text": null}\n', '"text" must be a string, not null'),
     ("pretrain", '{"text": "\\ud800"}\n', "line 1: .*surrogate"),
     ("pretrain", "\n", "is empty"),
     ("sft", json.dumps({"conversations": [ASK]}), "no assistant message"),
@@ -32,6 +33,11 @@ BAD = [
     ("sft", json.dumps({"conversations": [{"content": "x"}]}), 'message 1 must be .* "role"'),
     ("dpo", json.dumps({"chosen": [ASK, YES], "rejected": [NO]}), "different prompts"),
     ("dpo", json.dumps({"chosen": [ASK, YES], "rejected": [ASK, YES]}), "the same answer"),
+    (
+        "dpo",
+        json.dumps({"prompt": "q", "completion": "a", "label": True}),
+        "no stage trains on.*pairs",
+    ),
     ("dpo", json.dumps({"chosen": [ASK, YES]}), "no known kind of row"),
 ]
 
@@ -49,10 +55,23 @@ def test_bad_rows(kind, content, message, tmp_path, monkeypatch, tokenizer):
 
 
 def test_bytes_that_are_no_utf8(tmp_path):
-    path = tmp_path / "gbk.jsonl"
-    path.write_bytes('{"text": "中文"}\n'.encode("gbk"))
-    with pytest.raises(UserError, match="line 1: not UTF-8"):
-        list(formats.read_records(path, "pretrain"))
+    rows = {
+        "gbk.jsonl": '{"text": "one"}\n{"text": "中文"}\n', "first.jsonl": '{"text": "中文"}\n',
+        "gbk.txt": "one\n今天天气很好\n", "gbk.json": '[{"text": "中文"}]',
+        "gbk.csv": "text,source\n中文,a\n",
+    }  # fmt: skip
+    for name, text in rows.items():
+        path = tmp_path / name
+        path.write_bytes(text.encode("gbk"))
+        with pytest.raises(UserError, match=f"{name}, line .*iconv -f gb18030") as caught:
+            list(formats.read_records(path, "pretrain"))
+        assert "Known" not in str(caught.value) and "on_error" not in str(caught.value)
+    for raw in ('{"text": "déjà"}'.encode("latin-1"), '{"text": "中文"}'.encode()[:-4] + b'"}'):
+        path.write_bytes(raw)
+        found = next(
+            formats.check_items([(1, raw)], path, formats.FORMATS[-1], formats.ReadOptions())
+        )
+        assert found[1].reason.startswith("not UTF-8") and "GBK" not in found[1].reason
 
 
 def test_bom_and_windows_line_ends(tmp_path):

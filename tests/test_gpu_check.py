@@ -54,6 +54,16 @@ def test_wrong_numbers_are_seen(machine, monkeypatch):
     assert [line.fine for line in check_steps(machine)] == [False]
 
 
+def test_a_file_without_a_table_is_not_replaced(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "notes.md"
+    path.write_text("my notes")
+    monkeypatch.setattr(gpu_check, "choose_hardware", lambda *_, **__: pytest.fail("began to work"))
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", "--out", str(path)])
+    with pytest.raises(SystemExit):
+        gpu_check.main()
+    assert "notes.md exists and would be lost" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_half_for_a_cpu(tmp_path):
     words = ["attention", "model", "steps", "stages", "--device", "cpu"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+import formats
 from dataset import DataConfig, load_datasets
 from tools import data_report, inspect_data
 from trainlib.batches import Place
@@ -63,10 +65,38 @@ def test_a_file_of_another_kind_or_none_is_broken_throughout(tmp_path, capsys):
     assert code == 1 and len(report["broken"]) == report["rows"] == 2
     code, [report] = doctor(capsys, write(tmp_path / "b.jsonl", [{"zzz": 1}, {"zzz": 2}]))
     assert code == 1 and len(report["broken"]) == 2 and report["kind"] is None
+    assert report["broken"][0]["reason"] == "no known kind of row (its keys: zzz)"
+    assert "tools.inspect_data --help" in data_report.terminal_text([report], "en", False)
     code, [report] = doctor(capsys, write(tmp_path / "c.jsonl", []))
     assert code == 1 and "empty" in report["broken"][0]["reason"]
     code, [report] = doctor(capsys, tmp_path / "absent.jsonl")
     assert code == 1 and report["rows"] == 0
+    assert report["broken"][0]["reason"].endswith("absent.jsonl does not exist")
+
+
+def test_hours_are_those_of_the_newest_run_of_the_stage(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{"text": "a"}])
+    assert doctor(capsys, path)[1][0]["tokens_per_second"] is None
+    of_pretrain, of_sft = "data: {}\nmodel: {}\n", "data: {}\n"
+    runs = {"pretrain_old": (of_pretrain, 10.0), "mine": (of_pretrain, 20.0),
+            "not_pretrain": (of_sft, 30.0)}  # fmt: skip
+    for age, (name, (settings, speed)) in enumerate(runs.items()):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "run.yaml").write_text(settings)
+        write(folder / "metrics.jsonl", [{"train/tokens_per_second": speed}, '{"step'])
+        os.utime(folder / "metrics.jsonl", (age, age))
+    [report] = doctor(capsys, path)[1]
+    assert (report["tokens_per_second"], report["speed_of"]) == (20.0, "runs/mine")
+    assert "20 tokens per second (as in runs/mine)" in data_report.terminal_text(
+        [report], "en", False
+    )
+
+
+def test_the_help_lists_all_formats(capsys):
+    with pytest.raises(SystemExit):
+        inspect_data.main(["--help"])
+    assert formats.known_formats() in capsys.readouterr().out
 
 
 def test_findings(tmp_path, capsys):
@@ -85,6 +115,24 @@ def test_findings(tmp_path, capsys):
     assert report["languages"]["Chinese"] == 1 and report["scripts"]["Han"] > 0
     assert sum(bar["rows"] for bar in report["length_histogram"]) == 8
     assert report["packing_gain"] > 1.5 and report["padding_packed"] < report["padding_unpacked"]
+
+
+def test_what_the_context_loses_is_to_be_mended(tmp_path, capsys):
+    long = "word " * 300
+    cases = {
+        "fits": ([chat("q", "a")] * 3, False),
+        "no answer": ([chat("q", "a")] * 99 + [chat(long, "a")], True),
+        "most": ([chat("q", long)], True), "document": ([{"text": long}], False),
+    }  # fmt: skip
+    for name, (rows, lost) in cases.items():
+        path = write(tmp_path / f"{name}.jsonl", rows)
+        code, [report] = doctor(capsys, path, "--sequence-length", 64)
+        said = data_report.terminal_text([report], "en", False)
+        assert code == 0 and ("nothing to mend" in said) is not lost, name
+        assert ("lost beyond the context" in said and "sequence_length=" in said) is lost, name
+    assert "data.too_long=drop" in data_report.html_page(
+        doctor(capsys, tmp_path / "most.jsonl", "--sequence-length", 64)[1], "en"
+    )
 
 
 def test_preference_findings(tmp_path, capsys):
@@ -121,6 +169,20 @@ def test_terminal_and_page_in_both_languages(tmp_path, capsys, monkeypatch):
     assert "计入损失" in capsys.readouterr().out
     monkeypatch.setenv("TRAIN_LANG", "zh")
     assert data_report._language() == "zh"
+
+
+def test_a_page_replaces_pages_alone(tmp_path, capsys, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [{"text": "a"}])
+    page = tmp_path / "page.html"
+    assert inspect_data.main([str(path), "--html", str(page)]) == 0
+    assert inspect_data.main([str(path), "--html", str(page)]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(inspect_data, "inspect", lambda *_: pytest.fail("began to work"))
+    for place, said in ((path, "would be lost"), (tmp_path / "no" / "a.html", "no folder"),
+                        (tmp_path, "is a folder")):  # fmt: skip
+        assert inspect_data.main([str(path), "--html", str(place)]) == 1
+        assert said in capsys.readouterr().err
+    assert path.read_text() == '{"text": "a"}\n'
 
 
 def test_a_page_and_a_terminal_never_run_what_the_data_say(tmp_path, capsys):

@@ -234,6 +234,8 @@ def test_a_budget_chooses_tokens_and_a_model(plan):
     sizes = [float(n) for n in re.findall(r"configs/pretrain\S* +([\d.]+)M parameters", out)]
     assert sizes == [6.1, 26.9, 100.9, 299.2]
     assert re.search(r"choice +configs/pretrain\S*\.yaml max_tokens=\d+\n", out)
+    rows = int(re.search(r"an epoch, ([\d,]+) positions", out)[1].replace(",", ""))  # type: ignore[index]
+    assert f".yaml max_tokens={4 * rows}\n" in out and "would fill 2 h" in out
     out = plan("sft", "--gpu", "rtx4090", "max_hours=0.5")
     assert "30 min holds" in out and "max_tokens=" in out and "choice" not in out
 

@@ -313,12 +313,23 @@ def test_pip_settings_follow_pips_precedence(
     assert trusted is not type(session.get_adapter("https://one.evil/simple"))
 
 
+def test_a_file_that_is_not_of_the_sample_is_not_replaced(
+    house: House, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = house.root / "dataset" / "pretrain.jsonl"
+    before = own.read_bytes()
+    assert prepare_data.main(["--out", str(own.parent)]) == 1
+    assert f"{own} exists, is not of the sample" in capsys.readouterr().err
+    assert own.read_bytes() == before and list(own.parent.iterdir()) == [own]
+
+
 # ---- the text for a tokenizer ---------------------------------------------------------------
 
 
 def test_the_tokenizer_mix_has_training_groups_alone(house: House, tmp_path: Path) -> None:
     target = tmp_path / "mix.jsonl"
     assert house.run("--tokenizer-mix", str(target)) == 0
+    assert house.run("--tokenizer-mix", str(target)) == 1, "an existing file was replaced"
     assert not house.out.exists()
     mix = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
     house.run()

@@ -104,7 +104,7 @@ def test_a_run_leaves_what_it_promises(pretrained):
     events = EventAccumulator(str(pretrained / "tensorboard"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    wanted = charts(list(rows[0]), ["uniform", "unigram", "bigram", "xz"])
+    wanted = charts(list(rows[0]), ["uniform", "unigram", "bigram"])
     assert {name for names in wanted.values() for name in names} <= tags
     assert [e.step for e in events.Scalars("yardstick/unigram")] == [0, 4, 8, 12]
     assert [e.step for e in events.Tensors("samples/text_summary")] == [0, 4, 8, 12]
@@ -211,7 +211,7 @@ def test_three_stages(place, pretrained):
     assert rows[-1]["val/loss"] < rows[0]["val/loss"]
     told = (place / "sft/train.log").read_text()
     assert "yardsticks in bits per byte" in out and "sample: 你是谁？ / " in out
-    assert told.count("better than xz at step 0:") == 1 == out.count("better than xz at step 0:")
+    assert "no xz yardstick: of " in out and "better than xz" not in told + out
     dpo = ["configs/tiny_dpo.yaml", "out_dir=dpo", "init_from=sft/final", "data.files=dpo.jsonl"]
     dpo += [*COMMON, "max_steps=20", "sequence_length=64", "optim.adamw_lr=2e-3"]
     out = run("dpo_train.py", *dpo, "data.val_fraction=0.1", cwd=place)

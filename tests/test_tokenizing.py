@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import token_cache
 import tokenizing
-from dataset import ENCODERS, DataConfig, load_datasets
+from dataset import ENCODERS, DataConfig, expand, load_datasets
 from formats import ReadOptions
 from packing import PackedDataset
 from token_cache import build_cache, cache_dir
@@ -207,8 +207,19 @@ def test_a_folder_and_a_pattern_are_one_data_set_each(tmp_path, tokenizer):
     config = DataConfig(files=("web", "books/*.txt"))
     data = load_datasets(config, "pretrain", tokenizer, 64, 0)
     assert set(data.val) == {"web", "books"} and len(data.train.caches) == 4
-    with pytest.raises(UserError, match="no data file is there"):
-        load_datasets(DataConfig(files=("none/*.jsonl",)), "pretrain", tokenizer, 64, 0)
+
+
+def test_names_without_a_file_say_what_else_was_meant(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("a.txt", "b.txt", "a,b.txt"):
+        write(tmp_path / name, ["text"])
+    assert expand("a,b.txt") == [Path("a,b.txt")] and expand("a.txt,c") == [Path("a.txt,c")]
+    for name, said in {
+        "a.txt,b.txt": r"does not exist\. Several files are a list: data\.files=\[a\.txt,b\.txt\]",
+        "no*.txt": "no\\*.txt matches nothing", "empty": "no data file is there",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            expand(name)
 
 
 def shares(data, epoch):

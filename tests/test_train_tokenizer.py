@@ -154,6 +154,23 @@ def test_a_broken_line_is_named(
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.parametrize(("name", "place"), [("gbk.txt", 10), ("gbk.jsonl", 16)])
+def test_a_file_of_another_encoding_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, place: int
+) -> None:
+    path = tmp_path / name
+    rows = (
+        ["in ASCII.", "今天天气很好"]
+        if name.endswith("txt")
+        else ['{"text": "one"}', '{"text": "你好"}']
+    )
+    path.write_bytes("\n".join(rows).encode("gb18030"))
+    assert main(["--data", str(path), "--out", str(tmp_path / "made")]) == 1
+    said = capsys.readouterr().err
+    assert f"{name}, line at byte {place}: not UTF-8" in said and "iconv -f gb18030" in said
+    assert not (tmp_path / "made").exists()
+
+
 def test_other_mistakes_are_named(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from containers import not_utf8
 from tokenizer import SPECIAL_TOKENS
 
 # Pieces that merges never cross: English contractions, a run of letters with the one character
@@ -191,9 +192,20 @@ def _lines(file: Path, share: int) -> Iterator[tuple[str, int]]:
             while left > 0 and (raw := _next_text(stream, file)):
                 offset = stream.tell() - len(raw)
                 left -= len(raw)
-                text = raw.decode("utf-8-sig" if offset == 0 else "utf-8", "replace")
+                text = _decode(raw, file, offset)
                 if left >= 0 and text.strip():
                     yield text.rstrip("\r\n"), offset
+
+
+def _decode(raw: bytes, file: Path, offset: int) -> str:
+    """The text of whole lines that begin at a byte of a file; raises ValueError where none is."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        start = raw.rfind(b"\n", 0, error.start) + 1
+        reason = not_utf8(raw[start:].split(b"\n", 1)[0], error.start - start)
+        raise ValueError(f"{file}, line at byte {offset + start}: {reason}") from error
+    return text.removeprefix("\ufeff") if offset == 0 else text
 
 
 def _next_text(stream: Any, file: Path) -> bytes:

@@ -7,11 +7,14 @@ underline, which eyes of every kind tell apart.
 from __future__ import annotations
 
 import html
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
 
 Report = dict[str, Any]
+MUCH = 0.10
+"""A share of all tokens beyond the context from which on it is something to mend."""
 MOST_BROKEN = 50
 """Broken rows that a terminal shows; --json has all."""
 
@@ -28,6 +31,7 @@ LANGUAGE = _language()
 CHINESE = {
     "format": "格式",
     "unknown": "未知",
+    "known formats": "可用格式见",
     "seen from": "依据",
     "rows": "行数",
     "broken": "损坏",
@@ -44,6 +48,10 @@ CHINESE = {
     "mean": "平均",
     "rows beyond the context of": "超出上下文的行，上下文为",
     "of all tokens": "占全部词元",
+    "to mend: lost beyond the context": "需要修改：超出上下文而丢失",
+    "holds 95 % of the rows": "可容纳 95 % 的行",
+    "all": "可容纳全部",
+    "leaves out whole rows": "则整行舍弃",
     "padding without packing": "不打包时的填充",
     "with packing": "打包后",
     "gain": "提速",
@@ -68,6 +76,7 @@ CHINESE = {
     "hours at": "小时，速度",
     "tokens per second": "词元/秒",
     "hours: not known (--tokens-per-second N)": "用时未知（--tokens-per-second N）",
+    "as in": "来自",
     "line": "第几行",
     "and more, all in --json": "更多见 --json",
     "blue and underlined: under the loss": "蓝色下划线：计入损失",
@@ -110,6 +119,8 @@ def facts(report: Report, t: Words) -> Iterator[tuple[str, str]]:
     """(name, text) of everything but broken rows, histogram and examples."""
     kind = f"{report['format']} ({report['kind']})" if report["format"] else t("unknown")
     yield t("format"), kind
+    if not report["format"] and report["rows"]:
+        yield t("known formats"), "python -m tools.inspect_data --help"
     if report["why"]:
         yield t("seen from"), report["why"]
     yield t("rows"), f"{report['rows']:,}, {t('broken')} {len(report['broken']):,}"
@@ -138,6 +149,8 @@ def facts(report: Report, t: Words) -> Iterator[tuple[str, str]]:
         f"{report['padding_unpacked']:.1%}  {t('with packing')} {report['padding_packed']:.1%}  "
         f"({t('gain')} {report['packing_gain']:.2f}x)",
     )
+    for text in losses(report, t):
+        yield t("to mend: lost beyond the context"), text
     for key, phrase in FINDINGS.items():
         finding = report[key]
         if finding["count"]:
@@ -154,10 +167,31 @@ def facts(report: Report, t: Words) -> Iterator[tuple[str, str]]:
     steps = f"{report['steps_per_epoch']:,} {t('steps of')} {report['tokens_per_step']:,}"
     if report["hours_per_epoch"]:
         speed = f"{report['tokens_per_second']:,.0f} {t('tokens per second')}"
+        if report["speed_of"]:
+            speed += f" ({t('as in')} {report['speed_of']})"
         steps += f"; {report['hours_per_epoch']:,.2f} {t('hours at')} {speed}"
     else:
         steps += f"; {t('hours: not known (--tokens-per-second N)')}"
     yield t("an epoch"), steps
+
+
+def losses(report: Report, t: Words) -> Iterator[str]:
+    """What training would leave out for the length of its rows, with the cure."""
+    if report["kind"] in (None, "pretrain"):
+        return  # A document longer than a row goes on in the next.
+    sequences = 2 if report["kind"] == "dpo" else 1
+    lost = []
+    if report["truncated_tokens"] > MUCH:
+        lost.append(f"{report['truncated_tokens']:.1%} {t('of all tokens')}")
+    if report["no_supervised"]["count"]:
+        count = f"{report['no_supervised']['count']:,}"
+        lost.append(f"{count} {t('rows without a supervised token in the context')}")
+    if lost:
+        most, least = (math.ceil(report["length"][k] / sequences) for k in ("most", "95%"))
+        cure = f"sequence_length={least} {t('holds 95 % of the rows')}, {most} {t('all')}"
+        if report["kind"] == "sft":
+            cure += f"; data.too_long=drop {t('leaves out whole rows')}"
+        yield f"{', '.join(lost)}. {cure}"
 
 
 def terminal_text(reports: list[Report], language: str, colour: bool) -> str:
@@ -173,7 +207,7 @@ def terminal_text(reports: list[Report], language: str, colour: bool) -> str:
             lines.append(
                 f"  ... {len(report['broken']) - MOST_BROKEN:,} {t('and more, all in --json')}"
             )
-        if not report["broken"]:
+        if not report["broken"] and not any(losses(report, t)):
             lines.append(f"  {t('nothing to mend')}")
         if colour and report["examples"]:
             lines.append(f"  {t('blue and underlined: under the loss')}")
@@ -201,8 +235,10 @@ def _paint(text: str, under_loss: bool) -> str:
     return f"\x1b[4;34m{text}\x1b[0m" if under_loss else f"\x1b[33m{text}\x1b[0m"
 
 
+MARK = '<meta name="generator" content="tools.inspect_data">'
+"""What every page begins with, so that no other file is taken for one."""
 PAGE = """<!doctype html>
-<html lang="{language}"><meta charset="utf-8"><title>{title}</title>
+<html lang="{language}"><meta charset="utf-8">{mark}<title>{title}</title>
 <style>
 body {{ font: 20px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }}
 th {{ text-align: left; padding-right: 2em; vertical-align: top; font-weight: normal; color: #555 }}
@@ -244,4 +280,5 @@ def html_page(reports: list[Report], language: str) -> str:
                 for text, under in example["pieces"]
             )
             parts.append(f"<p>{t('line')} {example['line']}</p><pre>{painted}</pre>")
-    return PAGE.format(language=language, title=t("Data report"), body="\n".join(parts))
+    title, body = t("Data report"), "\n".join(parts)
+    return PAGE.format(language=language, mark=MARK, title=title, body=body)

@@ -36,7 +36,10 @@ from dataset import Batch, DataConfig, PackedDataset, load_datasets
 from losses import cross_entropy_sum
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer, default_folder
+from tools.made_rows import write_data
 from trainlib.batches import ALONE, Place, StepBatch, StepLoader
+from trainlib.errors import UserError
+from trainlib.files import refuse_to_overwrite
 from trainlib.hardware import Choice, choose_hardware, find_facts, read_table
 from trainlib.loop import optimizer_step, warm_up
 from trainlib.memory import peak_bytes
@@ -47,6 +50,7 @@ from trainlib.runtime import DTYPES, Hardware, looking, use_hardware
 LENGTH = 512
 STEPS = 10
 WORDS = {True: "OK", False: "FAILED", None: ""}
+TABLE = ("| | check | found |", "| --- | --- | --- |")
 STAGES = {"pretrain": "train.py", "sft": "sft_train.py", "dpo": "dpo_train.py"}
 TINY = ModelConfig(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
@@ -317,26 +321,6 @@ def read(out_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.open(encoding="utf-8")] if path.is_file() else []
 
 
-def write_data(folder: Path) -> None:
-    """Rows for each stage, from sentences that count."""
-    sentences = [f"第{i}条 {i} and {i} make {2 * i}. " * (1 + i * 7 % 23) for i in range(2000)]
-
-    def talk(question: str, answer: str) -> list[dict[str, str]]:
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-    rows: dict[str, list[dict[str, Any]]] = {
-        "pretrain": [{"text": text} for text in sentences],
-        "sft": [{"conversations": talk(f"{i}?", f"It is {i}.")} for i in range(400)],
-        "dpo": [
-            {"chosen": talk(f"{i}?", f"It is {i}."), "rejected": talk(f"{i}?", f"No, {i + 1}!")}
-            for i in range(400)
-        ],
-    }
-    for name, values in rows.items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in values)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-
-
 CHECKS: dict[str, Callable[[Machine], Iterator[Line]]] = {
     "attention": check_attention, "model": check_model, "steps": check_steps,
     "memory": check_memory, "speed": check_speed, "stages": check_stages,
@@ -354,6 +338,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the table goes; docs/gpu.md of a card")
     options = parser.parse_args()
     device = options.device
+    if device == "cuda" and not options.checks:
+        options.out = options.out or Path("docs/gpu.md")
+    if options.out:
+        try:
+            refuse_to_overwrite(options.out, TABLE[0])
+        except UserError as error:
+            parser.error(str(error))
     precision = "fp32" if device == "cpu" else "auto"
     choice = choose_hardware(find_facts(), read_table(), device=device, precision=precision)
     print(describe(device), flush=True)
@@ -368,10 +359,8 @@ def main() -> None:
             for line in tried(check, machine):
                 lines.append(line)
                 print(f"  {WORDS[line.fine]:<7}{line.check:<24}{line.told}", flush=True)
-    if device == "cuda" and not options.checks:
-        options.out = options.out or Path("docs/gpu.md")
     if options.out:
-        table = ["| | check | found |", "| --- | --- | --- |"]
+        table = list(TABLE)
         table += [f"| {WORDS[line.fine]} | {line.check} | {line.told} |" for line in lines]
         options.out.write_text("\n".join([f"# {describe(device)}", "", *table, ""]))
         print(f"wrote {options.out}")

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 import formats
 from dataset import ENCODERS, expand
@@ -34,9 +33,11 @@ from packing import pack_best_fit
 from readers import Source
 from tokenizer import SPECIAL_TOKENS, Sequence, Tokenizer, default_folder
 from tokenizer.train_tokenizer import byte_count, bytes_per_token, train
-from tools.data_report import LANGUAGE, html_page, terminal_text
+from tools.data_report import LANGUAGE, MARK, html_page, terminal_text
+from tools.past_runs import newest_speed, stage_settings
 from tools.text_statistics import MinHashes, above, bare, language, scripts, text_hash, words_of
 from trainlib.errors import UserError
+from trainlib.files import refuse_to_overwrite
 
 DEFAULT_SAMPLE = 2_000_000_000
 MOST_LINES = 20
@@ -100,6 +101,7 @@ class Report:
     tokens_per_step: int = 0
     steps_per_epoch: int = 0
     tokens_per_second: float | None = None
+    speed_of: str = ""
     hours_per_epoch: float | None = None
     examples: list[dict[str, Any]] = field(default_factory=list)
 
@@ -110,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.inspect_data",
         description="\n\n".join([doc[0], *doc[2:]]),
+        epilog=f"Formats of rows:\n{formats.known_formats()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a file, a folder or a pattern")
@@ -123,9 +126,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", type=Path, default=None, help="a folder (default: ours)")
     parser.add_argument("--sequence-length", type=int, help="positions of a row (default: config)")
     parser.add_argument("--tokens-per-second", type=float,
-                        help="speed of training (default: of the newest run in runs/)")  # fmt: skip
+                        help="speed (default: of the stage's newest run in runs/)")  # fmt: skip
     options = parser.parse_args(argv)
     try:
+        if options.html:
+            refuse_to_overwrite(options.html, MARK)
         paths = [path for name in options.files for path in expand(name)]
         tokenizer = Tokenizer(options.tokenizer or default_folder())
         reports = [inspect(path, options, tokenizer) for path in paths]
@@ -147,11 +152,11 @@ def inspect(path: Path, options: argparse.Namespace, tokenizer: Tokenizer) -> Re
     report = Report(str(path))
     read_options = ReadOptions(options.format, "\n" if options.alpaca_join == "newline" else "")
     try:
-        report.bytes = path.stat().st_size
         source, format_, report.why = _find_format(path, options)
-    except (UserError, OSError) as error:
+    except UserError as error:
         report.broken.append({"line": 1, "reason": str(error)})
         return report
+    report.bytes = source.size
     if format_.name:
         report.format, report.kind = format_.name, format_.kind
     share = min(1.0, options.sample / max(1, report.bytes))
@@ -183,7 +188,7 @@ def _find_format(path: Path, options: argparse.Namespace) -> tuple[Source, Forma
         source = Source(path)
         if options.stage:
             return source, _of(options.stage), ""
-        return source, Format("", "", "any of the known formats", lambda row: False, _none), ""
+        return source, Format("", "", "", lambda row: True, _none), ""
     if options.stage and found.format.kind != options.stage:
         return found.source, _of(options.stage), found.why
     return found.source, found.format, found.why
@@ -195,7 +200,7 @@ def _of(stage: str) -> Format:
 
 
 def _none(row: Any, options: ReadOptions) -> Any:
-    raise ValueError("no known kind of row")
+    raise ValueError(f"no known kind of row (its keys: {formats.keys_of(row)})")
 
 
 class Looker:
@@ -205,12 +210,14 @@ class Looker:
         self, report: Report, kind: str, tokenizer: Tokenizer, options: argparse.Namespace
     ) -> None:
         self.report, self.kind, self.tokenizer = report, kind, tokenizer
-        settings = _stage_settings(kind)
+        settings = stage_settings(kind)
         self.length = options.sequence_length or settings["sequence_length"]
         if kind == "dpo":
             self.length *= 2
         report.sequence_length, report.tokens_per_step = self.length, settings["tokens_per_step"]
-        report.tokens_per_second = options.tokens_per_second or _measured_speed(kind)
+        report.tokens_per_second = options.tokens_per_second
+        if report.tokens_per_second is None:
+            report.tokens_per_second, report.speed_of = newest_speed(kind)
         self.lengths, self.lines = array.array("q"), array.array("q")
         self.byte_lengths = np.array([len(text) for text in tokenizer.id_to_bytes], np.int64)
         self.hashes, self.near = array.array("Q"), MinHashes()
@@ -357,25 +364,6 @@ def _describe_lengths(report: Report, lengths: np.ndarray, kind: str) -> None:
     num_rows = len(pack_best_fit(units, row))
     report.padding_packed = 1 - float(units.sum()) / (num_rows * row)
     report.packing_gain = (1 - report.padding_packed) / (1 - report.padding_unpacked)
-
-
-def _stage_settings(kind: str) -> dict[str, int]:
-    """sequence_length and tokens_per_step of configs/<stage>.yaml."""
-    path = Path(__file__).resolve().parents[1] / "configs" / f"{kind or 'pretrain'}.yaml"
-    default = {"sequence_length": 512, "tokens_per_step": 131072}
-    given = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {key: int(given.get(key, value)) for key, value in default.items()}
-
-
-def _measured_speed(kind: str) -> float | None:
-    """Tokens a second of the newest run of the stage, from its metrics."""
-    logs = Path("runs").glob(f"*{kind}*/metrics.jsonl") if kind else ()
-    for log in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True):
-        for line in reversed(log.read_text(encoding="utf-8").splitlines()):
-            speed = json.loads(line).get("train/tokens_per_second")
-            if speed:
-                return float(speed)
-    return None
 
 
 if __name__ == "__main__":

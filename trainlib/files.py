@@ -27,6 +27,22 @@ def write_atomically(path: Path, text: str) -> None:
     beside.replace(path)
 
 
+def refuse_to_overwrite(path: Path, mark: str = "") -> None:
+    """Raise UserError where a file has no folder, or would replace one that lacks `mark`.
+
+    A mark is what all files of a tool have among their first bytes; without one none is replaced.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}. Make it, or name another file.")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder. Name a file in it.")
+    if path.is_file():
+        with path.open("rb") as file:
+            head = file.read(4096)
+        if head and (not mark or mark.encode() not in head):
+            raise UserError(f"{path} exists and would be lost. Remove it, or name another file.")
+
+
 def sync(path: Path) -> None:
     """Make a file, or the names in a folder, survive a power cut where the system can do so."""
     try:

@@ -288,27 +288,30 @@ def describe_budget(plan: Planned, budget: float) -> list[str]:
             "tokens_per_step"
         )
     tokens = steps * plan.work.positions
-    epochs = tokens / (plan.dataset.num_rows() * plan.dataset.row_length)
-    texts = [
-        f"{hours(budget)} holds {steps:,} steps = {tokens:,} positions, {epochs:.2f} epochs: "
-        f"max_tokens={tokens}"
-    ]
-    if epochs > GOOD_EPOCHS:
+    epoch = plan.dataset.num_rows() * plan.dataset.row_length
+    texts = [f"{hours(budget)} holds {steps:,} steps = {tokens:,} positions, "
+             f"{tokens / epoch:.2f} epochs: max_tokens={tokens}"]  # fmt: skip
+    if tokens > GOOD_EPOCHS * epoch:
         texts.append(f"more than {GOOD_EPOCHS} passes over the same text bring little")
     if plan.run.stage != "pretrain" or plan.run.config.init_from:
         return line("budget", *texts)
-    best = ("", 0)
+    best = ("", 0, 0)
     for name, work, row_length in presets(plan):
-        tokens = int(budget / preset_seconds(plan, work, row_length)) * work.positions
+        held = int(budget / preset_seconds(plan, work, row_length)) * work.positions
+        tokens = min(held, GOOD_EPOCHS * epoch)
         ratio = tokens / work.parameters
         if not best[0] or ratio >= TOKENS_PER_PARAMETER:
-            best = (name, tokens)
+            best = (name, tokens, held)
         texts.append(
             f"{name:28}{work.parameters / 1e6:6.1f}M parameters, {tokens / 1e6:9,.1f}M positions, "
             f"{ratio:7,.1f} each"
         )
-    why = f"the largest with {TOKENS_PER_PARAMETER} positions a parameter, else the smallest"
-    return line("budget", *texts) + line("choice", f"{best[0]} max_tokens={best[1]}", why)
+    name, tokens, held = best
+    whys = [f"the largest with {TOKENS_PER_PARAMETER} positions a parameter, else the smallest"]
+    if held > tokens:
+        whys.append(f"{GOOD_EPOCHS} passes over the text; {held / tokens:.3g} times as much text, "
+                    f"{held // GOOD_EPOCHS:,} positions, would fill {hours(budget)}")  # fmt: skip
+    return line("budget", *texts) + line("choice", f"{name} max_tokens={tokens}", *whys)
 
 
 def presets(plan: Planned) -> list[tuple[str, Work, int]]:

@@ -1,0 +1,27 @@
+"""Rows for each stage that need no download, for trying whether training works at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def write_data(folder: Path) -> None:
+    """Rows for each stage, from sentences that count."""
+    sentences = [f"第{i}条 {i} and {i} make {2 * i}. " * (1 + i * 7 % 23) for i in range(2000)]
+
+    def talk(question: str, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    rows: dict[str, list[dict[str, Any]]] = {
+        "pretrain": [{"text": text} for text in sentences],
+        "sft": [{"conversations": talk(f"{i}?", f"It is {i}.")} for i in range(400)],
+        "dpo": [
+            {"chosen": talk(f"{i}?", f"It is {i}."), "rejected": talk(f"{i}?", f"No, {i + 1}!")}
+            for i in range(400)
+        ],
+    }
+    for name, values in rows.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in values)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
