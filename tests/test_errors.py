@@ -210,6 +210,25 @@ def test_a_finished_or_another_run_stays_as_it_is(run, place, tmp_path):
     assert (contents(tmp_path / "done"), contents(place)) == before
 
 
+def test_only_a_run_is_moved_aside(run, place, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "mine.jsonl").write_text("{}\n")
+    before = contents(tmp_path)
+    for resume in ("auto", "never"):
+        code, out = run("pretrain", f"out_dir={data}", f"resume={resume}")
+        assert code == 1 and f"{data} holds files, but no run of this program" in out
+        assert "out_dir=NEW" in out and "resume=never" not in out and "init_from" not in out
+    assert contents(data)["mine.jsonl"] == before["data/mine.jsonl"]
+    assert not Path(f"{data}.1").exists()
+    (tmp_path / "empty").mkdir()
+    assert run("pretrain", f"out_dir={tmp_path}/empty", "resume=never")[0] == 0
+    monkeypatch.chdir(tmp_path / "empty")  # A folder that the system does not let go of.
+    words = [f"data.files={place}/pretrain.jsonl", "out_dir=.", "resume=never", *MODEL]
+    code, out = run("pretrain", *words, f"{place}/configs/tiny_pretrain.yaml")
+    assert code == 1 and "resume=never: . cannot be moved" in out
+
+
 @pytest.mark.parametrize(("stage", "positions"), [("sft", 64), ("dpo", 128)])
 def test_an_answer_longer_than_a_row_is_left_out_and_counted(stage, positions, run, place):
     code, out = run(stage, f"data.files=long_{stage}.jsonl", "--prepare-only")

@@ -18,6 +18,7 @@ from torch import nn
 
 from trainlib.batches import deal
 from trainlib.checkpoint import Checkpoints
+from trainlib.claim import IDENTITY, claim
 from trainlib.config import (
     HARDWARE_KEYS,
     load_config,
@@ -30,10 +31,8 @@ from trainlib.config import (
 from trainlib.control import Clock, moment
 from trainlib.errors import UserError
 from trainlib.files import (
-    LOCK,
     cache_dir,
     lock_folder,
-    move_aside,
     refuse_if_locked,
     release_folders,
     write_atomically,
@@ -241,6 +240,7 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
     nothing is written then.
     """
     folder, wanted = Path(config.out_dir), WANTED.get()
+    identity = {"recipe": recipe(config), "data": data_key}
     ranks = join_ranks(config.device)
 
     choice = choose_hardware(
@@ -253,14 +253,14 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
         row_length=row_length,
     )
 
-    def claim() -> Path | None:
+    def take() -> Path | None:
         refuse_if_locked(folder)
-        step_folder = _claim(folder, config, data_key)
+        step_folder = claim(folder, config.resume, identity)
         folder.mkdir(parents=True, exist_ok=True)
         lock_folder(folder)
         return step_folder
 
-    resume_from = None if wanted else first_decides(ranks, claim)
+    resume_from = None if wanted else first_decides(ranks, take)
     if choice.precision == "measure":
         precision = first_decides(ranks, lambda: _precision(folder, resume_from, choice.matmul))
         choice = replace(choice, precision=precision)
@@ -277,10 +277,9 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
         if resume_from is not None and resume_from.parent.resolve() == folder.resolve():
             # What is saved next comes after this one, whatever else lies there.
             write_atomically(folder / "latest", resume_from.name)
+        write_atomically(folder / IDENTITY, json.dumps(identity, ensure_ascii=False))
         # The precision as chosen, for a resume must go on with it.
         write_run_yaml(resolved(config, precision=choice.precision), folder / "run.yaml")
-        identity = json.dumps({"recipe": recipe(config), "data": data_key}, ensure_ascii=False)
-        write_atomically(folder / "identity.json", identity)
     if not wanted:
         log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
     checkpoints = Checkpoints(folder, config.keep_checkpoints, ranks.first)
@@ -311,54 +310,3 @@ def _precision(folder: Path, resume_from: Path | None, matmul: str) -> str:
         if before in ("fp32", "bf16"):
             return before
     return measured_precision(cache_dir() / "hardware.json", matmul)
-
-
-def _occupied(folder: Path) -> bool:
-    """Whether a folder holds more than a lock."""
-    return folder.exists() and any(path.name != LOCK for path in folder.iterdir())
-
-
-def _claim(folder: Path, config: RunConfig, data_key: str) -> Path | None:
-    """The step folder to go on from, or None for a fresh start in a free folder."""
-    if config.resume not in ("auto", "never"):
-        step_folder = Path(config.resume)
-        if not (step_folder / "train_state.json").is_file():
-            raise UserError(f"resume={step_folder} is no step folder (it has no train_state.json)")
-        inside = step_folder.resolve().parent == folder.resolve()
-        if (folder / "final").is_dir() or not inside and _occupied(folder):
-            raise UserError(
-                f"{folder} holds a run already, which resume={step_folder} would overwrite; "
-                "give another folder by out_dir=NEW"
-            )
-        return step_folder
-    identity_file = folder / "identity.json"
-    if not _occupied(folder):
-        return None
-    if config.resume == "never":
-        log.info("moved the run that was in %s to %s", folder, move_aside(folder))
-        return None
-    ways = (
-        f"Three ways on:\n  out_dir=NEW                    train into another folder\n"
-        f"  resume=never                   move {folder} to {folder}.1 (or .2, ...) first\n"
-        f"  init_from={folder}/final   start a new run from its model (with out_dir=NEW)"
-    )
-    if not identity_file.is_file():
-        raise UserError(f"{folder} holds files, but no run of this program. {ways}")
-    was = json.loads(identity_file.read_text(encoding="utf-8"))
-    if (folder / "final").is_dir():
-        raise UserError(f"{folder} holds a finished run. {ways}")
-    now = {"recipe": json.loads(json.dumps(recipe(config))), "data": data_key}
-    differing = sorted(
-        f"{key}: {was['recipe'].get(key)!r} there, {now['recipe'].get(key)!r} now"
-        for key in {*was["recipe"], *now["recipe"]}
-        if was["recipe"].get(key) != now["recipe"].get(key)
-    )
-    if was["data"] != now["data"]:
-        differing.append("the data files or the tokenizer have changed")
-    if differing:
-        raise UserError(
-            f"{folder} holds an unfinished run of another recipe:\n  "
-            + "\n  ".join(differing)
-            + f"\n{ways}"
-        )
-    return Checkpoints(folder, 1).newest()
