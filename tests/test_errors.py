@@ -6,6 +6,7 @@ Every case is a command line of a stage, run in this process from the reading of
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,26 @@ def test_only_a_run_is_moved_aside(run, place, tmp_path, monkeypatch):
     words = [f"data.files={place}/pretrain.jsonl", "out_dir=.", "resume=never", *MODEL]
     code, out = run("pretrain", *words, f"{place}/configs/tiny_pretrain.yaml")
     assert code == 1 and "resume=never: . cannot be moved" in out
+
+
+def test_an_unfinished_run_offers_what_is_there_and_works(run, place, tmp_path):
+    out_dir, step = tmp_path / "stopped", tmp_path / "stopped/step_000002"
+    assert run("pretrain", f"out_dir={out_dir}")[0] == 0
+    (out_dir / "final").rename(tmp_path / "final")
+    for setting, offered in (
+        ("optim.muon_lr=0.5", ("resume", "init_from")),
+        ("optim.name=adamw", ("init_from",)),
+        ("model.intermediate_size=64", ()),
+    ):
+        code, out = run("pretrain", f"out_dir={out_dir}", setting)
+        assert code == 1 and "unfinished run of another recipe" in out
+        ways = out[out.index("Ways on:") :].splitlines()[1:]
+        names = ["out_dir=NEW", "resume=never", *(f"{key}={step}" for key in offered)]
+        assert [way.split()[0] for way in ways] == names
+        assert len({len(re.match(r" +\S+ +", way)[0]) for way in ways}) == 1  # Aligned.
+    assert run("pretrain", f"out_dir={out_dir}", "optim.muon_lr=0.5", f"resume={step}")[0] == 0
+    words = (f"out_dir={tmp_path}/new", "optim.name=adamw", f"init_from={step}")
+    assert run("pretrain", *words)[0] == 0
 
 
 @pytest.mark.parametrize(("stage", "positions"), [("sft", 64), ("dpo", 128)])

@@ -39,7 +39,7 @@ def claim(folder: Path, resume: str, identity: dict[str, Any]) -> Path | None:
     was = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
     if differing := _differing(was, json.loads(json.dumps(identity))):
         lines = "".join(f"\n  {text}" for text in differing.values())
-        ways = _ways(folder, {"init_from": "final"})
+        ways = _ways(folder, _uses(newest, set(differing)))
         raise UserError(f"{folder} holds an unfinished run of another recipe:{lines}\n{ways}")
     return newest
 
@@ -86,6 +86,15 @@ def _differing(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     return differing
 
 
+def _uses(step_folder: Path | None, differing: set[str]) -> dict[str, str]:
+    """What a step folder is good for under other settings: key to the folder's name."""
+    # Another model has no use for its weights, another optimizer none for its state.
+    if step_folder is None or any(key.startswith(("model.", "tokenizer")) for key in differing):
+        return {}
+    keys = ("init_from",) if "optim.name" in differing else ("resume", "init_from")
+    return dict.fromkeys(keys, step_folder.name)
+
+
 def _ways(folder: Path, uses: dict[str, str]) -> str:
     """What can be done about a folder that holds a run, a line each."""
     ways = {
@@ -93,6 +102,7 @@ def _ways(folder: Path, uses: dict[str, str]) -> str:
         "resume=never": f"move {folder} to {folder}.1 (or .2, ...) first",
     }
     what = {
+        "resume": "go on from there with the settings of now",
         "init_from": "start a new run from its model (with out_dir=NEW)",
     }
     ways |= {f"{key}={folder / name}": what[key] for key, name in uses.items()}
