@@ -219,7 +219,7 @@ class Datasets(NamedTuple):
     train: PackedDataset
     val: dict[str, PackedDataset]
     data_key: str
-    """Changes when a file, the tokenizer or the choice of files changes."""
+    """Changes when the rows of a file, the tokenizer or the choice of files change."""
     yardsticks: dict[str, float] = {}
     """Bits per byte that need no model, by name (yardsticks.py); none of preferences."""
 

@@ -6,7 +6,9 @@ Every case is a command line of a stage, run in this process from the reading of
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -248,6 +250,21 @@ def test_an_unfinished_run_offers_what_is_there_and_works(run, place, tmp_path):
     assert run("pretrain", f"out_dir={out_dir}", "optim.muon_lr=0.5", f"resume={step}")[0] == 0
     words = (f"out_dir={tmp_path}/new", "optim.name=adamw", f"init_from={step}")
     assert run("pretrain", *words)[0] == 0
+
+
+def test_a_touched_file_resumes_and_a_changed_one_does_not(run, place, tmp_path):
+    data = tmp_path / "mine.jsonl"
+    words = (f"out_dir={tmp_path}/run", f"data.files={data}")
+    shutil.copy(place / "pretrain.jsonl", data)
+    assert run("pretrain", *words)[0] == 0
+    (tmp_path / "run/final").rename(tmp_path / "final")
+    os.utime(data, (1, 1))
+    code, out = run("pretrain", *words)
+    assert code == 0 and "resuming from" in out
+    shutil.rmtree(tmp_path / "run/final")
+    data.write_text(data.read_text().replace("row 7 goes", "row 7 went"))
+    code, out = run("pretrain", *words)
+    assert code == 1 and "the data files or the tokenizer have changed" in out
 
 
 @pytest.mark.parametrize(("stage", "positions"), [("sft", 64), ("dpo", 128)])
