@@ -8,6 +8,7 @@ is an architecture that model.py computes.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
+from trainlib.config import provenance, with_value
 from trainlib.errors import UserError
+from trainlib.values import value_text
 
 ARCHITECTURE = "Qwen3ForCausalLM"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -103,6 +106,26 @@ def load_config(folder: str | Path) -> ModelConfig:
         return ModelConfig(**{key: values[key] for key in ModelConfig.__annotations__})
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def with_sizes(config: Any) -> Any:
+    """The settings with the sizes of init_from's model; raises UserError where others are given."""
+    sizes, sources = asdict(load_config(config.init_from)), provenance(config)
+    given = asdict(config.model)
+    wrong = [
+        f"model.{key}={value_text(given[key])} ({source}), {value_text(size)} there"
+        for key, size in sizes.items()
+        if (source := sources[f"model.{key}"]) != "default" and given[key] != size
+    ]
+    if wrong:
+        lines = "".join(f"\n  {text}" for text in wrong)
+        raise UserError(
+            f"init_from={config.init_from} has a model of other sizes than the settings:{lines}\n"
+            "Leave these keys out, or train a new model without init_from."
+        )
+    for key, size in sizes.items():
+        config = with_value(config, f"model.{key}", size, "of init_from")
+    return config
 
 
 def load_model(folder: str | Path) -> Transformer:

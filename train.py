@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dataset import Batch, DataConfig, Datasets, load_datasets
 from generate import Sampling, sample_texts
-from hf_folder import check_vocabulary, load_model, load_tokenizer, model_files
+from hf_folder import check_vocabulary, load_model, load_tokenizer, model_files, with_sizes
 from losses import cross_entropy_sum
 from model import ModelConfig, Transformer, count_parameters
 from tokenizer import Tokenizer, default_folder
@@ -67,9 +67,12 @@ def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any
 
 
 def open_tokenizer(config: PretrainConfig) -> tuple[PretrainConfig, Tokenizer]:
-    """The settings with the vocabulary's size, and the tokenizer; raises UserError for a misfit."""
+    """The settings with what the model and the vocabulary say, and the tokenizer.
+
+    Raises UserError for a misfit.
+    """
     if config.init_from:
-        return config, load_tokenizer(config.init_from)
+        return with_sizes(config), load_tokenizer(config.init_from)
     tokenizer = adopt(config.tokenizer or default_folder())
     if provenance(config)["model.vocab_size"] == "default":
         size = tokenizer.vocab_size

@@ -161,6 +161,10 @@ CASES = [
     ("sft", "init_from=wide", "wide does not fit its config.json", "has shape (48, 32)"),
     ("pretrain", "model.vocab_size=100", "model.vocab_size=100, but the tokenizer has 6400 entries",
      "set model.vocab_size=6400"),
+    ("pretrain", "init_from=wide", "init_from=wide has a model of other sizes than the settings",
+     "model.hidden_size=32 (command line), 64 there", "Leave these keys out"),
+    ("pretrain", "configs/tiny_pretrain.yaml init_from=base",
+     "model.max_position_embeddings=512 (configs/tiny_pretrain.yaml:", "2048 there"),
     ("pretrain", "tokenizer=nowhere", "nowhere/tokenizer.json does not exist"),
     ("pretrain", "tokenizer=bad_tokenizer", "bad_tokenizer/tokenizer.json has no \"model\""),
     ("pretrain", "tokenizer=base init_from=base seed=x", "2 problems", "seed=x (command line)",
@@ -265,6 +269,15 @@ def test_a_touched_file_resumes_and_a_changed_one_does_not(run, place, tmp_path)
     data.write_text(data.read_text().replace("row 7 goes", "row 7 went"))
     code, out = run("pretrain", *words)
     assert code == 1 and "the data files or the tokenizer have changed" in out
+
+
+def test_pretraining_goes_on_from_a_model_and_keeps_its_sizes(run, place, tmp_path):
+    words = ("init_from=base", f"out_dir={tmp_path}/more")
+    assert run("pretrain", *words)[0] == 0  # Its sizes may be given again.
+    text = (tmp_path / "more/run.yaml").read_text()
+    assert "vocab_size: 6400  # of init_from" in text
+    (tmp_path / "more/final").rename(tmp_path / "final")
+    assert run("pretrain", f"{tmp_path}/more/run.yaml", *words)[0] == 0
 
 
 @pytest.mark.parametrize(("stage", "positions"), [("sft", 64), ("dpo", 128)])
