@@ -72,7 +72,7 @@ def dpo_loss(
 
 def prepare(config: DPOConfig) -> Datasets:
     """The pairs, rendered and tokenized once into the cache."""
-    tokenizer = load_tokenizer(config.init_from)
+    tokenizer = load_tokenizer(config.init_from, config.sequence_length)
     return load_datasets(config.data, "dpo", tokenizer, config.sequence_length, config.seed)
 
 

@@ -200,16 +200,27 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
+def load_tokenizer(folder: str | Path, sequence_length: int = 0) -> Tokenizer:
     """The tokenizer of a model folder.
 
     Raises UserError where the folder holds no model that can be trained, or one without a row for
-    every id: before anything is tokenized, as that may take hours.
+    every id, or one for shorter rows: before anything is tokenized, as that may take hours.
     """
-    config, tokenizer = load_config(folder), Tokenizer(folder)
-    where = f"{Path(folder) / 'config.json'}: vocab_size"
-    check_vocabulary(config, tokenizer, where, "copy the model's own tokenizer.json there")
+    config, tokenizer, path = load_config(folder), Tokenizer(folder), Path(folder) / "config.json"
+    cure = "copy the model's own tokenizer.json there"
+    check_vocabulary(config, tokenizer, f"{path}: vocab_size", cure)
+    where = f"{path}: max_position_embeddings"
+    if wrong := too_long(sequence_length, config.max_position_embeddings, where):
+        raise UserError(wrong[0])
     return tokenizer
+
+
+def too_long(sequence_length: int, longest: int, where: str) -> list[str]:
+    """What is wrong with rows of more positions than the model is meant for; nothing if none is."""
+    if sequence_length <= longest:
+        return []
+    cure = f"give at most {longest}, or train a model with more max_position_embeddings"
+    return [f"{where}={longest}, but sequence_length={sequence_length}: {cure}"]
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, where: str, cure: str) -> None:

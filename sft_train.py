@@ -50,7 +50,7 @@ def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any
 
 def prepare(config: SFTConfig) -> Datasets:
     """The conversations, rendered and tokenized once into the cache."""
-    tokenizer = load_tokenizer(config.init_from)
+    tokenizer = load_tokenizer(config.init_from, config.sequence_length)
     loaded = load_datasets(config.data, "sft", tokenizer, config.sequence_length, config.seed)
     return with_yardsticks(loaded, tokenizer)
 

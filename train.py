@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from dataset import Batch, DataConfig, Datasets, load_datasets
 from generate import Sampling, sample_texts
-from hf_folder import check_vocabulary, load_model, load_tokenizer, model_files, with_sizes
+from hf_folder import (
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    model_files,
+    too_long,
+    with_sizes,
+)
 from losses import cross_entropy_sum
 from model import ModelConfig, Transformer, count_parameters
 from tokenizer import Tokenizer, default_folder
@@ -54,9 +61,8 @@ class PretrainConfig(RunConfig):
         if self.tokenizer and self.init_from:
             both = f"tokenizer={self.tokenizer} and init_from={self.init_from}"
             problems.append(f"{both}: the model has a tokenizer of its own, so keep one")
-        if not self.init_from and self.sequence_length > longest:
-            more = f"sequence_length={self.sequence_length} is more than"
-            problems.append(f"{more} model.max_position_embeddings={longest}: raise that too")
+        if not self.init_from:
+            problems += too_long(self.sequence_length, longest, "model.max_position_embeddings")
         return problems
 
 
@@ -72,7 +78,7 @@ def open_tokenizer(config: PretrainConfig) -> tuple[PretrainConfig, Tokenizer]:
     Raises UserError for a misfit.
     """
     if config.init_from:
-        return with_sizes(config), load_tokenizer(config.init_from)
+        return with_sizes(config), load_tokenizer(config.init_from, config.sequence_length)
     tokenizer = adopt(config.tokenizer or default_folder())
     if provenance(config)["model.vocab_size"] == "default":
         size = tokenizer.vocab_size

@@ -173,7 +173,9 @@ CASES = [
     ("sft", "data.val_max_rows=-1", "data.val_max_rows=-1 must be"),
     ("pretrain", "max_steps=0 deadline=25:99", "deadline"),
     ("pretrain", "model.max_position_embeddings=63",
-     "sequence_length=64 is more than model.max_position_embeddings=63: raise that too"),
+     "model.max_position_embeddings=63, but sequence_length=64: give at most 63"),
+    *((stage, "init_from=base sequence_length=2049", "base/config.json: max_position_embeddings="
+       "2048, but sequence_length=2049: give at most 2048") for stage in STAGES),
     ("pretrain", "max_steps=0 deadline=2020-01-01T00:00", "deadline=2020", "has passed"),
     ("pretrain", "ranks=-1 max_hours=-2", "3 problems", "max_steps=2 and max_hours=-2.0",
      "ranks=-1 must be at least 0", "max_hours=-2.0 must be at least 0"),
