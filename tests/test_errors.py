@@ -180,6 +180,10 @@ CASES = [
     ("pretrain", "ranks=-1 max_hours=-2", "3 problems", "max_steps=2 and max_hours=-2.0",
      "ranks=-1 must be at least 0", "max_hours=-2.0 must be at least 0"),
     ("pretrain", "resume=base", "resume=base is no step folder"),
+    *(("pretrain", f"out_dir={name} resume={resume}", f"out_dir={name} cannot be used ({reason})")
+      for name, reason in (("c.yaml", "c.yaml is a file"), ("c.yaml/a/b", "c.yaml is a file"),
+                           ("/proc/none", "No such file or directory"))
+      for resume in ("auto", "never")),
     ("pretrain", "out_dir=base", "base holds files, but no run of this program", "out_dir=NEW"),
 ]  # fmt: skip
 

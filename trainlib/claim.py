@@ -9,12 +9,32 @@ from typing import Any
 
 from trainlib.checkpoint import Checkpoints
 from trainlib.errors import UserError
-from trainlib.files import LOCK, move_aside
+from trainlib.files import LOCK, lock_folder, move_aside, refuse_if_locked
 
 log = logging.getLogger(__name__)
 
 IDENTITY = "identity.json"
 """What a run is, by its recipe and its data; a folder with this file holds a run."""
+
+
+def take_folder(folder: Path, resume: str, identity: dict[str, Any]) -> Path | None:
+    """Claim a run's folder, make it and lock it; returns the step folder to go on from.
+
+    Raises UserError where it is another's, holds what a run would overwrite or cannot be made.
+    """
+    try:
+        refuse_if_locked(folder)
+        step_folder = claim(folder, resume, identity)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(folder)
+    except OSError as error:
+        # Of a path through a file, Python says that the file exists.
+        file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+        reason = f"{file} is a file" if file else error.strerror
+        raise UserError(
+            f"out_dir={folder} cannot be used ({reason}); give another folder by out_dir=NEW"
+        ) from error
+    return step_folder
 
 
 def claim(folder: Path, resume: str, identity: dict[str, Any]) -> Path | None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from trainlib.batches import deal
 from trainlib.checkpoint import Checkpoints
-from trainlib.claim import IDENTITY, claim
+from trainlib.claim import IDENTITY, take_folder
 from trainlib.config import (
     HARDWARE_KEYS,
     load_config,
@@ -32,8 +32,6 @@ from trainlib.control import Clock, moment
 from trainlib.errors import UserError
 from trainlib.files import (
     cache_dir,
-    lock_folder,
-    refuse_if_locked,
     release_folders,
     write_atomically,
 )
@@ -254,11 +252,7 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
     )
 
     def take() -> Path | None:
-        refuse_if_locked(folder)
-        step_folder = claim(folder, config.resume, identity)
-        folder.mkdir(parents=True, exist_ok=True)
-        lock_folder(folder)
-        return step_folder
+        return take_folder(folder, config.resume, identity)
 
     resume_from = None if wanted else first_decides(ranks, take)
     if choice.precision == "measure":
