@@ -72,14 +72,17 @@ def model_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str]:
     }
 
 
-def load_config(folder: str | Path) -> ModelConfig:
-    """The sizes of a model folder; raises UserError for another architecture or variant."""
+def load_config(folder: str | Path, option: str = "init_from=") -> ModelConfig:
+    """The sizes of a model folder, which the user named by an option.
+
+    Raises UserError where there is none, or one of another architecture or variant.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise UserError(
-            f"init_from={folder}: no model folder there ({path} does not exist). "
-            "Train the stage before it, or name a folder with config.json and model.safetensors."
-        )
+        cure = "Train the stage before it, or name a folder with config.json and model.safetensors."
+        if (Path(folder) / "final/config.json").is_file():
+            cure = f"Did you mean {option}{Path(folder) / 'final'}?"
+        raise UserError(f"{option}{folder}: no model folder there ({path} does not exist). {cure}")
     values = {**DEFAULTS, **_read_json(path)}
     found = values.get("architectures") or ["none named"]
     if found[0] != ARCHITECTURE:
@@ -128,12 +131,12 @@ def with_sizes(config: Any) -> Any:
     return config
 
 
-def load_model(folder: str | Path) -> Transformer:
+def load_model(folder: str | Path, option: str = "init_from=") -> Transformer:
     """A model from a folder, in fp32 on the CPU; draws no random number.
 
     Raises UserError where the folder, its architecture or a tensor is not what is needed.
     """
-    config = load_config(folder)
+    config = load_config(folder, option)
     with torch.device("meta"):  # Initial values would be replaced at once.
         model = Transformer(config)
     tensors = _read_tensors(Path(folder))

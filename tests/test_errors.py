@@ -83,6 +83,8 @@ def place(tmp_path_factory, tokenizer):
     (path / "bad_tokenizer").mkdir()
     (path / "bad_tokenizer/tokenizer.json").write_text('{"version": "1.0"}')
     write_model(path / "base", tokenizer)
+    (path / "run").mkdir()
+    write_model(path / "run/final", tokenizer)
     write_model(path / "llama", tokenizer, architectures=["LlamaForCausalLM"])
     write_model(path / "small", tokenizer, vocab_size=100)
     write_model(path / "wide", tokenizer, hidden_size=64)
@@ -153,6 +155,8 @@ CASES = [
     ("sft", "data.files=all_long.jsonl", "all_long.jsonl: none of", "64 positions",
      "Raise sequence_length"),
     *((stage, "init_from=nowhere", "init_from=nowhere: no model folder there", "config.json")
+      for stage in STAGES),
+    *((stage, "init_from=run", "init_from=run: no model", "Did you mean init_from=run/final?")
       for stage in STAGES),
     *((stage, "init_from=llama", "config.json: architecture LlamaForCausalLM, but only Qwen3")
       for stage in STAGES),
