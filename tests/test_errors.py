@@ -141,6 +141,10 @@ CASES = [
     ("pretrain", "c.yaml", "3 problems", "max_steps=3 and max_tokens=99 (c.yaml:1, c.yaml:2): two",
      "optim.muon_rl (c.yaml:4): unknown key; did you mean optim.muon_lr?",
      "sead (c.yaml:5): unknown key; did you mean seed?"),
+    *((stage, f"configs/{file} seed=x", f"configs/{file} holds settings of {script}",
+       f"configs/tiny_{stage}.yaml") for stage, file, script in (
+        ("pretrain", "tiny_sft.yaml", "sft_train.py"), ("pretrain", "dpo.yaml", "dpo_train.py"),
+        ("sft", "pretrain_6m.yaml", "train.py"))),
     ("pretrain", "broken.yaml seed=x", "2 problems", "broken.yaml:3: not valid YAML", "seed=x"),
     ("pretrain", "none.yaml", "none.yaml: cannot read the config file"),
     ("pretrain", "data.files=none.jsonl", "none.jsonl does not exist", "data.files"),

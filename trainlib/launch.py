@@ -38,7 +38,7 @@ from trainlib.files import (
 from trainlib.hardware import choose_hardware, find_facts, measured_precision, read_table
 from trainlib.help import help_text
 from trainlib.metrics import MetricsLog
-from trainlib.plan import WANTED, PlanRequest, plan_request, without_device
+from trainlib.plan import PRESETS, WANTED, PlanRequest, plan_request, without_device
 from trainlib.ranks import (
     Ranks,
     first_decides,
@@ -52,6 +52,7 @@ from trainlib.runtime import Hardware, use_hardware
 from trainlib.terminal import survive_a_dead_terminal
 
 log = logging.getLogger(__name__)
+SCRIPTS = {"pretrain": "train.py", "sft": "sft_train.py", "dpo": "dpo_train.py"}
 HOW = {"recipe": False}  # Such a setting changes how a run is carried out, not what is learned.
 
 
@@ -183,6 +184,7 @@ def launch(
             named = [Path(word) for word in argv if word.endswith((".yaml", ".yml"))]
             print(help_text(cls, Path(sys.argv[0]).name, stage, (named or [default_file])[0]))
             return
+        refuse_other_stage(argv, stage)
         wanted, argv = plan_request(argv)
         WANTED.set(wanted)
         only_prepare = "--prepare-only" in argv
@@ -212,6 +214,19 @@ def launch(
     finally:
         release_folders()
         leave_ranks()
+
+
+def refuse_other_stage(argv: list[str], stage: str) -> None:
+    """Raise UserError for a config file of the project that is another stage's, by its name."""
+    for file in (Path(word) for word in argv if word.endswith((".yaml", ".yml"))):
+        name = file.stem.removeprefix("tiny_")
+        for other, script in SCRIPTS.items():
+            theirs = other != stage and name.startswith(other)
+            if theirs and file.resolve().parent == PRESETS:
+                raise UserError(
+                    f"{file} holds settings of {script}: type `python {script} {file} ...`, or "
+                    f"give {SCRIPTS[stage]} configs/tiny_{stage}.yaml or a file of your own"
+                )
 
 
 def fix_deadline(config: ConfigT) -> ConfigT:
