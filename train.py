@@ -27,7 +27,7 @@ from model import ModelConfig, Transformer, count_parameters
 from tokenizer import Tokenizer, default_folder
 from tokenizer.adopt import adopt
 from trainlib.config import provenance, with_value
-from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
+from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run, tell_next
 from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate, warm_up
 from trainlib.mfu import flops_per_token
 from trainlib.optim import OptimConfig, build_optimizers
@@ -121,7 +121,7 @@ def main(config: PretrainConfig, datasets: Datasets) -> None:
         write_worst_rows(run, model, tokenizer, datasets.val)
 
     if fit(run, model, optimizers, schedule, loss_fn, loader, evaluate, finish):
-        log.info("next: python sft_train.py init_from=%s/final", run.folder)
+        tell_next(run, "sft")
 
 
 if __name__ == "__main__":

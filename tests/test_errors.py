@@ -294,6 +294,15 @@ def test_pretraining_goes_on_from_a_model_and_keeps_its_sizes(run, place, tmp_pa
     assert run("pretrain", f"{tmp_path}/more/run.yaml", *words)[0] == 0
 
 
+@pytest.mark.parametrize("recipe", ["", "tiny_"])
+def test_the_next_command_keeps_to_the_recipe(recipe, run, tmp_path):
+    for stage, after in (("pretrain", "sft"), ("sft", "dpo")):
+        code, out = run(stage, f"configs/{recipe}{stage}.yaml", f"out_dir={tmp_path}/{stage}")
+        file = f"configs/tiny_{after}.yaml " if recipe else ""
+        told = f"next: python {after}_train.py {file}init_from={tmp_path}/{stage}/final"
+        assert code == 0 and told in out.splitlines()
+
+
 @pytest.mark.parametrize(("stage", "positions"), [("sft", 64), ("dpo", 128)])
 def test_an_answer_longer_than_a_row_is_left_out_and_counted(stage, positions, run, place):
     code, out = run(stage, f"data.files=long_{stage}.jsonl", "--prepare-only")

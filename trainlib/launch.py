@@ -246,6 +246,14 @@ def fix_deadline(config: ConfigT) -> ConfigT:
     return with_value(config, "deadline", then.isoformat(timespec="seconds"), source)
 
 
+def tell_next(run: Run, stage: str) -> None:
+    """Log the command of the next stage: after a tiny recipe the tiny one of that stage."""
+    tiny = f"configs/tiny_{run.stage}.yaml:"
+    small = any(source.startswith(tiny) for source in provenance(run.config).values())
+    file = f"configs/tiny_{stage}.yaml " if small else ""
+    log.info("next: python %s %sinit_from=%s/final", SCRIPTS[stage], file, run.folder)
+
+
 def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> Run:
     """Claim the run's folder and choose the hardware; for a plan the folder is left alone.
 
