@@ -177,13 +177,17 @@ CASES = [
     ("pretrain", "tokenizer=bad_tokenizer", "bad_tokenizer/tokenizer.json has no \"model\""),
     ("pretrain", "tokenizer=base init_from=base seed=x", "2 problems", "seed=x (command line)",
      "tokenizer=base and init_from=base: the model has a tokenizer of its own, so keep one"),
-    ("pretrain", "data.val_fraction=2", "data.val_fraction=2.0 must be between 0 and 1"),
+    ("pretrain", "data.val_fraction=2", "data.val_fraction=2.0 must be above 0 and below 1"),
+    ("pretrain", "tokens_per_step=63", "1 problem", "tokens_per_step=63, but sequence_length=64 "
+     "makes rows of 64: a step needs a row at least, so raise the one or lower the other"),
+    ("dpo", "tokens_per_step=127", "sequence_length=64 makes rows of 128"),
     ("sft", "data.val_max_rows=-1", "data.val_max_rows=-1 must be"),
     ("pretrain", "max_steps=0 deadline=25:99", "deadline"),
     ("pretrain", "model.max_position_embeddings=63",
      "model.max_position_embeddings=63, but sequence_length=64: give at most 63"),
-    *((stage, "init_from=base sequence_length=2049", "base/config.json: max_position_embeddings="
-       "2048, but sequence_length=2049: give at most 2048") for stage in STAGES),
+    *((stage, "init_from=base sequence_length=2049 tokens_per_step=8192",
+       "base/config.json: max_position_embeddings=2048, but sequence_length=2049: give at most")
+      for stage in STAGES),
     ("pretrain", "max_steps=0 deadline=2020-01-01T00:00", "deadline=2020", "has passed"),
     ("pretrain", "ranks=-1 max_hours=-2", "3 problems", "max_steps=2 and max_hours=-2.0",
      "ranks=-1 must be at least 0", "max_hours=-2.0 must be at least 0"),
