@@ -93,7 +93,7 @@ def main() -> None:
         sampling = Sampling(
             options.temperature, options.top_p, options.top_k, options.max_new_tokens, options.seed
         )
-        model, tokenizer = load_model(options.model), load_tokenizer(options.model)
+        model, tokenizer = load_model(options.model, "--model "), load_tokenizer(options.model)
         system: list[Message] = (
             [{"role": "system", "content": options.system}] if options.system else []
         )

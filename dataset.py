@@ -66,7 +66,7 @@ class DataConfig:
         if self.format not in formats.NAMES:
             raise ValueError(f"data.format={self.format} is none of {', '.join(formats.NAMES)}")
         if not 0 < self.val_fraction < 1:
-            raise ValueError(f"data.val_fraction={self.val_fraction} must be between 0 and 1")
+            raise ValueError(f"data.val_fraction={self.val_fraction} must be above 0 and below 1")
         if self.val_max_rows < 0:
             raise ValueError(f"data.val_max_rows={self.val_max_rows} must be 0 or more")
 
@@ -224,7 +224,7 @@ class Datasets(NamedTuple):
     train: PackedDataset
     val: dict[str, PackedDataset]
     data_key: str
-    """Changes when a file, the tokenizer or the choice of files changes."""
+    """Changes when the rows of a file, the tokenizer or the choice of files change."""
     yardsticks: dict[str, float] = {}
     """Bits per byte that need no model, by name (yardsticks.py); none of preferences."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 class DPOConfig(RunConfig):
     """All settings of preference optimization; the model comes with init_from."""
 
+    SEQUENCES_PER_ROW: ClassVar = 2
     out_dir: str = field(default="runs/dpo", metadata=HOW)
     """Folder of the run."""
     init_from: str = "runs/sft/final"
@@ -72,7 +73,7 @@ def dpo_loss(
 
 def prepare(config: DPOConfig) -> Datasets:
     """The pairs, rendered and tokenized once into the cache."""
-    tokenizer = load_tokenizer(config.init_from)
+    tokenizer = load_tokenizer(config.init_from, config.sequence_length)
     return load_datasets(config.data, "dpo", tokenizer, config.sequence_length, config.seed)
 
 

@@ -8,6 +8,7 @@ is an architecture that model.py computes.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
+from trainlib.config import provenance, with_value
 from trainlib.errors import UserError
+from trainlib.values import value_text
 
 ARCHITECTURE = "Qwen3ForCausalLM"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -69,14 +72,17 @@ def model_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str]:
     }
 
 
-def load_config(folder: str | Path) -> ModelConfig:
-    """The sizes of a model folder; raises UserError for another architecture or variant."""
+def load_config(folder: str | Path, option: str = "init_from=") -> ModelConfig:
+    """The sizes of a model folder, which the user named by an option.
+
+    Raises UserError where there is none, or one of another architecture or variant.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise UserError(
-            f"init_from={folder}: no model folder there ({path} does not exist). "
-            "Train the stage before it, or name a folder with config.json and model.safetensors."
-        )
+        cure = "Train the stage before it, or name a folder with config.json and model.safetensors."
+        if (Path(folder) / "final/config.json").is_file():
+            cure = f"Did you mean {option}{Path(folder) / 'final'}?"
+        raise UserError(f"{option}{folder}: no model folder there ({path} does not exist). {cure}")
     values = {**DEFAULTS, **_read_json(path)}
     found = values.get("architectures") or ["none named"]
     if found[0] != ARCHITECTURE:
@@ -105,12 +111,32 @@ def load_config(folder: str | Path) -> ModelConfig:
         raise UserError(f"{path}: {error}") from error
 
 
-def load_model(folder: str | Path) -> Transformer:
+def with_sizes(config: Any) -> Any:
+    """The settings with the sizes of init_from's model; raises UserError where others are given."""
+    sizes, sources = asdict(load_config(config.init_from)), provenance(config)
+    given = asdict(config.model)
+    wrong = [
+        f"model.{key}={value_text(given[key])} ({source}), {value_text(size)} there"
+        for key, size in sizes.items()
+        if (source := sources[f"model.{key}"]) != "default" and given[key] != size
+    ]
+    if wrong:
+        lines = "".join(f"\n  {text}" for text in wrong)
+        raise UserError(
+            f"init_from={config.init_from} has a model of other sizes than the settings:{lines}\n"
+            "Leave these keys out, or train a new model without init_from."
+        )
+    for key, size in sizes.items():
+        config = with_value(config, f"model.{key}", size, "of init_from")
+    return config
+
+
+def load_model(folder: str | Path, option: str = "init_from=") -> Transformer:
     """A model from a folder, in fp32 on the CPU; draws no random number.
 
     Raises UserError where the folder, its architecture or a tensor is not what is needed.
     """
-    config = load_config(folder)
+    config = load_config(folder, option)
     with torch.device("meta"):  # Initial values would be replaced at once.
         model = Transformer(config)
     tensors = _read_tensors(Path(folder))
@@ -177,16 +203,27 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
+def load_tokenizer(folder: str | Path, sequence_length: int = 0) -> Tokenizer:
     """The tokenizer of a model folder.
 
     Raises UserError where the folder holds no model that can be trained, or one without a row for
-    every id: before anything is tokenized, as that may take hours.
+    every id, or one for shorter rows: before anything is tokenized, as that may take hours.
     """
-    config, tokenizer = load_config(folder), Tokenizer(folder)
-    where = f"{Path(folder) / 'config.json'}: vocab_size"
-    check_vocabulary(config, tokenizer, where, "copy the model's own tokenizer.json there")
+    config, tokenizer, path = load_config(folder), Tokenizer(folder), Path(folder) / "config.json"
+    cure = "copy the model's own tokenizer.json there"
+    check_vocabulary(config, tokenizer, f"{path}: vocab_size", cure)
+    where = f"{path}: max_position_embeddings"
+    if wrong := too_long(sequence_length, config.max_position_embeddings, where):
+        raise UserError(wrong[0])
     return tokenizer
+
+
+def too_long(sequence_length: int, longest: int, where: str) -> list[str]:
+    """What is wrong with rows of more positions than the model is meant for; nothing if none is."""
+    if sequence_length <= longest:
+        return []
+    cure = f"give at most {longest}, or train a model with more max_position_embeddings"
+    return [f"{where}={longest}, but sequence_length={sequence_length}: {cure}"]
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, where: str, cure: str) -> None:

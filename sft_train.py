@@ -16,7 +16,7 @@ from dataset import Batch, DataConfig, Datasets, load_datasets
 from generate import Sampling, sample_answers
 from hf_folder import load_model, load_tokenizer, model_files
 from losses import cross_entropy_sum
-from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
+from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run, tell_next
 from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate, warm_up
 from trainlib.mfu import flops_per_token
 from trainlib.optim import OptimConfig, build_optimizers
@@ -50,7 +50,7 @@ def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any
 
 def prepare(config: SFTConfig) -> Datasets:
     """The conversations, rendered and tokenized once into the cache."""
-    tokenizer = load_tokenizer(config.init_from)
+    tokenizer = load_tokenizer(config.init_from, config.sequence_length)
     loaded = load_datasets(config.data, "sft", tokenizer, config.sequence_length, config.seed)
     return with_yardsticks(loaded, tokenizer)
 
@@ -77,7 +77,7 @@ def main(config: SFTConfig, datasets: Datasets) -> None:
         write_worst_rows(run, model, tokenizer, datasets.val)
 
     if fit(run, model, optimizers, schedule, loss_fn, loader, evaluate, finish):
-        log.info("next: python dpo_train.py init_from=%s/final", run.folder)
+        tell_next(run, "dpo")
         log.info("or talk to it: python chat.py --model %s/final", run.folder)
 
 

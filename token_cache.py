@@ -41,13 +41,15 @@ from trainlib.files import cache_dir, mount_hint, sync, write_atomically
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 2  # Counts up when the folder's content changes its meaning.
+LAYOUT = 3  # Counts up when the folder's content changes its meaning.
 MAX_SKIPPED = 0.01
 """Share of a file's rows that data.on_error=skip may leave out."""
 MAX_SOURCES = 4096
 """Kinds of rows that are told apart; beyond it, "source" is something else than a kind."""
 SAVE_SECONDS = 5.0
 OnError = Literal["stop", "skip"]
+CONTENT = ("ids", "supervised", "offsets", "hashes")
+"""Arrays that decide what is learned; lines and sources only tell where a row is from."""
 ARRAYS = {"offsets": np.int64, "lines": np.int64, "hashes": np.uint64, "sources": np.uint16}
 
 
@@ -57,6 +59,7 @@ class TokenCache:
 
     path: Path
     key: str
+    """Names the content: the same for a file that was copied or touched, another for other ids."""
     ids: np.ndarray
     supervised: np.ndarray
     offsets: np.ndarray
@@ -128,7 +131,7 @@ def build_cache(
                 f"{folder}: {error.strerror or error}. The token cache of {path} needs about "
                 f"{_size(path, tokenizer) / 1e6:,.0f} MB; TRAIN_LLM_CACHE_DIR moves it elsewhere."
             ) from error
-    cache = _open(folder, path, key)
+    cache = _open(folder, path, f"{tokenizer.fingerprint} {kind}")
     if cache.num_skipped:
         _tell_skipped(cache, on_error)
     return cache
@@ -190,8 +193,9 @@ class Writer:
         for name, file in self.files.items():
             file.truncate(self.progress.sizes[name])
             file.seek(0, os.SEEK_END)
+        self._digests = {f"{name}.bin": _digest(making / f"{name}.bin") for name in CONTENT}
         if not self.progress.sizes["offsets.bin"]:
-            self.files["offsets.bin"].write(np.zeros(1, np.int64).tobytes())
+            self._append("offsets.bin", np.zeros(1, np.int64))
         self._names = {name: number for number, name in enumerate(self.progress.names)}
         self._saved = time.monotonic()
 
@@ -226,7 +230,8 @@ class Writer:
         meta = {"path": str(self.task.path), "kind": self.task.kind,
                 "dtype": np.dtype(self.dtype).name, "format": found.format.name, "why": found.why,
                 "sources": progress.names, "tokens": progress.tokens, "rows": progress.rows,
-                "records": progress.records, "skipped": progress.skipped}  # fmt: skip
+                "records": progress.records, "skipped": progress.skipped,
+                "content": " ".join(d.hexdigest() for d in self._digests.values())}  # fmt: skip
         (self.making / "progress.json").unlink()
         write_atomically(self.making / "meta.json", json.dumps(meta, ensure_ascii=False))
 
@@ -248,12 +253,18 @@ class Writer:
             ("lines", done.lines), ("hashes", done.hashes), ("sources", sources),
         ):  # fmt: skip
             values = values.astype(self.dtype if name == "ids" else values.dtype, copy=False)
-            self.files[f"{name}.bin"].write(values.tobytes())
+            self._append(f"{name}.bin", values)
         progress.chunks += 1
         progress.records += len(done.lines)
         progress.skipped += len(done.broken)
         progress.rows += len(done.lines) + len(done.broken)
         progress.tokens += len(done.ids)
+
+    def _append(self, name: str, values: np.ndarray) -> None:
+        data = values.tobytes()
+        self.files[name].write(data)
+        if name in self._digests:
+            self._digests[name].update(data)
 
     def _number(self, name: str) -> int:
         if name not in self._names:
@@ -270,6 +281,15 @@ class Writer:
             self.progress.sizes[name] = file.tell()
         write_atomically(self.making / "progress.json", json.dumps(asdict(self.progress)))
         self._saved = time.monotonic()
+
+
+def _digest(path: Path) -> hashlib.blake2b:
+    """Digest of what a file holds, to go on with; block by block, whatever its size."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest
 
 
 def _size(path: Path, tokenizer: Tokenizer, compressed: bool = False) -> int:
@@ -331,12 +351,13 @@ def _tell_skipped(cache: TokenCache, on_error: OnError) -> None:
     )
 
 
-def _open(folder: Path, path: Path, key: str) -> TokenCache:
+def _open(folder: Path, path: Path, encoding: str) -> TokenCache:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     arrays = {
         name: np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
         for name, dtype in {"ids": meta["dtype"], "supervised": np.uint8, **ARRAYS}.items()
     }
+    key = hashlib.sha256(f"{LAYOUT} {encoding} {meta['content']}".encode()).hexdigest()[:16]
     return TokenCache(
         path,
         key,

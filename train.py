@@ -14,13 +14,20 @@ from torch import Tensor, nn
 
 from dataset import Batch, DataConfig, Datasets, load_datasets
 from generate import Sampling, sample_texts
-from hf_folder import check_vocabulary, load_model, load_tokenizer, model_files
+from hf_folder import (
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    model_files,
+    too_long,
+    with_sizes,
+)
 from losses import cross_entropy_sum
 from model import ModelConfig, Transformer, count_parameters
 from tokenizer import Tokenizer, default_folder
 from tokenizer.adopt import adopt
 from trainlib.config import provenance, with_value
-from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
+from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run, tell_next
 from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate, warm_up
 from trainlib.mfu import flops_per_token
 from trainlib.optim import OptimConfig, build_optimizers
@@ -54,9 +61,8 @@ class PretrainConfig(RunConfig):
         if self.tokenizer and self.init_from:
             both = f"tokenizer={self.tokenizer} and init_from={self.init_from}"
             problems.append(f"{both}: the model has a tokenizer of its own, so keep one")
-        if not self.init_from and self.sequence_length > longest:
-            more = f"sequence_length={self.sequence_length} is more than"
-            problems.append(f"{more} model.max_position_embeddings={longest}: raise that too")
+        if not self.init_from:
+            problems += too_long(self.sequence_length, longest, "model.max_position_embeddings")
         return problems
 
 
@@ -67,9 +73,12 @@ def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any
 
 
 def open_tokenizer(config: PretrainConfig) -> tuple[PretrainConfig, Tokenizer]:
-    """The settings with the vocabulary's size, and the tokenizer; raises UserError for a misfit."""
+    """The settings with what the model and the vocabulary say, and the tokenizer.
+
+    Raises UserError for a misfit.
+    """
     if config.init_from:
-        return config, load_tokenizer(config.init_from)
+        return with_sizes(config), load_tokenizer(config.init_from, config.sequence_length)
     tokenizer = adopt(config.tokenizer or default_folder())
     if provenance(config)["model.vocab_size"] == "default":
         size = tokenizer.vocab_size
@@ -112,7 +121,7 @@ def main(config: PretrainConfig, datasets: Datasets) -> None:
         write_worst_rows(run, model, tokenizer, datasets.val)
 
     if fit(run, model, optimizers, schedule, loss_fn, loader, evaluate, finish):
-        log.info("next: python sft_train.py init_from=%s/final", run.folder)
+        tell_next(run, "sft")
 
 
 if __name__ == "__main__":

@@ -92,3 +92,14 @@ def test_errors_exit_with_one_and_no_traceback(tmp_path, model, tokenizer, optio
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and words in done.stderr
     assert not done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_run_for_its_model_is_told_with_the_option_that_was_given(tmp_path, monkeypatch, capsys):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final/config.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(tmp_path), "--prompt", "hi"])
+    with pytest.raises(SystemExit):
+        chat.main()
+    told = capsys.readouterr().err
+    assert f"error: --model {tmp_path}: no model folder there" in told
+    assert f"Did you mean --model {tmp_path}/final?" in told

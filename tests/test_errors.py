@@ -6,6 +6,9 @@ Every case is a command line of a stage, run in this process from the reading of
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,6 +83,8 @@ def place(tmp_path_factory, tokenizer):
     (path / "bad_tokenizer").mkdir()
     (path / "bad_tokenizer/tokenizer.json").write_text('{"version": "1.0"}')
     write_model(path / "base", tokenizer)
+    (path / "run").mkdir()
+    write_model(path / "run/final", tokenizer)
     write_model(path / "llama", tokenizer, architectures=["LlamaForCausalLM"])
     write_model(path / "small", tokenizer, vocab_size=100)
     write_model(path / "wide", tokenizer, hidden_size=64)
@@ -136,6 +141,10 @@ CASES = [
     ("pretrain", "c.yaml", "3 problems", "max_steps=3 and max_tokens=99 (c.yaml:1, c.yaml:2): two",
      "optim.muon_rl (c.yaml:4): unknown key; did you mean optim.muon_lr?",
      "sead (c.yaml:5): unknown key; did you mean seed?"),
+    *((stage, f"configs/{file} seed=x", f"configs/{file} holds settings of {script}",
+       f"configs/tiny_{stage}.yaml") for stage, file, script in (
+        ("pretrain", "tiny_sft.yaml", "sft_train.py"), ("pretrain", "dpo.yaml", "dpo_train.py"),
+        ("sft", "pretrain_6m.yaml", "train.py"))),
     ("pretrain", "broken.yaml seed=x", "2 problems", "broken.yaml:3: not valid YAML", "seed=x"),
     ("pretrain", "none.yaml", "none.yaml: cannot read the config file"),
     ("pretrain", "data.files=none.jsonl", "none.jsonl does not exist", "data.files"),
@@ -151,6 +160,8 @@ CASES = [
      "Raise sequence_length"),
     *((stage, "init_from=nowhere", "init_from=nowhere: no model folder there", "config.json")
       for stage in STAGES),
+    *((stage, "init_from=run", "init_from=run: no model", "Did you mean init_from=run/final?")
+      for stage in STAGES),
     *((stage, "init_from=llama", "config.json: architecture LlamaForCausalLM, but only Qwen3")
       for stage in STAGES),
     *((stage, "init_from=small", "small/config.json: vocab_size=100, but the tokenizer has 6400")
@@ -158,19 +169,33 @@ CASES = [
     ("sft", "init_from=wide", "wide does not fit its config.json", "has shape (48, 32)"),
     ("pretrain", "model.vocab_size=100", "model.vocab_size=100, but the tokenizer has 6400 entries",
      "set model.vocab_size=6400"),
+    ("pretrain", "init_from=wide", "init_from=wide has a model of other sizes than the settings",
+     "model.hidden_size=32 (command line), 64 there", "Leave these keys out"),
+    ("pretrain", "configs/tiny_pretrain.yaml init_from=base",
+     "model.max_position_embeddings=512 (configs/tiny_pretrain.yaml:", "2048 there"),
     ("pretrain", "tokenizer=nowhere", "nowhere/tokenizer.json does not exist"),
     ("pretrain", "tokenizer=bad_tokenizer", "bad_tokenizer/tokenizer.json has no \"model\""),
     ("pretrain", "tokenizer=base init_from=base seed=x", "2 problems", "seed=x (command line)",
      "tokenizer=base and init_from=base: the model has a tokenizer of its own, so keep one"),
-    ("pretrain", "data.val_fraction=2", "data.val_fraction=2.0 must be between 0 and 1"),
+    ("pretrain", "data.val_fraction=2", "data.val_fraction=2.0 must be above 0 and below 1"),
+    ("pretrain", "tokens_per_step=63", "1 problem", "tokens_per_step=63, but sequence_length=64 "
+     "makes rows of 64: a step needs a row at least, so raise the one or lower the other"),
+    ("dpo", "tokens_per_step=127", "sequence_length=64 makes rows of 128"),
     ("sft", "data.val_max_rows=-1", "data.val_max_rows=-1 must be"),
     ("pretrain", "max_steps=0 deadline=25:99", "deadline"),
     ("pretrain", "model.max_position_embeddings=63",
-     "sequence_length=64 is more than model.max_position_embeddings=63: raise that too"),
+     "model.max_position_embeddings=63, but sequence_length=64: give at most 63"),
+    *((stage, "init_from=base sequence_length=2049 tokens_per_step=8192",
+       "base/config.json: max_position_embeddings=2048, but sequence_length=2049: give at most")
+      for stage in STAGES),
     ("pretrain", "max_steps=0 deadline=2020-01-01T00:00", "deadline=2020", "has passed"),
     ("pretrain", "ranks=-1 max_hours=-2", "3 problems", "max_steps=2 and max_hours=-2.0",
      "ranks=-1 must be at least 0", "max_hours=-2.0 must be at least 0"),
     ("pretrain", "resume=base", "resume=base is no step folder"),
+    *(("pretrain", f"out_dir={name} resume={resume}", f"out_dir={name} cannot be used ({reason})")
+      for name, reason in (("c.yaml", "c.yaml is a file"), ("c.yaml/a/b", "c.yaml is a file"),
+                           ("/proc/none", "No such file or directory"))
+      for resume in ("auto", "never")),
     ("pretrain", "out_dir=base", "base holds files, but no run of this program", "out_dir=NEW"),
 ]  # fmt: skip
 
@@ -208,6 +233,78 @@ def test_a_finished_or_another_run_stays_as_it_is(run, place, tmp_path):
         assert code == 1 and said in out
     (tmp_path / "final").rename(other / "final")
     assert (contents(tmp_path / "done"), contents(place)) == before
+
+
+def test_only_a_run_is_moved_aside(run, place, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "mine.jsonl").write_text("{}\n")
+    before = contents(tmp_path)
+    for resume in ("auto", "never"):
+        code, out = run("pretrain", f"out_dir={data}", f"resume={resume}")
+        assert code == 1 and f"{data} holds files, but no run of this program" in out
+        assert "out_dir=NEW" in out and "resume=never" not in out and "init_from" not in out
+    assert contents(data)["mine.jsonl"] == before["data/mine.jsonl"]
+    assert not Path(f"{data}.1").exists()
+    (tmp_path / "empty").mkdir()
+    assert run("pretrain", f"out_dir={tmp_path}/empty", "resume=never")[0] == 0
+    monkeypatch.chdir(tmp_path / "empty")  # A folder that the system does not let go of.
+    words = [f"data.files={place}/pretrain.jsonl", "out_dir=.", "resume=never", *MODEL]
+    code, out = run("pretrain", *words, f"{place}/configs/tiny_pretrain.yaml")
+    assert code == 1 and "resume=never: . cannot be moved" in out
+
+
+def test_an_unfinished_run_offers_what_is_there_and_works(run, place, tmp_path):
+    out_dir, step = tmp_path / "stopped", tmp_path / "stopped/step_000002"
+    assert run("pretrain", f"out_dir={out_dir}")[0] == 0
+    (out_dir / "final").rename(tmp_path / "final")
+    for setting, offered in (
+        ("optim.muon_lr=0.5", ("resume", "init_from")),
+        ("optim.name=adamw", ("init_from",)),
+        ("model.intermediate_size=64", ()),
+    ):
+        code, out = run("pretrain", f"out_dir={out_dir}", setting)
+        assert code == 1 and "unfinished run of another recipe" in out
+        ways = out[out.index("Ways on:") :].splitlines()[1:]
+        names = ["out_dir=NEW", "resume=never", *(f"{key}={step}" for key in offered)]
+        assert [way.split()[0] for way in ways] == names
+        assert len({len(re.match(r" +\S+ +", way)[0]) for way in ways}) == 1  # Aligned.
+    assert run("pretrain", f"out_dir={out_dir}", "optim.muon_lr=0.5", f"resume={step}")[0] == 0
+    words = (f"out_dir={tmp_path}/new", "optim.name=adamw", f"init_from={step}")
+    assert run("pretrain", *words)[0] == 0
+
+
+def test_a_touched_file_resumes_and_a_changed_one_does_not(run, place, tmp_path):
+    data = tmp_path / "mine.jsonl"
+    words = (f"out_dir={tmp_path}/run", f"data.files={data}")
+    shutil.copy(place / "pretrain.jsonl", data)
+    assert run("pretrain", *words)[0] == 0
+    (tmp_path / "run/final").rename(tmp_path / "final")
+    os.utime(data, (1, 1))
+    code, out = run("pretrain", *words)
+    assert code == 0 and "resuming from" in out
+    shutil.rmtree(tmp_path / "run/final")
+    data.write_text(data.read_text().replace("row 7 goes", "row 7 went"))
+    code, out = run("pretrain", *words)
+    assert code == 1 and "the data files or the tokenizer have changed" in out
+
+
+def test_pretraining_goes_on_from_a_model_and_keeps_its_sizes(run, place, tmp_path):
+    words = ("init_from=base", f"out_dir={tmp_path}/more")
+    assert run("pretrain", *words)[0] == 0  # Its sizes may be given again.
+    text = (tmp_path / "more/run.yaml").read_text()
+    assert "vocab_size: 6400  # of init_from" in text
+    (tmp_path / "more/final").rename(tmp_path / "final")
+    assert run("pretrain", f"{tmp_path}/more/run.yaml", *words)[0] == 0
+
+
+@pytest.mark.parametrize("recipe", ["", "tiny_"])
+def test_the_next_command_keeps_to_the_recipe(recipe, run, tmp_path):
+    for stage, after in (("pretrain", "sft"), ("sft", "dpo")):
+        code, out = run(stage, f"configs/{recipe}{stage}.yaml", f"out_dir={tmp_path}/{stage}")
+        file = f"configs/tiny_{after}.yaml " if recipe else ""
+        told = f"next: python {after}_train.py {file}init_from={tmp_path}/{stage}/final"
+        assert code == 0 and told in out.splitlines()
 
 
 @pytest.mark.parametrize(("stage", "positions"), [("sft", 64), ("dpo", 128)])

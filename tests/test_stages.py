@@ -189,7 +189,7 @@ def test_a_finished_or_other_run_is_never_overwritten(place, pretrained):
     run("train.py", *pretrain("other", "max_steps=2", "eval_every_steps=0"), cwd=place)
     (place / "other/final").rename(place / "other/gone")
     out = run("train.py", *pretrain("other", "optim.muon_lr=0.5"), code=1, cwd=place)
-    assert "optim.muon_lr: 0.02 there, 0.5 now" in out
+    assert "optim.muon_lr: 0.01 there, 0.5 now" in out
     run("train.py", *pretrain("other", "resume=never", "max_steps=1"), cwd=place)
     assert (place / "other.1/run.yaml").exists() and (place / "other/final").exists()
 

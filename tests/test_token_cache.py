@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from itertools import islice, product
+import os
+from itertools import count, islice, product
 
 import numpy as np
 import pytest
@@ -59,3 +60,19 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(size, dtype, tmp_path, monkeypa
     assert int(batch.input_ids.max()) == size - 3
     labels = batch.labels[batch.labels != IGNORE_INDEX].tolist()
     assert batch.num_bytes == len(tokenizer.decode_bytes(labels)) > 0
+
+
+def test_the_key_is_of_the_content(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "a.jsonl"
+
+    def key(*texts):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        os.utime(path, ns=(0, next(times)))
+        return build_cache(path, "pretrain", tokenizer, encode_document).key
+
+    times = count(1)
+    first = key("one", "two")
+    assert key("one", "two") == first  # Of another time, and so another cache.
+    assert len(list((tmp_path / "cache/tokens").iterdir())) == 2
+    assert len({first, key("two", "one"), key("one", "tw0"), key("one", "two", "three")}) == 4

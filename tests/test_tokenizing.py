@@ -101,7 +101,8 @@ def children(pid):
 
 def test_a_killed_build_is_gone_on_with_and_its_processes_end(tmp_path, tokenizer, monkeypatch):
     path = write(tmp_path / "a.jsonl", numbered(400))
-    whole = content(build(path, tokenizer))
+    made = build(path, tokenizer)
+    whole = content(made)
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "other"))
     process = start(path)
     deadline = time.monotonic() + 60
@@ -121,7 +122,8 @@ def test_a_killed_build_is_gone_on_with_and_its_processes_end(tmp_path, tokenize
     real = tokenizing.tokenize_chunk
     monkeypatch.setattr(tokenizing, "CHUNK_BYTES", 200)
     monkeypatch.setattr(tokenizing, "tokenize_chunk", lambda c, t: seen.append(c) or real(c, t))
-    assert content(build(path, tokenizer)) == whole
+    again = build(path, tokenizer)
+    assert content(again) == whole and again.key == made.key
     assert seen and seen[0].items[0].line > done
     while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in workers):
         time.sleep(0.1)

@@ -18,6 +18,7 @@ from torch import nn
 
 from trainlib.batches import deal
 from trainlib.checkpoint import Checkpoints
+from trainlib.claim import IDENTITY, take_folder
 from trainlib.config import (
     HARDWARE_KEYS,
     load_config,
@@ -30,18 +31,14 @@ from trainlib.config import (
 from trainlib.control import Clock, moment
 from trainlib.errors import UserError
 from trainlib.files import (
-    LOCK,
     cache_dir,
-    lock_folder,
-    move_aside,
-    refuse_if_locked,
     release_folders,
     write_atomically,
 )
 from trainlib.hardware import choose_hardware, find_facts, measured_precision, read_table
 from trainlib.help import help_text
 from trainlib.metrics import MetricsLog
-from trainlib.plan import WANTED, PlanRequest, plan_request, without_device
+from trainlib.plan import PRESETS, WANTED, PlanRequest, plan_request, without_device
 from trainlib.ranks import (
     Ranks,
     first_decides,
@@ -55,6 +52,7 @@ from trainlib.runtime import Hardware, use_hardware
 from trainlib.terminal import survive_a_dead_terminal
 
 log = logging.getLogger(__name__)
+SCRIPTS = {"pretrain": "train.py", "sft": "sft_train.py", "dpo": "dpo_train.py"}
 HOW = {"recipe": False}  # Such a setting changes how a run is carried out, not what is learned.
 
 
@@ -63,6 +61,7 @@ class RunConfig:
     """Settings that every stage has."""
 
     LENGTH_KEYS: ClassVar = ("max_steps", "max_tokens", "epochs", "max_hours", "deadline")
+    SEQUENCES_PER_ROW: ClassVar = 1
     GROUPS: ClassVar = {
         "length": (*LENGTH_KEYS, "tokens_per_step", "sequence_length"),
         "hardware": HARDWARE_KEYS,
@@ -129,6 +128,12 @@ class RunConfig:
             )
             if getattr(self, key) < least
         ]  # fmt: skip
+        row_length = self.SEQUENCES_PER_ROW * self.sequence_length
+        if 1 <= self.tokens_per_step < row_length:
+            both = f"tokens_per_step={self.tokens_per_step}, but sequence_length="
+            both += f"{self.sequence_length} makes rows of {row_length}"
+            problems.append(f"{both}: a step needs a row at least, so raise the one or lower the "
+                            "other")  # fmt: skip
         given = [key for key in self.LENGTH_KEYS if getattr(self, key)]
         if len(given) != 1:
             problems.append(f"give the length by one of {', '.join(self.LENGTH_KEYS)}, not "
@@ -186,6 +191,7 @@ def launch(
             named = [Path(word) for word in argv if word.endswith((".yaml", ".yml"))]
             print(help_text(cls, Path(sys.argv[0]).name, stage, (named or [default_file])[0]))
             return
+        refuse_other_stage(argv, stage)
         wanted, argv = plan_request(argv)
         WANTED.set(wanted)
         only_prepare = "--prepare-only" in argv
@@ -217,6 +223,19 @@ def launch(
         leave_ranks()
 
 
+def refuse_other_stage(argv: list[str], stage: str) -> None:
+    """Raise UserError for a config file of the project that is another stage's, by its name."""
+    for file in (Path(word) for word in argv if word.endswith((".yaml", ".yml"))):
+        name = file.stem.removeprefix("tiny_")
+        for other, script in SCRIPTS.items():
+            theirs = other != stage and name.startswith(other)
+            if theirs and file.resolve().parent == PRESETS:
+                raise UserError(
+                    f"{file} holds settings of {script}: type `python {script} {file} ...`, or "
+                    f"give {SCRIPTS[stage]} configs/tiny_{stage}.yaml or a file of your own"
+                )
+
+
 def fix_deadline(config: ConfigT) -> ConfigT:
     """A clock time to a date, before minutes of preparation can move it to the next day.
 
@@ -234,6 +253,14 @@ def fix_deadline(config: ConfigT) -> ConfigT:
     return with_value(config, "deadline", then.isoformat(timespec="seconds"), source)
 
 
+def tell_next(run: Run, stage: str) -> None:
+    """Log the command of the next stage: after a tiny recipe the tiny one of that stage."""
+    tiny = f"configs/tiny_{run.stage}.yaml:"
+    small = any(source.startswith(tiny) for source in provenance(run.config).values())
+    file = f"configs/tiny_{stage}.yaml " if small else ""
+    log.info("next: python %s %sinit_from=%s/final", SCRIPTS[stage], file, run.folder)
+
+
 def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> Run:
     """Claim the run's folder and choose the hardware; for a plan the folder is left alone.
 
@@ -241,6 +268,7 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
     nothing is written then.
     """
     folder, wanted = Path(config.out_dir), WANTED.get()
+    identity = {"recipe": recipe(config), "data": data_key}
     ranks = join_ranks(config.device)
 
     choice = choose_hardware(
@@ -253,14 +281,10 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
         row_length=row_length,
     )
 
-    def claim() -> Path | None:
-        refuse_if_locked(folder)
-        step_folder = _claim(folder, config, data_key)
-        folder.mkdir(parents=True, exist_ok=True)
-        lock_folder(folder)
-        return step_folder
+    def take() -> Path | None:
+        return take_folder(folder, config.resume, identity)
 
-    resume_from = None if wanted else first_decides(ranks, claim)
+    resume_from = None if wanted else first_decides(ranks, take)
     if choice.precision == "measure":
         precision = first_decides(ranks, lambda: _precision(folder, resume_from, choice.matmul))
         choice = replace(choice, precision=precision)
@@ -277,10 +301,9 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
         if resume_from is not None and resume_from.parent.resolve() == folder.resolve():
             # What is saved next comes after this one, whatever else lies there.
             write_atomically(folder / "latest", resume_from.name)
+        write_atomically(folder / IDENTITY, json.dumps(identity, ensure_ascii=False))
         # The precision as chosen, for a resume must go on with it.
         write_run_yaml(resolved(config, precision=choice.precision), folder / "run.yaml")
-        identity = json.dumps({"recipe": recipe(config), "data": data_key}, ensure_ascii=False)
-        write_atomically(folder / "identity.json", identity)
     if not wanted:
         log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
     checkpoints = Checkpoints(folder, config.keep_checkpoints, ranks.first)
@@ -311,54 +334,3 @@ def _precision(folder: Path, resume_from: Path | None, matmul: str) -> str:
         if before in ("fp32", "bf16"):
             return before
     return measured_precision(cache_dir() / "hardware.json", matmul)
-
-
-def _occupied(folder: Path) -> bool:
-    """Whether a folder holds more than a lock."""
-    return folder.exists() and any(path.name != LOCK for path in folder.iterdir())
-
-
-def _claim(folder: Path, config: RunConfig, data_key: str) -> Path | None:
-    """The step folder to go on from, or None for a fresh start in a free folder."""
-    if config.resume not in ("auto", "never"):
-        step_folder = Path(config.resume)
-        if not (step_folder / "train_state.json").is_file():
-            raise UserError(f"resume={step_folder} is no step folder (it has no train_state.json)")
-        inside = step_folder.resolve().parent == folder.resolve()
-        if (folder / "final").is_dir() or not inside and _occupied(folder):
-            raise UserError(
-                f"{folder} holds a run already, which resume={step_folder} would overwrite; "
-                "give another folder by out_dir=NEW"
-            )
-        return step_folder
-    identity_file = folder / "identity.json"
-    if not _occupied(folder):
-        return None
-    if config.resume == "never":
-        log.info("moved the run that was in %s to %s", folder, move_aside(folder))
-        return None
-    ways = (
-        f"Three ways on:\n  out_dir=NEW                    train into another folder\n"
-        f"  resume=never                   move {folder} to {folder}.1 (or .2, ...) first\n"
-        f"  init_from={folder}/final   start a new run from its model (with out_dir=NEW)"
-    )
-    if not identity_file.is_file():
-        raise UserError(f"{folder} holds files, but no run of this program. {ways}")
-    was = json.loads(identity_file.read_text(encoding="utf-8"))
-    if (folder / "final").is_dir():
-        raise UserError(f"{folder} holds a finished run. {ways}")
-    now = {"recipe": json.loads(json.dumps(recipe(config))), "data": data_key}
-    differing = sorted(
-        f"{key}: {was['recipe'].get(key)!r} there, {now['recipe'].get(key)!r} now"
-        for key in {*was["recipe"], *now["recipe"]}
-        if was["recipe"].get(key) != now["recipe"].get(key)
-    )
-    if was["data"] != now["data"]:
-        differing.append("the data files or the tokenizer have changed")
-    if differing:
-        raise UserError(
-            f"{folder} holds an unfinished run of another recipe:\n  "
-            + "\n  ".join(differing)
-            + f"\n{ways}"
-        )
-    return Checkpoints(folder, 1).newest()
