@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 class DPOConfig(RunConfig):
     """All settings of preference optimization; the model comes with init_from."""
 
-    SEQUENCES_PER_ROW: ClassVar = 2
     out_dir: str = field(default="runs/dpo", metadata=HOW)
     """Folder of the run."""
     init_from: str = "runs/sft/final"

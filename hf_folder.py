@@ -7,7 +7,9 @@ is an architecture that model.py computes.
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,11 @@ from torch import Tensor
 
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
-from trainlib.config import provenance, with_value
+from trainlib.config import COMMAND_LINE, provenance, with_value
 from trainlib.errors import UserError
 from trainlib.values import value_text
+
+log = logging.getLogger(__name__)
 
 ARCHITECTURE = "Qwen3ForCausalLM"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -111,21 +115,29 @@ def load_config(folder: str | Path, option: str = "init_from=") -> ModelConfig:
         raise UserError(f"{path}: {error}") from error
 
 
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
+
+
 def with_sizes(config: Any) -> Any:
-    """The settings with the sizes of init_from's model; raises UserError where others are given."""
+    """The settings with the sizes of init_from's model; others of a file are named and left out.
+
+    Raises UserError for others of the command line.
+    """
     sizes, sources = asdict(load_config(config.init_from)), provenance(config)
     given = asdict(config.model)
-    wrong = [
-        f"model.{key}={value_text(given[key])} ({source}), {value_text(size)} there"
+    other = {
+        f"model.{key}={value_text(given[key])} ({source}), {value_text(size)} there": source
         for key, size in sizes.items()
         if (source := sources[f"model.{key}"]) != "default" and given[key] != size
-    ]
-    if wrong:
-        lines = "".join(f"\n  {text}" for text in wrong)
-        raise UserError(
-            f"init_from={config.init_from} has a model of other sizes than the settings:{lines}\n"
-            "Leave these keys out, or train a new model without init_from."
-        )
+    }
+    lines = "".join(f"\n  {text}" for text in other)
+    what = f"init_from={config.init_from} has a model of other sizes than the settings:{lines}"
+    if COMMAND_LINE in other.values():
+        raise UserError(f"{what}\nLeave these keys out, or train a new model without init_from.")
+    if other:
+        _warn_once(f"{what}\nIt keeps its own.")
     for key, size in sizes.items():
         config = with_value(config, f"model.{key}", size, "of init_from")
     return config

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from hf_folder import check_vocabulary, load_config, load_model, model_files
+from hf_folder import check_vocabulary, load_config, load_model, model_files, with_sizes
 from model import ModelConfig, Transformer
 from tokenizer import SPECIAL_TOKENS
 from tokenizer.chat_format import render_conversation
+from train import PretrainConfig
+from trainlib import config as settings_of
 from trainlib.errors import UserError
 
 
@@ -206,3 +208,15 @@ def test_loading_draws_no_random_number(tmp_path, tokenizer):
     state = torch.get_rng_state()
     load_model(tmp_path)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_models_own_sizes_count_before_those_of_a_file(tmp_path, tokenizer, caplog):
+    write_folder(tmp_path, tokenizer)
+    words = ["configs/tiny_pretrain.yaml", f"init_from={tmp_path}"]
+    for _ in range(2):  # Preparation and training ask; it is said once.
+        config = with_sizes(settings_of.load_config(PretrainConfig, words, None))
+        assert config.model == load_config(tmp_path)
+    told = [r.message for r in caplog.records if "of other sizes than the settings" in r.message]
+    assert len(told) == 1 and "model.hidden_size=192 (configs/tiny_pretrain.yaml:" in told[0]
+    with pytest.raises(UserError, match=r"model\.head_dim=32 \(command line\), 16 there"):
+        with_sizes(settings_of.load_config(PretrainConfig, [*words, "model.head_dim=32"], None))

@@ -61,7 +61,6 @@ class RunConfig:
     """Settings that every stage has."""
 
     LENGTH_KEYS: ClassVar = ("max_steps", "max_tokens", "epochs", "max_hours", "deadline")
-    SEQUENCES_PER_ROW: ClassVar = 1
     GROUPS: ClassVar = {
         "length": (*LENGTH_KEYS, "tokens_per_step", "sequence_length"),
         "hardware": HARDWARE_KEYS,
@@ -128,12 +127,6 @@ class RunConfig:
             )
             if getattr(self, key) < least
         ]  # fmt: skip
-        row_length = self.SEQUENCES_PER_ROW * self.sequence_length
-        if 1 <= self.tokens_per_step < row_length:
-            both = f"tokens_per_step={self.tokens_per_step}, but sequence_length="
-            both += f"{self.sequence_length} makes rows of {row_length}"
-            problems.append(f"{both}: a step needs a row at least, so raise the one or lower the "
-                            "other")  # fmt: skip
         given = [key for key in self.LENGTH_KEYS if getattr(self, key)]
         if len(given) != 1:
             problems.append(f"give the length by one of {', '.join(self.LENGTH_KEYS)}, not "
@@ -270,6 +263,9 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
     folder, wanted = Path(config.out_dir), WANTED.get()
     identity = {"recipe": recipe(config), "data": data_key}
     ranks = join_ranks(config.device)
+    if config.tokens_per_step < row_length and ranks.first:
+        log.warning("tokens_per_step=%s is less than a row, so a step has one row of %s positions",
+                    config.tokens_per_step, row_length)  # fmt: skip
 
     choice = choose_hardware(
         wanted.facts() if wanted else find_facts(),
