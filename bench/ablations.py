@@ -72,7 +72,6 @@ CHANGES = {
         "optim.adamw_lr=5e-5 optim.embedding_lr=5e-5",
         "optim.adamw_lr=2e-4 optim.embedding_lr=2e-4",
         "optim.name=muon optim.muon_lr=5e-4 optim.embedding_lr=1e-4",
-        "beta=0.3",
     ],
 }
 
