@@ -1,11 +1,12 @@
-"""Each default of the tiny recipes beside its neighbours: one setting changed at a time.
+"""The settings of the tiny recipes beside their neighbours: one changed at a time.
 
     python -m bench.ablations [--tokens 400000] [--seeds 3] [--within 0.03] [pretrain sft dpo]
 
-Every run is the stage script itself, on the sample, so many tokens long. A fine-tuning run begins
-with the default pretraining run of its seed, a preference run with the default fine-tuning run. The
-figure is the one at the end over the held-out rows that the recipe reads: bits per byte, of
-preferences the loss.
+Every run is the stage script itself, on the sample, so many tokens long. What the changes are made
+to is the centre: the recipe, with the setting back where it was that a change has replaced since. A
+fine-tuning run begins with the pretraining run of its seed at the centre, a preference run with the
+fine-tuning run there. The figure is the one at the end over the held-out rows that the recipe
+reads: bits per byte, of preferences the loss.
 
 A setting that is worse than the best by more than --within after one seed gets no other.
 
@@ -42,9 +43,10 @@ CONFIGS = {"pretrain": PretrainConfig, "sft": SFTConfig, "dpo": DPOConfig}
 SCRIPTS = {stage: script for script, stage in STAGES.items()}
 BEFORE = {"sft": "pretrain", "dpo": "sft"}
 FIGURE = {"pretrain": VAL_BITS_PER_BYTE, "sft": VAL_BITS_PER_BYTE, "dpo": VAL_LOSS}
+CENTRE = {"pretrain": "optim.momentum=0.95", "sft": "optim.decay_fraction=0.99", "dpo": ""}
 CHANGES = {
     "pretrain": [
-        "",  # The default.
+        "",  # The centre.
         "optim.name=adamw optim.adamw_lr=3e-3 optim.embedding_lr=3e-3",
         "optim.name=adamw optim.adamw_lr=1e-3 optim.embedding_lr=8e-3",
         "optim.muon_lr=0.005",
@@ -101,7 +103,7 @@ def main() -> None:
                **machine(), "threads": 1}  # fmt: skip
         with writing, RUNS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        print(f"{stage:9} seed {seed}  {value:.4f}  {change or 'default'}", flush=True)
+        print(f"{stage:9} seed {seed}  {value:.4f}  {change or 'centre'}", flush=True)
 
     for seed in range(options.seeds):
         for stage in options.names or CHANGES:
@@ -114,7 +116,7 @@ def main() -> None:
             if not wanted or time.time() > end:
                 continue
             if stage in BEFORE:
-                default(BEFORE[stage], seed, options.tokens)  # Before several need it at once.
+                centre(BEFORE[stage], seed, options.tokens)  # Before several need it at once.
             pool = ThreadPoolExecutor(os.cpu_count())
             runs = [pool.submit(measure, stage, change, seed) for change in wanted]
             try:
@@ -135,18 +137,23 @@ def values() -> dict[str, float]:
 
 
 def up_to_date(tokens: int = TOKENS, seeds: int = SEEDS) -> list[dict[str, Any]]:
-    """The runs of today's recipes and sample.
-
-    By key alone: what was a change while another recipe was the default may be the default now.
-    """
+    """The runs of today's recipes and sample, by key alone; `default` marks the recipe itself."""
     done, found = values(), []
     for stage, changes in CHANGES.items():
         for change, seed in itertools.product(changes, range(seeds)):
             value = done.get(key(stage, change, seed, tokens))
             if value is not None:
                 found.append({"stage": stage, "change": change, "seed": seed, "tokens": tokens,
-                              "value": value})  # fmt: skip
+                              "value": value, "default": is_default(stage, change)})  # fmt: skip
     return found
+
+
+def is_default(stage: str, change: str) -> bool:
+    """Is this what configs/tiny_*.yaml says?"""
+    file = ROOT / f"configs/tiny_{stage}.yaml"
+    words = [*CENTRE[stage].split(), *change.split()]
+    changed, default = (load_config(CONFIGS[stage], w, file) for w in (words, []))
+    return recipe(changed) == recipe(default)
 
 
 def settings(stage: str, change: str, seed: int, tokens: int) -> list[str]:
@@ -155,7 +162,7 @@ def settings(stage: str, change: str, seed: int, tokens: int) -> list[str]:
     held_out = sorted(str(p.relative_to(ROOT)) for p in (SAMPLE / "val" / stage).glob("*.jsonl"))
     return [f"configs/tiny_{stage}.yaml", f"data.files={place / stage}.jsonl",
             f"data.val_files=[{','.join(held_out)}]", f"max_tokens={tokens}", f"seed={seed}",
-            *change.split()]  # fmt: skip
+            *CENTRE[stage].split(), *change.split()]  # fmt: skip
 
 
 def key(stage: str, change: str, seed: int, tokens: int) -> str:
@@ -168,8 +175,8 @@ def key(stage: str, change: str, seed: int, tokens: int) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def default(stage: str, seed: int, tokens: int) -> str:
-    """The final model of the default run of a stage, made where it is not there any more."""
+def centre(stage: str, seed: int, tokens: int) -> str:
+    """The final model of a stage's run at the centre, made where it is not there any more."""
     folder = PLACE / f"ablations/{key(stage, '', seed, tokens)}"
     if not (folder / "final").is_dir():
         one(stage, "", seed, tokens)
@@ -183,7 +190,7 @@ def one(stage: str, change: str, seed: int, tokens: int) -> float:
     words = [*settings(stage, change, seed, tokens), f"out_dir={folder}", "device=cpu",
              "precision=fp32", "save_every_steps=0"]  # fmt: skip
     if stage in BEFORE:
-        words.append(f"init_from={default(BEFORE[stage], seed, tokens)}")
+        words.append(f"init_from={centre(BEFORE[stage], seed, tokens)}")
     done = subprocess.run([sys.executable, SCRIPTS[stage], *words], cwd=ROOT, text=True,
                           capture_output=True, check=False,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip

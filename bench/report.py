@@ -18,7 +18,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bench.ablations import CHANGES, FIGURE, up_to_date
+from bench.ablations import CENTRE, CHANGES, FIGURE, up_to_date
 from bench.common import RECORDS, ROOT
 
 WHAT = {
@@ -177,32 +177,36 @@ def profile(record: dict[str, Any]) -> list[str]:
 
 
 def ablations(stage: str, tokens: int, runs: list[dict[str, Any]]) -> list[str]:
-    """Settings from best to worst by their gain, the mean over the default's seeds that they have.
+    """Settings from best to worst by their gain, the mean over the centre's seeds that they have.
 
     Means alone would put first what has run with the easier seeds only.
     """
     by_change: dict[str, dict[int, float]] = {}  # change -> seed -> value
     for run in runs:
         by_change.setdefault(run["change"], {})[run["seed"]] = run["value"]
-    default = by_change.get("", {})
+    recipes = {run["change"] for run in runs if run["default"]}
+    centre = by_change.get("", {})
     gains = {
-        change: statistics.mean(default[seed] - values[seed] for seed in default.keys() & values)
+        change: statistics.mean(centre[seed] - values[seed] for seed in centre.keys() & values)
         for change, values in by_change.items()
-        if default.keys() & values
+        if centre.keys() & values
     }
     lines = [
         "",
         f"## Ablations of configs/tiny_{stage}.yaml, {tokens:,} tokens",
         "",
-        f"{FIGURE[stage]} at the end, lower is better.",
+        f"{FIGURE[stage]} at the end, lower is better; the centre is the recipe"
+        f"{f' with {CENTRE[stage]}' if CENTRE[stage] else ''}.",
         "",
-        "| setting | less than the default, seed by seed | mean | spread | seeds |",
+        "| setting | less than the centre, seed by seed | mean | spread | seeds |",
         "| --- | --- | --- | --- | --- |",
     ]
     for change in sorted(gains, key=gains.__getitem__, reverse=True):
         values = by_change[change].values()
         spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        name, gain = (f"`{change}`", f"{gains[change]:+.4f}") if change else ("**the default**", "")
+        name, gain = (f"`{change}`", f"{gains[change]:+.4f}") if change else ("the centre", "")
+        if change in recipes:
+            name += " **(the default)**"
         lines.append(
             f"| {name} | {gain} | {statistics.mean(values):.4f} | {spread} | {len(values)} |"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.ablations import CHANGES, CONFIGS
+from bench.ablations import CENTRE, CHANGES, CONFIGS, is_default
 from bench.common import ROOT, parser_of
 from bench.report import page
 from trainlib.config import load_config, recipe
@@ -14,9 +14,17 @@ MACHINE = {"cpu": "A CPU", "threads": 2, "torch": "2.13", "date": "2026-01-01", 
 
 @pytest.mark.parametrize("stage", CHANGES)
 def test_each_ablation_changes_the_recipe_and_no_two_are_alike(stage):
-    file = ROOT / f"configs/tiny_{stage}.yaml"
-    found = [repr(recipe(load_config(CONFIGS[stage], c.split(), file))) for c in CHANGES[stage]]
+    file, centre = ROOT / f"configs/tiny_{stage}.yaml", CENTRE[stage].split()
+    found = [
+        repr(recipe(load_config(CONFIGS[stage], [*centre, *change.split()], file)))
+        for change in CHANGES[stage]
+    ]
     assert len(set(found)) == len(found) and CHANGES[stage][0] == ""
+
+
+@pytest.mark.parametrize("stage", CHANGES)
+def test_the_recipe_is_one_of_the_settings_that_were_compared(stage):
+    assert sum(is_default(stage, change) for change in CHANGES[stage]) == 1
 
 
 def test_a_figure_that_does_not_exist_is_named_with_those_that_do(capsys):
@@ -36,15 +44,22 @@ def test_the_page_gives_the_last_record_of_each_figure():
 
 
 def test_ablations_are_ordered_and_compared_seed_by_seed():
-    """The change is 0.1 better with each of its two seeds, though the default's mean is lower."""
+    """The change is 0.1 better with each of its two seeds, though the centre's mean is lower."""
     values = [("", 0, 2.0), ("", 1, 3.0), ("", 2, 1.0), ("seed=9", 0, 1.9), ("seed=9", 1, 2.9)]
     runs = [
-        {"stage": "sft", "change": change, "seed": seed, "tokens": 4000, "value": value}
+        {
+            "stage": "sft",
+            "change": change,
+            "seed": seed,
+            "tokens": 4000,
+            "value": value,
+            "default": bool(change),
+        }  # fmt: skip
         for change, seed, value in values
     ]
     lines = page([], runs).splitlines()
-    default, changed = (next(i for i, s in enumerate(lines) if name in s)
-                        for name in ("**the default**", "`seed=9`"))  # fmt: skip
-    assert changed < default
-    assert lines[changed] == "| `seed=9` | +0.1000 | 2.4000 | 0.7071 | 2 |"
-    assert lines[default] == "| **the default** |  | 2.0000 | 1.0000 | 3 |"
+    centre, changed = (next(i for i, s in enumerate(lines) if s.startswith(f"| {name}"))
+                       for name in ("the centre", "`seed=9`"))  # fmt: skip
+    assert changed < centre
+    assert lines[changed] == "| `seed=9` **(the default)** | +0.1000 | 2.4000 | 0.7071 | 2 |"
+    assert lines[centre] == "| the centre |  | 2.0000 | 1.0000 | 3 |"
