@@ -143,7 +143,7 @@ def test_two_processes_make_one_cache(tmp_path, tokenizer):
 
 
 def test_an_interrupted_build_leaves_no_cache(tmp_path):
-    path = write(tmp_path / "a.jsonl", numbered(4000))
+    path = write(tmp_path / "a.jsonl", numbered(20_000))
     process = start(path)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     while not list(cache_dir().glob("tokens/.making-*")) and process.poll() is None:
