@@ -1,19 +1,21 @@
-"""Causal attention inside documents that share a row, by one of two kernels.
+"""Causal attention inside documents that share a row, by one of three kernels.
 
 masked   scaled_dot_product_attention under a mask of positions: on every device
 varlen   torch.nn.attention.varlen: a kernel that computes nothing outside the documents; on CUDA
          from compute capability 8.0 on, in 16-bit numbers
+blocks   the same idea in plain products, written out below: on a CPU of few cores
 
-Both take what a query may see as one argument: nothing (the row is one document), a mask
-(B, 1, T, S), True or 0 where it may, or the documents' boundaries, int32 (N + 1,).
+All take what a query may see as one argument: nothing (the row is one document), a mask
+(B, 1, T, S), True or 0 where it may (masked); the documents' boundaries, int32 (N + 1,) (varlen);
+each position's document, int64 (B, T) (blocks).
 Shapes as in model.py: B batch  T query length  S key length  N query heads  G key/value heads
-H head_dim.
+R = N / G  H head_dim.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,10 +46,26 @@ def document_mask(document_ids: Tensor) -> Tensor:
     return same_BTT.tril()[:, None]
 
 
+def document_bias(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """document_mask as what is added to scores: 0 or -inf, (B, 1, T, T).
+
+    In numbers of the queries' dtype, autocast's or the weights': of another each layer would make,
+    and keep, its own.
+    """
+    device = document_ids.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    zero = document_ids.new_zeros((), dtype=dtype)
+    return zero.where(document_mask(document_ids), -torch.inf)
+
+
 def attend(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, visible: Tensor | None) -> Tensor:
     """Scaled dot-product attention with grouped key/value heads; causal where nothing is given."""
     if visible is not None and visible.dtype == torch.int32:
         return attend_varlen(q_BNTH, k_BGSH, v_BGSH, visible)
+    if visible is not None and visible.dtype == torch.int64:
+        heads_last = (x.transpose(1, 2) for x in (q_BNTH, k_BGSH, v_BGSH))
+        return attend_blocks(*heads_last, visible).transpose(1, 2)
     grouped = k_BGSH.shape[1] != q_BNTH.shape[1]
     if grouped and visible is not None and q_BNTH.is_cuda:
         # On CUDA a mask together with enable_gqa falls back to the quadratic-memory kernel.
@@ -94,3 +112,130 @@ def attend_varlen(q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor, boundaries: Te
     ends = (boundaries, boundaries, length, length)
     out: Any = varlen.varlen_attn(q, k, v, *ends, **VARLEN_KEYWORDS)
     return out.view(batch, length, heads, size).transpose(1, 2)
+
+
+# ---- blocks: few queries at a time, and the keys of their own document alone --------------------
+
+BLOCK = 128
+"""Queries whose scores are computed at a time: their scores stay in the processor's cache."""
+
+
+def blocks_of(document_ids: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+    """Each document longer than BLOCK alone; of shorter ones as many as BLOCK holds together.
+
+    Gives row, positions and the additive mask (BLOCK, BLOCK) of the last BLOCK of them; all
+    positions before these are visible.
+    """
+    later = torch.full((BLOCK, BLOCK), -torch.inf).triu_(1)
+    for row, ids in enumerate(document_ids):
+        edges = (ids.diff().nonzero().flatten() + 1).tolist()
+        begin = last = 0
+        for end in (*edges, len(ids)):
+            if end - begin > BLOCK and last > begin:
+                yield row, slice(begin, last), _among(ids[begin:last], later)
+                begin = last
+            if end - begin > BLOCK:
+                yield row, slice(begin, end), later
+                begin = end
+            last = end
+        if last > begin:
+            yield row, slice(begin, last), _among(ids[begin:last], later)
+
+
+def _among(ids: Tensor, later: Tensor) -> Tensor:
+    """The mask of short documents side by side."""
+    size = len(ids)
+    return later[:size, :size].masked_fill(ids[:, None] != ids, -torch.inf)
+
+
+def _group(x_TNH: Tensor, num_groups: int) -> Tensor:
+    """The queries of a key head below each other: (T, N, H) -> (G, R T, H)."""
+    return x_TNH.unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def _ungroup(x: Tensor, length: int) -> Tensor:
+    """The way back: (G, R T, H) -> (T, N, H)."""
+    return x.unflatten(1, (-1, length)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _probabilities(q: Tensor, keys: Tensor, length: int, mask: Tensor) -> Tensor:
+    """softmax(q k / sqrt(H)) in fp32: (G, R T, H), (G, S, H) -> (G, R T, S)."""
+    scores = torch.bmm(q.float() * q.shape[-1] ** -0.5, keys.mT)
+    scores.unflatten(1, (-1, length))[..., -length:] += mask[:length, :length]
+    return torch.softmax(scores, -1, out=scores)
+
+
+@torch.library.custom_op("train_llm::attend_blocks", mutates_args=())
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor) -> Tensor:
+    """Attention that keeps no probabilities: backward makes them again, block by block.
+
+    In 16-bit numbers scores and softmax are fp32. One operator for autograd and for a compiler,
+    so that neither looks into the loops.
+    Shapes: q (B, T, N, H); k, v (B, T, G, H); document_ids (B, T), equal ones side by side.
+    Source: FlashAttention, arXiv:2205.14135, with softmax over a block's whole rows.
+    """
+    out, num_groups = _like(q), k.shape[2]
+    for row, here, mask in blocks_of(document_ids):
+        keys, values = (x[row, here].transpose(0, 1).contiguous() for x in (k, v))
+        keys = keys.float()
+        for begin in range(here.start, here.stop, BLOCK):
+            end = min(begin + BLOCK, here.stop)
+            seen = end - here.start
+            grouped = _group(q[row, begin:end], num_groups)
+            p = _probabilities(grouped, keys[:, :seen], end - begin, mask)
+            mixed = torch.bmm(p.to(v.dtype), values[:, :seen])
+            out[row, begin:end] = _ungroup(mixed, end - begin)
+    return out
+
+
+@torch.library.custom_op("train_llm::attend_blocks_backward", mutates_args=())
+def attend_blocks_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, document_ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v (arXiv:2205.14135, appendix B.2, algorithm 4)."""
+    (dq, dk, dv), num_groups = map(_like, (q, k, v)), k.shape[2]
+    for row, here, mask in blocks_of(document_ids):
+        keys, values = (x[row, here].transpose(0, 1).contiguous() for x in (k, v))
+        exact, sum_k, sum_v = keys.float(), *(torch.zeros_like(keys).float() for _ in range(2))
+        for begin in range(here.start, here.stop, BLOCK):
+            end = min(begin + BLOCK, here.stop)
+            seen = end - here.start
+            grouped, do, o = (_group(x[row, begin:end], num_groups) for x in (q, gradient, out))
+            p = _probabilities(grouped, exact[:, :seen], end - begin, mask)
+            sum_v[:, :seen] += torch.bmm(p.to(v.dtype).mT, do)
+            ds = torch.bmm(do, values[:, :seen].mT).float()
+            ds.sub_((do.float() * o).sum(-1, keepdim=True)).mul_(p).mul_(q.shape[-1] ** -0.5)
+            ds = ds.to(q.dtype)
+            dq[row, begin:end] = _ungroup(torch.bmm(ds, keys[:, :seen]), end - begin)
+            sum_k[:, :seen] += torch.bmm(ds.mT, grouped)
+        dk[row, here], dv[row, here] = (x.transpose(0, 1) for x in (sum_k, sum_v))
+    return dq, dk, dv
+
+
+def _like(x: Tensor) -> Tensor:
+    """Room for a result: contiguous, as a compiler is told."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@attend_blocks.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor) -> Tensor:
+    return _like(q)
+
+
+@attend_blocks_backward.register_fake
+def _(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, document_ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(q), _like(k), _like(v)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    *qkv, document_ids = inputs
+    ctx.save_for_backward(*qkv, output, document_ids)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return (*attend_blocks_backward(gradient, *ctx.saved_tensors), None)
+
+
+attend_blocks.register_autograd(_backward, setup_context=_keep)

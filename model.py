@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import attend, document_mask, load_varlen
+from attention import attend, document_bias, load_varlen
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Transformer(nn.Module):
 
     @property
     def attention(self) -> str:
-        """Which kernel attends inside packed documents (attention.py): masked or varlen."""
+        """Which kernel attends inside packed documents: masked, varlen or blocks (attention.py)."""
         return self._attention
 
     @attention.setter
@@ -279,15 +279,12 @@ class Transformer(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
             position_ids = position_ids.expand_as(input_ids)
-        if boundaries is not None and self.attention == "varlen":
+        if self.attention == "blocks" and document_ids is not None:
+            mask = document_ids
+        elif self.attention == "varlen" and boundaries is not None:
             mask = boundaries
         elif document_ids is not None:
-            # In numbers of the queries' dtype: of another each layer would make, and keep, its own.
-            device = input_ids.device.type
-            autocast = torch.is_autocast_enabled(device)
-            dtype = torch.get_autocast_dtype(device) if autocast else self.lm_head.weight.dtype
-            zero = torch.zeros((), dtype=dtype, device=input_ids.device)
-            mask = zero.where(document_mask(document_ids), -torch.inf)
+            mask = document_bias(document_ids, self.lm_head.weight.dtype)
         hidden_BTD = self.model(input_ids, position_ids, mask, cache)
         if select is not None:
             hidden_BTD = hidden_BTD[select]

@@ -74,7 +74,7 @@ def reference_log_probs(
 
     with looking(model):
         for packed in datasets.val.values():
-            for batch in micro_batches(packed, run.hardware.micro_batch_size, run.ranks):
+            for batch in micro_batches(packed, run.hardware, run.ranks):
                 fill(batch)
         one_epoch = -(-datasets.train.num_rows() // loader.rows_per_step)
         for _ in range(min(num_steps or one_epoch, one_epoch)):
@@ -170,7 +170,7 @@ def _measure(
 ) -> None:
     """Add (margin, own before, own after, length and overlap difference) of each pair by kind."""
     origins, count = packed.origins(), 0
-    for batch in micro_batches(packed, run.hardware.micro_batch_size):
+    for batch in micro_batches(packed, run.hardware):
         ids = batch.sequence_ids.numpy()
         if np.isnan(before[ids]).any():
             continue  # A training row that the run's length did not visit.

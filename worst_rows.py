@@ -45,7 +45,7 @@ def write_worst_rows(
     with looking(model):
         for packed in val.values():
             bits, num_bytes = (np.zeros(packed.num_sequences) for _ in range(2))
-            for batch in micro_batches(packed, run.hardware.micro_batch_size):
+            for batch in micro_batches(packed, run.hardware):
                 with run.hardware.autocast():
                     log_probs = batch_log_probs(model, batch.to(run.hardware.device))
                 under_loss = batch.labels >= 0

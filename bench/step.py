@@ -17,6 +17,7 @@ from batch import Batch
 from bench.allocated import measured
 from hf_folder import load_model
 from losses import cross_entropy_sum
+from trainlib.hardware import choose_hardware, find_facts, read_table
 
 
 def own_step(folder: Path, rows: int, length: int, count: int = 0) -> dict[str, float]:
@@ -25,6 +26,7 @@ def own_step(folder: Path, rows: int, length: int, count: int = 0) -> dict[str, 
     A row is one document and every position a label; `count` steps are timed, 0 = none.
     """
     model = load_model(folder)
+    model.attention = choose_hardware(find_facts(), read_table(), device="cpu").attention
     optimizer = torch.optim.AdamW(model.parameters())
     batch = rows_of_one_document(rows, length)
 

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from trainlib.errors import UserError
-from trainlib.hardware import Choice, Facts, choose_hardware, measured_precision, read_table
+from trainlib.hardware import (
+    FEW_THREADS,
+    Choice,
+    Facts,
+    choose_hardware,
+    measured_precision,
+    read_table,
+)
 
 TABLE = read_table()
 
@@ -38,7 +45,9 @@ def test_auto_on_each_card(card):
 
 
 def test_auto_without_a_card():
-    assert choose_hardware(Facts(), TABLE) == Choice("cpu", "measure", "medium", "masked", False, 4)
+    assert choose_hardware(Facts(), TABLE) == Choice("cpu", "measure", "medium", "blocks", False, 4)
+    assert choose_hardware(Facts(threads=FEW_THREADS), TABLE).attention == "blocks"
+    assert choose_hardware(Facts(threads=FEW_THREADS + 1), TABLE).attention == "masked"
     assert choose_hardware(Facts(amx=True), TABLE).matmul == "highest"
     mac = Facts(mps=True)
     assert choose_hardware(mac, TABLE).device == "cpu"  # mps only when asked for.

@@ -20,6 +20,8 @@ SETTINGS = [
     "model.head_dim=16", "tokens_per_step=512", "sequence_length=64", "micro_batch_size=2",
     "log_every_steps=1", "max_steps=6", "eval_every_steps=3", "save_every_steps=2", "device=cpu",
     "precision=fp32", "data.files=a.jsonl", "data.val_fraction=0.1",
+    # Muon in bf16 makes much of what differs in the last digit, where a gradient has low rank.
+    "optim.name=adamw",
 ]  # fmt: skip
 
 

@@ -41,11 +41,11 @@ from trainlib.batches import ALONE, Place, StepBatch, StepLoader
 from trainlib.errors import UserError
 from trainlib.files import refuse_to_overwrite
 from trainlib.hardware import Choice, choose_hardware, find_facts, read_table
-from trainlib.loop import optimizer_step, warm_up
+from trainlib.loop import optimizer_step
 from trainlib.memory import peak_bytes
 from trainlib.mfu import flops_per_token, matmul_peak
 from trainlib.optim import OptimConfig, build_optimizers
-from trainlib.runtime import DTYPES, Hardware, looking, use_hardware
+from trainlib.runtime import DTYPES, Hardware, looking, use_hardware, warm_up
 
 LENGTH = 512
 STEPS = 10

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 TABLE = Path(__file__).resolve().parents[1] / "configs" / "hardware.tsv"
 TABLE_ROW_LENGTH = 512
 """Positions of the rows that the table's micro batches count."""
+FEW_THREADS = 4
+"""Up to which attention takes blocks: on two cores 1.5 to 2.5 times as fast as a mask of the row
+for 8 heads, as fast for 3. A block is too little work for many; more than two were not measured."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Facts:
     """Whether this torch has variable-length attention."""
     amx: bool = False
     """Whether the CPU has matrix tiles, with which "medium" products would round to bf16."""
+    threads: int = 1
+    """Threads that a product on the CPU is spread over."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Choice:
     matmul: str
     """torch.set_float32_matmul_precision's word for products of fp32 numbers."""
     attention: str
-    """varlen, or masked (attention.py)."""
+    """masked, varlen or blocks (attention.py)."""
     compile: bool
     micro_batch_size: int
     """Most rows in one forward pass."""
@@ -153,6 +158,8 @@ def choose_hardware(
     modern = device == "cuda" and facts.cuda is not None and facts.cuda >= (8, 0)
     varlen = facts.varlen and modern and precision in ("bf16", "fp16")
     attention = "varlen" if varlen else "masked"
+    if device == "cpu" and facts.threads <= FEW_THREADS:
+        attention = "blocks"
     return Choice(device, precision, matmul, attention, compiled, micro_batch_size)
 
 
@@ -171,6 +178,7 @@ def find_facts() -> Facts:
         varlen=importlib.util.find_spec("torch.nn.attention.varlen") is not None,
         mps=torch.backends.mps.is_available(),
         amx=bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()),
+        threads=torch.get_num_threads(),
     )
 
 
@@ -180,7 +188,8 @@ def measured_precision(cache_file: Path, matmul: str) -> str:
     Kept, so that two runs on a machine agree. The key is what can change the answer.
     """
     threads = torch.get_num_threads()
-    key = f"{cpu_name()} torch {torch.__version__} threads {threads} matmul {matmul}"
+    cpu = f"{cpu_name()} {instructions()}"
+    key = f"{cpu} torch {torch.__version__} threads {threads} matmul {matmul}"
     try:
         known = json.loads(cache_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -231,3 +240,9 @@ def cpu_name() -> str:
     except OSError:
         pass
     return f"{platform.processor() or platform.machine()} x {os.cpu_count()}"
+
+
+def instructions() -> str:
+    """What this CPU's products are made with, which its name need not tell: AVX2, AVX512 bf16."""
+    bf16 = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    return f"{torch.backends.cpu.get_cpu_capability()}{' bf16' if bf16 else ''}"

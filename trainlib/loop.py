@@ -29,7 +29,7 @@ from trainlib.mfu import matmul_peak
 from trainlib.optim import Schedule
 from trainlib.plan import show_plan
 from trainlib.ranks import Ranks
-from trainlib.runtime import LossFunction, awake, compile_layers, looking, try_attention
+from trainlib.runtime import Hardware, LossFunction, looking
 from trainlib.state import TrainState, restore, save
 
 log = logging.getLogger(__name__)
@@ -129,44 +129,6 @@ def fit(
     return finished and run.ranks.first
 
 
-def warm_up(run: Run, model: nn.Module, loader: StepLoader) -> None:
-    """Try out the attention kernel, and compile the layers; weights and random state stay.
-
-    What fails is left out, and the log says so. To be called before the model is first used, so
-    that all that it computes in a run is computed in one way.
-    """
-    if not run.hardware.compile and run.hardware.attention == "masked":
-        return
-    batch = next(loader).micro_batches[0].to(run.hardware.device)
-    loader.seek(Place())
-
-    def gradient() -> Tensor:
-        """Of the attention layers' weights, by way of all others."""
-        with run.hardware.autocast():
-            logits = model(**batch.inputs)
-        # Summed over a row: a mean over all would vanish in fp16.
-        (logits.float().square().sum() / len(batch.input_ids)).backward()
-        parts = [
-            p.grad.flatten()
-            for name, p in model.named_parameters()
-            if "attn" in name and p.grad is not None
-        ]
-        model.zero_grad(set_to_none=True)
-        return torch.cat(parts)
-
-    def try_out() -> None:
-        gradient()
-        with looking(model), run.hardware.autocast():  # A program of its own.
-            model(**batch.inputs)
-
-    with awake(model):
-        if run.hardware.attention != "masked":
-            run.hardware = try_attention(run.hardware, model, gradient)
-        if run.hardware.compile and run.layers is not None:
-            required = run.config.compile == "on"
-            run.hardware = compile_layers(run.hardware, run.layers, try_out, required)
-
-
 def optimizer_step(
     run: Run,
     model: nn.Module,
@@ -222,7 +184,7 @@ def validate(run: Run, model: nn.Module, loss_fn: LossFunction, datasets: dict) 
     with looking(model):
         for name, dataset in datasets.items():
             sums: dict[str, tuple[Any, Any]] = {}
-            for batch in micro_batches(dataset, run.hardware.micro_batch_size, run.ranks):
+            for batch in micro_batches(dataset, run.hardware, run.ranks):
                 batch = batch.to(run.hardware.device)
                 with run.hardware.autocast():
                     loss, metrics = loss_fn(model, batch)
@@ -240,11 +202,15 @@ def validate(run: Run, model: nn.Module, loss_fn: LossFunction, datasets: dict) 
     return {**means(total), **results}
 
 
-def micro_batches(dataset: Any, num_rows: int, ranks: Ranks = ALONE) -> Any:
-    """The first epoch of a data set in micro-batches of one shape; of these, a rank's share."""
-    rows = [row for row, _ in dataset.rows(Place())]
-    for start in range(ranks.rank * num_rows, len(rows), ranks.count * num_rows):
-        yield dataset.collate(rows[start : start + num_rows], num_rows)
+def micro_batches(dataset: Any, hardware: Hardware, ranks: Ranks = ALONE) -> Any:
+    """The first epoch of a data set in micro-batches; of these, a rank's share.
+
+    For compiled layers all are of one shape, the last one filled up with empty rows.
+    """
+    rows, size = [row for row, _ in dataset.rows(Place())], hardware.micro_batch_size
+    for start in range(ranks.rank * size, len(rows), ranks.count * size):
+        some = rows[start : start + size]
+        yield dataset.collate(some, size if hardware.compile else len(some))
 
 
 def add_metrics(sums: dict[str, tuple[Any, Any]], more: dict[str, tuple[Any, Any]]) -> None:

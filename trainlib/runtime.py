@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainlib.batches import Place, StepLoader
 from trainlib.errors import UserError
 from trainlib.hardware import Choice
 
@@ -99,6 +100,48 @@ def try_attention(
         log.warning("attention: the %s kernel is left out (%s)", hardware.attention, reason)
         return replace(hardware, attention="masked")
     return hardware
+
+
+def warm_up(run: Any, model: nn.Module, loader: StepLoader) -> None:
+    """Try out the attention kernel, and compile the layers; weights and random state stay.
+
+    What fails is left out, and the log says so. To be called before the model is first used, so
+    that all that it computes in a run is computed in one way.
+    """
+    kernel = run.hardware.attention
+    if kernel == "blocks":
+        model.attention = kernel  # type: ignore[assignment]
+    # The one that is torch's, and not the same on every card, is tried out.
+    if not run.hardware.compile and kernel != "varlen":
+        return
+    batch = next(loader).micro_batches[0].to(run.hardware.device)
+    loader.seek(Place())
+
+    def gradient() -> torch.Tensor:
+        """Of the attention layers' weights, by way of all others."""
+        with run.hardware.autocast():
+            logits = model(**batch.inputs)
+        # Summed over a row: a mean over all would vanish in fp16.
+        (logits.float().square().sum() / len(batch.input_ids)).backward()
+        parts = [
+            p.grad.flatten()
+            for name, p in model.named_parameters()
+            if "attn" in name and p.grad is not None
+        ]
+        model.zero_grad(set_to_none=True)
+        return torch.cat(parts)
+
+    def try_out() -> None:
+        gradient()
+        with looking(model), run.hardware.autocast():  # A program of its own.
+            model(**batch.inputs)
+
+    with awake(model):
+        if kernel == "varlen":
+            run.hardware = try_attention(run.hardware, model, gradient)
+        if run.hardware.compile and run.layers is not None:
+            required = run.config.compile == "on"
+            run.hardware = compile_layers(run.hardware, run.layers, try_out, required)
 
 
 @contextlib.contextmanager
