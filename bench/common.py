@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from trainlib.hardware import cpu_name
+from trainlib.hardware import cpu_name, instructions
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / ".cache/bench/training"
@@ -129,5 +129,6 @@ def machine() -> dict[str, object]:
         commit += "-dirty"
     return {
         "date": time.strftime("%Y-%m-%d"), "commit": commit, "torch": torch.__version__,
-        "cpu": cpu_name().rpartition(" x ")[0], "threads": torch.get_num_threads(),
+        "cpu": f"{cpu_name().rpartition(' x ')[0]}, {instructions()}",
+        "threads": torch.get_num_threads(),
     }  # fmt: skip

@@ -11,7 +11,7 @@
 
 Run by the other benchmarks in an environment of its own (bench/requirements-peers.txt). The peer
 gets the same weights, tokenizer and rows, and otherwise its own defaults, but for logging, saving
-and what PLAIN says. Prints one JSON object.
+and trl's gradient checkpointing, which is off, as it makes a step slower. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ from transformers import (
 from bench.allocated import measured
 
 ROWS, LENGTH, WARM, POINTS, TRIAL = 8, 512, 2, 6, 32
-PLAIN = {"bf16": False, "gradient_checkpointing": False}
-"""Of trl: its defaults, both on, are far slower on a CPU without bf16 instructions."""
 
 
 class Clock(TrainerCallback):
@@ -79,10 +77,13 @@ def counting(collate: Any, seen: list[int], count: Any) -> Any:
     return wrapped
 
 
-def joined(tokenizer: Any, rows: list[dict]) -> list[list[int]]:
+def joined(tokenizer: Any, rows: list[dict], most: float = math.inf) -> list[list[int]]:
     """As run_clm does: all texts in one, an end of text after each, cut, nothing padded."""
-    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    flat = [i for row in rows for i in (*tokenizer(row["text"])["input_ids"], end)]
+    end, flat = tokenizer.convert_tokens_to_ids("<|endoftext|>"), []
+    for row in rows:
+        flat += (*tokenizer(row["text"])["input_ids"], end)
+        if len(flat) > (most + 1) * LENGTH:
+            break
     return [flat[i : i + LENGTH] for i in range(0, len(flat) - LENGTH, LENGTH)]
 
 
@@ -169,25 +170,26 @@ def throughput(
 ) -> dict[str, float]:
     """Real tokens or pairs a second."""
     clock, seen = Clock(), []
+    how = {"bf16": options.bf16, "torch_compile": options.compile}
+    plain = {"bf16": options.bf16, "gradient_checkpointing": False}
     if options.figure in ("packed", "padded"):
         if options.figure == "packed":
-            ids = joined(tokenizer, rows)
+            ids = joined(tokenizer, rows, options.steps * ROWS)
         else:
             ids = [tokenizer(row["text"])["input_ids"][:LENGTH] for row in rows]
         data = Dataset.from_dict({"input_ids": ids})
         collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
         trainer = Trainer(
-            model, TrainingArguments(**settings(options.steps)), train_dataset=data,
+            model, TrainingArguments(**settings(options.steps, **how)), train_dataset=data,
             data_collator=counting(collate, seen, real_tokens), callbacks=[clock],
         )  # fmt: skip
     elif options.figure in ("sft", "sft_wrapped"):
         from trl import SFTConfig, SFTTrainer
 
         data = Dataset.from_list([{"messages": row["conversations"]} for row in rows])
-        how = {"packing_strategy": "wrapped"} if options.figure == "sft_wrapped" else {}
-        config = SFTConfig(
-            **settings(options.steps, **PLAIN), packing=True, max_length=LENGTH, **how
-        )
+        if options.figure == "sft_wrapped":
+            plain["packing_strategy"] = "wrapped"
+        config = SFTConfig(**settings(options.steps, **plain), packing=True, max_length=LENGTH)
         trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer,
                              callbacks=[clock])  # fmt: skip
         trainer.data_collator = counting(trainer.data_collator, seen, real_tokens)
@@ -195,7 +197,7 @@ def throughput(
         from trl import DPOConfig, DPOTrainer
 
         data = Dataset.from_list([{k: row[k] for k in ("chosen", "rejected")} for row in rows])
-        config = DPOConfig(**settings(options.steps, **PLAIN), max_length=LENGTH)
+        config = DPOConfig(**settings(options.steps, **plain), max_length=LENGTH)
         trainer = DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer,
                              callbacks=[clock])  # fmt: skip
         trainer.data_collator = counting(trainer.data_collator, seen, lambda batch: ROWS)
@@ -223,6 +225,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--matmul", default="highest", help="of torch.set_float32_matmul_precision")
+    parser.add_argument("--bf16", action="store_true", help="train under autocast")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--val", type=Path)

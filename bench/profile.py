@@ -1,4 +1,4 @@
-"""Where the time of one training step goes, by torch's profiler: the 26.9M model, fp32.
+"""Where the time of one training step goes, by torch's profiler: the 26.9M model, as on this CPU.
 
     python -m bench.profile
 
@@ -19,7 +19,8 @@ from bench.step import rows_of_one_document
 from bench.training import LENGTH, ROWS
 from hf_folder import load_model
 from losses import cross_entropy_sum
-from trainlib.optim import OptimConfig, build_optimizers
+from trainlib.hardware import choose_hardware, find_facts, read_table
+from trainlib.optim import OptimConfig, build_optimizers, fast_bfloat16
 
 SHIPPED = 131_072
 
@@ -28,12 +29,15 @@ def main() -> None:
     """Profile the second of two steps."""
     torch.set_float32_matmul_precision("medium")
     model = load_model(base())
+    model.attention = choose_hardware(find_facts(), read_table(), device="cpu").attention
+    bf16 = fast_bfloat16(torch.device("cpu"))
     optimizers = build_optimizers(model, OptimConfig())
     batch = rows_of_one_document(ROWS, LENGTH)
 
     def gradient() -> None:
-        logits = model(**batch.inputs)
-        cross_entropy_sum(logits, batch.selected(batch.labels)).backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            loss = cross_entropy_sum(model(**batch.inputs), batch.selected(batch.labels))
+        loss.backward()
 
     def update() -> None:
         for optimizer in optimizers:
@@ -59,7 +63,7 @@ def main() -> None:
     ]
     for row in operators:
         print(f"{row['share']:6.1%} {row['seconds']:7.3f} s {row['calls']:5} {row['name']}")
-    record("profile", [whole], "", operators=operators)
+    record("profile", [whole], "", operators=operators, precision="bf16" if bf16 else "fp32")
 
 
 if __name__ == "__main__":

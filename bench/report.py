@@ -24,13 +24,17 @@ from bench.common import RECORDS, ROOT
 WHAT = {
     "packed": "tokens/s on full rows of 512, 26.9M, over transformers.Trainer, each as shipped, but"
     " ours with a step in 16,384 tokens",
-    "same": "the same, AdamW, same dtype and matmul setting on both sides, uncompiled",
+    "same": "the same, AdamW, fp32 and one matmul setting on both sides, uncompiled",
+    "same_bf16": "the same, both under bf16's autocast",
+    "same_compiled": "the same in fp32, both compiled",
     "padded": "real tokens/s on rows of 60 to 700 characters, over Trainer's dynamic padding",
-    "padded_same": "the same, same setting on both sides",
+    "padded_same": "the same, AdamW, fp32 and one matmul setting on both sides",
     "sft": "real tokens/s of fine-tuning, over trl.SFTTrainer with packing as it is by default",
     "sft_wrapped": "the same, over its other packing, which is faster without FlashAttention",
     "dpo": "pairs/s of preference optimisation with its reference, over trl.DPOTrainer",
     "mfu": "model FLOP utilisation: share of the best matrix product measured in the same run",
+    "mfu_fp32": "the same in fp32, where mfu is in bf16",
+    "mfu_compiled": "as mfu, compiled",
     "time_to_loss": "how many times sooner the loss of Trainer's best AdamW run is reached",
     "checkpoint": "share of training time that saving every 200th step takes, 26.9M; below 0.001 it"
     " is noise",
@@ -167,9 +171,10 @@ def told(record: dict[str, Any]) -> str:
 
 def profile(record: dict[str, Any]) -> list[str]:
     """Where a step's time goes."""
+    of = f"8 rows of 512, 26.9M, {record.get('precision', 'fp32')}"
     lines = ["", "### Where the time of a step goes", "",
-             "8 rows of 512, 26.9M, fp32; of the update, which is made once in 131,072 tokens, its "
-             f"share of these 4,096: {record['median']:.3g} s in all.", "",
+             f"{of}; of the update, made once in 131,072 tokens, its share of these 4,096: "
+             f"{record['median']:.3g} s in all.", "",
              "| operator by itself | share | calls |", "| --- | --- | --- |"]  # fmt: skip
     for row in record["operators"]:
         lines.append(f"| {row['name']} | {row['share']:.1%} | {row['calls']} |")

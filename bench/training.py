@@ -3,8 +3,11 @@
     python -m bench.training [NAME ...] [--peers .venv-peers] [--pairs 3] [--steps 6]
 
     packed   pretraining on full rows of 512, each as shipped, against transformers.Trainer
-    same     the same, with the same dtype and matmul setting on both sides, uncompiled
+    same     the same, with AdamW, fp32 and one matmul setting on both sides, uncompiled
+    same_bf16      the same under bf16's autocast, where the CPU has its instructions
+    same_compiled  the same in fp32, both compiled
     padded   real tokens on rows of 60 to 700 characters, against Trainer with dynamic padding
+    padded_same    the same with AdamW, fp32 and one matmul setting on both sides
     sft      real tokens on the sample's conversations, against trl.SFTTrainer with packing; its
              default lays all rows end to end, which without FlashAttention means one square mask
     sft_wrapped  the same, the peer packing by cutting at the row's end, faster for it here
@@ -14,7 +17,8 @@ The model is the default of 26.9M parameters. "As shipped" the peer takes a step
 4,096 tokens, which is its default, and ours one of Muon every 16,384. A pair of runs is the peer's,
 then ours; the ratio is taken pair by pair. Ours is the stage script itself, its figure that of its
 metrics.jsonl over the steps after the first ones. Of DPO each side's reference log-probabilities
-are part of the work that is timed, as each does it.
+are part of the work that is timed, as each does it. trl computes in bf16, its default, where the
+CPU has the instructions, and without gradient checkpointing, which makes a step slower.
 """
 
 from __future__ import annotations
@@ -26,32 +30,37 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
+
 from bench.common import PLACE, SAMPLE, base, parser_of, peer, record, run
 from dataset import DataConfig, load_datasets
 from hf_folder import load_tokenizer
 from trainlib.batches import StepLoader
 from trainlib.metrics import minutes_trained
+from trainlib.optim import fast_bfloat16
 
 ROWS, LENGTH, WARM = 8, 512, 2
 LONG_STEP = 16_384
 """Tokens of a step of ours as shipped: the 131,072 of pretraining and 32,768 of fine-tuning would
 take minutes here, and Muon, paid once a step, weighs eight and two times less there."""
+TRL = ("sft", "sft_wrapped", "dpo")
+EQUAL = ["optim.name=adamw", "compile=off"]
+FP32, BF16 = [*EQUAL, "precision=fp32"], [*EQUAL, "precision=bf16"]
+COMPILED = ["optim.name=adamw", "precision=fp32", "compile=on"]
+MEDIUM = ["--matmul", "medium"]
+PACKED, SHORT, PAIRS = SAMPLE / "pretrain.jsonl", PLACE / "short.jsonl", PLACE / "pairs.jsonl"
 FIGURES = {
-    # figure: our script, data, the peer's figure, its matmul setting, ours, what is wanted
-    "packed": ("train.py", SAMPLE / "pretrain.jsonl", "packed", "highest", [], ">= 2.2"),
-    "same": (
-        "train.py", SAMPLE / "pretrain.jsonl", "packed", "medium",
-        ["optim.name=adamw", "precision=fp32", "compile=off"], ">= 1.15",
-    ),
-    "padded": ("train.py", PLACE / "short.jsonl", "padded", "highest", [], ">= 3"),
-    "padded_same": (
-        "train.py", PLACE / "short.jsonl", "padded", "medium",
-        ["optim.name=adamw", "precision=fp32", "compile=off"], ">= 1.8",
-    ),
-    "sft": ("sft_train.py", SAMPLE / "sft.jsonl", "sft", "highest", [], ">= 1.3"),
-    "sft_wrapped": ("sft_train.py", SAMPLE / "sft.jsonl", "sft_wrapped", "highest", [], ">= 1.3"),
-    "dpo": ("dpo_train.py", PLACE / "pairs.jsonl", "dpo", "highest", [], ">= 2"),
-}  # fmt: skip
+    # figure: our script, data, the peer's figure and settings, ours, what is wanted
+    "packed": ("train.py", PACKED, "packed", [], [], ">= 2.2"),
+    "same": ("train.py", PACKED, "packed", MEDIUM, FP32, ">= 1.15"),
+    "same_bf16": ("train.py", PACKED, "packed", [*MEDIUM, "--bf16"], BF16, ">= 1.15"),
+    "same_compiled": ("train.py", PACKED, "packed", [*MEDIUM, "--compile"], COMPILED, ">= 1.05"),
+    "padded": ("train.py", SHORT, "padded", [], [], ">= 3"),
+    "padded_same": ("train.py", SHORT, "padded", MEDIUM, FP32, ">= 1.8"),
+    "sft": ("sft_train.py", SAMPLE / "sft.jsonl", "sft", [], [], ">= 1.3"),
+    "sft_wrapped": ("sft_train.py", SAMPLE / "sft.jsonl", "sft_wrapped", [], [], ">= 1.3"),
+    "dpo": ("dpo_train.py", PAIRS, "dpo", [], [], ">= 2"),
+}
 
 
 def main() -> None:
@@ -61,12 +70,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     options = parser.parse_args()
     prepare()
+    bf16 = fast_bfloat16(torch.device("cpu"))
     for figure in options.names or FIGURES:
-        _, data, name, matmul, _, aim = FIGURES[figure]
+        _, data, name, settings, _, aim = FIGURES[figure]
+        if figure == "same_bf16" and not bf16:
+            continue
+        if bf16 and name in TRL:
+            settings = ["--bf16"]
         pairs = []
         for number in range(options.pairs):
             theirs = peer(options.peers, name, data, base(), "--steps", str(options.steps),
-                          "--matmul", matmul)["per_second"]  # fmt: skip
+                          *settings)["per_second"]  # fmt: skip
             pairs.append((ours(figure, options.steps), theirs))
             print(f"{figure} {number + 1}: {pairs[-1][0]:,.1f} against {pairs[-1][1]:,.1f}/s",
                   flush=True)  # fmt: skip
