@@ -5,9 +5,9 @@ varlen   torch.nn.attention.varlen: a kernel that computes nothing outside the d
          from compute capability 8.0 on, in 16-bit numbers
 blocks   the same idea in plain products, written out below: on a CPU of few cores
 
-All take what a query may see as one argument: nothing (the row is one document), a mask
-(B, 1, T, S), True or 0 where it may (masked); the documents' boundaries, int32 (N + 1,) (varlen);
-each position's document, int64 (B, T) (blocks).
+All take what a query may see as one argument, whose dtype chooses the kernel: nothing (the row is
+one document); a mask (B, 1, T, S), True or 0 where it may (masked); the documents' boundaries,
+int32 (N + 1,) (varlen); each position's document, int64 (B, T) (blocks).
 Shapes as in model.py: B batch  T query length  S key length  N query heads  G key/value heads
 R = N / G  H head_dim.
 """
@@ -64,8 +64,10 @@ def attend(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, visible: Tensor | Non
     if visible is not None and visible.dtype == torch.int32:
         return attend_varlen(q_BNTH, k_BGSH, v_BGSH, visible)
     if visible is not None and visible.dtype == torch.int64:
-        heads_last = (x.transpose(1, 2) for x in (q_BNTH, k_BGSH, v_BGSH))
-        return attend_blocks(*heads_last, visible).transpose(1, 2)
+        q_BTNH, k_BTGH, v_BTGH = (
+            x.to(v_BGSH.dtype).transpose(1, 2) for x in (q_BNTH, k_BGSH, v_BGSH)
+        )
+        return attend_blocks(q_BTNH, k_BTGH, v_BTGH, visible).transpose(1, 2)
     grouped = k_BGSH.shape[1] != q_BNTH.shape[1]
     if grouped and visible is not None and q_BNTH.is_cuda:
         # On CUDA a mask together with enable_gqa falls back to the quadratic-memory kernel.
@@ -117,29 +119,24 @@ def attend_varlen(q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor, boundaries: Te
 # ---- blocks: few queries at a time, and the keys of their own document alone --------------------
 
 BLOCK = 128
-"""Queries whose scores are computed at a time: their scores stay in the processor's cache."""
+"""Queries whose scores are computed at a time, so that no more than BLOCK x S are held a head."""
 
 
 def blocks_of(document_ids: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
     """Each document longer than BLOCK alone; of shorter ones as many as BLOCK holds together.
 
-    Gives row, positions and the additive mask (BLOCK, BLOCK) of the last BLOCK of them; all
-    positions before these are visible.
+    Gives row, positions and the additive mask of the last square of a block's scores; the keys
+    before that square are all visible.
     """
     later = torch.full((BLOCK, BLOCK), -torch.inf).triu_(1)
     for row, ids in enumerate(document_ids):
-        edges = (ids.diff().nonzero().flatten() + 1).tolist()
-        begin = last = 0
-        for end in (*edges, len(ids)):
-            if end - begin > BLOCK and last > begin:
-                yield row, slice(begin, last), _among(ids[begin:last], later)
-                begin = last
-            if end - begin > BLOCK:
-                yield row, slice(begin, end), later
+        begin = end = 0
+        for size in (*ids.unique_consecutive(return_counts=True)[1].tolist(), BLOCK + 1):
+            if end > begin and end + size - begin > BLOCK:
+                own = ids[begin:end]
+                yield row, slice(begin, end), later if end - begin > BLOCK else _among(own, later)
                 begin = end
-            last = end
-        if last > begin:
-            yield row, slice(begin, last), _among(ids[begin:last], later)
+            end += size
 
 
 def _among(ids: Tensor, later: Tensor) -> Tensor:
@@ -160,7 +157,9 @@ def _ungroup(x: Tensor, length: int) -> Tensor:
 
 def _probabilities(q: Tensor, keys: Tensor, length: int, mask: Tensor) -> Tensor:
     """softmax(q k / sqrt(H)) in fp32: (G, R T, H), (G, S, H) -> (G, R T, S)."""
-    scores = torch.bmm(q.float() * q.shape[-1] ** -0.5, keys.mT)
+    # An operator of one's own runs under its caller's autocast, which would take scores in 16 bits.
+    with torch.autocast(q.device.type, enabled=False):
+        scores = torch.bmm(q.float() * q.shape[-1] ** -0.5, keys.mT)
     scores.unflatten(1, (-1, length))[..., -length:] += mask[:length, :length]
     return torch.softmax(scores, -1, out=scores)
 
@@ -169,8 +168,8 @@ def _probabilities(q: Tensor, keys: Tensor, length: int, mask: Tensor) -> Tensor
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor) -> Tensor:
     """Attention that keeps no probabilities: backward makes them again, block by block.
 
-    In 16-bit numbers scores and softmax are fp32. One operator for autograd and for a compiler,
-    so that neither looks into the loops.
+    Scores and softmax are in fp32, whatever autocast says and q, k, v are. One operator for
+    autograd and for a compiler, so that neither looks into the loops.
     Shapes: q (B, T, N, H); k, v (B, T, G, H); document_ids (B, T), equal ones side by side.
     Source: FlashAttention, arXiv:2205.14135, with softmax over a block's whole rows.
     """
@@ -192,7 +191,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor) -> Tens
 def attend_blocks_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, document_ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v (arXiv:2205.14135, appendix B.2, algorithm 4)."""
+    """Gradients of q, k and v (arXiv:2205.14135, its backward pass)."""
     (dq, dk, dv), num_groups = map(_like, (q, k, v)), k.shape[2]
     for row, here, mask in blocks_of(document_ids):
         keys, values = (x[row, here].transpose(0, 1).contiguous() for x in (k, v))

@@ -86,8 +86,8 @@ def main(config: DPOConfig, datasets: Datasets) -> None:
     run.flops_per_token = flops_per_token(model, datasets.train.mean_attended())
     optimizers = build_optimizers(model, config.optim)
     loader = make_loader(run, datasets.train)
-    warm_up(run, model, loader)
     schedule = make_schedule(config, loader)
+    warm_up(run, model, loader, schedule.num_steps)
     reference = reference_log_probs(run, model, datasets, loader, schedule.num_steps)
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:

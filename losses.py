@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
-BLOCK = 1024
-"""Positions whose probabilities are computed at a time."""
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -42,8 +40,7 @@ class _TokenLosses(torch.autograd.Function):
         behind = logits.amax(1).to(dtype) - logits.gather(1, index).squeeze(1).to(dtype)
         ctx.dtype = logits.dtype
         probabilities = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
-        for rows, block in zip(logits.split(BLOCK), probabilities.split(BLOCK), strict=True):
-            block.copy_(torch.softmax(rows, 1, dtype=dtype))
+        torch.softmax(logits, 1, dtype=dtype, out=probabilities)
         # The largest logit has probability exp(0) / sum: no second pass is needed for the sum, and
         # no logarithm of a label's probability, which may be 0.
         losses = behind - probabilities.amax(1).log()

@@ -66,8 +66,8 @@ def main(config: SFTConfig, datasets: Datasets) -> None:
     run.flops_per_token = flops_per_token(model, datasets.train.mean_attended())
     optimizers = build_optimizers(model, config.optim)
     loader = make_loader(run, datasets.train)
-    warm_up(run, model, loader)
     schedule = make_schedule(config, loader)
+    warm_up(run, model, loader, schedule.num_steps)
 
     def evaluate() -> tuple[Metrics, list[str]]:
         sampling = Sampling(temperature=0, max_new_tokens=64)

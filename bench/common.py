@@ -14,8 +14,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from trainlib.hardware import cpu_name, instructions
-
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / ".cache/bench/training"
 SAMPLE = ROOT / "dataset/sample"
@@ -117,7 +115,10 @@ def record(figure: str, values: list[float], aim: str, **more: object) -> None:
 
 def machine() -> dict[str, object]:
     """Where and when a record was made."""
-    import torch  # Here, so that a program without it is measured without it.
+    # Here, so that a program without torch is measured without it.
+    import torch
+
+    from trainlib.hardware import cpu_name, instructions
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,

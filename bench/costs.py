@@ -63,7 +63,7 @@ def mfu_fp32(options: argparse.Namespace) -> None:
 
 
 def mfu_compiled(options: argparse.Namespace) -> None:
-    """A run's first step is compiled beforehand."""
+    """The warm-up compiles before the first step, so that no step holds it."""
     mfu(options, "mfu_compiled", "compile=on")
 
 

@@ -11,7 +11,8 @@
 
 Run by the other benchmarks in an environment of its own (bench/requirements-peers.txt). The peer
 gets the same weights, tokenizer and rows, and otherwise its own defaults, but for logging, saving
-and trl's gradient checkpointing, which is off, as it makes a step slower. Prints one JSON object.
+and two of trl: gradient checkpointing is off, as it makes a step slower, and bf16 is on only with
+--bf16, as without the instructions it is far slower. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ def loss(options: argparse.Namespace, tokenizer: Any, rows: list[dict]) -> dict[
     def train(steps: int, watch: TrainerCallback) -> None:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
-        more = {"learning_rate": options.rate, "warmup_steps": math.ceil(0.02 * steps)}
+        more = {"learning_rate": options.rate, "warmup_steps": math.ceil(0.02 * steps),
+                "bf16": options.bf16}  # fmt: skip
         trainer = Trainer(model, TrainingArguments(**settings(steps, **more)), train_dataset=data,
                           data_collator=collate, callbacks=[watch])  # fmt: skip
         trainer.train()

@@ -1,4 +1,5 @@
-"""Where the time of one training step goes, by torch's profiler: the 26.9M model, as on this CPU.
+"""Where the time of one training step goes, by torch's profiler: the 26.9M model, in bf16 where
+the CPU has its instructions.
 
     python -m bench.profile
 
@@ -15,11 +16,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.common import base, record
-from bench.step import rows_of_one_document
+from bench.step import chosen, rows_of_one_document
 from bench.training import LENGTH, ROWS
 from hf_folder import load_model
 from losses import cross_entropy_sum
-from trainlib.hardware import choose_hardware, find_facts, read_table
 from trainlib.optim import OptimConfig, build_optimizers, fast_bfloat16
 
 SHIPPED = 131_072
@@ -27,9 +27,9 @@ SHIPPED = 131_072
 
 def main() -> None:
     """Profile the second of two steps."""
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision(chosen().matmul)
     model = load_model(base())
-    model.attention = choose_hardware(find_facts(), read_table(), device="cpu").attention
+    model.attention = chosen().attention
     bf16 = fast_bfloat16(torch.device("cpu"))
     optimizers = build_optimizers(model, OptimConfig())
     batch = rows_of_one_document(ROWS, LENGTH)

@@ -8,7 +8,8 @@
 
 A step is forward, backward and AdamW in fp32 with the same matmul setting on both sides and nothing
 compiled; ours and the peer's take turns, and of each point the pair with the median ratio counts.
-The peer's rows are under a causal kernel, ours under a mask, as rows of several documents are.
+The peer's rows are under a causal kernel, ours under the one that is chosen on this CPU for rows
+of several documents.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 from pathlib import Path
 
 from bench.common import ROOT, SAMPLE, base, parser_of, peer, record
+from bench.step import chosen
 
 TINY = "configs/tiny_pretrain.yaml"
 MODELS = [TINY, "configs/pretrain_6m.yaml", "configs/pretrain.yaml", "configs/pretrain_100m.yaml"]
@@ -41,7 +43,7 @@ def main() -> None:
         for name, config, rows, length in AXES[axis]:
             model, steps = base(config), options.steps
             words = ["--rows", str(rows), "--length", str(length), "--steps", str(steps),
-                     "--matmul", "medium"]  # fmt: skip
+                     "--matmul", chosen().matmul]  # fmt: skip
             pairs = []
             for _ in range(options.pairs):
                 theirs = peer(options.peers, "step", SAMPLE / "pretrain.jsonl", model, *words)
@@ -54,7 +56,8 @@ def main() -> None:
                   f"{theirs['per_second']:,.0f} tokens/s, {mine['peak'] / 1e6:,.0f} against "
                   f"{theirs['peak'] / 1e6:,.0f} MB", flush=True)  # fmt: skip
         ratios = [p["ours"]["per_second"] / p["theirs"]["per_second"] for p in points]
-        record(f"scaling_{axis}", ratios, ">= 1.15", points=points)
+        attention = chosen().attention
+        record(f"scaling_{axis}", ratios, ">= 1.15", points=points, attention=attention)
 
 
 def own(model: Path, words: list[str]) -> dict[str, float]:

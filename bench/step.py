@@ -1,6 +1,6 @@
 """One plain training step of ours: what it takes in memory and time, without data and loop.
 
-    python -m bench.step --model FOLDER [--rows 8] [--length 512] [--steps 3] [--matmul medium]
+    python -m bench.step --model FOLDER [--rows 8] [--length 512] [--steps 3] [--matmul WORD]
 
 Prints one JSON object, as bench.peers does of the same step.
 """
@@ -17,7 +17,7 @@ from batch import Batch
 from bench.allocated import measured
 from hf_folder import load_model
 from losses import cross_entropy_sum
-from trainlib.hardware import choose_hardware, find_facts, read_table
+from trainlib.hardware import Choice, choose_hardware, find_facts, read_table
 
 
 def own_step(folder: Path, rows: int, length: int, count: int = 0) -> dict[str, float]:
@@ -26,7 +26,7 @@ def own_step(folder: Path, rows: int, length: int, count: int = 0) -> dict[str, 
     A row is one document and every position a label; `count` steps are timed, 0 = none.
     """
     model = load_model(folder)
-    model.attention = choose_hardware(find_facts(), read_table(), device="cpu").attention
+    model.attention = chosen().attention
     optimizer = torch.optim.AdamW(model.parameters())
     batch = rows_of_one_document(rows, length)
 
@@ -36,6 +36,11 @@ def own_step(folder: Path, rows: int, length: int, count: int = 0) -> dict[str, 
         optimizer.step()
 
     return measured(step, model, optimizer, rows * length, count)
+
+
+def chosen() -> Choice:
+    """How a run computes on this CPU, but for precision, which a run measures."""
+    return choose_hardware(find_facts(), read_table(), device="cpu")
 
 
 def rows_of_one_document(rows: int, length: int) -> Batch:
@@ -55,7 +60,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--matmul", default="medium")
+    parser.add_argument("--matmul", default=chosen().matmul)
     options = parser.parse_args()
     torch.set_float32_matmul_precision(options.matmul)
     print(json.dumps(own_step(options.model, options.rows, options.length, options.steps)))

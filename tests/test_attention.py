@@ -27,6 +27,7 @@ from attention import (
     load_varlen,
     varlen_keywords,
 )
+from generate import Sampling, generate_batch
 from model import ModelConfig, Transformer
 from trainlib.batches import StepBatch, StepLoader
 from trainlib.runtime import Hardware, looking, warm_up
@@ -100,7 +101,7 @@ def batch():
     }  # fmt: skip
 
 
-def test_the_two_kernels_agree(kernel, batch):
+def test_varlen_agrees_with_masked(kernel, batch):
     torch.manual_seed(1)
     q, k, v = (torch.randn(2, heads, 12, 8, dtype=torch.bfloat16) for heads in (4, 2, 2))
     one = attend(q, k, v, document_mask(batch["document_ids"]))
@@ -144,7 +145,7 @@ ROWS = {
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_give_values_and_gradients_of_exact_attention(rows, dtype):
-    """In bf16 as near to float64 as torch's own kernel is, but for a quarter."""
+    """In bf16 as near to float64 as torch's own kernel is, but for a quarter and 0.001."""
     ids = torch.stack([
         torch.repeat_interleave(torch.arange(len(sizes)) + 50 * row, torch.tensor(sizes))
         for row, sizes in enumerate(ROWS[rows])
@@ -166,6 +167,16 @@ def test_blocks_give_values_and_gradients_of_exact_attention(rows, dtype):
     assert len(blocks) == 4
     for own, of_torch in zip(blocks, plain, strict=True):
         assert own < (1e-6 if dtype == torch.float32 else 1.25 * of_torch + 1e-3)
+
+
+def test_autocast_does_not_reach_into_blocks():
+    ids = torch.tensor([[0] * 4 + [1] * 5, [2] * 9])
+    qkv = [4 * torch.randn(2, heads, 9, 8, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    expected = attend(*qkv, ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(attend(*qkv, ids), expected)
+        # QK-norm may give fp32, and attention is in the values' dtype.
+        assert attend(qkv[0].float(), qkv[1].float(), qkv[2], ids).dtype == torch.bfloat16
 
 
 def test_blocks_are_an_operator_as_torch_checks_them():
@@ -222,8 +233,25 @@ def warmed_up(batch, hardware=BF16, **config):
 
 
 def test_a_kernel_that_agrees_is_used(kernel, batch):
-    model, run = warmed_up(batch)
+    model, run = warmed_up(batch, compile="auto")
     assert model.attention == run.hardware.attention == "varlen"
+
+
+def test_blocks_are_used_where_they_are_chosen(batch):
+    hardware = replace(BF16, attention="blocks")
+    model, run = warmed_up(batch, hardware, compile="auto")
+    assert model.attention == run.hardware.attention == "blocks"
+
+
+def test_generation_is_the_same_with_blocks():
+    model, prompts = Transformer(SIZES), [[1, 2, 3], [4, 5, 6, 7, 8]]
+    torch.nn.init.normal_(model.model.layers[0].self_attn.o_proj.weight, std=0.5)
+    sampling = Sampling(temperature=0, max_new_tokens=8)
+    written = []
+    for kernel_name in ("masked", "blocks"):
+        model.attention = kernel_name
+        written.append(generate_batch(model, prompts, sampling))
+    assert written[0] == written[1]
 
 
 def fails(q, k, v, boundaries):
@@ -243,7 +271,7 @@ WRONG = {
 def test_a_kernel_that_fails_or_disagrees_is_left_out(kernel, batch, wrong, monkeypatch, caplog):
     """In a fresh model too, whose output does not depend on attention yet."""
     monkeypatch.setattr("attention.attend_varlen", WRONG[wrong])
-    model, run = warmed_up(batch)
+    model, run = warmed_up(batch, compile="auto")
     assert model.attention == run.hardware.attention == "masked"
     assert "varlen kernel is left out" in caplog.text
 

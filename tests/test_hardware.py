@@ -13,6 +13,7 @@ from trainlib.hardware import (
     Choice,
     Facts,
     choose_hardware,
+    instructions,
     measured_precision,
     read_table,
 )
@@ -80,7 +81,7 @@ def test_a_cpu_is_measured_once(tmp_path, monkeypatch, caplog):
     first = measured_precision(file, "medium")
     assert first in ("fp32", "bf16") and torch.get_float32_matmul_precision() == before
     (key,) = json.loads(file.read_text())
-    assert "threads" in key and torch.__version__ in key
+    assert "threads" in key and torch.__version__ in key and instructions() in key
     # What stands in the file counts, and nothing is measured again: two runs agree.
     monkeypatch.setattr("trainlib.hardware._seconds", lambda dtype: 1 / 0)
     other = {"fp32": "bf16", "bf16": "fp32"}[first]

@@ -59,12 +59,14 @@ def profiled_peak(model: torch.nn.Module, step) -> int:
     return allocated_peak(model.parameters(), optimizers, lambda: step(model, optimizers))
 
 
+@pytest.mark.parametrize("attention", ["masked", "blocks"])
 @pytest.mark.parametrize(
     "sizes, precision, rows, num_micro", [(SMALL, "fp32", 4, 1), (LARGER, "fp32", 2, 2)]
 )
-def test_the_counted_peak_is_what_torch_allocates(sizes, precision, rows, num_micro):
+def test_the_counted_peak_is_what_torch_allocates(sizes, precision, rows, num_micro, attention):
     step = make_step(precision, rows, num_micro, 128)
     model = Transformer(sizes)
+    model.attention = attention
     before = {name: p.clone() for name, p in model.named_parameters()}
     counted = peak_bytes(model, OptimConfig(), step)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

@@ -91,6 +91,15 @@ def test_ranks_learn_what_one_learns(ranks, place, alone):
 
 
 @pytest.mark.slow
+def test_ranks_with_muon_learn_the_same_to_what_bf16_leaves(place):
+    for name, ranks in (("muon1", 1), ("muon2", 2)):
+        finish(start(place, f"out_dir={name}", f"ranks={ranks}", "optim.name=muon"))
+    for mine, yours in zip(metrics(place / "muon2"), metrics(place / "muon1"), strict=True):
+        for name in mine.keys() & {"train/loss", "val/loss"}:
+            assert mine[name] == pytest.approx(yours[name], rel=1e-3), name
+
+
+@pytest.mark.slow
 def test_torchrun_starts_it_too_and_another_number_of_ranks_goes_on(place, alone):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     process = start(place, "out_dir=torchrun", "max_steps=6", prefix=[*torchrun, "2"])

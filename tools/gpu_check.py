@@ -107,6 +107,8 @@ def check_attention(machine: Machine) -> Iterator[Line]:
     if machine.choice.attention == "varlen":
         load_varlen()
         kernels["varlen bf16"] = (torch.bfloat16, batch.boundaries, 2e-2)
+    if machine.choice.attention == "blocks":
+        kernels["blocks fp32"] = (torch.float32, batch.document_ids, 1e-4)
     if machine.choice.precision in DTYPES:
         kernels["masked 16 bits"] = (DTYPES[machine.choice.precision], visible, 2e-2)
     torch.set_float32_matmul_precision("highest")

@@ -28,8 +28,8 @@ TABLE = Path(__file__).resolve().parents[1] / "configs" / "hardware.tsv"
 TABLE_ROW_LENGTH = 512
 """Positions of the rows that the table's micro batches count."""
 FEW_THREADS = 4
-"""Up to which attention takes blocks: on two cores 1.5 to 2.5 times as fast as a mask of the row
-for 8 heads, as fast for 3. A block is too little work for many; more than two were not measured."""
+"""Up to which attention takes blocks. Measured on two: 1.5 to 2.5 times as fast as a mask of the
+row for 8 heads, as fast for 3. A block is some 10 ms of one core, so too little work for many."""
 
 
 @dataclass(frozen=True)

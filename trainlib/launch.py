@@ -85,7 +85,7 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = field(default="auto", metadata=HOW)
     """Numbers of the forward pass; auto = by the card, on a CPU what a measurement finds faster."""
     compile: Literal["auto", "on", "off"] = field(default="auto", metadata=HOW)
-    """Compile the layers; auto = on a card only."""
+    """Compile the layers; auto = on a card, and on a CPU in bf16 for a long run of given steps."""
     micro_batch_size: int = field(default=0, metadata=HOW)
     """Most rows of one forward pass; 0 = chosen for the device."""
     max_steps: int = 0
@@ -301,7 +301,8 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
         # The precision as chosen, for a resume must go on with it.
         write_run_yaml(resolved(config, precision=choice.precision), folder / "run.yaml")
     if not wanted:
-        log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
+        log.info("%s in %s on %s, %s, attention: %s", stage, folder, hardware.device,
+                 hardware.precision, hardware.attention)  # fmt: skip
     checkpoints = Checkpoints(folder, config.keep_checkpoints, ranks.first)
     clock = Clock(config.max_hours, config.deadline)
     run = Run(config, stage, folder, hardware, checkpoints, ranks, clock, resume_from)
@@ -314,7 +315,7 @@ def prepare_model(
 ) -> None:
     """Move the model to the run's device, the same weights to every rank; nothing wraps it.
 
-    `layers` are what fit compiles, one after the other.
+    `layers` are what warm_up compiles, one after the other.
     `companions` are the files that make a checkpoint a model folder: file name to content.
     """
     model.to(run.hardware.device)

@@ -125,9 +125,9 @@ def parse_seconds(text: str) -> float:
 
 def without_device(choice: Choice) -> Hardware:
     """The hardware that the memory of a choice is counted with: a CPU's, nothing compiled."""
-    rows = choice.micro_batch_size
     precision = "fp32" if choice.precision == "measure" else choice.precision
-    return Hardware(torch.device("cpu"), precision, "masked", False, rows)
+    attention = "blocks" if choice.attention == "blocks" else "masked"
+    return Hardware(torch.device("cpu"), precision, attention, False, choice.micro_batch_size)
 
 
 # ---- the plan ------------------------------------------------------------------------------------
