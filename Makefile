@@ -34,18 +34,22 @@ lock: .venv/ready-dev
 	  awk '/^pip==/ {on = 1; print; next} on && /^ / {print; next} {on = 0}' docker/requirements.lock; } > docker/pip.lock
 	rm docker/requirements.lock.new
 
-# The figures of docs/benchmarks.md, beside the peers: about an hour on two cores.
+# The figures of docs/benchmarks.md beside the peers, each pair once: within an hour on two cores.
 bench: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json
 	$(BIN)/python -m bench.profile
-	$(BIN)/python -m bench.training
-	$(BIN)/python -m bench.costs
-	$(BIN)/python -m bench.scaling
+	$(BIN)/python -m bench.training --pairs 1
+	$(BIN)/python -m bench.costs --repeats 1
+	$(BIN)/python -m bench.scaling --pairs 1
 	$(BIN)/python -m bench.time_to_loss
 	$(BIN)/python -m bench.token_cache --megabytes 100
 	$(BIN)/python -m bench.report
 
-# The ones that take hours. Started again, the ablations and the peer's runs go on where they were.
+# The ones that take hours, and three pairs of the others. Started again, the ablations and the
+# peer's runs go on where they were.
 bench-long: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json
+	$(BIN)/python -m bench.training
+	$(BIN)/python -m bench.costs
+	$(BIN)/python -m bench.scaling
 	$(BIN)/python -m bench.ablations
 	$(BIN)/python -m bench.time_to_loss --resume --minutes 20 \
 	  --config configs/pretrain_6m.yaml --set tokens_per_step=4096

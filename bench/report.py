@@ -2,7 +2,7 @@
 
     python -m bench.report [docs/benchmarks.md]
 
-Below it the ablations of bench/ablations.jsonl. Draws, of the machine that was measured last,
+Below it the ablations of bench/ablations.jsonl. Draws, each of the machine it was measured on last,
 
     time_to_loss.svg   bits per byte over minutes of ours and of each of the peer's runs
     scaling.svg        speed and memory over the length of a row, the rows and the model
@@ -66,28 +66,35 @@ What a figure is made of stands in the first lines of its program: `bench/traini
 
 NOTES = """## What made it faster or smaller
 
-Kept by hand in `bench/report.py`; each was measured when it was made, on two cores of an EPYC
-without bf16 instructions, or stands in the code beside what it explains.
+Kept by hand in `bench/report.py`; each was measured when it was made, on two cores of an EPYC with
+AVX-512 and bf16 instructions or of one without either, or stands in the code beside what it
+explains.
 
+* bf16 or fp32 is chosen by a measurement, once a machine. With the instructions a product of bf16
+  takes half the time of one of fp32 (390 against 200 GFLOP/s); without them it is far slower.
+* Products of fp32 under `set_float32_matmul_precision("medium")` are oneDNN's: 200 against 150
+  GFLOP/s with AVX-512, no faster without (Trainer: 722 tokens/s without it, 729 with it).
+* Attention takes blocks of 128 queries and the keys of their own document alone, in place of one
+  mask of the row: 8 heads over rows of 512 in one document 1.5 times as fast, in documents of 100
+  tokens 2.7 times; 3 heads alike. A step on full rows is 5 to 8 % faster, on short ones more. Of
+  bf16 the scores are fp32, and the gradients of keys and values nearer to exact ones than those of
+  torch's kernel.
+* A long run on a CPU is compiled where it is in bf16: steps of the 26.9M model 1.15 times as fast,
+  for half a minute of compiling. In fp32, where products take most of a step, nothing was won.
 * Muon's Newton-Schulz runs in fp32 where bf16 is slow (a matrix of 512 x 512: 0.03 s instead of
   2.2 s), and takes all matrices of one shape at once. It is paid once a step, so that it weighs
   more the fewer tokens a step has.
-* bf16 or fp32 is chosen by a measurement, once a machine, as without the instructions bf16 is far
-  slower. Products under `set_float32_matmul_precision("medium")` are oneDNN's: up to 1.6 times
-  faster on a CPU with AVX-512, no faster here (Trainer: 722 tokens/s without, 729 with).
-* So in fp32 there is little to win here: a step reaches 0.75 of the best product that these cores
-  do, and Trainer is as fast (`same`): 2.2 times that would be more than they can. What is won is
-  won by packing (`padded`, and `dpo`, whose reference costs both sides one forward pass a pair), by
-  computing logits only where a label is (`sft`), and by learning more from each token
-  (`time_to_loss`). Of `sft` most is the mask of 4,096 x 4,096 that the peer's default brings.
+* In fp32 on full rows there is little to win (`same`): Trainer's step is products as well. What is
+  won beside precision is won by packing (`padded`), by computing logits only where a label is
+  (`sft`), and by learning more from each token (`time_to_loss`). Of `sft` most is the mask of
+  4,096 x 4,096 that the peer's default brings; `sft_wrapped` is without it.
 * The loss overwrites the logits by the probabilities, and those by the gradient; the feed-forward
   layer keeps its two inputs alone and makes silu and product again in backward. Both take less
   memory, and the step of the 2.8M model was 5 to 8 % faster.
 * The output matrix is asked only where a label is: of a conversation a third has none.
-* Left out: attention document by document in place of one mask. Of the 26.9M model rows of short
-  documents were 5 to 13 % faster, the sample's long ones and the 2.8M model were not.
-* Left out: compiling on a CPU by default. A step of 8 rows was 1.12 times as fast, one of 4 rows
-  was not, and compiling takes 20 s."""
+* Left out: glibc's malloc without mmap, which spares the page faults of large tensors: 2 to 3 % of
+  a step in some runs, nothing in others.
+* Left out: micro-batches of 2, 8 or 16 rows of 512 in place of 4: no faster (16: 10 % slower)."""
 
 
 def main() -> None:
@@ -98,17 +105,25 @@ def main() -> None:
     records = [json.loads(line) for line in RECORDS.open(encoding="utf-8")]
     options.page.write_text(page(records, up_to_date()), encoding="utf-8")
     print(f"wrote {options.page}")
-    # Of the machine that was measured last.
-    figures = list(by_machine(records).values())[-1]
-    races = [record for record in figures.values() if record["figure"] == "time_to_loss"]
-    scaling = [record for record in figures.values() if record["figure"].startswith("scaling_")]
-    files = [record for record in figures.values() if record["figure"].startswith("cache")]
-    if races:
-        draw_races(races, options.page.with_name("time_to_loss.svg"))
-    if scaling:
-        draw_scaling(scaling, options.page.with_name("scaling.svg"))
-    if files:
-        draw_data(files, options.page.with_name("data.svg"))
+    machines = by_machine(records)
+    for kind, machine in last_with_each(machines).items():
+        draw, file, _ = PICTURES[kind]
+        draw(of_kind(machines[machine], kind), options.page.with_name(file))
+
+
+def of_kind(figures: dict[str, dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The records that a picture is drawn from: those whose figure begins with its name."""
+    return [record for record in figures.values() if record["figure"].startswith(kind)]
+
+
+def last_with_each(machines: dict[str, dict[str, dict[str, Any]]]) -> dict[str, str]:
+    """For each picture the machine that was measured last, of those with figures for it."""
+    return {
+        kind: machine
+        for machine, figures in machines.items()
+        for kind in PICTURES
+        if of_kind(figures, kind)
+    }
 
 
 def by_machine(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -135,7 +150,7 @@ def page(records: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
     """The page's text, from the records of figures and the runs of ablations."""
     machines = by_machine(records)
     lines = [INTRODUCTION]
-    for number, (machine, figures) in enumerate(machines.items()):
+    for machine, figures in machines.items():
         lines += ["", f"## {machine}", "", "| figure | measured | wanted | what | when |"]
         lines += ["| --- | --- | --- | --- | --- |"]
         table = [r for r in figures.values() if r["figure"] != "profile"]
@@ -143,13 +158,9 @@ def page(records: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
             when, what = f"{record['date']}, {record['commit']}", WHAT[record["figure"]]
             name = full_name(record)
             lines.append(f"| {name} | {told(record)} | {record['aim']} | {what} | {when} |")
-        drawn = {r["figure"].split("_")[0] for r in table} if number + 1 == len(machines) else ()
-        if "time" in drawn:
-            lines += ["", "![bits per byte over minutes of training](time_to_loss.svg)"]
-        if "scaling" in drawn:
-            lines += ["", "![speed and memory by length, batch and model](scaling.svg)"]
-        if "cache" in drawn:
-            lines += ["", "![tokenizing and memory by the size of the data](data.svg)"]
+        for kind, (_, file, caption) in PICTURES.items():
+            if last_with_each(machines).get(kind) == machine:
+                lines += ["", f"![{caption}]({file})"]
         if "profile" in figures:
             lines += profile(figures["profile"])
     lines += ["", NOTES]
@@ -300,6 +311,14 @@ def draw_races(records: list[dict[str, Any]], picture: Path) -> None:
         )
         axes.legend()
     save(figure, picture)
+
+
+PICTURES = {
+    "time_to_loss": (draw_races, "time_to_loss.svg", "bits per byte over minutes of training"),
+    "scaling": (draw_scaling, "scaling.svg", "speed and memory by length, batch and model"),
+    "cache": (draw_data, "data.svg", "tokenizing and memory by the size of the data"),
+}
+"""By what the names of its figures begin with: what draws a picture, its file and caption."""
 
 
 if __name__ == "__main__":
