@@ -46,11 +46,6 @@ LONG_RUN = 2e14
 cores. It takes half a minute, and in bf16 steps are 1.15 times as fast; in fp32 nothing was won."""
 
 
-def on_cpu_in_bf16(hardware: Hardware) -> bool:
-    """Where compiling pays on a CPU."""
-    return hardware.device.type == "cpu" and hardware.precision == "bf16"
-
-
 def use_hardware(choice: Choice, local_rank: int = 0) -> Hardware:
     """Make a choice of hardware this process's own."""
     torch.set_float32_matmul_precision(choice.matmul)
@@ -122,7 +117,8 @@ def warm_up(run: Run, model: nn.Module, loader: StepLoader, num_steps: int | Non
     that all that it computes in a run is computed in one way. `num_steps` is the run's length,
     where it is known.
     """
-    if run.config.compile == "auto" and num_steps and on_cpu_in_bf16(run.hardware):
+    where = (run.hardware.device.type, run.hardware.precision)
+    if run.config.compile == "auto" and num_steps and where == ("cpu", "bf16"):
         positions = num_steps * loader.rows_per_step * loader.dataset.row_length
         if positions * run.flops_per_token >= LONG_RUN:
             run.hardware = replace(run.hardware, compile=True)
