@@ -14,11 +14,12 @@
     dpo      pairs on the sample's preferences, against trl.DPOTrainer
 
 The model is the default of 26.9M parameters. "As shipped" the peer takes a step of AdamW every
-4,096 tokens, which is its default, and ours one of Muon every 16,384. In the peer's rows a token
-sees the documents before its own as well; ours computes nothing there. A pair of runs is first the
-peer's, then ours; the ratio is taken pair by pair. Ours is the stage script itself, its figure
-that of its metrics.jsonl over the steps after the first ones. Of DPO each side's reference log-
-probabilities are part of the work that is timed, as each does it. trl computes in bf16, its
+4,096 tokens, which is its default, and ours one of Muon in the 131,072 of pretraining or 32,768 of
+fine-tuning, of which the first is timed. In the peer's rows a token sees the documents before its
+own as well; ours computes nothing there. A pair of runs is first the peer's, then ours; the ratio
+is taken pair by pair. Ours is the stage script itself, its figure that of its metrics.jsonl, the
+first two steps left out where a step is 4,096 tokens. Of DPO each side's reference
+log-probabilities are part of the work that is timed, as each does it. trl computes in bf16, its
 default, where the CPU has the instructions, and without gradient checkpointing, which makes a step
 slower.
 """
@@ -39,13 +40,10 @@ from bench.step import chosen
 from dataset import DataConfig, load_datasets
 from hf_folder import load_tokenizer
 from trainlib.batches import StepLoader
-from trainlib.metrics import minutes_trained
+from trainlib.metrics import TRAIN_SPEED, TRAIN_TOKENS, minutes_trained
 from trainlib.optim import fast_bfloat16
 
 ROWS, LENGTH, WARM = 8, 512, 2
-LONG_STEP = 16_384
-"""Tokens of a step of ours as shipped: the 131,072 of pretraining and 32,768 of fine-tuning would
-take minutes here, and Muon, paid once a step, weighs eight and two times less there."""
 TRL = ("sft", "sft_wrapped", "dpo")
 EQUAL = ["optim.name=adamw", "compile=off"]
 FP32, BF16 = [*EQUAL, "precision=fp32"], [*EQUAL, "precision=bf16"]
@@ -118,14 +116,15 @@ def ours(figure: str, steps: int) -> float:
     script, data, _, _, more, _ = FIGURES[figure]
     if figure == "dpo":
         return pairs_per_second(data, steps)
-    each = LONG_STEP if more is AS_LONG else ROWS * LENGTH
-    warm = max(1, WARM * ROWS * LENGTH // each)
-    length = [f"max_steps={max(warm + 1, steps * ROWS * LENGTH // each)}"]
-    rows = run(script, data, "ours", [*length, f"tokens_per_step={each}", *more])
-    minutes = [m for m, row in zip(minutes_trained(rows), rows, strict=True) if "train/loss" in row]
-    rows = [row for row in rows if "train/loss" in row]
-    done = rows[-1]["train/tokens"] - rows[warm - 1]["train/tokens"]
-    return done / (minutes[-1] - minutes[warm - 1]) / 60
+    if more is AS_LONG:
+        (row,) = (row for row in run(script, data, "ours", ["max_steps=1", *more])
+                  if TRAIN_SPEED in row)  # fmt: skip
+        return row[TRAIN_SPEED]
+    words = [f"max_steps={steps}", f"tokens_per_step={ROWS * LENGTH}", *more]
+    rows = [row for row in run(script, data, "ours", words) if TRAIN_SPEED in row]
+    minutes = minutes_trained(rows)
+    done = rows[-1][TRAIN_TOKENS] - rows[WARM - 1][TRAIN_TOKENS]
+    return done / (minutes[-1] - minutes[WARM - 1]) / 60
 
 
 def pairs_per_second(data: Path, steps: int) -> float:

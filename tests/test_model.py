@@ -130,4 +130,4 @@ def test_model_needs_torch_alone():
         for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else
                      [alias.name for alias in node.names])
     }  # fmt: skip
-    assert imported == {"__future__", "dataclasses", "typing", "torch", "attention"}
+    assert imported == {"__future__", "dataclasses", "typing", "torch", "attention", "norm"}
