@@ -23,18 +23,21 @@ from bench.ablations import CENTRE, CHANGES, FIGURE, up_to_date
 from bench.common import RECORDS, ROOT
 
 WHAT = {
-    "packed": "tokens/s on full rows of 512, 26.9M, over transformers.Trainer, each as shipped,"
-    " ours compiled where a long run is",
+    "packed": "tokens/s on full rows of 512, 26.9M, over transformers.Trainer, each as shipped, but"
+    " ours compiled where a longer run is (until 2026-11-25 with a step in 16,384 tokens)",
     "same": "the same, AdamW, fp32 and one matmul setting on both sides, uncompiled",
     "same_bf16": "the same, both under bf16's autocast",
     "same_compiled": "the same in fp32, both compiled",
-    "padded": "real tokens/s on rows of 60 to 700 characters, over Trainer's dynamic padding",
+    "padded": "real tokens/s on rows of 60 to 700 characters, over Trainer's dynamic padding, else"
+    " as packed",
     "padded_same": "the same, AdamW, fp32 and one matmul setting on both sides",
-    "sft": "real tokens/s of fine-tuning, over trl.SFTTrainer with packing as it is by default",
+    "sft": "real tokens/s of fine-tuning, over trl.SFTTrainer with packing as it is by default, else"
+    " as packed",
     "sft_wrapped": "the same, over its other packing, which is faster without FlashAttention",
-    "dpo": "pairs/s of preference optimisation with its reference, over trl.DPOTrainer",
+    "dpo": "pairs/s of preference optimisation with its reference, over trl.DPOTrainer, ours"
+    " compiled as in packed",
     "mfu": "model FLOP utilisation: share of the best matrix product measured in the same run, of a"
-    " step as shipped",
+    " step as shipped (until 2026-11-25 of 16,384 tokens)",
     "mfu_plain": "the same, uncompiled",
     "mfu_fp32": "the same in fp32, uncompiled",
     "time_to_loss": "how many times sooner the loss of Trainer's best AdamW run is reached",
@@ -188,7 +191,7 @@ def told(record: dict[str, Any]) -> str:
 
 def profile(record: dict[str, Any]) -> list[str]:
     """Where a step's time goes."""
-    of = f"8 rows of 512, 26.9M, {record.get('precision', 'fp32')}"
+    of = f"8 rows of 512, 26.9M, {record.get('precision', 'fp32')}, uncompiled"
     lines = ["", "### Where the time of a step goes", "",
              f"{of}; of the update, made once in 131,072 tokens, its share of these 4,096: "
              f"{record['median']:.3g} s in all.", "",
@@ -228,7 +231,7 @@ def ablations(stage: str, tokens: int, runs: list[dict[str, Any]]) -> list[str]:
         spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
         name, gain = (f"`{change}`", f"{gains[change]:+.4f}") if change else ("the centre", "")
         if change in recipes:
-            name += " **(the default)**"
+            name += " **(the recipe)**"
         lines.append(
             f"| {name} | {gain} | {statistics.mean(values):.4f} | {spread} | {len(values)} |"
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from bench.ablations import CENTRE, CHANGES, CONFIGS, is_default
-from bench.common import ROOT, parser_of
-from bench.report import page
+from bench.common import RECORDS, ROOT, parser_of
+from bench.report import WHAT, page
 from trainlib.config import load_config, recipe
 
 MACHINE = {"cpu": "A CPU", "threads": 2, "torch": "2.13", "date": "2026-01-01", "commit": "abc"}
@@ -63,3 +65,8 @@ def test_ablations_are_ordered_and_compared_seed_by_seed():
     assert changed < centre
     assert lines[changed] == "| `seed=9` **(the default)** | +0.1000 | 2.4000 | 0.7071 | 2 |"
     assert lines[centre] == "| the centre |  | 2.0000 | 1.0000 | 3 |"
+
+
+def test_every_record_has_a_line_on_the_page():
+    figures = {json.loads(line)["figure"] for line in RECORDS.open(encoding="utf-8")}
+    assert len(figures) > 20 and figures <= {*WHAT, "profile"}
