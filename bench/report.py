@@ -31,8 +31,8 @@ WHAT = {
     "padded": "real tokens/s on rows of 60 to 700 characters, over Trainer's dynamic padding, else"
     " as packed",
     "padded_same": "the same, AdamW, fp32 and one matmul setting on both sides",
-    "sft": "real tokens/s of fine-tuning, over trl.SFTTrainer with packing as it is by default, else"
-    " as packed",
+    "sft": "real tokens/s of fine-tuning, over trl.SFTTrainer with packing as it is by default,"
+    " else as packed",
     "sft_wrapped": "the same, over its other packing, which is faster without FlashAttention",
     "dpo": "pairs/s of preference optimisation with its reference, over trl.DPOTrainer, ours"
     " compiled as in packed",

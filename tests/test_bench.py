@@ -63,7 +63,7 @@ def test_ablations_are_ordered_and_compared_seed_by_seed():
     centre, changed = (next(i for i, s in enumerate(lines) if s.startswith(f"| {name}"))
                        for name in ("the centre", "`seed=9`"))  # fmt: skip
     assert changed < centre
-    assert lines[changed] == "| `seed=9` **(the default)** | +0.1000 | 2.4000 | 0.7071 | 2 |"
+    assert lines[changed] == "| `seed=9` **(the recipe)** | +0.1000 | 2.4000 | 0.7071 | 2 |"
     assert lines[centre] == "| the centre |  | 2.0000 | 1.0000 | 3 |"
 
 
