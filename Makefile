@@ -5,7 +5,9 @@ NAME ?= 小智
 AUTHOR ?= 我
 BIN = .venv/bin
 
-.PHONY: demo test test-all docker-test bench bench-long gpu-check lint lock tensorboard
+.PHONY: demo env test test-all docker-test bench bench-long gpu-check lint lock tensorboard
+
+env: .venv/ready
 
 demo: .venv/ready
 	$(BIN)/python -m tools.demo --name "$(NAME)" --author "$(AUTHOR)"
@@ -51,8 +53,8 @@ bench-long: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json
 	$(BIN)/python -m bench.costs
 	$(BIN)/python -m bench.scaling
 	$(BIN)/python -m bench.ablations
-	$(BIN)/python -m bench.time_to_loss --resume --minutes 20 \
-	  --config configs/pretrain_6m.yaml --set tokens_per_step=4096
+	$(BIN)/python -m bench.time_to_loss --resume --minutes 20 --config configs/pretrain_6m.yaml \
+	  --set tokens_per_step=4096 optim.muon_lr=0.01 optim.embedding_lr=16e-3 optim.momentum=0.9
 	$(BIN)/python -m bench.token_cache --megabytes 5000
 	$(BIN)/python -m bench.report
 
@@ -71,19 +73,23 @@ lint: .venv/ready-dev
 tensorboard: .venv/ready
 	$(BIN)/tensorboard --logdir runs --port 6006
 
-# Without an NVIDIA driver torch's CPU wheel is enough: from PyTorch's own index where that
-# answers within three seconds, else from pip's default index.
+# Torch into an environment. Without an NVIDIA driver its CPU wheel is enough: from PyTorch's own
+# index where that answers within three seconds, else from pip's default index.
+define torch_into
+@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 && \
+  ! test -e /proc/driver/nvidia && \
+  $(1)/python -c 'import urllib.request as u; u.urlopen("https://download.pytorch.org/whl/cpu/torch/", timeout=3)' 2>/dev/null; \
+then echo "torch for the CPU: about 200 MB"; \
+  $(1)/pip install --index-url https://download.pytorch.org/whl/cpu "$$(grep '^torch' requirements.txt)"; \
+else echo "torch from pip's default index: about 200 MB on a Mac, up to 3,000 MB on Linux"; fi
+endef
+
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.11 ..."; exit 1; }
 	@# A venv made without ensurepip has a python but no pip: running venv again adds it.
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 && \
-	  ! test -e /proc/driver/nvidia && \
-	  $(BIN)/python -c 'import urllib.request as u; u.urlopen("https://download.pytorch.org/whl/cpu/torch/", timeout=3)' 2>/dev/null; \
-	then echo "torch for the CPU: about 200 MB"; \
-	  $(BIN)/pip install --index-url https://download.pytorch.org/whl/cpu "$$(grep '^torch' requirements.txt)"; \
-	else echo "torch from pip's default index: about 200 MB on a Mac, up to 3,000 MB on Linux"; fi
+	$(call torch_into,$(BIN))
 	$(BIN)/pip install -r requirements.txt
 	touch $@
 
@@ -94,5 +100,6 @@ tensorboard: .venv/ready
 # Apart from ours, since they want other versions of the same packages.
 .venv-peers/ready: bench/requirements-peers.txt requirements.txt
 	test -x .venv-peers/bin/pip || $(PYTHON) -m venv .venv-peers
+	$(call torch_into,.venv-peers/bin)
 	.venv-peers/bin/pip install -r bench/requirements-peers.txt
 	touch $@

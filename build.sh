@@ -124,12 +124,14 @@ next_steps() {
   say "
 next:
   $compose up -d train
+  $compose exec train python -m tools.prepare_data   (the sample, unless dataset/ holds data of yours)
   $compose exec train python train.py
   $compose logs -f train
   TensorBoard: http://localhost:$tb_port$ssh_hint
   the container is $container" "
 下一步：
   $compose up -d train
+  $compose exec train python -m tools.prepare_data   （样例数据；dataset/ 里有自己的数据就不需要）
   $compose exec train python train.py
   $compose logs -f train
   TensorBoard：http://localhost:$tb_port$ssh_hint

@@ -3,7 +3,8 @@
     python -m bench.costs [NAME ...] [--peers .venv-peers] [--repeats 3]
 
     mfu          share of the best matrix product of that precision, measured in the same run: of
-                 the first step as shipped, of 131,072 tokens, compiled where a long run is
+                 the first step as shipped, of 131,072 tokens, its data read and its kernels first
+                 used; compiled, before it, where a long run is
     mfu_plain    the same, uncompiled
     mfu_fp32     the same in fp32, uncompiled
     checkpoint   share of training time when every 200th step is saved: what a save adds to the run
@@ -49,7 +50,7 @@ STEP = [f"tokens_per_step={ROWS * LENGTH}"]
 
 
 def mfu(options: argparse.Namespace, name: str = "mfu", more: Sequence[str] = AS_LONG) -> None:
-    """Of each run the first step, its warm-up before it."""
+    """Of each run the first step."""
     found = []
     for _ in range(options.repeats):
         rows = run("train.py", DATA, "mfu", ["max_steps=1", *more])

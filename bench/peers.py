@@ -10,9 +10,9 @@
                                --rows of --length
 
 Run by the other benchmarks in an environment of its own (bench/requirements-peers.txt). The peer
-gets the same weights, tokenizer and rows, and otherwise its own defaults, but for logging, saving
-and two of trl: gradient checkpointing is off, as it makes a step slower, and bf16 is on only with
---bf16, as without the instructions it is far slower. Prints one JSON object.
+gets a model of the same sizes, the same tokenizer and texts, and otherwise its own defaults, but
+for logging, saving and two of trl: gradient checkpointing is off, as it makes a step slower, and
+bf16 is on only with --bf16, as without the instructions it is far slower. Prints one JSON object.
 """
 
 from __future__ import annotations

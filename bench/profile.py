@@ -1,5 +1,5 @@
-"""Where the time of one training step goes, by torch's profiler: the 26.9M model, in bf16 where
-the CPU has its instructions.
+"""Where the time of one training step goes, by torch's profiler: the 26.9M model, uncompiled, in
+bf16 where the CPU has its instructions.
 
     python -m bench.profile
 

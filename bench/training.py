@@ -1,4 +1,4 @@
-"""Speed of training beside that of the peers: same model, same rows, in turn, on this machine.
+"""Speed of training beside that of the peers: same sizes and texts, in turn, on this machine.
 
     python -m bench.training [NAME ...] [--peers .venv-peers] [--pairs 3] [--steps 6]
 
@@ -15,13 +15,13 @@
 
 The model is the default of 26.9M parameters. "As shipped" the peer takes a step of AdamW every
 4,096 tokens, which is its default, and ours one of Muon in the 131,072 of pretraining or 32,768 of
-fine-tuning, of which the first is timed. In the peer's rows a token sees the documents before its
-own as well; ours computes nothing there. A pair of runs is first the peer's, then ours; the ratio
-is taken pair by pair. Ours is the stage script itself, its figure that of its metrics.jsonl, the
-first two steps left out where a step is 4,096 tokens. Of DPO each side's reference
-log-probabilities are part of the work that is timed, as each does it. trl computes in bf16, its
-default, where the CPU has the instructions, and without gradient checkpointing, which makes a step
-slower.
+fine-tuning, of which the first is timed. Ours is compiled then, as a longer run is by itself; so it
+is of DPO, in steps of 4,096 positions. In the peer's rows a token sees the documents before its own
+as well; ours computes nothing there. A pair of runs is first the peer's, then ours; the ratio is
+taken pair by pair. Ours is the stage script itself, its figure that of its metrics.jsonl, the first
+two steps left out where a step is 4,096 tokens. Of DPO each side's reference log-probabilities are
+part of the work that is timed, as each does it. trl computes in bf16, its default, where the CPU
+has the instructions, and without gradient checkpointing, which makes a step slower.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from trainlib.hardware import (
     instructions,
     measured_precision,
     read_table,
+    unseen_card,
 )
 
 TABLE = read_table()
@@ -96,3 +97,21 @@ def test_the_faster_precision_is_taken_and_a_broken_file_is_measured_anew(tmp_pa
         times = {torch.float32: 1.0, torch.bfloat16: 0.5 if winner == "bf16" else 2.0}
         monkeypatch.setattr("trainlib.hardware._seconds", times.get)
         assert measured_precision(file, "medium") == winner
+
+
+def test_a_card_that_torch_does_not_see_is_named(tmp_path, monkeypatch):
+    """By nvidia-smi on a host, by the profile in a container; a machine without says nothing."""
+    monkeypatch.delenv("GPU_PROFILE", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not unseen_card()
+    monkeypatch.setenv("GPU_PROFILE", "cpu")
+    assert not unseen_card()
+    monkeypatch.setenv("GPU_PROFILE", "rtx40")
+    assert "--force-recreate" in unseen_card()
+    monkeypatch.delenv("GPU_PROFILE")
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    assert "the CPU alone" in unseen_card() and "device=cpu" in unseen_card()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "CUDA 13.0" in unseen_card() and "torch==2.10.0" in unseen_card()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not unseen_card()

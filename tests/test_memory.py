@@ -34,4 +34,4 @@ def test_memory_grows_with_rows_as_the_table_says():
     rows = sorted({(int(row["micro_batch_size"]), float(row["peak_gb"])) for row in cards})
     assert len(rows) > 4
     for (fewer, less), (more, most) in zip(rows, rows[1:], strict=False):
-        assert (most - less) / (more - fewer) == pytest.approx(0.106, abs=0.01)
+        assert (most - less) / (more - fewer) == pytest.approx(0.112, abs=0.01)

@@ -49,10 +49,24 @@ def test_a_row_of_zeros_has_a_gradient():
     assert x.grad is not None and x.grad.isfinite().all() and x.grad[0].any()
 
 
-def test_compiled_is_plain():
-    x, weight = inputs(torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_is_plain(dtype):
+    """Under autocast too, which compiled and plain code may see differently."""
+    x, weight = inputs(dtype)
     compiled = torch.compile(rms_norm, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, weight, 1e-6), rms_norm(x, weight, 1e-6))
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            plain = rms_norm(x, weight.float(), 1e-6)
+            torch.testing.assert_close(compiled(x, weight.float(), 1e-6), plain)
+        assert plain.dtype == torch.float32
+
+
+def test_backward_inside_autocast_is_exact():
+    x, weight = inputs(torch.float32)
+    wanted = torch.autograd.grad(rms_norm(x, weight, 1e-6).square().sum(), (x, weight))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(rms_norm(x, weight, 1e-6).square().sum(), (x, weight))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_less_is_kept_than_by_torch():

@@ -307,7 +307,7 @@ def main() -> None:
     for stage in STAGES:
         train(stage, options.quick)
     print(f"\n{report(options.name, options.quick)}")
-    print(f"\nTalk to it: python chat.py --model {DEMO / 'dpo' / 'final'}")
+    print(f"\nTalk to it: {sys.executable} chat.py --model {DEMO / 'dpo' / 'final'}")
 
 
 if __name__ == "__main__":

@@ -335,7 +335,8 @@ class Looker:
         ids = sum(len(self.tokenizer.encode(text)) for text in held_out)
         ours = sum(len(text.encode()) for text in held_out) / max(1, ids)
         self.report.retrained_bytes_per_token = made
-        if made > BETTER * ours:
+        readable = self.report.path.endswith((".jsonl", ".txt"))  # By that program.
+        if made > BETTER * ours and readable:
             self.report.retrain_command = (
                 f"python -m tokenizer.train_tokenizer --data {self.report.path} "
                 f"--vocab-size {self.tokenizer.vocab_size} --out my_tokenizer"

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -179,6 +180,24 @@ def find_facts() -> Facts:
         mps=torch.backends.mps.is_available(),
         amx=bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()),
         threads=torch.get_num_threads(),
+    )
+
+
+def unseen_card() -> str:
+    """What to say where this machine seems to have an NVIDIA card, and torch sees none; else ""."""
+    in_container = os.environ.get("GPU_PROFILE", "cpu") != "cpu"
+    if torch.cuda.is_available() or not (in_container or shutil.which("nvidia-smi")):
+        return ""
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+    cure = (
+        "On the host: docker compose up -d --force-recreate train"
+        if in_container
+        else "CUDA 13 wants NVIDIA's driver 580 or newer; for 525 and newer: "
+        "pip install torch==2.10.0"
+    )
+    return (
+        f"torch {torch.__version__}, built for {built}, sees no card, so this runs on the CPU. "
+        f"{cure}. If the CPU is meant: device=cpu"
     )
 
 

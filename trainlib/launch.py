@@ -35,7 +35,13 @@ from trainlib.files import (
     release_folders,
     write_atomically,
 )
-from trainlib.hardware import choose_hardware, find_facts, measured_precision, read_table
+from trainlib.hardware import (
+    choose_hardware,
+    find_facts,
+    measured_precision,
+    read_table,
+    unseen_card,
+)
 from trainlib.help import help_text
 from trainlib.metrics import MetricsLog
 from trainlib.plan import PRESETS, WANTED, PlanRequest, plan_request, without_device
@@ -242,6 +248,9 @@ def fix_deadline(config: ConfigT) -> ConfigT:
             f"deadline={config.deadline} has passed; it is {now:%Y-%m-%dT%H:%M}. Give a later one."
         )
         raise UserError(text)
+    zone = now.astimezone().tzname()
+    log.info("deadline: %s, %.1f h from now by the clock here, which is %s",
+             f"{then:%Y-%m-%d %H:%M}", (then - now).total_seconds() / 3600, zone)  # fmt: skip
     source = f"{provenance(config)['deadline']}: {config.deadline}"
     return with_value(config, "deadline", then.isoformat(timespec="seconds"), source)
 
@@ -279,6 +288,9 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
 
     def take() -> Path | None:
         return take_folder(folder, config.resume, identity)
+
+    if config.device == "auto" and choice.device == "cpu" and (warning := unseen_card()):
+        log.warning("%s", warning)
 
     resume_from = None if wanted else first_decides(ranks, take)
     if choice.precision == "measure":

@@ -125,9 +125,9 @@ def parse_seconds(text: str) -> float:
 
 def without_device(choice: Choice) -> Hardware:
     """The hardware that the memory of a choice is counted with: a CPU's, nothing compiled."""
-    precision = "fp32" if choice.precision == "measure" else choice.precision
     attention = "blocks" if choice.attention == "blocks" else "masked"
-    return Hardware(torch.device("cpu"), precision, attention, False, choice.micro_batch_size)
+    precision, rows = choice.precision, choice.micro_batch_size
+    return Hardware(torch.device("cpu"), precision, attention, False, rows)
 
 
 # ---- the plan ------------------------------------------------------------------------------------

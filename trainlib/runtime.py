@@ -43,7 +43,7 @@ class Hardware:
 
 LONG_RUN = 2e14
 """Floating-point operations from which a run on a CPU is compiled: a quarter of an hour of two
-cores. It takes half a minute, and in bf16 steps are 1.15 times as fast; in fp32 nothing was won."""
+cores. It takes half a minute, and in bf16 steps are 1.1 times as fast; in fp32 nothing was won."""
 
 
 def use_hardware(choice: Choice, local_rank: int = 0) -> Hardware:
