@@ -84,9 +84,9 @@ explains.
   tokens 2.7 times; 3 heads alike. A step on full rows is 5 to 8 % faster, on short ones more. Of
   bf16 the scores are fp32, and the gradients of keys and values nearer to exact ones than those of
   torch's kernel.
-* RMSNorm is few passes over memory on a CPU, where torch's is a dozen: an uncompiled step in fp32 is
-  3 to 4 % faster and takes 15 % less memory, of the 26.9M model and of the tiny one; in bf16 0 to
-  2 %, where queries and keys are normed and turned in fp32 now, as on a card.
+* RMSNorm is few passes over memory on a CPU, where torch's is a dozen: an uncompiled step in fp32,
+  of the 26.9M model and of the tiny one, is 3 to 4 % faster and takes 15 % less memory; one in
+  bf16, where queries and keys are normed and turned in fp32 now, as on a card, 0 to 2 %.
 * A long run on a CPU is compiled where it is in bf16: steps of the 26.9M model 1.1 times as fast,
   for half a minute of compiling. In fp32, where products take most of a step, nothing was won.
 * Muon's Newton-Schulz runs in fp32 where bf16 is slow (a matrix of 512 x 512: 0.03 s instead of
