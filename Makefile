@@ -54,7 +54,8 @@ bench-long: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json
 	$(BIN)/python -m bench.scaling
 	$(BIN)/python -m bench.ablations
 	$(BIN)/python -m bench.time_to_loss --resume --minutes 20 --config configs/pretrain_6m.yaml \
-	  --set tokens_per_step=4096 optim.muon_lr=0.01 optim.embedding_lr=16e-3 optim.momentum=0.9
+	  --set tokens_per_step=4096 optim.muon_lr=0.01 optim.embedding_lr=16e-3 optim.momentum=0.9 \
+	  eval_every_steps=15
 	$(BIN)/python -m bench.token_cache --megabytes 5000
 	$(BIN)/python -m bench.report
 
