@@ -102,7 +102,7 @@ explains.
 * The race of 20 minutes was run against two rates of Trainer's AdamW, 3e-3 and 6e-3, which ended
   alike (2.516 and 2.514 bits per byte); 12e-3, the worst of the shorter race, was left out.
 * A pair by itself says little on a host that others share: of `packed` Trainer's runs made 576 to
-  780 tokens/s within a day, ours 1,243 to 1,386.
+  789 tokens/s within a day, ours 1,243 to 1,583.
 * The loss overwrites the logits by the probabilities, and those by the gradient; the feed-forward
   layer keeps its two inputs alone and makes silu and product again in backward. Both take less
   memory, and the step of the 2.8M model was 5 to 8 % faster.
