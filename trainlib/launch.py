@@ -289,7 +289,8 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
     def take() -> Path | None:
         return take_folder(folder, config.resume, identity)
 
-    if config.device == "auto" and choice.device == "cpu" and (warning := unseen_card()):
+    lost = config.device == "auto" and choice.device == "cpu" and ranks.first
+    if lost and (warning := unseen_card()):
         log.warning("%s", warning)
 
     resume_from = None if wanted else first_decides(ranks, take)
