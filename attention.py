@@ -15,7 +15,8 @@ R = N / G  H head_dim.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ def attend(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, visible: Tensor | Non
         q_BTNH, k_BTGH, v_BTGH = (
             x.to(v_BGSH.dtype).transpose(1, 2) for x in (q_BNTH, k_BGSH, v_BGSH)
         )
-        return attend_blocks(q_BTNH, k_BTGH, v_BTGH, visible).transpose(1, 2)
+        keep = torch.is_grad_enabled()
+        return attend_blocks(q_BTNH, k_BTGH, v_BTGH, visible, keep)[0].transpose(1, 2)
     grouped = k_BGSH.shape[1] != q_BNTH.shape[1]
     if grouped and visible is not None and q_BNTH.is_cuda:
         # On CUDA a mask together with enable_gqa falls back to the quadratic-memory kernel.
@@ -159,21 +161,43 @@ def _probabilities(q: Tensor, keys: Tensor, length: int, mask: Tensor) -> Tensor
     """softmax(q k / sqrt(H)) in fp32: (G, R T, H), (G, S, H) -> (G, R T, S)."""
     # An operator of one's own runs under its caller's autocast, which would take scores in 16 bits.
     with torch.autocast(q.device.type, enabled=False):
-        scores = torch.bmm(q.float() * q.shape[-1] ** -0.5, keys.mT)
+        scores = torch.bmm(q.float() * q.shape[-1] ** -0.5, keys.float().mT)
     scores.unflatten(1, (-1, length))[..., -length:] += mask[:length, :length]
     return torch.softmax(scores, -1, out=scores)
 
 
-@torch.library.custom_op("train_llm::attend_blocks", mutates_args=())
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor) -> Tensor:
-    """Attention that keeps no probabilities: backward makes them again, block by block.
+KEPT = 512
+"""Keys that a query may see at most for its probabilities to be kept for backward."""
 
-    Scores and softmax are in fp32, whatever autocast says and q, k, v are. One operator for
-    autograd and for a compiler, so that neither looks into the loops.
-    Shapes: q (B, T, N, H); k, v (B, T, G, H); document_ids (B, T), equal ones side by side.
+
+def _room(q: Tensor, keep: bool) -> Tensor:
+    """Where they are kept; of all ways to fill a row, documents of KEPT positions take most."""
+    batch, length, heads, _ = q.shape
+    size = batch * heads * length * (min(length, KEPT) + BLOCK) // 2
+    return q.new_empty(size if keep else 0)
+
+
+def _next(room: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The place of one block's probabilities, and the room after it."""
+    size = math.prod(shape)
+    return room[:size].view(shape), room[size:]
+
+
+@torch.library.custom_op("train_llm::attend_blocks", mutates_args=())
+def attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention, and where `keep` says so the probabilities that its backward pass needs.
+
+    Those of queries that see more than KEPT keys are made again there, so that memory does not
+    grow with the square of the length. Scores and softmax are in fp32, whatever autocast says and
+    q, k, v are. One operator for autograd and for a compiler, so that neither looks into the loops.
+    Shapes: q (B, T, N, H); k, v (B, T, G, H); document_ids (B, T), equal ones side by side ->
+    (B, T, N, H) and one vector.
     Source: FlashAttention, arXiv:2205.14135, with softmax over a block's whole rows.
     """
-    out, num_groups = _like(q), k.shape[2]
+    out, kept, num_groups = _like(q), _room(q, keep), k.shape[2]
+    room = kept
     for row, here, mask in blocks_of(document_ids):
         keys, values = (x[row, here].transpose(0, 1).contiguous() for x in (k, v))
         keys = keys.float()
@@ -182,32 +206,39 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor) -> Tens
             seen = end - here.start
             grouped = _group(q[row, begin:end], num_groups)
             p = _probabilities(grouped, keys[:, :seen], end - begin, mask)
+            if keep and seen <= KEPT:
+                place, room = _next(room, p.shape)
+                p = place.copy_(p)
             mixed = torch.bmm(p.to(v.dtype), values[:, :seen])
             out[row, begin:end] = _ungroup(mixed, end - begin)
-    return out
+    return out, kept
 
 
 @torch.library.custom_op("train_llm::attend_blocks_backward", mutates_args=())
 def attend_blocks_backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, document_ids: Tensor
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v (arXiv:2205.14135, its backward pass)."""
     (dq, dk, dv), num_groups = map(_like, (q, k, v)), k.shape[2]
+    room, scale = kept, q.shape[-1] ** -0.5
     for row, here, mask in blocks_of(document_ids):
         keys, values = (x[row, here].transpose(0, 1).contiguous() for x in (k, v))
-        exact, sum_k, sum_v = keys.float(), *(torch.zeros_like(keys).float() for _ in range(2))
+        sum_k, sum_v = (torch.zeros_like(keys, dtype=torch.float32) for _ in range(2))
         for begin in range(here.start, here.stop, BLOCK):
             end = min(begin + BLOCK, here.stop)
             seen = end - here.start
-            grouped, do, o = (_group(x[row, begin:end], num_groups) for x in (q, gradient, out))
-            p = _probabilities(grouped, exact[:, :seen], end - begin, mask)
-            sum_v[:, :seen] += torch.bmm(p.to(v.dtype).mT, do)
-            ds = torch.bmm(do, values[:, :seen].mT).float()
-            ds.sub_((do.float() * o).sum(-1, keepdim=True)).mul_(p).mul_(q.shape[-1] ** -0.5)
-            ds = ds.to(q.dtype)
-            dq[row, begin:end] = _ungroup(torch.bmm(ds, keys[:, :seen]), end - begin)
+            grouped, do = (_group(x[row, begin:end], num_groups) for x in (q, gradient))
+            if seen <= KEPT:
+                p, room = _next(room, (*grouped.shape[:2], seen))
+            else:
+                p = _probabilities(grouped, keys[:, :seen], end - begin, mask).to(q.dtype)
+            sum_v[:, :seen] += torch.bmm(p.mT, do)
+            dp = torch.bmm(do, values[:, :seen].mT)
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, dp.dtype)
+            mixed = torch.bmm(ds, keys[:, :seen])
+            torch.mul(_ungroup(mixed, end - begin), scale, out=dq[row, begin:end])
             sum_k[:, :seen] += torch.bmm(ds.mT, grouped)
-        dk[row, here], dv[row, here] = (x.transpose(0, 1) for x in (sum_k, sum_v))
+        dk[row, here], dv[row, here] = (x.transpose(0, 1) for x in (sum_k.mul_(scale), sum_v))
     return dq, dk, dv
 
 
@@ -217,24 +248,27 @@ def _like(x: Tensor) -> Tensor:
 
 
 @attend_blocks.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor) -> Tensor:
-    return _like(q)
+def _(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    return _like(q), _room(q, keep)
 
 
 @attend_blocks_backward.register_fake
 def _(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, document_ids: Tensor
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _like(q), _like(k), _like(v)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    *qkv, document_ids = inputs
-    ctx.save_for_backward(*qkv, output, document_ids)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, _ = inputs
+    kept = output[1]
+    ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, kept)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return (*attend_blocks_backward(gradient, *ctx.saved_tensors), None)
+def _backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    return (*attend_blocks_backward(gradient, *ctx.saved_tensors), None, None)
 
 
-attend_blocks.register_autograd(_backward, setup_context=_keep)
+attend_blocks.register_autograd(_backward, setup_context=_save)

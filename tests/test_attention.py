@@ -169,6 +169,23 @@ def test_blocks_give_values_and_gradients_of_exact_attention(rows, dtype):
         assert own < (1e-6 if dtype == torch.float32 else 1.25 * of_torch + 1e-3)
 
 
+def test_probabilities_that_are_not_kept_are_made_again(monkeypatch):
+    """What is kept grows with the length, not with its square."""
+    ids = torch.tensor([[0] * 3 * BLOCK, [1] * 40 + [2] * (3 * BLOCK - 40)])
+    leaves = [torch.randn(2, heads, 3 * BLOCK, 8) for heads in (4, 2, 2)]
+    gradient, found = torch.randn(2, 4, 3 * BLOCK, 8), []
+    for most in (3 * BLOCK, BLOCK):
+        monkeypatch.setattr("attention.KEPT", most)
+        qkv = [x.clone().requires_grad_() for x in leaves]
+        attend(*qkv, ids).backward(gradient)
+        found.append(torch.cat([x.grad.flatten() for x in qkv if x.grad is not None]))
+        kept = attend_blocks(*(x.transpose(1, 2) for x in leaves), ids, True)[1]
+        assert len(kept) == 2 * 4 * 3 * BLOCK * (most + BLOCK) // 2
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        assert not len(attend_blocks(*(x.transpose(1, 2) for x in leaves), ids, False)[1])
+
+
 def test_autocast_does_not_reach_into_blocks():
     ids = torch.tensor([[0] * 4 + [1] * 5, [2] * 9])
     qkv = [4 * torch.randn(2, heads, 9, 8, dtype=torch.bfloat16) for heads in (4, 2, 2)]
@@ -180,9 +197,10 @@ def test_autocast_does_not_reach_into_blocks():
 
 
 def test_blocks_are_an_operator_as_torch_checks_them():
-    qkv = [torch.randn(2, 9, heads, 4, requires_grad=True) for heads in (4, 2, 2)]
-    ids = torch.tensor([[0] * 4 + [1] * 5, [2] * 9])
-    torch.library.opcheck(attend_blocks, (*qkv, ids))
+    """Of rows that fill the room for probabilities: what is left of it would be compared too."""
+    qkv = [torch.randn(2, 2 * BLOCK, heads, 4, requires_grad=True) for heads in (4, 2, 2)]
+    ids = torch.arange(2)[:, None].expand(2, 2 * BLOCK).contiguous()
+    torch.library.opcheck(attend_blocks, (*qkv, ids, True))
 
 
 def test_under_autocast_no_layer_makes_a_mask_of_its_own(batch):
