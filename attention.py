@@ -124,45 +124,45 @@ BLOCK = 128
 """Queries whose scores are computed at a time, so that no more than BLOCK x S are held a head."""
 
 
-def blocks_of(document_ids: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
-    """Each document longer than BLOCK alone; of shorter ones as many as BLOCK holds together.
+def blocks_of(document_ids: Tensor) -> Iterator[tuple[int, int, int, int, Tensor]]:
+    """Queries of one document, BLOCK at a time; of shorter documents as many as BLOCK holds.
 
-    Gives row, positions and the additive mask of the last square of a block's scores; the keys
-    before that square are all visible.
+    Gives a row, the first position that any query of the block sees, the block's own positions
+    from begin to end, and an additive mask among those; all that is seen before them is visible.
     """
     later = torch.full((BLOCK, BLOCK), -torch.inf).triu_(1)
     for row, ids in enumerate(document_ids):
-        begin = end = 0
+        start = stop = 0
         for size in (*ids.unique_consecutive(return_counts=True)[1].tolist(), BLOCK + 1):
-            if end > begin and end + size - begin > BLOCK:
-                own = ids[begin:end]
-                yield row, slice(begin, end), later if end - begin > BLOCK else _among(own, later)
-                begin = end
-            end += size
+            if stop > start and stop + size - start > BLOCK:
+                for begin in range(start, stop, BLOCK):
+                    end = min(begin + BLOCK, stop)
+                    mask = later[: end - begin, : end - begin]
+                    if stop - start <= BLOCK:
+                        own = ids[start:stop]
+                        mask = mask.masked_fill(own[:, None] != own, -torch.inf)
+                    yield row, start, begin, end, mask
+                start = stop
+            stop += size
 
 
-def _among(ids: Tensor, later: Tensor) -> Tensor:
-    """The mask of short documents side by side."""
-    size = len(ids)
-    return later[:size, :size].masked_fill(ids[:, None] != ids, -torch.inf)
-
-
-def _group(x_TNH: Tensor, num_groups: int) -> Tensor:
-    """The queries of a key head below each other: (T, N, H) -> (G, R T, H)."""
-    return x_TNH.unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+def _group(x_BTNH: Tensor, num_groups: int) -> Tensor:
+    """What shares a key head together: (B, T, N, H) -> (B, G, T R, H)."""
+    return x_BTNH.unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(2, 3)
 
 
 def _ungroup(x: Tensor, length: int) -> Tensor:
-    """The way back: (G, R T, H) -> (T, N, H)."""
-    return x.unflatten(1, (-1, length)).permute(2, 0, 1, 3).flatten(1, 2)
+    """The way back, contiguous, as a compiler is told: (B, G, T R, H) -> (B, T, N, H)."""
+    return x.unflatten(2, (length, -1)).transpose(1, 2).flatten(2, 3).contiguous()
 
 
-def _probabilities(q: Tensor, keys: Tensor, length: int, mask: Tensor) -> Tensor:
-    """softmax(q k / sqrt(H)) in fp32: (G, R T, H), (G, S, H) -> (G, R T, S)."""
+def _probabilities(q: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k): (G, T R, H), (G, S, H), fp32 and scaled -> (G, T R, S)."""
     # An operator of one's own runs under its caller's autocast, which would take scores in 16 bits.
     with torch.autocast(q.device.type, enabled=False):
-        scores = torch.bmm(q.float() * q.shape[-1] ** -0.5, keys.float().mT)
-    scores.unflatten(1, (-1, length))[..., -length:] += mask[:length, :length]
+        # What is no whole tensor a product copies; turned, five times as slowly.
+        scores = torch.bmm(q, keys.contiguous().mT)
+    scores.unflatten(1, (len(mask), -1))[..., -len(mask) :] += mask[:, None]
     return torch.softmax(scores, -1, out=scores)
 
 
@@ -191,27 +191,24 @@ def attend_blocks(
 
     Those of queries that see more than KEPT keys are made again there, so that memory does not
     grow with the square of the length. Scores and softmax are in fp32, whatever autocast says and
-    q, k, v are. One operator for autograd and for a compiler, so that neither looks into the loops.
+    q, k, v are. One operator for autograd and for a compiler, so that neither looks into the loop.
     Shapes: q (B, T, N, H); k, v (B, T, G, H); document_ids (B, T), equal ones side by side ->
     (B, T, N, H) and one vector.
     Source: FlashAttention, arXiv:2205.14135, with softmax over a block's whole rows.
     """
-    out, kept, num_groups = _like(q), _room(q, keep), k.shape[2]
+    repeats = q.shape[2] // k.shape[2]
+    queries, keys, values = (_group(x, k.shape[2]) for x in (q, k, v))
+    scaled, exact = queries.float() * q.shape[-1] ** -0.5, keys.float()
+    out, kept = torch.empty_like(queries), _room(q, keep)
     room = kept
-    for row, here, mask in blocks_of(document_ids):
-        keys, values = (x[row, here].transpose(0, 1).contiguous() for x in (k, v))
-        keys = keys.float()
-        for begin in range(here.start, here.stop, BLOCK):
-            end = min(begin + BLOCK, here.stop)
-            seen = end - here.start
-            grouped = _group(q[row, begin:end], num_groups)
-            p = _probabilities(grouped, keys[:, :seen], end - begin, mask)
-            if keep and seen <= KEPT:
-                place, room = _next(room, p.shape)
-                p = place.copy_(p)
-            mixed = torch.bmm(p.to(v.dtype), values[:, :seen])
-            out[row, begin:end] = _ungroup(mixed, end - begin)
-    return out, kept
+    for row, start, begin, end, mask in blocks_of(document_ids):
+        here, seen = slice(repeats * begin, repeats * end), slice(start, end)
+        p = _probabilities(scaled[row, :, here], exact[row, :, seen], mask)
+        if keep and end - start <= KEPT:
+            place, room = _next(room, p.shape)
+            p = place.copy_(p)
+        out[row, :, here] = torch.bmm(p.to(v.dtype), values[row, :, seen])
+    return _ungroup(out, q.shape[1]), kept
 
 
 @torch.library.custom_op("train_llm::attend_blocks_backward", mutates_args=())
@@ -219,31 +216,28 @@ def attend_blocks_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v (arXiv:2205.14135, its backward pass)."""
-    (dq, dk, dv), num_groups = map(_like, (q, k, v)), k.shape[2]
-    room, scale = kept, q.shape[-1] ** -0.5
-    for row, here, mask in blocks_of(document_ids):
-        keys, values = (x[row, here].transpose(0, 1).contiguous() for x in (k, v))
-        sum_k, sum_v = (torch.zeros_like(keys, dtype=torch.float32) for _ in range(2))
-        for begin in range(here.start, here.stop, BLOCK):
-            end = min(begin + BLOCK, here.stop)
-            seen = end - here.start
-            grouped, do = (_group(x[row, begin:end], num_groups) for x in (q, gradient))
-            if seen <= KEPT:
-                p, room = _next(room, (*grouped.shape[:2], seen))
-            else:
-                p = _probabilities(grouped, keys[:, :seen], end - begin, mask).to(q.dtype)
-            sum_v[:, :seen] += torch.bmm(p.mT, do)
-            dp = torch.bmm(do, values[:, :seen].mT)
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, dp.dtype)
-            mixed = torch.bmm(ds, keys[:, :seen])
-            torch.mul(_ungroup(mixed, end - begin), scale, out=dq[row, begin:end])
-            sum_k[:, :seen] += torch.bmm(ds.mT, grouped)
-        dk[row, here], dv[row, here] = (x.transpose(0, 1) for x in (sum_k.mul_(scale), sum_v))
+    repeats, scale, room = q.shape[2] // k.shape[2], q.shape[-1] ** -0.5, kept
+    queries, keys, values, gradients = (_group(x, k.shape[2]) for x in (q, k, v, gradient))
+    dq = torch.empty_like(queries)
+    dk, dv = (torch.zeros_like(keys, dtype=torch.float32) for _ in range(2))
+    for row, start, begin, end, mask in blocks_of(document_ids):
+        here, seen = slice(repeats * begin, repeats * end), slice(start, end)
+        q_, do = queries[row, :, here], gradients[row, :, here].contiguous()
+        k_, v_ = keys[row, :, seen], values[row, :, seen].contiguous()
+        if end - start <= KEPT:
+            p, room = _next(room, (*q_.shape[:2], end - start))
+        else:
+            p = _probabilities(q_.float() * scale, k_.float(), mask).to(q.dtype)
+        dv[row, :, seen] += torch.bmm(p.mT, do)
+        ds = torch.ops.aten._softmax_backward_data(torch.bmm(do, v_.mT), p, -1, p.dtype)
+        dk[row, :, seen] += torch.bmm(ds.mT, q_)
+        dq[row, :, here] = torch.bmm(ds, k_)
+    dq, dk, dv = (_ungroup(x.to(q.dtype), q.shape[1]) for x in (dq * scale, dk * scale, dv))
     return dq, dk, dv
 
 
 def _like(x: Tensor) -> Tensor:
-    """Room for a result: contiguous, as a compiler is told."""
+    """What a compiler is told of a result: it is contiguous."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

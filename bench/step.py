@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from bench.allocated import measured
 from hf_folder import load_model
 from losses import cross_entropy_sum
 from trainlib.hardware import Choice, choose_hardware, find_facts, read_table
+from trainlib.runtime import use_hardware
 
 
 def own_step(folder: Path, rows: int, length: int, count: int = 0) -> dict[str, float]:
@@ -62,7 +64,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--matmul", default=chosen().matmul)
     options = parser.parse_args()
-    torch.set_float32_matmul_precision(options.matmul)
+    use_hardware(replace(chosen(), matmul=options.matmul))
     print(json.dumps(own_step(options.model, options.rows, options.length, options.steps)))
 
 

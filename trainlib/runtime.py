@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -49,11 +51,28 @@ cores. It takes half a minute, and in bf16 steps are 1.1 times as fast; in fp32 
 def use_hardware(choice: Choice, local_rank: int = 0) -> Hardware:
     """Make a choice of hardware this process's own."""
     torch.set_float32_matmul_precision(choice.matmul)
+    if choice.device == "cpu":
+        keep_freed_memory()
     device = (
         torch.device("cuda", local_rank) if choice.device == "cuda" else torch.device(choice.device)
     )
     c = choice
     return Hardware(device, c.precision, c.attention, c.compile, c.micro_batch_size)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""As glibc's malloc.h numbers them."""
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, for its next step; where malloc is not glibc's, nothing.
+
+    Else tensors of megabytes go back to the system, and 2,048 tokens fetch 50,000 pages anew: 3 to
+    4 % of the time of a step.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def compile_layers(
