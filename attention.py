@@ -15,6 +15,7 @@ R = N / G  H head_dim.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -124,26 +125,35 @@ BLOCK = 128
 """Queries whose scores are computed at a time, so that no more than BLOCK x S are held a head."""
 
 
-def blocks_of(document_ids: Tensor) -> Iterator[tuple[int, int, int, int, Tensor]]:
-    """Queries of one document, BLOCK at a time; of shorter documents as many as BLOCK holds.
+def blocks_of(document_ids: Tensor) -> Iterator[tuple[slice, int, int, int, Tensor]]:
+    """BLOCK queries at a time, of all rows side by side that documents divide alike.
 
-    Gives a row, the first position that any query of the block sees, the block's own positions
-    from begin to end, and an additive mask among those; all that is seen before them is visible.
+    Gives those rows; the first position that any query of the block sees; the block's own
+    positions, from begin to end; and an additive mask among these, as all that is seen before them
+    is visible.
     """
-    later = torch.full((BLOCK, BLOCK), -torch.inf).triu_(1)
-    for row, ids in enumerate(document_ids):
-        start = stop = 0
-        for size in (*ids.unique_consecutive(return_counts=True)[1].tolist(), BLOCK + 1):
-            if stop > start and stop + size - start > BLOCK:
-                for begin in range(start, stop, BLOCK):
-                    end = min(begin + BLOCK, stop)
-                    mask = later[: end - begin, : end - begin]
-                    if stop - start <= BLOCK:
-                        own = ids[start:stop]
-                        mask = mask.masked_fill(own[:, None] != own, -torch.inf)
-                    yield row, start, begin, end, mask
-                start = stop
-            stop += size
+    later, end_row = torch.full((BLOCK, BLOCK), -torch.inf).triu_(1), 0
+    counts = (ids.unique_consecutive(return_counts=True)[1].tolist() for ids in document_ids)
+    for sizes, alike in itertools.groupby(counts):
+        rows = slice(end_row, end_row := end_row + len(list(alike)))
+        for start, stop in _together(sizes):
+            own = document_ids[rows.start, start:stop]
+            for begin in range(start, stop, BLOCK):
+                end = min(begin + BLOCK, stop)
+                mask = later[: end - begin, : end - begin]
+                if len(own) <= BLOCK:
+                    mask = mask.masked_fill(own[:, None] != own, -torch.inf)
+                yield rows, start, begin, end, mask
+
+
+def _together(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Bounds of each document longer than BLOCK alone; of shorter ones as many as BLOCK holds."""
+    start = stop = 0
+    for size in (*sizes, BLOCK + 1):
+        if stop > start and stop + size - start > BLOCK:
+            yield start, stop
+            start = stop
+        stop += size
 
 
 def _group(x_BTNH: Tensor, num_groups: int) -> Tensor:
@@ -156,12 +166,19 @@ def _ungroup(x: Tensor, length: int) -> Tensor:
     return x.unflatten(2, (length, -1)).transpose(1, 2).flatten(2, 3).contiguous()
 
 
+def _part(x: Tensor, rows: slice, positions: slice) -> Tensor:
+    """The same positions of some rows: (B, G, T R, H) -> (rows G, positions, H).
+
+    Contiguous, else a product would copy it, and turn it five times as slowly.
+    """
+    return x[rows, :, positions].flatten(0, 1).contiguous()
+
+
 def _probabilities(q: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k): (G, T R, H), (G, S, H), fp32 and scaled -> (G, T R, S)."""
+    """softmax(q k) of scaled q: (rows G, T R, H), (rows G, S, H) -> (rows G, T R, S), fp32."""
     # An operator of one's own runs under its caller's autocast, which would take scores in 16 bits.
     with torch.autocast(q.device.type, enabled=False):
-        # What is no whole tensor a product copies; turned, five times as slowly.
-        scores = torch.bmm(q, keys.contiguous().mT)
+        scores = torch.bmm(q, keys.mT)
     scores.unflatten(1, (len(mask), -1))[..., -len(mask) :] += mask[:, None]
     return torch.softmax(scores, -1, out=scores)
 
@@ -196,18 +213,19 @@ def attend_blocks(
     (B, T, N, H) and one vector.
     Source: FlashAttention, arXiv:2205.14135, with softmax over a block's whole rows.
     """
-    repeats = q.shape[2] // k.shape[2]
-    queries, keys, values = (_group(x, k.shape[2]) for x in (q, k, v))
+    groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
+    queries, keys, values = (_group(x, groups) for x in (q, k, v))
     scaled, exact = queries.float() * q.shape[-1] ** -0.5, keys.float()
     out, kept = torch.empty_like(queries), _room(q, keep)
     room = kept
-    for row, start, begin, end, mask in blocks_of(document_ids):
+    for rows, start, begin, end, mask in blocks_of(document_ids):
         here, seen = slice(repeats * begin, repeats * end), slice(start, end)
-        p = _probabilities(scaled[row, :, here], exact[row, :, seen], mask)
+        p = _probabilities(_part(scaled, rows, here), _part(exact, rows, seen), mask)
         if keep and end - start <= KEPT:
             place, room = _next(room, p.shape)
             p = place.copy_(p)
-        out[row, :, here] = torch.bmm(p.to(v.dtype), values[row, :, seen])
+        mixed = torch.bmm(p.to(v.dtype), _part(values, rows, seen))
+        out[rows, :, here] = mixed.unflatten(0, (-1, groups))
     return _ungroup(out, q.shape[1]), kept
 
 
@@ -216,22 +234,23 @@ def attend_blocks_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v (arXiv:2205.14135, its backward pass)."""
-    repeats, scale, room = q.shape[2] // k.shape[2], q.shape[-1] ** -0.5, kept
-    queries, keys, values, gradients = (_group(x, k.shape[2]) for x in (q, k, v, gradient))
+    groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
+    queries, keys, values, gradients = (_group(x, groups) for x in (q, k, v, gradient))
+    scale, room = q.shape[-1] ** -0.5, kept
     dq = torch.empty_like(queries)
     dk, dv = (torch.zeros_like(keys, dtype=torch.float32) for _ in range(2))
-    for row, start, begin, end, mask in blocks_of(document_ids):
+    for rows, start, begin, end, mask in blocks_of(document_ids):
         here, seen = slice(repeats * begin, repeats * end), slice(start, end)
-        q_, do = queries[row, :, here], gradients[row, :, here].contiguous()
-        k_, v_ = keys[row, :, seen], values[row, :, seen].contiguous()
+        q_, do = (_part(x, rows, here) for x in (queries, gradients))
+        k_, v_ = (_part(x, rows, seen) for x in (keys, values))
         if end - start <= KEPT:
             p, room = _next(room, (*q_.shape[:2], end - start))
         else:
             p = _probabilities(q_.float() * scale, k_.float(), mask).to(q.dtype)
-        dv[row, :, seen] += torch.bmm(p.mT, do)
+        dv[rows, :, seen] += torch.bmm(p.mT, do).unflatten(0, (-1, groups))
         ds = torch.ops.aten._softmax_backward_data(torch.bmm(do, v_.mT), p, -1, p.dtype)
-        dk[row, :, seen] += torch.bmm(ds.mT, q_)
-        dq[row, :, here] = torch.bmm(ds, k_)
+        dk[rows, :, seen] += torch.bmm(ds.mT, q_).unflatten(0, (-1, groups))
+        dq[rows, :, here] = torch.bmm(ds, k_).unflatten(0, (-1, groups))
     dq, dk, dv = (_ungroup(x.to(q.dtype), q.shape[1]) for x in (dq * scale, dk * scale, dv))
     return dq, dk, dv
 

@@ -139,6 +139,7 @@ ROWS = {
     "around a block": [[BLOCK, BLOCK + 1, 43], [BLOCK - 1, 1, BLOCK + 44]],
     "short ones": [[1] * 3 + [50, 77, 2, 118, 50], [40] * 7 + [20]],
     "long between short": [[7, 9, 260, 24], [200, 5, 5, 90]],
+    "alike": [[7, 9, 260, 24], [7, 9, 260, 24]],
 }
 
 
