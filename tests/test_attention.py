@@ -7,6 +7,7 @@ that the real call, its autograd and its compilation run.
 from __future__ import annotations
 
 import copy
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention import (
     BLOCK,
+    KEPT,
     attend,
     attend_blocks,
     attend_varlen,
+    blocks_of,
     document_mask,
     load_varlen,
     varlen_keywords,
@@ -135,24 +138,28 @@ def test_a_model_learns_the_same_with_either(kernel, batch, kernel_name, compile
 
 # Rows of documents around the size of a block: single positions, full blocks, one more, the whole.
 ROWS = {
-    "one document": [[300], [300]],
-    "around a block": [[BLOCK, BLOCK + 1, 43], [BLOCK - 1, 1, BLOCK + 44]],
-    "short ones": [[1] * 3 + [50, 77, 2, 118, 50], [40] * 7 + [20]],
-    "long between short": [[7, 9, 260, 24], [200, 5, 5, 90]],
-    "alike": [[7, 9, 260, 24], [7, 9, 260, 24]],
+    "one document": [[300], [300], [300]],
+    "around a block": [[BLOCK, BLOCK + 1, 43], [BLOCK - 1, 1, BLOCK + 44], [300]],
+    "short ones": [[1] * 3 + [50, 77, 2, 118, 50], [40] * 7 + [20], [40] * 7 + [20]],
+    "long between short": [[7, 9, 260, 24], [7, 9, 260, 24], [200, 5, 5, 90]],
 }
 
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blocks_give_values_and_gradients_of_exact_attention(rows, dtype):
-    """In bf16 as near to float64 as torch's own kernel is, but for a quarter and 0.001."""
+@pytest.mark.parametrize("kept", [KEPT, BLOCK])
+def test_blocks_give_values_and_gradients_of_exact_attention(rows, dtype, kept, monkeypatch):
+    """In bf16 as near to float64 as torch's own kernel is, but for a quarter and 0.001.
+
+    Also where the probabilities of most queries are made again in backward.
+    """
+    monkeypatch.setattr("attention.KEPT", kept)
     ids = torch.stack([
         torch.repeat_interleave(torch.arange(len(sizes)) + 50 * row, torch.tensor(sizes))
         for row, sizes in enumerate(ROWS[rows])
     ])  # fmt: skip
-    mask, gradient = document_mask(ids), torch.randn(2, 6, 300, 16)
-    leaves = [torch.randn(2, heads, 300, 16, dtype=dtype) for heads in (6, 2, 2)]
+    mask, gradient = document_mask(ids), torch.randn(3, 6, 300, 16)
+    leaves = [torch.randn(3, heads, 300, 16, dtype=dtype) for heads in (6, 2, 2)]
 
     def results(kind: torch.dtype, visible: torch.Tensor) -> list[torch.Tensor]:
         qkv = [x.clone().to(kind).requires_grad_() for x in leaves]
@@ -170,21 +177,29 @@ def test_blocks_give_values_and_gradients_of_exact_attention(rows, dtype):
         assert own < (1e-6 if dtype == torch.float32 else 1.25 * of_torch + 1e-3)
 
 
-def test_probabilities_that_are_not_kept_are_made_again(monkeypatch):
-    """What is kept grows with the length, not with its square."""
-    ids = torch.tensor([[0] * 3 * BLOCK, [1] * 40 + [2] * (3 * BLOCK - 40)])
-    leaves = [torch.randn(2, heads, 3 * BLOCK, 8) for heads in (4, 2, 2)]
-    gradient, found = torch.randn(2, 4, 3 * BLOCK, 8), []
-    for most in (3 * BLOCK, BLOCK):
-        monkeypatch.setattr("attention.KEPT", most)
-        qkv = [x.clone().requires_grad_() for x in leaves]
-        attend(*qkv, ids).backward(gradient)
-        found.append(torch.cat([x.grad.flatten() for x in qkv if x.grad is not None]))
-        kept = attend_blocks(*(x.transpose(1, 2) for x in leaves), ids, True)[1]
-        assert len(kept) == 2 * 4 * 3 * BLOCK * (most + BLOCK) // 2
-    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+def test_room_for_probabilities_is_enough_for_any_documents(monkeypatch):
+    """And grows with the length, not with its square."""
+    monkeypatch.setattr("attention.KEPT", 3 * BLOCK)
+    chance, qkv = random.Random(0), torch.zeros(1, 5 * BLOCK, 1, 2)
+    (room,) = attend_blocks(qkv, qkv, qkv, torch.zeros(1, 5 * BLOCK), True)[1].shape
+    assert room == 5 * BLOCK * 4 * BLOCK // 2
+    for _ in range(200):
+        cuts = sorted(chance.choices(range(5 * BLOCK), k=chance.randint(0, 12)))
+        ids = torch.bucketize(torch.arange(5 * BLOCK), torch.tensor(cuts), right=True)[None]
+        blocks = ((end - begin) * (end - start) for _, start, begin, end, _ in blocks_of(ids)
+                  if end - start <= 3 * BLOCK)  # fmt: skip
+        assert sum(blocks) <= room
+
+
+def test_probabilities_are_kept_only_where_a_backward_pass_can_follow(monkeypatch):
+    qkv = [torch.randn(1, heads, 8, 4, requires_grad=True) for heads in (4, 2, 2)]
+    asked = []
+    monkeypatch.setattr("attention._room", lambda q, keep: asked.append(keep) or q.new_empty(256))
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    attend(*qkv, ids)
     with torch.no_grad():
-        assert not len(attend_blocks(*(x.transpose(1, 2) for x in leaves), ids, False)[1])
+        attend(*qkv, ids)
+    assert asked == [True, False]
 
 
 def test_autocast_does_not_reach_into_blocks():
@@ -201,7 +216,8 @@ def test_blocks_are_an_operator_as_torch_checks_them():
     """Of rows that fill the room for probabilities: what is left of it would be compared too."""
     qkv = [torch.randn(2, 2 * BLOCK, heads, 4, requires_grad=True) for heads in (4, 2, 2)]
     ids = torch.arange(2)[:, None].expand(2, 2 * BLOCK).contiguous()
-    torch.library.opcheck(attend_blocks, (*qkv, ids, True))
+    for keep in (True, False):
+        torch.library.opcheck(attend_blocks, (*qkv, ids, keep))
 
 
 def test_under_autocast_no_layer_makes_a_mask_of_its_own(batch):

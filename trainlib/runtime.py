@@ -67,8 +67,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def keep_freed_memory() -> None:
     """Let this process keep what it frees, for its next step; where malloc is not glibc's, nothing.
 
-    Else tensors of megabytes go back to the system, and 2,048 tokens fetch 50,000 pages anew: 3 to
-    4 % of the time of a step.
+    Else tensors of megabytes go back to the system, and every step fetches their pages anew, 3 to
+    4 % of its time. What only the start of a run needs is kept as well.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
