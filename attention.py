@@ -185,7 +185,7 @@ def _probabilities(q: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
 KEPT = 512
 """Keys that a query may see at most for its probabilities to be kept for backward.
 
-Of rows of 512 they are a quarter of a step's memory, and spare a fifth to a third of attention's
+Of rows of 512 they are a fifth of a step's memory, and spare a fifth to a third of attention's
 time.
 """
 

@@ -86,7 +86,7 @@ explains.
   torch's kernel.
 * Backward does not make the probabilities of the first 512 keys' queries again, and rows that
   documents divide alike go together: forward and backward of 4 rows of 512 with 8 heads take 24 ms
-  instead of 42 in bf16, 37 instead of 46 in fp32. What is kept is a quarter of a step's memory
+  instead of 42 in bf16, 37 instead of 46 in fp32. What is kept is a fifth of a step's memory
   (`memory`: 0.79 instead of 0.64), and grows with the length, not with its square.
 * What a step frees, glibc keeps for the next one instead of giving it back and fetching 50,000
   pages anew: 3 % of the time in bf16 and in fp32, 4 % compiled.
