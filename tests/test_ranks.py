@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -117,6 +118,36 @@ def test_torchrun_starts_it_too_and_another_number_of_ranks_goes_on(place, alone
         assert mine["step"] == yours["step"]
         if "train/loss" in yours:
             assert mine["train/loss"] == pytest.approx(yours["train/loss"], abs=1e-5)
+
+
+LEAVES = """
+import os
+import torch
+from trainlib.ranks import join_ranks, leave_ranks
+
+ranks = join_ranks("cpu")
+import torch._dynamo  # As torch's optimizers do.
+import torch.distributed.nn.functional
+ranks.sum([torch.ones(3)])
+leave_ranks()
+print(*(open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")))
+"""
+
+
+def test_who_leaves_takes_all_threads_of_the_group_along(place):
+    # One that was still letting go of a tensor while Python shut down aborted a finished run.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+           "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    processes = [
+        subprocess.Popen([sys.executable, "-c", LEAVES], env={**env, "RANK": str(rank)}, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        assert "gloo" not in finish(process)
 
 
 def test_sigterm_reaches_all_ranks_and_the_last_step_is_saved(place):

@@ -7,6 +7,7 @@ MASTER_ADDR, MASTER_PORT), so `torchrun --nproc-per-node 2 train.py` works too.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -90,6 +91,10 @@ def join_ranks(device: str) -> Ranks:
     """Meet the other ranks that the environment speaks of; alone where it speaks of none."""
     if not inside_ranks() or int(os.environ["WORLD_SIZE"]) == 1:
         return Ranks()
+    # Its functions take the group that exists when it is imported, which torch's compiler does, as
+    # their default and so would keep it: destroy_process_group then ends no thread of gloo's, and
+    # one that lets go of a tensor while Python shuts down aborts a run that had finished.
+    importlib.import_module("torch.distributed.nn.functional")
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if PARENT in os.environ:
         threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
