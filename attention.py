@@ -175,9 +175,12 @@ def _part(x: Tensor, rows: slice, positions: slice) -> Tensor:
     return x[rows, :, positions].flatten(0, 1).contiguous()
 
 
-def _probabilities(q: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k) of scaled q: (rows G, T R, H), (rows G, S, H) -> (rows G, T R, S), fp32."""
-    scores = torch.bmm(q, keys.mT)
+def _probabilities(q: Tensor, keys: Tensor, mask: Tensor, place: Tensor | None = None) -> Tensor:
+    """softmax(q k) of scaled q: (rows G, T R, H), (rows G, S, H) -> (rows G, T R, S), fp32.
+
+    Made in `place` if one of that dtype is given.
+    """
+    scores = torch.bmm(q, keys.mT, out=place)
     scores.unflatten(1, (len(mask), -1))[..., -len(mask) :] += mask[:, None]
     return torch.softmax(scores, -1, out=scores)
 
@@ -227,10 +230,15 @@ def attend_blocks(
     with torch.autocast(q.device.type, enabled=False):
         for rows, start, begin, end, mask in blocks_of(document_ids):
             here, seen = slice(repeats * begin, repeats * end), slice(start, end)
-            p = _probabilities(_part(scaled, rows, here), _part(exact, rows, seen), mask)
-            if keep and end - start <= KEPT:
-                place, room = _take(room, p.shape)
-                p = place.copy_(p)
+            q_, k_ = _part(scaled, rows, here), _part(exact, rows, seen)
+            if not keep or end - start > KEPT:
+                p = _probabilities(q_, k_, mask)
+            else:
+                place, room = _take(room, (*q_.shape[:2], end - start))
+                if place.dtype == torch.float32:
+                    p = _probabilities(q_, k_, mask, place)
+                else:
+                    p = place.copy_(_probabilities(q_, k_, mask))
             mixed = torch.bmm(p.to(v.dtype), _part(values, rows, seen))
             out[rows, :, here] = mixed.unflatten(0, (-1, groups))
     return _ungroup(out, q.shape[1]), kept

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from attention import attend, document_bias, load_varlen
 from norm import rms_norm
+from rotary import rotary_angles, rotate
+from swiglu import gated_down
 
 
 @dataclass(frozen=True)
@@ -94,25 +94,6 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, in fp32 whatever the precision of the model.
-
-    Shapes: position_ids (B, T) -> two of (B, 1, T, head_dim / 2), one for all heads.
-    Source: arXiv:2104.09864, equation 15.
-    """
-    pairs = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
-    inverse_frequency = theta ** (-pairs / head_dim)
-    angles = position_ids[:, None, :, None].float() * inverse_frequency
-    return angles.cos(), angles.sin()
-
-
-def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + H/2) of a head by its position's angle (the Hugging Face layout)."""
-    first, second = x_BNTH.chunk(2, dim=-1)
-    cos, sin = cos.to(x_BNTH.dtype), sin.to(x_BNTH.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 class Attention(nn.Module):
     """Causal self-attention: N query heads share G key/value heads, each head normed."""
 
@@ -156,15 +137,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x_BTD), self.up_proj(x_BTD)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # silu and the product are cheap, and the widest of all activations: they are made
-            # again in backward, as a compiled layer does by itself.
-            return checkpoint(self._down, gate, up, use_reentrant=False, preserve_rng_state=False)
-        return self._down(gate, up)
-
-    def _down(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.down_proj(F.silu(gate) * up)
+        return gated_down(self.gate_proj(x_BTD), self.up_proj(x_BTD), self.down_proj.weight)
 
 
 class Block(nn.Module):

@@ -13,6 +13,7 @@ import model as model_module
 from attention import document_mask
 from hf_folder import model_files
 from model import ModelConfig, SwiGLU, Transformer, count_parameters
+from rotary import rotary_angles
 
 SIZES = {
     "vocab_size": 200,
@@ -91,7 +92,7 @@ def test_what_is_made_again_in_backward_gives_the_same_gradients():
 
 
 def test_first_position_is_not_turned_and_pairs_turn_by_their_frequency():
-    cos, sin = model_module.rotary_angles(torch.tensor([[0, 3]]), 4, 100.0)
+    cos, sin = rotary_angles(torch.tensor([[0, 3]]), 4, 100.0)
     assert cos[0, 0, 0].tolist() == [1, 1] and sin[0, 0, 0].tolist() == [0, 0]
     torch.testing.assert_close(sin[0, 0, 1], torch.tensor([3.0, 0.3]).sin())
 
@@ -130,4 +131,5 @@ def test_model_needs_torch_alone():
         for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else
                      [alias.name for alias in node.names])
     }  # fmt: skip
-    assert imported == {"__future__", "dataclasses", "typing", "torch", "attention", "norm"}
+    own = {"attention", "norm", "rotary", "swiglu"}
+    assert imported == {"__future__", "dataclasses", "typing", "torch"} | own
