@@ -178,7 +178,7 @@ def _part(x: Tensor, rows: slice, positions: slice) -> Tensor:
 def _probabilities(q: Tensor, keys: Tensor, mask: Tensor, place: Tensor | None = None) -> Tensor:
     """softmax(q k) of scaled q: (rows G, T R, H), (rows G, S, H) -> (rows G, T R, S), fp32.
 
-    Made in `place` if one of that dtype is given.
+    Made in `place` where one is given, which must be fp32.
     """
     scores = torch.bmm(q, keys.mT, out=place)
     scores.unflatten(1, (len(mask), -1))[..., -len(mask) :] += mask[:, None]
@@ -231,14 +231,13 @@ def attend_blocks(
         for rows, start, begin, end, mask in blocks_of(document_ids):
             here, seen = slice(repeats * begin, repeats * end), slice(start, end)
             q_, k_ = _part(scaled, rows, here), _part(exact, rows, seen)
-            if not keep or end - start > KEPT:
-                p = _probabilities(q_, k_, mask)
-            else:
+            place = None
+            if keep and end - start <= KEPT:
                 place, room = _take(room, (*q_.shape[:2], end - start))
-                if place.dtype == torch.float32:
-                    p = _probabilities(q_, k_, mask, place)
-                else:
-                    p = place.copy_(_probabilities(q_, k_, mask))
+            fits = place is not None and place.dtype == torch.float32
+            p = _probabilities(q_, k_, mask, place if fits else None)
+            if place is not None and not fits:
+                p = place.copy_(p)
             mixed = torch.bmm(p.to(v.dtype), _part(values, rows, seen))
             out[rows, :, here] = mixed.unflatten(0, (-1, groups))
     return _ungroup(out, q.shape[1]), kept

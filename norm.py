@@ -24,11 +24,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = torch.promote_types(x.dtype, weight.dtype)
     x, weight = x.to(wide), weight.to(wide)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return FewPasses.apply(x, weight, eps)  # type: ignore[no-any-return]
+        return Normed.apply(x, weight, eps)  # type: ignore[no-any-return]
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-class FewPasses(torch.autograd.Function):
+class Normed(torch.autograd.Function):
     """rms_norm of one dtype, computed in fp32 or wider.
 
     With i = 1 / rms and the gradient g of the result, dx = i g w - x i^3 sum(g w x) / D, and dw is
@@ -50,7 +50,7 @@ class FewPasses(torch.autograd.Function):
         """Gradients of x and weight."""
         x, weight, inverse = ctx.saved_tensors
         gradient, by = gradients[0].to(inverse.dtype), weight.to(inverse.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # Of a caller inside it.
+        with torch.autocast(x.device.type, enabled=False):  # Backward may be called in it.
             product = (gradient * x).flatten(0, -2)
             along_x = (product @ by).view_as(inverse) * inverse**3 / -x.shape[-1]
             dx = (gradient * by).mul_(inverse).addcmul_(x, along_x)

@@ -93,9 +93,10 @@ explains.
 * RMSNorm is few passes over memory on a CPU, where torch's is a dozen: an uncompiled step in fp32,
   of the 26.9M model and of the tiny one, is 3 to 4 % faster and takes 15 % less memory; one in
   bf16, where queries and keys are normed and turned in fp32 now, as on a card, 0 to 2 %.
-* The rotation in three passes instead of seven, the feed-forward layer's second half in a backward
-  of its own that overwrites what it no longer needs, and scores made in fp32 where they are kept:
-  together 1.6 % of an uncompiled step in fp32 and 2.5 % in bf16, in turn within one process.
+* The rotation by four operators on halves of a head instead of seven, the feed-forward layer's
+  second half with a backward of its own that overwrites what it no longer needs, and in fp32 scores
+  made where they are kept: of an uncompiled step of the 26.9M model together 1.6 % in fp32, and
+  2.5 % in bf16, in turn within one process.
 * A long run on a CPU is compiled where it is in bf16: steps of the 26.9M model 1.1 times as fast,
   for half a minute of compiling. In fp32, where products take most of a step, nothing was won.
 * Muon's Newton-Schulz runs in fp32 where bf16 is slow (a matrix of 512 x 512: 0.03 s instead of

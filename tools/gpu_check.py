@@ -3,7 +3,7 @@
     python -m tools.gpu_check [CHECK ...] [--device cuda|cpu] [--out FILE]
 
     attention   each kernel against fp64 arithmetic, forward and backward, on packed documents
-    model       logits in fp32 against the CPU's, loss in 16 bits against fp32
+    model       logits and gradient in fp32 against the CPU's, loss in 16 bits against fp32
     steps       training compiles once, and forward and backward wait for nothing
     memory      the predicted peak of a step against what the device's allocator held
     speed       tokens a second by rows of a micro batch, with and without compilation
@@ -101,9 +101,7 @@ def check_attention(machine: Machine) -> Iterator[Line]:
     values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     visible = document_mask(batch.document_ids.cpu())
     expected = attention_by_hand(values, visible)
-    kernels: dict[str, tuple[torch.dtype, Tensor, float]] = {
-        "masked fp32": (torch.float32, visible, 1e-4)
-    }
+    kernels = {"masked fp32": (torch.float32, visible, 1e-4)}
     if machine.choice.attention == "varlen":
         load_varlen()
         kernels["varlen bf16"] = (torch.bfloat16, batch.boundaries, 2e-2)
@@ -138,7 +136,7 @@ def attention_by_hand(values: list[Tensor], visible: Tensor) -> list[Tensor]:
 
 
 def check_model(machine: Machine) -> Iterator[Line]:
-    """Logits against the CPU's; the loss under autocast against that in fp32."""
+    """Logits and gradient against the CPU's; the loss under autocast against that in fp32."""
     torch.manual_seed(0)
     model, batch = Transformer(machine.sizes), machine.batch(2)
     for name, parameter in model.named_parameters():
@@ -146,11 +144,15 @@ def check_model(machine: Machine) -> Iterator[Line]:
             parameter.data.normal_(std=0.02)  # As zeros, as it begins, they would hide the rest.
     torch.set_float32_matmul_precision("highest")
     device = torch.device(machine.choice.device)
+    on_cpu = batch.to(torch.device("cpu"))
+    wanted = gradient(model, on_cpu)
     with torch.no_grad():
-        expected = model(**{**batch.to(torch.device("cpu")).inputs, "select": None})
+        expected = model(**{**on_cpu.inputs, "select": None})
         found = model.to(device)(**{**batch.inputs, "select": None})
         error = float((found.cpu() - expected).abs().max())
         yield Line("logits in fp32", error < 1e-3, f"off by {error:.1e} from the CPU's")
+        error = float((gradient(model, batch) - wanted).norm() / wanted.norm())
+        yield Line("gradient in fp32", error < 1e-3, f"off by {error:.1e} of the CPU's norm")
         exact, _ = loss_fn(model, batch)
         hardware = machine.hardware()
         model.attention = hardware.attention  # type: ignore[assignment]
@@ -158,6 +160,13 @@ def check_model(machine: Machine) -> Iterator[Line]:
             rounded, _ = loss_fn(model, batch)
     ratio = float(rounded / exact) - 1
     yield Line(f"loss in {hardware.precision}", abs(ratio) < 0.005, f"{ratio:+.2%} of that in fp32")
+
+
+def gradient(model: Transformer, batch: Batch) -> Tensor:
+    """Of the summed loss, as one vector, on the CPU."""
+    with torch.enable_grad():
+        found = torch.autograd.grad(loss_fn(model, batch)[0], list(model.parameters()))
+    return torch.cat([part.flatten().cpu() for part in found])
 
 
 def check_steps(machine: Machine) -> Iterator[Line]:

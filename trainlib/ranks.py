@@ -91,10 +91,11 @@ def join_ranks(device: str) -> Ranks:
     """Meet the other ranks that the environment speaks of; alone where it speaks of none."""
     if not inside_ranks() or int(os.environ["WORLD_SIZE"]) == 1:
         return Ranks()
-    # Its functions take the group that exists when it is imported, which torch's compiler does, as
-    # their default and so would keep it: destroy_process_group then ends no thread of gloo's, and
-    # one that lets go of a tensor while Python shuts down aborts a run that had finished.
-    importlib.import_module("torch.distributed.nn.functional")
+    # The default group of the moment of its import is this module's default argument. The first
+    # optimizer imports torch's compiler and so this: too late, it would hold our group for good,
+    # and gloo's threads end only with the last reference to that. One that frees a tensor while
+    # Python shuts down aborts a run that had finished. Imported now, the default is None.
+    importlib.import_module("torch.distributed.nn.functional")  # `import` would hide `torch` above.
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if PARENT in os.environ:
         threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
