@@ -134,12 +134,13 @@ def tokenize_chunks(todo: Iterator[Chunk], task: Task, source: Source) -> Iterat
     try:
         wanted = 2 * cores
         while True:
-            for chunk in islice(todo, wanted):
-                with _interrupts_waiting():
+            with _interrupts_waiting():
+                for chunk in islice(todo, wanted):
                     running.append(pool.submit(_in_process, chunk))
-            if not running:
+                done = running.popleft().result() if running else None
+            if done is None:
                 return
-            yield running.popleft().result()
+            yield done
             wanted = 1
     except BrokenProcessPool as error:
         raise UserError(
@@ -152,10 +153,11 @@ def tokenize_chunks(todo: Iterator[Chunk], task: Task, source: Source) -> Iterat
 
 @contextlib.contextmanager
 def _interrupts_waiting() -> Iterator[None]:
-    """Ctrl-C waits for the end of this: a pool starts its processes when it is given work.
+    """Ctrl-C waits for the end of this: the next chunk, as a rule a second at most.
 
     Python drops an exception that comes up while a process forks, and the build went on; one that
-    came while the pool started left it waiting for ever.
+    comes while the pool starts, or between a lock's being taken and the block that gives it back,
+    leaves the pool waiting for ever.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Signals reach the main thread alone.
