@@ -56,9 +56,8 @@ class _TokenLosses(torch.autograd.Function):
         probabilities, ctx.probabilities = ctx.probabilities, None
         if probabilities is None:
             raise RuntimeError("token_losses: its memory is used up by the first backward pass")
-        if ctx.dtype == torch.float16:
-            # Where no loss is, what overflowed must not become 0 times infinity.
-            probabilities.masked_fill_(~under_loss.unsqueeze(1), 0)
+        # Where no loss is, what overflowed in 16 bits must not become 0 times infinity.
+        probabilities.masked_fill_(~under_loss.unsqueeze(1), 0)
         gradient = gradient.masked_fill(~under_loss, 0).unsqueeze(1)
         probabilities.mul_(gradient).scatter_add_(1, index, -gradient)
         return probabilities.to(ctx.dtype), None

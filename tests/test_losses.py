@@ -20,7 +20,7 @@ def test_cross_entropy_is_a_sum():
     assert float(cross_entropy_sum(logits, torch.full_like(labels, IGNORE_INDEX))) == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_values_and_gradients_are_those_of_torch(dtype):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(7, 50, generator=generator) * torch.tensor(
@@ -28,8 +28,7 @@ def test_values_and_gradients_are_those_of_torch(dtype):
     )
     logits[3] += 3e4  # Far from 0, where exp alone would overflow.
     logits[5, 4] = 200.0  # All others have probability 0.
-    if dtype == torch.float16:
-        logits[6, 0] = 1e5  # Overflows; not under the loss: torch gives NaN there, ours nothing.
+    logits[6, 0] = torch.inf  # Not under the loss: torch gives NaN there, ours nothing.
     labels = torch.tensor([3, 49, IGNORE_INDEX, 0, 7, 1, IGNORE_INDEX])
     weights = torch.arange(1.0, 8.0)
     results = []
