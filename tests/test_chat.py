@@ -94,6 +94,21 @@ def test_errors_exit_with_one_and_no_traceback(tmp_path, model, tokenizer, optio
     assert not done.stdout and "Traceback" not in done.stderr
 
 
+def test_every_option_of_the_draw_is_passed_on(monkeypatch):
+    """Fails where an option of the command line is read and then left out, or swapped."""
+    asked = []
+    for name in ("load_model", "load_tokenizer"):
+        monkeypatch.setattr(chat, name, lambda *_: None)
+    monkeypatch.setattr(chat, "answer", lambda *words: asked.append(words[2:]))
+    words = "chat.py --model m --prompt hi --system be --temperature 0.2 --top-p 0.5 --top-k 3"
+    words += " --max-new-tokens 7 --seed 9"
+    monkeypatch.setattr(sys, "argv", words.split())
+    chat.main()
+    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]
+    sampling = Sampling(temperature=0.2, top_p=0.5, top_k=3, max_new_tokens=7, seed=9)
+    assert asked == [(messages, sampling)]
+
+
 def test_a_run_for_its_model_is_told_with_the_option_that_was_given(tmp_path, monkeypatch, capsys):
     (tmp_path / "final").mkdir()
     (tmp_path / "final/config.json").write_text("{}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -213,6 +214,60 @@ def test_held_out_documents_are_the_same_for_ever(tmp_path, tokenizer):
     _, more = packed(tmp_path, tokenizer, rows + [{"text": f"new {i}"} for i in range(100)])
     assert chosen == {n for n in map(int, more.lines[hold_out(more, 0.05)]) if n <= 400}
     assert hold_out(cache, 1e-9).sum() == 1
+
+
+def numbered(kind, numbers):
+    """Rows of a kind whose text has a number."""
+    for i in numbers:
+        question = {"role": "user", "content": f"question <{i}>"}
+        answers = [{"role": "assistant", "content": word} for word in ("yes", "no")]
+        yield {
+            "pretrain": {"text": f"text <{i}> goes on"},
+            "sft": {"conversations": [question, answers[0]]},
+            "dpo": {"chosen": [question, answers[0]], "rejected": [question, answers[1]]},
+        }[kind]
+
+
+def numbers_in(data, tokenizer, epoch=0):
+    """The numbers of the rows that a data set gives to the model."""
+    rows = all_rows(data, epoch)
+    text = tokenizer.decode(data.collate(rows, len(rows)).input_ids.flatten().tolist())
+    return {int(number) for number in re.findall(r"<(\d+)>", text)}
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "dpo"])
+@pytest.mark.parametrize("weights", ["", ":0.7 :0.3"])
+def test_no_row_is_trained_on_and_held_out(tmp_path, tokenizer, kind, weights):
+    """Fails where training reads held-out rows, in any epoch, or a row is on neither side."""
+    # Some rows are there twice; both go to one side.
+    a = write(tmp_path / "a.jsonl", numbered(kind, [*range(60), *range(0, 60, 7)]))
+    b = write(tmp_path / "b.jsonl", numbered(kind, range(60, 120)))
+    files = tuple(str(p) + w for p, w in zip((a, b), weights.split() or ("", ""), strict=True))
+    config = DataConfig(files=files, val_fraction=0.2)
+    loaded = load_datasets(config, kind, tokenizer, 64, 0)
+    trained = set().union(*(numbers_in(loaded.train, tokenizer, epoch) for epoch in range(3)))
+    held_out = {name: numbers_in(data, tokenizer) for name, data in loaded.val.items()}
+    assert all(3 < len(numbers) < 30 for numbers in held_out.values())
+    assert max(held_out["a"]) < 60 <= min(held_out["b"])
+    assert not trained & (held_out["a"] | held_out["b"])
+    assert trained | held_out["a"] | held_out["b"] == set(range(120))
+    other = load_datasets(config, kind, tokenizer, 64, 1)
+    assert held_out == {name: numbers_in(data, tokenizer) for name, data in other.val.items()}
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "dpo"])
+def test_named_validation_files_are_not_mixed_in(tmp_path, tokenizer, kind):
+    """Fails where a file of data.val_files is trained on, or training rows are held out too."""
+    files = {
+        name: str(write(tmp_path / f"{name}.jsonl", numbered(kind, numbers)))
+        for name, numbers in (("a", range(40)), ("b", range(40, 50)), ("c", range(50, 60)))
+    }
+    config = DataConfig(files=(files["a"],), val_files=(files["b"], files["c"]), val_fraction=0.5)
+    loaded = load_datasets(config, kind, tokenizer, 64, 0)
+    assert numbers_in(loaded.train, tokenizer) == set(range(40))
+    assert {name: numbers_in(data, tokenizer) for name, data in loaded.val.items()} == {
+        "b": set(range(40, 50)), "c": set(range(50, 60)),
+    }  # fmt: skip
 
 
 def test_default_files_by_kind(tmp_path, tokenizer):

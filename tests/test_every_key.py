@@ -10,9 +10,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from dpo_train import DPOConfig
+from hf_folder import model_files
+from model import ModelConfig, Transformer
 from sft_train import SFTConfig
 from train import PretrainConfig
 from trainlib.config import keys
@@ -101,6 +105,28 @@ def run(place, stage, length, out_dir, init_from):
 def test_no_key_is_forgotten():
     for _, cls in STAGES.values():
         assert {key.name for key in keys(cls)} <= {*VALUES, *LENGTHS}
+
+
+def test_beta_scales_the_first_gradient(place, tmp_path, monkeypatch, run_stage, tokenizer):
+    """Fails where DPO does not use its beta: with no margin yet the gradient is in proportion."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 16}
+    model = Transformer(ModelConfig(**sizes, num_attention_heads=1, num_key_value_heads=1))
+    (tmp_path / "model").mkdir()
+    for name, content in model_files(model.config, tokenizer).items():
+        (tmp_path / "model" / name).write_text(content, encoding="utf-8")
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    words = [f"init_from={tmp_path}/model", "data.files=dpo.jsonl", "max_steps=1", "device=cpu"]
+    words += ["tokens_per_step=256", "sequence_length=64", "log_every_steps=1", "precision=fp32"]
+    norms = []
+    for beta in (0.1, 0.4):
+        assert run_stage("dpo", *words, f"beta={beta}", f"out_dir={tmp_path}/{beta}") == 0
+        rows = [json.loads(line) for line in (tmp_path / f"{beta}/metrics.jsonl").open()]
+        norms += [row["train/grad_norm"] for row in rows if "train/grad_norm" in row]
+    assert norms[1] == pytest.approx(4 * norms[0], rel=1e-3) and norms[0] > 0
 
 
 @pytest.mark.slow

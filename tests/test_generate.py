@@ -10,7 +10,15 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from generate import Sampling, filter_logits, generate, generate_batch, stream_text
+from generate import (
+    KVCache,
+    Sampling,
+    filter_logits,
+    generate,
+    generate_batch,
+    sample,
+    stream_text,
+)
 from hf_folder import load_model, model_files
 from model import ModelConfig, Transformer
 from tokenizer.chat_format import render_conversation, render_prompt
@@ -74,6 +82,70 @@ def test_filters_by_hand():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     assert torch.isfinite(filter_logits(logits, 0, 0.6)).tolist() == [True, True, False, False]
     assert torch.isfinite(filter_logits(logits, 1, 1.0)).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p, wanted",
+    [
+        (1.0, 0, 1.0, [0.5, 0.3, 0.15, 0.05]),
+        (2.0, 0, 1.0, [0.3788, 0.2934, 0.2075, 0.1198]),  # Square roots over their sum.
+        (0.5, 0, 1.0, [0.6849, 0.2466, 0.0616, 0.0068]),  # Squares.
+        (2.0, 2, 1.0, [0.5635, 0.4365, 0, 0]),
+        (1.0, 0, 0.6, [0.625, 0.375, 0, 0]),
+        (0.5, 0, 0.6, [1, 0, 0, 0]),  # top_p is of what the temperature has made of them.
+        (0.0, 0, 1.0, [1, 0, 0, 0]),
+    ],
+)
+def test_draws_are_as_frequent_as_they_should_be(temperature, top_k, top_p, wanted):
+    """Fails where temperature, top_k or top_p is ignored: the shares of 4,000 draws."""
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    sampling, generator = Sampling(temperature, top_p, top_k), torch.Generator().manual_seed(0)
+    draws = torch.tensor([sample(logits, sampling, generator) for _ in range(4000)])
+    shares = draws.bincount(minlength=4) / len(draws)
+    assert shares.tolist() == pytest.approx(wanted, abs=0.03)
+    assert [share > 0 for share in shares] == [p > 0 for p in wanted]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_settings_reach_the_draw(folder, batched):
+    """Fails where one of the two ways of generating leaves out temperature, top_k, top_p, seed."""
+    model = load_model(folder)
+
+    def ids(**settings):
+        sampling = Sampling(**{"max_new_tokens": 8, "seed": 1, "top_p": 1.0, **settings})
+        if batched:
+            return generate_batch(model, [[7, 8]], sampling)[0]
+        return list(generate(model, [7, 8], sampling))
+
+    greedy = ids(temperature=0)
+    assert greedy == ids(temperature=1e-4) == ids(temperature=9, top_k=1)
+    assert greedy == ids(temperature=9, top_p=1e-6)
+    hot = ids(temperature=9)
+    assert hot not in (greedy, ids(temperature=9, seed=2)) and hot == ids(temperature=9)
+
+
+@pytest.mark.parametrize("pieces", [[17, 3], [1] * 20, [13, *[1] * 7], [4, 9, 1, 6]])
+def test_cached_logits_are_those_without_a_cache(pieces):
+    """Fails where what is kept differs by a thousandth: keys times 1.001 move logits by 1e-3."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    model = Transformer(config)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    ids, positions = torch.randint(0, 50, (2, 20)), torch.arange(20).expand(2, -1)
+    visible = torch.ones(20, 20, dtype=torch.bool).tril()[None, None]
+    cache, end = KVCache(config, 2, 20, torch.device("cpu")), 0
+    with torch.no_grad():
+        wanted = model(ids)
+        for size in pieces:
+            here, end = slice(end, end + size), end + size
+            # A first piece and single ids need no mask, as generate() gives them none.
+            mask = visible[:, :, here, :end] if here.start and size > 1 else None
+            logits = model(ids[:, here], positions[:, here], mask=mask, cache=cache)
+            torch.testing.assert_close(logits, wanted[:, here], rtol=0, atol=1e-5)
 
 
 def test_streamed_text_never_breaks_a_character(tokenizer):

@@ -1,7 +1,8 @@
-"""Protects exact resume: random state, optimizers and position come back as they were."""
+"""Protects the step and exact resume: its gradient; all comes back as it was."""
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from types import SimpleNamespace
@@ -14,11 +15,11 @@ from trainlib.checkpoint import Checkpoints
 from trainlib.control import Clock
 from trainlib.errors import UserError
 from trainlib.files import lock_folder, refuse_if_locked, release_folders
-from trainlib.loop import Display
+from trainlib.loop import Display, optimizer_step
 from trainlib.metrics import cut_back
 from trainlib.optim import OptimConfig, Schedule, build_optimizers
 from trainlib.ranks import Ranks
-from trainlib.runtime import looking
+from trainlib.runtime import Hardware, looking
 from trainlib.state import TrainState, restore, save
 
 SCHEDULE = Schedule(OptimConfig(), 10)
@@ -213,3 +214,28 @@ def test_a_folder_is_trained_in_by_one_process(tmp_path):
         refuse_if_locked(tmp_path)
     release_folders()
     refuse_if_locked(tmp_path)
+
+
+@pytest.mark.parametrize("clip", [0.5, 0.0, 1e6])
+@pytest.mark.parametrize("loss_scale", [1.0, 256.0])
+def test_a_steps_gradient_is_that_of_the_mean_loss_clipped(clip, loss_scale):
+    """Fails where gradients are not clipped over all parameters together, or clipped at 0."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(3, 2), 100 * torch.randn(4, 3)
+    plain = copy.deepcopy(model)
+    (plain(x).sum() / 4).backward()
+    norm = float(torch.cat([p.grad.flatten() for p in plain.parameters()]).norm())
+    hardware = Hardware(torch.device("cpu"), "fp32", "masked", False, 3)
+    config = SimpleNamespace(optim=OptimConfig(grad_clip=clip))
+    run = SimpleNamespace(hardware=hardware, ranks=Ranks(), config=config)
+    optimizers = [torch.optim.SGD([p], lr=1.0) for p in model.parameters()]
+    batch = StepBatch([x[:1], x[1:]], 4, 4, Place())
+    for _ in range(2):  # The second one must not know of the first one's gradient.
+        result = optimizer_step(
+            run, model, optimizers, lambda model, x: (model(x).sum(), {}), batch, loss_scale
+        )  # type: ignore[arg-type]
+        assert result.grad_norm == pytest.approx(norm) and norm > 10
+    share = min(1.0, clip / norm) if clip else 1.0
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        moved = theirs.detach() - ours.detach()
+        torch.testing.assert_close(moved, 2 * share * theirs.grad, rtol=1e-4, atol=1e-5)

@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import sft_train
+import train
+from batch import Batch
 from dpo_train import dpo_loss
 from losses import IGNORE_INDEX, cross_entropy_sum, sequence_log_probs, token_losses
 
@@ -88,3 +91,33 @@ def test_dpo_loss_by_hand():
     assert float(loss) == pytest.approx(math.log(2) - math.log(0.75), rel=1e-5)
     assert float(metrics["reward_accuracy"][0]) == 1.5 and metrics["reward_accuracy"][1] == 2
     assert float(metrics["reward_margin"][0]) == pytest.approx(math.log(3), rel=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_beta_is_the_slope_of_the_dpo_loss(beta):
+    """Fails where beta is left out: margin beta ln 9, gradient -+ beta sigmoid(-margin)."""
+    policy = torch.tensor([math.log(9.0), 0.0], requires_grad=True)
+    loss, metrics = dpo_loss(policy, torch.zeros(2), beta)
+    loss.backward()
+    wrong = 1 / (1 + 9**beta)
+    assert float(loss.detach()) == pytest.approx(-math.log(1 - wrong), rel=1e-5)
+    assert policy.grad.tolist() == pytest.approx([-beta * wrong, beta * wrong], rel=1e-5)
+    assert metrics["reward_margin"][0].item() == pytest.approx(beta * math.log(9), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [train, sft_train])
+def test_bits_per_byte_by_hand(stage):
+    """Fails where the logarithm has another base: 5 labels of 1 in 8, 12 bytes, 15 / 12 bits."""
+    labels = torch.tensor([[3, 1, IGNORE_INDEX, 7], [0, IGNORE_INDEX, 2, IGNORE_INDEX]])
+    zeros = torch.zeros_like(labels)
+    batch = Batch(
+        zeros, labels, zeros, zeros, zeros[0], zeros[0], num_targets=5, num_bytes=12, num_tokens=8
+    )
+
+    def model(select, **_):
+        return torch.zeros(2, 4, 8)[select]
+
+    loss, metrics = stage.loss_fn(model, batch)
+    total, count = metrics["bits_per_byte"]
+    assert float(loss) == pytest.approx(5 * math.log(8))
+    assert (float(total), count) == (pytest.approx(15), 12)

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from model import ModelConfig, Transformer
+from trainlib.batches import Place, StepBatch
+from trainlib.loop import optimizer_step
 from trainlib.optim import Muon, OptimConfig, Schedule, build_optimizers
+from trainlib.ranks import Ranks
+from trainlib.runtime import Hardware
+
+
+def small_model() -> Transformer:
+    """A model of every kind of weight, all random: of zeros a decay would not show."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Transformer(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a weight is a matrix inside a block; else it is of the embeddings or a norm."""
+    return "proj" in name
 
 
 def test_muon_equals_torch_muon():
@@ -56,3 +82,106 @@ def test_schedule_corners():
 def test_contradictions_are_refused():
     with pytest.raises(ValueError, match=r"muon_lr=-1.*momentum=2"):
         OptimConfig(muon_lr=-1, momentum=2)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_weight_decay_shrinks_the_matrices_alone(name):
+    """Fails where embeddings, the output matrix or norms decay, or a matrix does not."""
+    model = small_model()
+    config = OptimConfig(name, muon_lr=0.1, adamw_lr=0.1, embedding_lr=0.3, weight_decay=0.5)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizers = build_optimizers(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # What moves now, moves by decay alone.
+    for optimizer in optimizers:
+        optimizer.step()
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[n] * (0.95 if is_matrix(n) else 1.0), msg=n)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_adamw_is_the_formula_of_its_paper(name):
+    """Fails where the betas are swapped, or a weight has another's rate (arXiv:1711.05101)."""
+    model, config = small_model(), OptimConfig(name=name, beta1=0.6, beta2=0.9)
+    optimizers = build_optimizers(model, config)
+    ours = {n: p for n, p in model.named_parameters() if name == "adamw" or not is_matrix(n)}
+    wanted = {n: p.detach().clone() for n, p in ours.items()}
+    first, second = dict.fromkeys(ours, 0.0), dict.fromkeys(ours, 0.0)
+    for t in (1, 2, 3):
+        for n, p in ours.items():
+            p.grad = torch.randn_like(p)
+            first[n] = 0.6 * first[n] + 0.4 * p.grad
+            second[n] = 0.9 * second[n] + 0.1 * p.grad**2
+            lr = config.adamw_lr if is_matrix(n) else config.embedding_lr
+            direction = (first[n] / (1 - 0.6**t)) / ((second[n] / (1 - 0.9**t)).sqrt() + 1e-8)
+            wanted[n] -= lr * direction
+        for optimizer in optimizers:
+            optimizer.step()
+    for n, p in ours.items():
+        torch.testing.assert_close(p.detach(), wanted[n], rtol=1e-5, atol=1e-5, msg=n)
+
+
+@functools.cache
+def trained(config: OptimConfig) -> dict[str, torch.Tensor]:
+    """Weights after six steps of a run, by whether they are matrices.
+
+    The gradients are the same whatever the weights are, and differ in size from step to step: of
+    equal ones both optimizers would take the same step, clipped or not.
+    """
+    model, generator = small_model(), torch.Generator().manual_seed(1)
+    optimizers, schedule = build_optimizers(model, config), Schedule(config, 6)
+    hardware = Hardware(torch.device("cpu"), "fp32", "masked", False, 1)
+    run = SimpleNamespace(hardware=hardware, ranks=Ranks(), config=SimpleNamespace(optim=config))
+
+    def loss_fn(model, size):
+        parts = [(p * torch.randn(p.shape, generator=generator)).sum() for p in model.parameters()]
+        return size * torch.stack(parts).sum(), {}
+
+    for step, size in enumerate((1.0, 0.1, 10.0, 0.1, 1.0, 10.0)):
+        schedule.set_rates(optimizers, step)
+        batch = StepBatch([torch.tensor(size)], 1, 1, Place())
+        optimizer_step(run, model, optimizers, loss_fn, batch, 1.0)  # type: ignore[arg-type]
+    kinds = {"matrices": [], "rest": []}
+    for n, p in model.named_parameters():
+        kinds["matrices" if is_matrix(n) else "rest"].append(p.detach().flatten())
+    return {kind: torch.cat(weights) for kind, weights in kinds.items()}
+
+
+NONE, MATRICES, REST, ALL = set(), {"matrices"}, {"rest"}, {"matrices", "rest"}
+CHANGES = {
+    "name": ("adamw", MATRICES, NONE), "muon_lr": (0.01, MATRICES, NONE),
+    "adamw_lr": (0.01, NONE, MATRICES), "embedding_lr": (0.01, REST, REST),
+    "weight_decay": (0.5, MATRICES, MATRICES), "momentum": (0.5, MATRICES, NONE),
+    "beta1": (0.5, REST, ALL), "beta2": (0.5, REST, ALL), "grad_clip": (0.0, ALL, ALL),
+    "schedule": ("cosine", ALL, ALL), "warmup_fraction": (0.5, ALL, ALL),
+    "decay_fraction": (0.2, ALL, ALL), "final_lr_fraction": (0.5, ALL, ALL),
+}  # fmt: skip
+"""Another value of every setting, and which weights it moves otherwise under muon and adamw."""
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(OptimConfig)])
+def test_every_setting_moves_the_weights_that_it_is_of(key, name):
+    """Fails where a setting is read nowhere, or moves weights that are not its own."""
+    value, by_muon, by_adamw = CHANGES[key]
+    base = OptimConfig(name=name)
+    before, after = trained(base), trained(dataclasses.replace(base, **{key: value}))
+    moved = {kind for kind in ALL if not torch.equal(before[kind], after[kind])}
+    assert moved == (by_muon if name == "muon" else by_adamw)
+    assert all(float((before[kind] - after[kind]).abs().max()) > 1e-3 for kind in moved)
+
+
+@pytest.mark.parametrize("name, peaks", [("muon", [0.1, 0.3]), ("adamw", [0.2, 0.3])])
+def test_each_group_has_its_own_peak_times_the_factor(name, peaks):
+    """Fails where a group has another's rate, rates pile up, or fall below the final one."""
+    rates = {"muon_lr": 0.1, "adamw_lr": 0.2, "embedding_lr": 0.3}
+    config = OptimConfig(name=name, final_lr_fraction=0.2, **rates)
+    optimizers = build_optimizers(small_model(), config)
+    # Half way from 1 to 0.2, and at the end of either curve.
+    cosine = Schedule(dataclasses.replace(config, schedule="cosine"), 100)
+    for schedule, step, factor in (
+        (Schedule(config, 100), 75, 0.6), (Schedule(config, 100), 100, 0.2), (cosine, 100, 0.2),
+    ):  # fmt: skip
+        first = schedule.set_rates(optimizers, step)
+        found = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        assert found == pytest.approx([factor * peak for peak in peaks]) and first == found[0]
