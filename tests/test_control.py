@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from datetime import datetime
 
 import pytest
 
-from trainlib.control import Clock, Control, Requests, moment
+from trainlib.control import Clock, Control, Requests
 from trainlib.optim import OptimConfig, Schedule
 from trainlib.ranks import Ranks
 
@@ -116,14 +115,3 @@ def test_time_spent_before_a_resume_counts(time):
     clock.earlier = 3000
     time.now += 500
     assert clock.left() == pytest.approx(100)
-
-
-def test_a_deadline_is_the_next_such_time():
-    now = datetime(2026, 3, 1, 22, 0)
-    assert moment("23:30", now) == datetime(2026, 3, 1, 23, 30)
-    assert moment("21:30", now) == datetime(2026, 3, 2, 21, 30)
-    assert moment("2026-02-28T22:00", now) == datetime(2026, 2, 28, 22)  # launch refuses it.
-    for wrong in ("25:00", "soon"):
-        with pytest.raises(ValueError, match=f"deadline={wrong}"):
-            moment(wrong, now)
-    assert Clock(deadline="2026-02-28T22:00").left() < 0

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,6 @@ STAGES = {
 }
 LENGTHS = {
     "max_steps": "4", "max_tokens": "1000", "epochs": "2", "max_hours": "0.002",
-    "deadline": "in ten seconds",
 }  # fmt: skip
 # Beside the lengths: a value that is not the default, for every key there is.
 VALUES = {
@@ -81,9 +79,6 @@ def run(place, stage, length, out_dir, init_from):
     settings |= {"data.files": f"{stage}.jsonl", "data.val_files": f"{stage}_val.jsonl"}
     settings |= {"data.format": "auto"}
     settings["tokenizer" if stage == "pretrain" else "init_from"] = init_from
-    if length == "deadline":
-        soon = datetime.now() + timedelta(seconds=10)
-        settings["deadline"] = soon.isoformat(timespec="seconds")
     names = {key.name for key in keys(cls)}
     words = [f"{name}={value}" for name, value in settings.items() if name in names and value]
     env = {**os.environ, "TRAIN_LLM_CACHE_DIR": str(place / "cache"), "OMP_NUM_THREADS": "1"}

@@ -120,7 +120,7 @@ def test_settings_are_those_of_the_stages(readme, helps):
     keys = set(re.findall(r"(?<![\w./-])((?:data|optim|model)\.[a-z_]+)", readme))
     keys = {key for key in keys if not key.endswith(tuple(f".{end}" for end in files))}
     keys |= set(re.findall(r"`([a-z_]+)=[^`]*`", readme))
-    assert {"data.files", "max_hours", "deadline", "ranks", "device", "resume"} <= keys
+    assert {"data.files", "max_hours", "ranks", "device", "resume"} <= keys
     for key in keys:
         assert f"  {key}=" in helps["train.py"], key
 

@@ -6,7 +6,6 @@ import logging
 import signal
 import time
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +28,12 @@ class Requests:
     """The step with which the run shall end, its rate falling from now on."""
 
 
-def moment(deadline: str, now: datetime | None = None) -> datetime:
-    """What `23:30` (the next such time) or `2026-01-31T08:00` means, in local time.
-
-    Raises ValueError for another form.
-    """
-    now = now or datetime.now()
-    try:
-        then = datetime.combine(now.date(), datetime.strptime(deadline, "%H:%M").time())
-        return then if then > now else then + timedelta(days=1)
-    except ValueError:
-        pass
-    try:
-        then = datetime.fromisoformat(deadline)
-    except ValueError:
-        form = f"deadline={deadline} must be a time like 23:30 or 2026-01-31T08:00"
-        raise ValueError(form) from None
-    return then.astimezone().replace(tzinfo=None) if then.tzinfo else then
-
-
 class Clock:
     """Seconds that a run has taken, resumed ones included, and those it may still take."""
 
-    def __init__(self, max_hours: float = 0, deadline: str = "") -> None:
+    def __init__(self, max_hours: float = 0) -> None:
         self._begin, self.earlier = time.monotonic(), 0.0
         self._max_seconds = max_hours * 3600
-        self._ends: float | None = None
-        if deadline:
-            self._ends = self._begin + (moment(deadline) - datetime.now()).total_seconds()
         self._first: tuple[int, float] | None = None
 
     def seconds(self) -> float:
@@ -65,8 +42,6 @@ class Clock:
 
     def left(self) -> float | None:
         """Seconds to the end; None for a run whose length is no time."""
-        if self._ends is not None:
-            return self._ends - time.monotonic()
         return self._max_seconds - self.seconds() if self._max_seconds else None
 
     def plan(self, step: int, schedule: Schedule) -> int | None:

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -25,10 +24,9 @@ from trainlib.config import (
     provenance,
     recipe,
     resolved,
-    with_value,
     write_run_yaml,
 )
-from trainlib.control import Clock, moment
+from trainlib.control import Clock
 from trainlib.errors import UserError
 from trainlib.files import (
     cache_dir,
@@ -66,7 +64,7 @@ HOW = {"recipe": False}  # Such a setting changes how a run is carried out, not 
 class RunConfig:
     """Settings that every stage has."""
 
-    LENGTH_KEYS: ClassVar = ("max_steps", "max_tokens", "epochs", "max_hours", "deadline")
+    LENGTH_KEYS: ClassVar = ("max_steps", "max_tokens", "epochs", "max_hours")
     GROUPS: ClassVar = {
         "length": (*LENGTH_KEYS, "tokens_per_step", "sequence_length"),
         "hardware": HARDWARE_KEYS,
@@ -102,8 +100,6 @@ class RunConfig:
     """Length in passes over the training data (0 = not given)."""
     max_hours: float = 0.0
     """Length in hours, those before a resume included (0 = not given)."""
-    deadline: str = field(default="", metadata=HOW)
-    """Length by the clock: 23:30 (the next one), or 2026-01-31T08:00 (empty = not given)."""
     tokens_per_step: int = 131072
     """Positions of one optimizer step."""
     sequence_length: int = 512
@@ -137,11 +133,6 @@ class RunConfig:
         if len(given) != 1:
             problems.append(f"give the length by one of {', '.join(self.LENGTH_KEYS)}, not "
                             f"{' and '.join(given) or 'none'}")  # fmt: skip
-        if self.deadline:
-            try:
-                moment(self.deadline)
-            except ValueError as error:
-                problems.append(str(error))
         return problems
 
 
@@ -195,14 +186,13 @@ def launch(
         WANTED.set(wanted)
         only_prepare = "--prepare-only" in argv
         argv = [argument for argument in argv if argument != "--prepare-only"]
-        config = fix_deadline(load_config(cls, argv, default_file))
+        config = load_config(cls, argv, default_file)
         datasets = prepare(config)
         if only_prepare:
             print("the token caches are ready")
         elif wanted is None and not inside_ranks() and (count := number_of_ranks(config)) > 1:
             log.info("starting %d ranks, one a process (ranks=1 stops that)", count)
-            fixed = [f"deadline={config.deadline}"] if config.deadline else []
-            sys.exit(start_ranks(count, fixed))
+            sys.exit(start_ranks(count))
         else:
             main(config, datasets)
     except torch.OutOfMemoryError as error:
@@ -233,26 +223,6 @@ def refuse_other_stage(argv: list[str], stage: str) -> None:
                     f"{file} holds settings of {script}: type `python {script} {file} ...`, or "
                     f"give {SCRIPTS[stage]} configs/tiny_{stage}.yaml or a file of your own"
                 )
-
-
-def fix_deadline(config: ConfigT) -> ConfigT:
-    """A clock time to a date, before minutes of preparation can move it to the next day.
-
-    Raises UserError for a moment that has passed.
-    """
-    if not config.deadline or inside_ranks():
-        return config
-    then, now = moment(config.deadline), datetime.now()
-    if then <= now:
-        text = (
-            f"deadline={config.deadline} has passed; it is {now:%Y-%m-%dT%H:%M}. Give a later one."
-        )
-        raise UserError(text)
-    zone = now.astimezone().tzname()
-    log.info("deadline: %s, %.1f h from now by the clock here, which is %s",
-             f"{then:%Y-%m-%d %H:%M}", (then - now).total_seconds() / 3600, zone)  # fmt: skip
-    source = f"{provenance(config)['deadline']}: {config.deadline}"
-    return with_value(config, "deadline", then.isoformat(timespec="seconds"), source)
 
 
 def tell_next(run: Run, stage: str) -> None:
@@ -317,7 +287,7 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
         log.info("%s in %s on %s, %s, attention: %s", stage, folder, hardware.device,
                  hardware.precision, hardware.attention)  # fmt: skip
     checkpoints = Checkpoints(folder, config.keep_checkpoints, ranks.first)
-    clock = Clock(config.max_hours, config.deadline)
+    clock = Clock(config.max_hours)
     run = Run(config, stage, folder, hardware, checkpoints, ranks, clock, resume_from)
     run.plan = wanted
     return run

@@ -245,7 +245,7 @@ def make_schedule(config: Any, loader: StepLoader) -> Schedule:
 
     A length in time has no number of steps: such a schedule is open until the time runs out.
     """
-    if config.max_hours or config.deadline:
+    if config.max_hours:
         return Schedule(config.optim, None)
     if config.max_steps:
         return Schedule(config.optim, config.max_steps)

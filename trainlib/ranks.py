@@ -152,8 +152,8 @@ def number_of_ranks(config: Any) -> int:
     return config.ranks or max(1, cards)
 
 
-def start_ranks(count: int, more: list[str]) -> int:
-    """Run this very command, and `more` words, as `count` ranks of this host: their exit code.
+def start_ranks(count: int) -> int:
+    """Run this very command as `count` ranks of this host, and return their exit code.
 
     What torchrun does, but for signals: its agent kills the ranks 30 seconds after a SIGTERM and
     then fails, whereas here a signal is passed on, the ranks save and end, and the code is theirs.
@@ -181,7 +181,7 @@ def start_ranks(count: int, more: list[str]) -> int:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
             ranks.append(
                 subprocess.Popen(
-                    [sys.executable, *sys.argv, *more],
+                    [sys.executable, *sys.argv],
                     env={**os.environ, **shared, **own},
                     # A Ctrl-C of the terminal reaches this process, which passes it on once.
                     start_new_session=True,
