@@ -3,12 +3,10 @@
     uniform   every entry of the vocabulary alike: log2 V bits a token
     unigram   by how often each id occurs in the training data, one added to every count
     bigram    the same given the id before; the rarer a pair, the more the unigram counts
-    xz        the size of the validation text under `xz -6`, which knows nothing but that text
 
 All are bits per byte of the labels that validation reads: the same tokens, the same bytes. The
 counts come from at most MAX_TRAIN_IDS ids in blocks spread evenly over the training files, of
-which only labels under the loss count; xz packs the first MAX_XZ_BYTES of the validation text,
-which is as far as its -6 looks back, and nothing of less than MIN_XZ_BYTES.
+which only labels under the loss count.
 
 Source: Witten-Bell smoothing as in Chen and Goodman, arXiv:cmp-lg/9606011, section 2.6.
 """
@@ -34,11 +32,8 @@ from trainlib.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 2  # Counts up when a yardstick changes its meaning.
+LAYOUT = 3  # Counts up when the yardsticks, or what they mean, change.
 MAX_TRAIN_IDS = 20_000_000
-MAX_XZ_BYTES = 8 << 20
-MIN_XZ_BYTES = 4 << 10
-"""Of less text the 58 bytes of an .xz file's frame weigh: 3 % of 4 KiB, 18 % of 300 bytes."""
 BLOCK = 1 << 16  # Ids read at a time.
 
 
@@ -76,14 +71,11 @@ def measure(datasets: Datasets, tokenizer: Tokenizer) -> dict[str, float]:
     num_bytes = int(np.array([len(text) for text in texts])[labels.ids].sum())
     counts = count_pairs(training_labels(datasets.train.parts, MAX_TRAIN_IDS), len(texts))
     unigram, bigram = ngram_bits(counts, labels)
-    found = {
+    return {
         "uniform": len(labels.ids) * math.log2(len(texts)) / num_bytes,
         "unigram": unigram / num_bytes,
         "bigram": bigram / num_bytes,
     }
-    if xz := xz_bits_per_byte(b"".join(texts[i] for i in labels.ids[:MAX_XZ_BYTES].tolist())):
-        found["xz"] = xz
-    return found
 
 
 def validation_labels(packed: list[PackedDataset]) -> Labels:
@@ -167,23 +159,3 @@ def ngram_bits(counts: Counts, labels: Labels) -> tuple[float, float]:
     bigram = (right - left + followers * unigram) / (known + followers)
     bigram = np.where(followers > 0, bigram, unigram)
     return float(-(times * np.log2(unigram)).sum()), float(-(times * np.log2(bigram)).sum())
-
-
-def xz_bits_per_byte(text: bytes) -> float | None:
-    """Bits per byte of the first MAX_XZ_BYTES of a text as an .xz file.
-
-    None of less than MIN_XZ_BYTES, or under a Python that was built without liblzma.
-    """
-    if len(text) < MIN_XZ_BYTES:
-        log.info(
-            "no xz yardstick: of %s bytes of validation text the file's frame would weigh (%s are "
-            "needed)", f"{len(text):,}", f"{MIN_XZ_BYTES:,}",
-        )  # fmt: skip
-        return None
-    try:
-        import lzma
-    except ImportError:
-        log.info("no xz yardstick: this Python was built without liblzma")
-        return None
-    text = text[:MAX_XZ_BYTES]
-    return 8 * len(lzma.compress(text, preset=6)) / len(text)

@@ -83,7 +83,7 @@ def test_each_yardstick_is_spoken_of_once_across_a_resume(tmp_path, capsys):
     def evaluations(run, state, figures):
         run.config, run.stage = SimpleNamespace(log_every_steps=1), "pretrain"
         run.hardware.device = torch.device("cpu")
-        run.yardsticks, run.flops_per_token = {"uniform": 4.0, "unigram": 3.0, "xz": 2.0}, 1.0
+        run.yardsticks, run.flops_per_token = {"uniform": 4.0, "unigram": 3.0, "bigram": 2.0}, 1.0
         display = Display(run, SCHEDULE, state)
         for state.step, value in figures:
             display.show_validation({"val/bits_per_byte": value}, ["To be,\nor not\n\n"])
@@ -100,7 +100,7 @@ def test_each_yardstick_is_spoken_of_once_across_a_resume(tmp_path, capsys):
     told = [
         "below the unigram line at step 1: 2.900 against 3.000 bits per byte",
         "resuming from step 2",
-        "better than xz at step 4: 1.900 against 2.000 bits per byte",
+        "below the bigram line at step 4: 1.900 against 2.000 bits per byte",
     ]
     assert (tmp_path / "train.log").read_text().splitlines() == told
     out = capsys.readouterr().out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import lzma
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -129,19 +128,6 @@ def test_yardsticks_of_files_are_those_counted_by_hand(kind, settings, data, tok
     assert found["bigram"] < found["unigram"] < found["uniform"]
 
 
-def test_xz_is_the_size_of_the_validation_text(data, tokenizer, monkeypatch):
-    datasets = data("sft")
-    assert "xz" not in yardsticks.measure(datasets, tokenizer), "so little text is mostly frame"
-    monkeypatch.setattr(yardsticks, "MIN_XZ_BYTES", 1)
-    found = with_yardsticks(datasets, tokenizer).yardsticks["xz"]
-    labels = yardsticks.validation_labels(list(datasets.val.values()))
-    text = tokenizer.decode_bytes(labels.ids.tolist())
-    assert found == 8 * len(lzma.compress(text)) / len(text)
-    # The same text, answers alone, whatever order the rows are in.
-    answers = [f"第{i}条 row {i} of {i % 7} goes on. " * (i % 5 + 1) for i in range(50, 60)]
-    assert sorted(text) == sorted("".join(answers).encode())
-
-
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
 @pytest.mark.parametrize("max_rows", [0, 1])
 def test_a_uniform_model_scores_the_uniform_line(kind, max_rows, data, tokenizer):
@@ -191,11 +177,3 @@ def test_measured_once_and_again_when_the_data_changes(data, tokenizer, monkeypa
     assert with_yardsticks(datasets, tokenizer).yardsticks == first
     assert with_yardsticks(data("pretrain", val_max_rows=1), tokenizer).yardsticks != first
     assert with_yardsticks(data("sft"), tokenizer).yardsticks != first
-
-
-def test_a_python_without_liblzma_has_three(data, tokenizer, monkeypatch):
-    monkeypatch.setattr(yardsticks, "MIN_XZ_BYTES", 1)
-    monkeypatch.setitem(__import__("sys").modules, "lzma", None)
-    assert list(with_yardsticks(data("pretrain"), tokenizer).yardsticks) == [
-        "uniform", "unigram", "bigram",
-    ]  # fmt: skip

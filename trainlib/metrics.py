@@ -156,7 +156,7 @@ def newly_passed(value: float, yardsticks: dict[str, float], passed: list[str]) 
     None for uniform: a model that has learned nothing lies now above it, now below.
     """
     return {
-        name: "better than xz" if name == "xz" else f"below the {name} line"
+        name: f"below the {name} line"
         for name, limit in sorted(yardsticks.items(), key=lambda item: -item[1])
         if value < limit and name not in passed and name != "uniform"
     }
