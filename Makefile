@@ -38,12 +38,9 @@ lock: .venv/ready-dev
 
 # The figures of docs/benchmarks.md beside the peers, each pair once: within an hour on two cores.
 bench: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json
-	$(BIN)/python -m bench.profile
 	$(BIN)/python -m bench.training --pairs 1
 	$(BIN)/python -m bench.costs --repeats 1
-	$(BIN)/python -m bench.scaling --pairs 1
 	$(BIN)/python -m bench.time_to_loss
-	$(BIN)/python -m bench.token_cache --megabytes 100
 	$(BIN)/python -m bench.report
 
 # The ones that take hours, and three pairs of the others. Started again, the ablations and the
@@ -51,12 +48,10 @@ bench: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json
 bench-long: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json
 	$(BIN)/python -m bench.training
 	$(BIN)/python -m bench.costs
-	$(BIN)/python -m bench.scaling
 	$(BIN)/python -m bench.ablations
 	$(BIN)/python -m bench.time_to_loss --resume --minutes 20 --config configs/pretrain_6m.yaml \
 	  --set tokens_per_step=4096 optim.muon_lr=0.01 optim.embedding_lr=16e-3 optim.momentum=0.9 \
 	  eval_every_steps=15
-	$(BIN)/python -m bench.token_cache --megabytes 5000
 	$(BIN)/python -m bench.report
 
 # Is training right on this machine's card, and how fast? It writes docs/gpu.md.

@@ -1,4 +1,4 @@
-"""What every benchmark shares: a run of ours, a run of a peer, and the record of a figure."""
+"""What every benchmark shares: a run of ours or a peer's, the measure of a step, the records."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / ".cache/bench/training"
@@ -102,6 +107,46 @@ def peer(python: Path, figure: str, data: Path, model: Path, *more: str) -> dict
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def allocated_peak(
+    parameters: Iterable[torch.Tensor], optimizers: list[Optimizer], step: Callable[[], object]
+) -> int:
+    """Return the most bytes that torch's CPU allocator held in a step, with weights and moments.
+
+    The step is taken twice: the first one makes the moments.
+    """
+    parameters = list(parameters)
+    step()
+    for optimizer in optimizers:
+        optimizer.zero_grad()  # What is freed under the profiler must be allocated under it.
+    moments = [v for o in optimizers for s in o.state.values() for v in s.values()]
+    held = [t for t in (*parameters, *moments) if isinstance(t, torch.Tensor)]
+    before = sum(t.numel() * t.element_size() for t in held)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    assert record.profiler is not None and record.profiler.kineto_results is not None
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return before + peak
+
+
+def measured(
+    step: Callable[[], object], model: nn.Module, optimizer: Optimizer, tokens: int, count: int
+) -> dict[str, float]:
+    """Return {"peak" in bytes, "per_second" in tokens}: the median of `count` steps, none of 0."""
+    found: dict[str, float] = {"peak": allocated_peak(model.parameters(), [optimizer], step)}
+    seconds = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - begin)
+    if seconds:
+        found["per_second"] = tokens / statistics.median(seconds)
+    return found
+
+
 def record(figure: str, values: list[float], aim: str, **more: object) -> None:
     """Print a figure, the median and range of its repeats, and append it to records.jsonl."""
     ordered = sorted(values)
@@ -115,9 +160,7 @@ def record(figure: str, values: list[float], aim: str, **more: object) -> None:
 
 def machine() -> dict[str, object]:
     """Where and when a record was made."""
-    # Here, so that a program without torch is measured without it.
-    import torch
-
+    # Here, so that the peers' environment needs torch alone to import this file.
     from trainlib.hardware import cpu_name, instructions
 
     def git(*words: str) -> str:

@@ -37,7 +37,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from bench.allocated import measured
+from bench.common import measured
 
 ROWS, LENGTH, WARM, POINTS, TRIAL = 8, 512, 2, 6, 32
 

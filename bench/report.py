@@ -1,19 +1,12 @@
 """docs/benchmarks.md from bench/records.jsonl: the last record of each figure, machine by machine,
-the one that was measured last first.
+the one that was measured last first. Below it the ablations of bench/ablations.jsonl.
 
     python -m bench.report [docs/benchmarks.md]
-
-Below it the ablations of bench/ablations.jsonl. Draws, each of the machine it was measured on last,
-
-    time_to_loss.svg   bits per byte over minutes of ours and of each of the peer's runs
-    scaling.svg        speed and memory over the length of a row, the rows and the model
-    data.svg           tokenizing and memory over the size of the data
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 from pathlib import Path
@@ -46,13 +39,6 @@ WHAT = {
     "start": "seconds from the command to the first step, data cached, not compiled",
     "memory": "peak bytes of a step of 8 rows of 512 over transformers' step, fp32",
     "plan": "seconds of a step in a run over what --plan --gpu here said just before, 2.8M",
-    "scaling_length": "tokens/s of a step over transformers', same setting, 2.8M, rows of 128 on",
-    "scaling_batch": "the same, 1 to 32 rows of 256",
-    "scaling_model": "the same, 2 rows of 512, models of 2.8M to 101M",
-    "cache": "tokenizing a file, MB/s over what the tokenizers library alone does",
-    "cache_memory": "most memory of all processes while tokenizing, mapped files aside, MB",
-    "cache_start": "seconds from the cached file to the first batch",
-    "cache_training": "memory of training on the whole file over that on its first 10 MB",
 }
 """Every figure with a line in the table, in the order of the page."""
 
@@ -61,13 +47,11 @@ INTRODUCTION = """# Benchmarks
 
 Written by `python -m bench.report` from the records that `make bench` and `make bench-long` append
 to `bench/records.jsonl` and `bench/ablations.jsonl`. Given are the median of the repeats, the
-smallest and the largest; of scaling, over the sizes. Ours and the peer's run in turn, and a ratio
-is taken pair by pair. Peers: the versions of `bench/requirements-peers.txt`. No GPU has been
-measured yet.
+smallest and the largest. Ours and the peer's run in turn, and a ratio is taken pair by pair.
+Peers: the versions of `bench/requirements-peers.txt`. No GPU has been measured yet.
 
 What a figure is made of stands in the first lines of its program: `bench/training.py`,
-`bench/costs.py`, `bench/time_to_loss.py`, `bench/scaling.py`, `bench/token_cache.py`,
-`bench/ablations.py`."""
+`bench/costs.py`, `bench/time_to_loss.py`, `bench/ablations.py`."""
 
 NOTES = """## What made it faster or smaller
 
@@ -126,32 +110,13 @@ explains.
 
 
 def main() -> None:
-    """Write the page and the pictures."""
+    """Write the page."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("page", nargs="?", type=Path, default=ROOT / "docs/benchmarks.md")
     options = parser.parse_args()
     records = [json.loads(line) for line in RECORDS.open(encoding="utf-8")]
     options.page.write_text(page(records, up_to_date()), encoding="utf-8")
     print(f"wrote {options.page}")
-    machines = by_machine(records)
-    for kind, machine in last_with_each(machines).items():
-        draw, file, _ = PICTURES[kind]
-        draw(of_kind(machines[machine], kind), options.page.with_name(file))
-
-
-def of_kind(figures: dict[str, dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """The records that a picture is drawn from: those whose figure begins with its name."""
-    return [record for record in figures.values() if record["figure"].startswith(kind)]
-
-
-def last_with_each(machines: dict[str, dict[str, dict[str, Any]]]) -> dict[str, str]:
-    """For each picture the machine that was measured last, of those with figures for it."""
-    return {
-        kind: machine
-        for machine, figures in machines.items()
-        for kind in PICTURES
-        if of_kind(figures, kind)
-    }
 
 
 def by_machine(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -166,8 +131,6 @@ def by_machine(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, A
 
 def full_name(record: dict[str, Any]) -> str:
     """A figure with what it was measured on, where that can be chosen."""
-    if "megabytes" in record:
-        return f"{record['figure']}, {record['megabytes']:,} MB"
     if "minutes" in record:
         words = " ".join([Path(record["config"]).stem, *record["set"]])
         return f"{record['figure']}, {words}, {record['minutes']:g} min"
@@ -177,20 +140,14 @@ def full_name(record: dict[str, Any]) -> str:
 def page(records: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
     """The page's text, from the records of figures and the runs of ablations."""
     machines = by_machine(records)
-    lines = [INTRODUCTION]
+    lines, order = [INTRODUCTION], list(WHAT)
     for machine, figures in reversed(machines.items()):
         lines += ["", f"## {machine}", "", "| figure | measured | wanted | what | when |"]
         lines += ["| --- | --- | --- | --- | --- |"]
-        table = [r for r in figures.values() if r["figure"] != "profile"]
-        for record in sorted(table, key=lambda record: list(WHAT).index(record["figure"])):
+        for record in sorted(figures.values(), key=lambda record: order.index(record["figure"])):
             when, what = f"{record['date']}, {record['commit']}", WHAT[record["figure"]]
             name = full_name(record)
             lines.append(f"| {name} | {told(record)} | {record['aim']} | {what} | {when} |")
-        for kind, (_, file, caption) in PICTURES.items():
-            if last_with_each(machines).get(kind) == machine:
-                lines += ["", f"![{caption}]({file})"]
-        if "profile" in figures:
-            lines += profile(figures["profile"])
     lines += ["", NOTES]
     for stage in CHANGES:
         for tokens in sorted({run["tokens"] for run in runs if run["stage"] == stage}):
@@ -206,18 +163,6 @@ def told(record: dict[str, Any]) -> str:
         return "not reached"
     middle = f"{record['median']:.3g}"
     return middle if len(values) == 1 else f"{middle} ({values[0]:.3g} to {values[-1]:.3g})"
-
-
-def profile(record: dict[str, Any]) -> list[str]:
-    """Where a step's time goes."""
-    of = f"8 rows of 512, 26.9M, {record.get('precision', 'fp32')}, uncompiled"
-    lines = ["", "### Where the time of a step goes", "",
-             f"{of}; of the update, made once in 131,072 tokens, its share of these 4,096: "
-             f"{record['median']:.3g} s in all.", "",
-             "| operator by itself | share | calls |", "| --- | --- | --- |"]  # fmt: skip
-    for row in record["operators"]:
-        lines.append(f"| {row['name']} | {row['share']:.1%} | {row['calls']} |")
-    return lines
 
 
 def ablations(stage: str, tokens: int, runs: list[dict[str, Any]]) -> list[str]:
@@ -255,98 +200,6 @@ def ablations(stage: str, tokens: int, runs: list[dict[str, Any]]) -> list[str]:
             f"| {name} | {gain} | {statistics.mean(values):.4f} | {spread} | {len(values)} |"
         )
     return lines
-
-
-def new_figure(columns: int, size: tuple[float, float], rows: int = 1) -> tuple[Any, Any]:
-    """A figure of matplotlib and its axes, drawn without a screen."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "benchmarks"  # Without it ids are drawn by chance.
-    from matplotlib import pyplot
-
-    return pyplot.subplots(rows, columns, figsize=size, squeeze=False)
-
-
-def save(figure: Any, picture: Path) -> None:
-    """Write it, the same bytes for the same figures."""
-    figure.savefig(picture, bbox_inches="tight", metadata={"Date": None})
-    print(f"wrote {picture}")
-
-
-def draw_scaling(records: list[dict[str, Any]], picture: Path) -> None:
-    """A column for each axis: tokens a second above, peak memory below."""
-    figure, grid = new_figure(len(records), (4 * len(records), 6), rows=2)
-    for column, record in enumerate(records):
-        names = [point["x"] for point in record["points"]]
-        for row, (key, unit, title) in enumerate(
-            [("per_second", 1, "tokens/s"), ("peak", 1e9, "peak of a step, GB")]
-        ):
-            axes = grid[row][column]
-            for side, label, style, color in (
-                ("ours", "ours", "-o", "#1f5fa8"),
-                ("theirs", "transformers", "--s", "#666666"),
-            ):
-                values = [point[side][key] / unit for point in record["points"]]
-                axes.plot(names, values, style, color=color, label=label)
-            axes.set(xlabel=record["figure"].removeprefix("scaling_"), ylabel=title)
-            axes.margins(y=0.1)
-            axes.set_ylim(bottom=0)
-    grid[0][0].legend()
-    figure.suptitle(f"{records[0]['cpu']}, {records[0]['threads']} threads")
-    figure.tight_layout()
-    save(figure, picture)
-
-
-def draw_data(records: list[dict[str, Any]], picture: Path) -> None:
-    """Speed of tokenizing on the left, memory on the right, each over the size of the file."""
-    parts: dict[int, dict[str, Any]] = {}
-    for record in records:  # The later ones measured the later parts anew.
-        parts.setdefault(record["megabytes"], {}).update(record["parts"])
-    figure, grid = new_figure(2, (11, 4))
-    for axes, key, title, names in (
-        (grid[0][0], "MB_per_s", "text tokenized, MB/s",
-         {"cache": "ours, from the file to the cache", "library": "tokenizers alone, in memory"}),
-        (grid[0][1], "peak_MB", "peak of all processes, MB",
-         {"cache": "tokenizing", "start": "to the first batch", "train": "training, 2.8M"}),
-    ):  # fmt: skip
-        for (part, label), style in zip(names.items(), ("-o", "--s", ":^"), strict=False):
-            sizes = [size for size in sorted(parts) if part in parts[size]]
-            values = [parts[size][part][key] for size in sizes]
-            axes.plot(sizes, values, style, label=label)
-        axes.set(xlabel="size of the file, MB", ylabel=title)
-        axes.margins(y=0.15)
-        axes.set_ylim(bottom=0)
-        axes.legend()
-    figure.suptitle(f"{records[0]['cpu']}, {records[0]['threads']} threads")
-    save(figure, picture)
-
-
-def draw_races(records: list[dict[str, Any]], picture: Path) -> None:
-    """For each race a panel: the curves of the peer's runs and of ours."""
-    figure, grid = new_figure(len(records), (7 * len(records), 4))
-    for axes, record in zip(grid[0], records, strict=True):
-        for row, style in zip(record["theirs"], itertools.cycle(("--", "-.", ":"))):  # noqa: B905
-            label = f"transformers.Trainer, AdamW {row['rate']}"
-            axes.plot(*zip(*row["curve"], strict=True), style, color="#666666", label=label)
-        for row, style in zip(record["ours"], ("-", "--"), strict=False):
-            label = f"ours, a run of {row['minutes']:.1f} min"
-            axes.plot(*zip(*row["curve"], strict=True), style, color="#1f5fa8", label=label)
-        axes.set(
-            xlabel="minutes of training",
-            ylabel="bits per byte of held-out text",
-            title=f"{record['config']} on {record['cpu']}, {record['threads']} threads",
-        )
-        axes.legend()
-    save(figure, picture)
-
-
-PICTURES = {
-    "time_to_loss": (draw_races, "time_to_loss.svg", "bits per byte over minutes of training"),
-    "scaling": (draw_scaling, "scaling.svg", "speed and memory by length, batch and model"),
-    "cache": (draw_data, "data.svg", "tokenizing and memory by the size of the data"),
-}
-"""By what the names of its figures begin with: what draws a picture, its file and caption."""
 
 
 if __name__ == "__main__":

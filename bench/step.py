@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from batch import Batch
-from bench.allocated import measured
+from bench.common import measured
 from hf_folder import load_model
 from losses import cross_entropy_sum
 from trainlib.hardware import Choice, choose_hardware, find_facts, read_table

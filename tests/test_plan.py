@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.allocated import allocated_peak
+from bench.common import allocated_peak
 from hf_folder import model_files
 from losses import cross_entropy_sum
 from model import ModelConfig, Transformer
