@@ -1,5 +1,5 @@
 # demo: real text to a model that chats.  test, lint: what every change must pass.
-# test-all: the slower ones too.
+# test-all: the slower ones too. Tests of a card run alone, as several at once would not fit it: gpu-check.
 PYTHON ?= python3
 NAME ?= 小智
 AUTHOR ?= 我
@@ -13,10 +13,10 @@ demo: .venv/ready
 	$(BIN)/python -m tools.demo --name "$(NAME)" --author "$(AUTHOR)"
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not cuda"
 
 test-all: .venv/ready-dev
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not cuda"
 
 # On a Docker engine, where there is one (with CI=true there must be): half an hour.
 docker-test: .venv/ready-dev
@@ -54,8 +54,8 @@ bench-long: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json
 	  eval_every_steps=15
 	$(BIN)/python -m bench.report
 
-# Is training right on this machine's card, and how fast? It writes docs/gpu.md.
-gpu-check: .venv/ready
+# Is training right on this machine's card, and how fast? The tests in tests/cuda/; it writes docs/gpu.md.
+gpu-check: .venv/ready-dev
 	$(BIN)/python -m tools.gpu_check
 
 dataset/sample/SOURCES.json: | .venv/ready

@@ -1,78 +1,133 @@
-"""Protects make gpu-check: its half for a CPU passes, and what is broken is seen."""
+"""Protects make gpu-check: its table, and on a CPU what of the tests in tests/cuda/ holds there."""
 
 from __future__ import annotations
 
-import math
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tools import gpu_check
-from tools.gpu_check import Machine, check_attention, check_model, check_steps, write_data
-from trainlib.hardware import choose_hardware, find_facts, read_table
+from tools.gpu_check import CHECKS, Results, row_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def report(outcome, when="call", longrepr=None, **noted):
+    """A report as pytest makes one of each phase of a test."""
+    return SimpleNamespace(
+        nodeid="tests/cuda/test_card_steps.py::test_speed", when=when, outcome=outcome,
+        longrepr=longrepr, user_properties=list(noted.items()),
+    )  # fmt: skip
+
+
+def crash(message):
+    return SimpleNamespace(reprcrash=SimpleNamespace(message=message))
+
+
+PASSED = report("passed", check="logits in fp32", figure="off by 2.0e-06", limit="1e-03")
+FAILED = report("failed", longrepr=crash("assert 2 < 1\n +  where"), check="loss", figure="+2%")
+SKIPPED = report("skipped", "setup", ("file", 3, "Skipped: attention is varlen here"))
+
+
+@pytest.mark.parametrize(
+    "found, line",
+    [
+        (PASSED, "| logits in fp32 | OK | off by 2.0e-06 | 1e-03 |"),
+        (FAILED, "| loss | FAILED | +2% (assert 2 < 1) |  |"),
+        (SKIPPED, "| test_speed | skipped | attention is varlen here |  |"),
+        (report("failed", "setup", "a | b"), "| test_speed | FAILED | (a / b) |  |"),
+    ],
+)
+def test_a_test_is_a_row(found, line):
+    assert row_of(found).line() == line
+
+
+def test_all_must_pass_and_something_must_run():
+    def passed(*reports):
+        results = Results()
+        for each in reports:
+            results.pytest_runtest_logreport(each)
+        return results.passed
+
+    assert passed(PASSED, SKIPPED) and not passed(PASSED, FAILED)
+    assert not passed() and not passed(SKIPPED)
+    assert not passed(PASSED, report("failed", "teardown", "x"))
+    assert not passed(report("passed", "setup")), "a test that never ran"
+
+
 @pytest.fixture
-def machine(elsewhere, tmp_path, tokenizer) -> Machine:
-    write_data(tmp_path)
-    config = gpu_check.DataConfig(files=(str(tmp_path / "pretrain.jsonl"),))
-    data = gpu_check.load_datasets(config, "pretrain", tokenizer, gpu_check.LENGTH, 0).train
-    choice = choose_hardware(find_facts(), read_table(), device="cpu", precision="fp32")
-    yield Machine(choice, data, gpu_check.TINY, tmp_path)
-    torch.set_float32_matmul_precision("highest")
+def run(monkeypatch, tmp_path):
+    """Run the command with a card and these reports; gives its exit code."""
+
+    def command(*words, reports=()):
+        def tests(checks):
+            results = Results()
+            for each in reports:
+                results.pytest_runtest_logreport(each)
+            return results
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(gpu_check, "describe", lambda: "A card")
+        monkeypatch.setattr(gpu_check, "run_tests", tests)
+        monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+        monkeypatch.setattr(sys, "argv", ["gpu_check", *words])
+        with pytest.raises(SystemExit) as exit_:
+            gpu_check.main()
+        return int(exit_.value.code or 0)
+
+    (tmp_path / "docs").mkdir()
+    return command
 
 
-def test_a_sound_machine_passes(machine):
-    for check in (check_attention, check_model, check_steps):
-        lines = list(check(machine))
-        assert lines and all(line.fine for line in lines), lines
+def test_the_table_is_printed_and_written(run, tmp_path, capsys):
+    assert run(reports=[PASSED, SKIPPED]) == 0
+    written = (tmp_path / "docs/gpu.md").read_text()
+    assert written.splitlines()[:4] == ["# A card", "", *gpu_check.TABLE]
+    assert "| logits in fp32 | OK |" in written and written in capsys.readouterr().out + "\n"
+    assert run(reports=[PASSED, FAILED]) == 1
+    assert "FAILED" in (tmp_path / "docs/gpu.md").read_text()
 
 
-def test_a_wrong_kernel_is_seen(machine, monkeypatch):
-    right = gpu_check.attend
-    monkeypatch.setattr(gpu_check, "attend", lambda q, k, v, mask: right(q, k, v, None))
-    kernels = 2 if machine.choice.attention == "blocks" else 1
-    assert [line.fine for line in check_attention(machine)] == [False] * kernels
+def test_some_checks_leave_the_page_alone(run, tmp_path, capsys):
+    assert run("model", reports=[PASSED]) == 0
+    assert not (tmp_path / "docs/gpu.md").exists() and "| OK |" in capsys.readouterr().out
+    assert run("modle") == 2
+    assert "modle is none of attention, model" in capsys.readouterr().err
 
 
-def test_wrong_numbers_are_seen(machine, monkeypatch):
-    calls = []
-
-    def wrong(model, batch):
-        calls.append(1)
-        loss, metrics = right(model, batch)
-        return loss * 1.01 ** len(calls), metrics  # Off from one call to the next.
-
-    right = gpu_check.loss_fn
-    monkeypatch.setattr(gpu_check, "loss_fn", wrong)
-    assert [line.fine for line in check_model(machine)] == [True, False, False]
-    monkeypatch.setattr(gpu_check, "optimizer_step", lambda *_: math.log(-1))
-    assert [line.fine for line in check_steps(machine)] == [False]
+def test_a_file_without_a_table_is_not_replaced(run, tmp_path, capsys):
+    (tmp_path / "docs/gpu.md").write_text("my notes")
+    assert run(reports=[PASSED]) == 2
+    assert "gpu.md exists and would be lost" in capsys.readouterr().err
 
 
-def test_a_file_without_a_table_is_not_replaced(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "notes.md"
-    path.write_text("my notes")
-    monkeypatch.setattr(gpu_check, "choose_hardware", lambda *_, **__: pytest.fail("began to work"))
-    monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", "--out", str(path)])
-    with pytest.raises(SystemExit):
+def test_without_a_card_or_pytest_the_command_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_check"])
+    with pytest.raises(SystemExit, match="no CUDA device here, so nothing was checked"):
         gpu_check.main()
-    assert "notes.md exists and would be lost" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    with pytest.raises(SystemExit, match="pip install -r requirements-dev.txt"):
+        gpu_check.run_tests(["model"])
+
+
+def test_every_check_has_its_tests():
+    files = {path.stem.removeprefix("test_card_") for path in ROOT.glob("tests/cuda/test_*.py")}
+    assert files == set(CHECKS)
 
 
 @pytest.mark.slow
-def test_the_half_for_a_cpu(tmp_path):
-    words = ["attention", "model", "steps", "stages", "--device", "cpu"]
+def test_what_holds_on_a_cpu_too_passes_there():
+    words = ["-q", "-m", "cuda", "-k", "not speed", "-p", "no:cacheprovider", "tests/cuda"]
     done = subprocess.run(
-        [sys.executable, "-m", "tools.gpu_check", *words, "--out", str(tmp_path / "table.md")],
-        capture_output=True, text=True, cwd=ROOT,
+        [sys.executable, "-m", "pytest", *words],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "CUDA_TESTS_DEVICE": "cpu"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    table = (tmp_path / "table.md").read_text()
-    lines = 9 if "attention, blocks" in table else 8
-    assert table.count("| OK |") == lines and "killed and gone on with" in table
+    # Two kernels or one, three of the model, one of the steps, three stages.
+    assert re.search(r"\b[89] passed, [45] skipped", done.stdout), done.stdout + done.stderr

@@ -1,0 +1,102 @@
+"""A card as training uses it, and a model whose steps are taken on it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+from dataset import Batch, DataConfig, PackedDataset, load_datasets
+from model import ModelConfig, Transformer
+from tokenizer import Tokenizer, default_folder
+from tools.made_rows import write_data
+from train import loss_fn
+from trainlib.batches import ALONE, Place, StepLoader
+from trainlib.hardware import Choice, choose_hardware, find_facts, read_table
+from trainlib.loop import optimizer_step
+from trainlib.memory import peak_bytes
+from trainlib.optim import OptimConfig, build_optimizers
+from trainlib.runtime import Hardware, use_hardware, warm_up
+
+DEVICE = os.environ.get("CUDA_TESTS_DEVICE", "cuda")
+LENGTH = 512
+TINY = ModelConfig(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=32,
+)  # fmt: skip
+
+
+class Machine(NamedTuple):
+    """What all checks work on."""
+
+    choice: Choice
+    data: PackedDataset
+    sizes: ModelConfig
+    folder: Path
+
+    def hardware(self, rows: int = 0) -> Hardware:
+        """Use the choice, with another micro batch if one is given."""
+        choice = replace(self.choice, micro_batch_size=rows) if rows else self.choice
+        return use_hardware(choice)
+
+    def batch(self, rows: int) -> Batch:
+        """Return the first rows of the data, on the device."""
+        some = [row for row, _ in self.data.rows(Place())][:rows]
+        return self.data.collate(some, rows).to(torch.device(self.choice.device))
+
+
+def open_machine(folder: Path) -> Machine:
+    """Choose the hardware, and write data for each stage into the folder."""
+    write_data(folder)
+    # A CPU would be measured first to choose between fp32 and bf16.
+    precision = "fp32" if DEVICE == "cpu" else "auto"
+    choice = choose_hardware(find_facts(), read_table(), device=DEVICE, precision=precision)
+    config = DataConfig(files=(str(folder / "pretrain.jsonl"),))
+    data = load_datasets(config, "pretrain", Tokenizer(default_folder()), LENGTH, 0).train
+    return Machine(choice, data, ModelConfig() if DEVICE == "cuda" else TINY, folder)
+
+
+class Trainer:
+    """A fresh model, its optimizers, and the loop's own step, each on the next micro batch."""
+
+    def __init__(self, machine: Machine, rows: int, compile_: bool = True) -> None:
+        torch.manual_seed(0)
+        hardware = machine.hardware(rows)
+        hardware = replace(hardware, compile=hardware.compile and compile_)
+        self.model = Transformer(machine.sizes).to(hardware.device)
+        self.optimizers = build_optimizers(self.model, OptimConfig())
+        self.sizes = (machine.data, rows * LENGTH, rows)
+        pin = hardware.device.type == "cuda"
+        self.loader: StepLoader[Batch] = StepLoader(*self.sizes, pin=pin)
+        self.tokens = 0
+        config = SimpleNamespace(optim=OptimConfig(), compile="auto")
+        self.run: Any = SimpleNamespace(
+            hardware=hardware, ranks=ALONE, config=config, layers=self.model.model.layers
+        )
+        warm_up(self.run, self.model, self.loader)
+        self.hardware: Hardware = self.run.hardware  # As it is used.
+
+    def step(self) -> None:
+        """Update the model once."""
+        batch = next(self.loader)
+        optimizer_step(self.run, self.model, self.optimizers, loss_fn, batch, 1.0)
+        self.tokens += batch.num_tokens
+
+    def predicted_peak(self) -> int:
+        """Return the bytes that --plan would predict for this step."""
+        cpu = Hardware(torch.device("cpu"), self.hardware.precision, "masked", False, 0)
+        run: Any = SimpleNamespace(**{**vars(self.run), "hardware": cpu})
+        batch = next(StepLoader(*self.sizes))
+        return peak_bytes(
+            Transformer(self.model.config),
+            OptimConfig(),
+            lambda model, optimizers: optimizer_step(run, model, optimizers, loss_fn, batch, 1.0),
+        )
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was given."""
+        getattr(torch, self.hardware.device.type).synchronize()
