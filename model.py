@@ -22,8 +22,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from attention import attend, document_bias, load_varlen
-from norm import rms_norm
+from kernels.block_attention import attend, document_bias, load_varlen
+from kernels.fused_cpu import rms_norm
 from rotary import rotary_angles, rotate
 from swiglu import gated_down
 

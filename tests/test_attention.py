@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attention import (
+from generate import Sampling, generate_batch
+from kernels.block_attention import (
     BLOCK,
     KEPT,
     attend,
@@ -30,7 +31,6 @@ from attention import (
     load_varlen,
     varlen_keywords,
 )
-from generate import Sampling, generate_batch
 from model import ModelConfig, Transformer
 from trainlib.batches import StepBatch, StepLoader
 from trainlib.runtime import Hardware, looking, warm_up
@@ -153,7 +153,7 @@ def test_blocks_give_values_and_gradients_of_exact_attention(rows, dtype, kept, 
 
     Also where the probabilities of most queries are made again in backward.
     """
-    monkeypatch.setattr("attention.KEPT", kept)
+    monkeypatch.setattr("kernels.block_attention.KEPT", kept)
     ids = torch.stack([
         torch.repeat_interleave(torch.arange(len(sizes)) + 50 * row, torch.tensor(sizes))
         for row, sizes in enumerate(ROWS[rows])
@@ -179,7 +179,7 @@ def test_blocks_give_values_and_gradients_of_exact_attention(rows, dtype, kept, 
 
 def test_room_for_probabilities_is_enough_for_any_documents(monkeypatch):
     """And grows with the length, not with its square."""
-    monkeypatch.setattr("attention.KEPT", 3 * BLOCK)
+    monkeypatch.setattr("kernels.block_attention.KEPT", 3 * BLOCK)
     chance, qkv = random.Random(0), torch.zeros(1, 5 * BLOCK, 1, 2)
     (room,) = attend_blocks(qkv, qkv, qkv, torch.zeros(1, 5 * BLOCK), True)[1].shape
     assert room == 5 * BLOCK * 4 * BLOCK // 2
@@ -194,7 +194,9 @@ def test_room_for_probabilities_is_enough_for_any_documents(monkeypatch):
 def test_probabilities_are_kept_only_where_a_backward_pass_can_follow(monkeypatch):
     qkv = [torch.randn(1, heads, 8, 4, requires_grad=True) for heads in (4, 2, 2)]
     asked = []
-    monkeypatch.setattr("attention._room", lambda q, keep: asked.append(keep) or q.new_empty(256))
+    monkeypatch.setattr(
+        "kernels.block_attention._room", lambda q, keep: asked.append(keep) or q.new_empty(256)
+    )
     ids = torch.zeros(1, 8, dtype=torch.int64)
     attend(*qkv, ids)
     with torch.no_grad():
@@ -305,7 +307,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_kernel_that_fails_or_disagrees_is_left_out(kernel, batch, wrong, monkeypatch, caplog):
     """In a fresh model too, whose output does not depend on attention yet."""
-    monkeypatch.setattr("attention.attend_varlen", WRONG[wrong])
+    monkeypatch.setattr("kernels.block_attention.attend_varlen", WRONG[wrong])
     model, run = warmed_up(batch, compile="auto")
     assert model.attention == run.hardware.attention == "masked"
     assert "varlen kernel is left out" in caplog.text

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from norm import Normed, rms_norm
+from kernels.fused_cpu import Normed, rms_norm
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:

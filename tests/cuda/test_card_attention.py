@@ -8,7 +8,7 @@ import pytest
 import torch
 from card import LENGTH
 
-from attention import attend, document_mask, load_varlen
+from kernels.block_attention import attend, document_mask, load_varlen
 from trainlib.runtime import DTYPES
 
 pytestmark = pytest.mark.cuda
