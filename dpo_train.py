@@ -20,11 +20,11 @@ from dataset import Batch, DataConfig, Datasets, load_datasets
 from hf_folder import load_model, load_tokenizer, model_files
 from preferences import TIE_NATS, batch_log_probs, format_report, reference_log_probs, report
 from trainlib.files import write_atomically
+from trainlib.kernels import warm_up
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
 from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate
 from trainlib.mfu import flops_per_token
 from trainlib.optim import OptimConfig, build_optimizers
-from trainlib.runtime import warm_up
 from worst_rows import write_worst_pairs
 
 log = logging.getLogger(__name__)

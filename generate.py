@@ -52,17 +52,27 @@ class Sampling:
 
 
 class KVCache:
-    """Keys and values of all layers, in memory taken once for `capacity` positions."""
+    """Keys and values of all layers, in memory allocated once for `capacity` positions."""
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, device: torch.device):
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         layers = config.num_hidden_layers
         self.keys = [torch.empty(shape, device=device) for _ in range(layers)]
         self.values = [torch.empty(shape, device=device) for _ in range(layers)]
+        self.positions, self.documents = (
+            torch.empty(batch, capacity, dtype=torch.int64, device=device) for _ in range(2)
+        )
         self.length = 0
 
+    def extend(self, position_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Store positions and documents of new keys and return those of all keys, (B, S)."""
+        end = self.length + position_ids.shape[1]
+        self.positions[:, self.length : end] = position_ids
+        self.documents[:, self.length : end] = document_ids
+        return self.positions[:, :end], self.documents[:, :end]
+
     def update(self, layer: int, k_BGTH: Tensor, v_BGTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new positions and return all so far; `length` moves with the last."""
+        """Store new keys and values and return all; `length` moves with the last layer."""
         end = self.length + k_BGTH.shape[2]
         self.keys[layer][:, :, self.length : end] = k_BGTH
         self.values[layer][:, :, self.length : end] = v_BGTH
@@ -200,9 +210,9 @@ def _decode_batch(
     padding = torch.tensor([[length - len(prompt)] for prompt in prompts], device=device)
     new_BT = torch.tensor([[0] * (length - len(p)) + list(p) for p in prompts], device=device)
     positions_BT = (torch.arange(length, device=device) - padding).clamp(min=0)
-    real_BS = torch.arange(length, device=device) >= padding
+    documents_BT = (torch.arange(length, device=device) >= padding).long()
     cache = KVCache(model.config, len(prompts), length + max(rooms), device)
-    logits = model(new_BT, positions_BT, real_BS.long(), cache=cache, last_only=True)
+    logits = model(new_BT, positions_BT, documents_BT, cache=cache, last_only=True)
 
     answers: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))  # Finished rows are decoded on, and their ids left out.
@@ -214,10 +224,9 @@ def _decode_batch(
                 going.discard(row)
         if not going:
             return answers
-        real_BS = torch.cat((real_BS, real_BS.new_ones(len(prompts), 1)), dim=1)
-        positions_BT = positions_BT[:, -1:] + 1
-        new_BT, mask = torch.tensor(ids, device=device)[:, None], real_BS[:, None, None]
-        logits = model(new_BT, positions_BT, mask=mask, cache=cache, last_only=True)
+        positions_BT, documents_BT = positions_BT[:, -1:] + 1, documents_BT[:, -1:]
+        new_BT = torch.tensor(ids, device=device)[:, None]
+        logits = model(new_BT, positions_BT, documents_BT, cache=cache, last_only=True)
 
 
 def sample_texts(

@@ -1,9 +1,14 @@
-"""The decoder: a Qwen3-shaped transformer, written out by hand in plain PyTorch.
+"""The decoder: a Qwen3-shaped transformer in plain PyTorch, the reference for everything else.
 
 Differs from GPT-2: RMSNorm before each sublayer (no biases anywhere), rotary positions, grouped
 key/value heads with a norm on each query and key head, SwiGLU, embeddings tied to the output.
 Module and parameter names are those of `transformers.Qwen3ForCausalLM`, so a state dict of one is
 a state dict of the other.
+
+1. ModelConfig        sizes
+2. formulas           rms_norm, rotary_angles, rotate, swiglu, visible, attend
+3. ops                which function computes each formula: these, or faster ones
+4. modules            RMSNorm, Attention, SwiGLU, Block, Decoder, Transformer
 
 Shapes, as suffixes of local names:
     B batch  T query length  S key length  D hidden_size  N query heads  G key/value heads
@@ -16,16 +21,13 @@ arXiv:2302.05442; tied embeddings arXiv:1608.05859.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-
-from kernels.block_attention import attend, document_bias, load_varlen
-from kernels.fused_cpu import rms_norm
-from rotary import rotary_angles, rotate
-from swiglu import gated_down
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,137 @@ class ModelConfig:
             raise ValueError("; ".join(problems))
 
 
+# ---- formulas ------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 or wider.
+
+    Shapes: x (..., D), weight (D,) -> (..., D). Source: arXiv:1910.07467, equation 4.
+    """
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    wide = x.to(torch.promote_types(dtype, torch.float32))
+    mean_square = wide.square().mean(-1, keepdim=True)
+    return (wide * torch.rsqrt(mean_square + eps) * weight).to(dtype)
+
+
+def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines of the rotary angles, in fp32 for every precision of the model.
+
+    Shapes: position_ids (B, T) -> two of (B, 1, T, head_dim / 2), one for all heads.
+    Source: arXiv:2104.09864, equation 15.
+    """
+    pairs = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
+    inverse_frequency = theta ** (-pairs / head_dim)
+    angles = position_ids[:, None, :, None].float() * inverse_frequency
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (i, i + H/2) of a head by its position's angle (the Hugging Face layout)."""
+    first, second = x_BNTH.chunk(2, dim=-1)
+    cos, sin = cos.to(x_BNTH.dtype), sin.to(x_BNTH.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def swiglu(gate: Tensor, up: Tensor, down_weight: Tensor) -> Tensor:
+    """Return (silu(gate) * up) down_weight^T. Source: arXiv:2002.05202, equation 6.
+
+    Shapes: gate, up (..., F), down_weight (D, F) -> (..., D).
+    """
+    return F.linear(F.silu(gate) * up, down_weight)
+
+
+def visible(
+    query_positions: Tensor, key_positions: Tensor, query_documents: Tensor, key_documents: Tensor
+) -> Tensor:
+    """Return which key each query may attend to: the only rule, for training and generation.
+
+    A query sees the keys of its own document up to its own position. Three documents in a row of
+    six positions (1 = may attend):
+
+        document_ids  0 0 0 1 1 2      1 . . . . .
+        position_ids  0 1 2 0 1 0      1 1 . . . .
+                                       1 1 1 . . .
+                                       . . . 1 . .
+                                       . . . 1 1 .
+                                       . . . . . 1
+
+    Shapes: positions and documents of queries (B, T), of keys (B, S) -> bool (B, T, S).
+    """
+    same_document = query_documents[:, :, None] == key_documents[:, None, :]
+    return same_document & (query_positions[:, :, None] >= key_positions[:, None, :])
+
+
+def attention_bias(visible_BTS: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to attention scores: 0 where visible, else -inf; (B, 1, T, S)."""
+    zero = torch.zeros((), dtype=dtype, device=visible_BTS.device)
+    return torch.where(visible_BTS, zero, -torch.inf)[:, None]
+
+
+def prepare(
+    position_ids: Tensor, document_ids: Tensor, boundaries: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return the bias of a batch without a cache, made once for all layers."""
+    return attention_bias(visible(position_ids, position_ids, document_ids, document_ids), dtype)
+
+
+def attend(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, bias: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(H) + bias) v; N / G query heads share a key/value head.
+
+    Source: arXiv:1706.03762, equation 1. Shapes: bias (B, 1, T, S) -> (B, N, T, H).
+    """
+    grouped = k_BGSH.shape[1] != q_BNTH.shape[1]
+    if grouped and q_BNTH.is_cuda:
+        # On CUDA a mask together with enable_gqa falls back to the quadratic-memory kernel.
+        repeats = q_BNTH.shape[1] // k_BGSH.shape[1]
+        k_BGSH, v_BGSH = (x.repeat_interleave(repeats, dim=1) for x in (k_BGSH, v_BGSH))
+        grouped = False
+    return F.scaled_dot_product_attention(
+        q_BNTH, k_BGSH, v_BGSH, attn_mask=bias, enable_gqa=grouped
+    )
+
+
+# ---- which function computes each formula --------------------------------------------------------
+
+
+class AttentionOp(NamedTuple):
+    """prepare(position_ids, document_ids, boundaries, dtype), once a forward, and attend."""
+
+    prepare: Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor] = prepare
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attend
+
+
+@dataclass
+class Ops:
+    """The functions that the modules call: the formulas above, unless a run sets faster ones.
+
+    A run compares each faster one with the formula first (trainlib/kernels.py), so whoever edits
+    a formula gets what they wrote.
+    """
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotate
+    swiglu: Callable[[Tensor, Tensor, Tensor], Tensor] = swiglu
+    attention: AttentionOp = AttentionOp()
+
+
+ops = Ops()
+
+
 class Cache(Protocol):
-    """What attention asks of a key/value cache (generate.KVCache is one)."""
+    """What the decoder needs of a key/value cache (generate.KVCache is one)."""
+
+    def extend(self, position_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Append positions and documents of new keys and return those of all keys, (B, S)."""
+        ...
 
     def update(self, layer: int, k_BGTH: Tensor, v_BGTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Append this step's keys and values of a layer and return all of them so far."""
+        """Append the new keys and values of a layer and return all of them, (B, G, S, H)."""
         ...
+
+
+# ---- modules -------------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -91,7 +218,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -113,17 +240,18 @@ class Attention(nn.Module):
         self,
         x_BTD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        visible: Tensor | None,
+        prepared: Tensor,
         cache: Cache | None,
     ) -> Tensor:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         q_BNTH = self.q_norm(self.q_proj(x_BTD).view(heads)).transpose(1, 2)
         k_BGTH = self.k_norm(self.k_proj(x_BTD).view(heads)).transpose(1, 2)
         v_BGSH = self.v_proj(x_BTD).view(heads).transpose(1, 2)
-        q_BNTH, k_BGSH = rotate(q_BNTH, *rotary), rotate(k_BGTH, *rotary)
-        if cache is not None:
-            k_BGSH, v_BGSH = cache.update(self.layer, k_BGSH, v_BGSH)
-        out_BNTH = attend(q_BNTH, k_BGSH, v_BGSH, visible)
+        q_BNTH, k_BGSH = ops.rotate(q_BNTH, *rotary), ops.rotate(k_BGTH, *rotary)
+        if cache is None:
+            out_BNTH = ops.attention.attend(q_BNTH, k_BGSH, v_BGSH, prepared)
+        else:
+            out_BNTH = attend(q_BNTH, *cache.update(self.layer, k_BGSH, v_BGSH), prepared)
         return self.o_proj(out_BNTH.transpose(1, 2).flatten(2))
 
 
@@ -137,7 +265,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return gated_down(self.gate_proj(x_BTD), self.up_proj(x_BTD), self.down_proj.weight)
+        return ops.swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD), self.down_proj.weight)
 
 
 class Block(nn.Module):
@@ -154,10 +282,10 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        visible: Tensor | None,
+        prepared: Tensor,
         cache: Cache | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, visible, cache)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, prepared, cache)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -175,13 +303,13 @@ class Decoder(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        visible: Tensor | None,
+        prepared: Tensor,
         cache: Cache | None,
     ) -> Tensor:
         rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         x_BTD = self.embed_tokens(input_ids)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, rotary, visible, cache)
+            x_BTD = layer(x_BTD, rotary, prepared, cache)
         return self.norm(x_BTD)
 
 
@@ -192,22 +320,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self._attention = "masked"
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.init_weights()
-
-    @property
-    def attention(self) -> str:
-        """Which kernel attends inside packed documents: masked, varlen or blocks (attention.py)."""
-        return self._attention
-
-    @attention.setter
-    def attention(self, name: str) -> None:
-        if name == "varlen":
-            load_varlen()
-        self._attention = name
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -235,35 +351,39 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         boundaries: Tensor | None = None,
         *,
-        mask: Tensor | None = None,
         cache: Cache | None = None,
         select: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Logits of the next token at each position, or where `select` says.
+        """Return the logits of the next token at each position, or where `select` is True.
 
-        Without document_ids (and without a mask of one's own) a row is one document. Boundaries
-        say what document_ids say, for the varlen kernel.
+        Without document_ids a row is one document. `boundaries` repeat document_ids in the form
+        that the varlen kernel needs.
 
         Shapes: input_ids, position_ids, document_ids (B, T), boundaries int32 (documents + 1,) ->
-        (B, T, vocab_size), or (B, 1, vocab_size) with last_only; mask bool (B, 1, T, S), True =
-        attend; select bool (B, T) -> (selected, vocab_size).
+        (B, T, vocab_size), or (B, 1, vocab_size) with last_only; select bool (B, T) ->
+        (selected, vocab_size).
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
             position_ids = position_ids.expand_as(input_ids)
-        if self.attention == "blocks" and document_ids is not None:
-            mask = document_ids
-        elif self.attention == "varlen" and boundaries is not None:
-            mask = boundaries
-        elif document_ids is not None:
-            mask = document_bias(document_ids, self.lm_head.weight.dtype)
-        hidden_BTD = self.model(input_ids, position_ids, mask, cache)
+        if document_ids is None:
+            document_ids = torch.zeros_like(input_ids)
+        # A bias of another dtype than the queries' would be converted again in each layer.
+        device, dtype = input_ids.device.type, self.lm_head.weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        if cache is None:
+            prepared = ops.attention.prepare(position_ids, document_ids, boundaries, dtype)
+        else:
+            keys = cache.extend(position_ids, document_ids)
+            prepared = attention_bias(visible(position_ids, keys[0], document_ids, keys[1]), dtype)
+        hidden_BTD = self.model(input_ids, position_ids, prepared, cache)
         if select is not None:
             hidden_BTD = hidden_BTD[select]
         return self.lm_head(hidden_BTD[:, -1:] if last_only else hidden_BTD)
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable values, tied ones once."""
+    """Return the number of trainable values; tied ones count once."""
     return sum(p.numel() for p in model.parameters())

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 TIE_NATS = 1e-3
 """Log-probability ratios closer than this are equal: below it fp32 sums of logits are noise."""
-FORWARD = 2
+FORWARD = 3
 """Raised whenever the decoder comes to round otherwise, so that no older reference is used."""
 
 
@@ -56,7 +56,7 @@ def reference_log_probs(
     if run.plan is not None:
         return torch.zeros(len(values), device=run.hardware.device)
     h = run.hardware
-    how = f"{datasets.data_key} {h.precision} {h.attention} {h.compile} {datasets.train.row_length}"
+    how = f"{datasets.data_key} {h.precision} {h.kernels} {h.compile} {datasets.train.row_length}"
     digest = hashlib.sha256(f"{how} {FORWARD}".encode())
     for packed in everything:
         digest.update(packed.selection)

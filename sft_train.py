@@ -16,11 +16,11 @@ from dataset import Batch, DataConfig, Datasets, load_datasets
 from generate import Sampling, sample_answers
 from hf_folder import load_model, load_tokenizer, model_files
 from losses import cross_entropy_sum
+from trainlib.kernels import warm_up
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run, tell_next
 from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate
 from trainlib.mfu import flops_per_token
 from trainlib.optim import OptimConfig, build_optimizers
-from trainlib.runtime import warm_up
 from worst_rows import write_worst_rows
 from yardsticks import with_yardsticks
 

@@ -27,11 +27,11 @@ from model import ModelConfig, Transformer, count_parameters
 from tokenizer import Tokenizer, default_folder
 from tokenizer.adopt import adopt
 from trainlib.config import provenance, with_value
+from trainlib.kernels import warm_up
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run, tell_next
 from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate
 from trainlib.mfu import flops_per_token
 from trainlib.optim import OptimConfig, build_optimizers
-from trainlib.runtime import warm_up
 from worst_rows import write_worst_rows
 from yardsticks import with_yardsticks
 

@@ -18,8 +18,10 @@ from batch import Batch
 from bench.common import measured
 from hf_folder import load_model
 from losses import cross_entropy_sum
+from trainlib.batches import ALONE
 from trainlib.hardware import Choice, choose_hardware, find_facts, read_table
-from trainlib.runtime import use_hardware
+from trainlib.kernels import choose_kernels
+from trainlib.runtime import Hardware, use_hardware
 
 
 def own_step(folder: Path, rows: int, length: int, count: int = 0) -> dict[str, float]:
@@ -28,7 +30,8 @@ def own_step(folder: Path, rows: int, length: int, count: int = 0) -> dict[str, 
     A row is one document and every position a label; `count` steps are timed, 0 = none.
     """
     model = load_model(folder)
-    model.attention = chosen().attention
+    hardware = Hardware(torch.device("cpu"), "fp32", chosen().attention, False, rows)
+    choose_kernels(hardware, model.config, length, ALONE)
     optimizer = torch.optim.AdamW(model.parameters())
     batch = rows_of_one_document(rows, length)
 

@@ -1,8 +1,8 @@
-"""RMSNorm, on a CPU in few passes over memory.
+"""RMSNorm, rotary embedding and SwiGLU on a CPU in few passes over memory, with their gradients.
 
-torch's own is one kernel on CUDA, and a compiler makes one of it; a plain run on a CPU gets half a
-dozen operators forward and more backward, each of which reads and writes the whole tensor. Written
-out below, a training step in fp32 is 3 to 4 % faster, and keeps less.
+Uncompiled, each formula of model.py is half a dozen operators forward and more backward, each of
+which reads and writes whole tensors. These versions make a training step 6 % faster in fp32 and
+save less for backward. Under torch.compile the plain formulas are fused, and these are not used.
 """
 
 from __future__ import annotations
@@ -16,20 +16,13 @@ from torch.autograd.function import once_differentiable
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension, in the wider dtype of the two.
-
-    Shapes: x (..., D), weight (D,) -> (..., D). Source: arXiv:1910.07467, equation 4.
-    """
-    # As CUDA's autocast does; mixed dtypes would leave its fused kernel.
-    wide = torch.promote_types(x.dtype, weight.dtype)
-    x, weight = x.to(wide), weight.to(wide)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return Normed.apply(x, weight, eps)  # type: ignore[no-any-return]
-    return F.rms_norm(x, weight.shape, weight, eps)
+    """Return what model.rms_norm returns. Shapes: x (..., D), weight (D,) -> (..., D)."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return RMSNormFunction.apply(x.to(dtype), weight.to(dtype), eps)  # type: ignore[no-any-return]
 
 
-class Normed(torch.autograd.Function):
-    """rms_norm of one dtype, computed in fp32 or wider.
+class RMSNormFunction(torch.autograd.Function):
+    """RMSNorm of one dtype, computed in fp32 or wider; saves its input and one value a position.
 
     With i = 1 / rms and the gradient g of the result, dx = i g w - x i^3 sum(g w x) / D, and dw is
     the sum over positions of g x i. Both sums are products with a vector, which store nothing.
@@ -37,7 +30,6 @@ class Normed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Keeps x and one value a position."""
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -47,12 +39,73 @@ class Normed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Gradients of x and weight."""
         x, weight, inverse = ctx.saved_tensors
-        gradient, by = gradients[0].to(inverse.dtype), weight.to(inverse.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # Backward may be called in it.
+        gradient, scale = gradients[0].to(inverse.dtype), weight.to(inverse.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # Backward may be called inside it.
             product = (gradient * x).flatten(0, -2)
-            along_x = (product @ by).view_as(inverse) * inverse**3 / -x.shape[-1]
-            dx = (gradient * by).mul_(inverse).addcmul_(x, along_x)
+            along_x = (product @ scale).view_as(inverse) * inverse**3 / -x.shape[-1]
+            dx = (gradient * scale).mul_(inverse).addcmul_(x, along_x)
             dw = product.mT @ inverse.flatten()
         return dx.to(x.dtype), dw.to(weight.dtype), None
+
+
+def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return what model.rotate returns; four operators write half as much as its six."""
+    return RotaryFunction.apply(x_BNTH, cos.to(x_BNTH.dtype), sin.to(x_BNTH.dtype))  # type: ignore[no-any-return]
+
+
+class RotaryFunction(torch.autograd.Function):
+    """Rotary embedding that saves the angles alone: its gradient is rotated back by them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(gradients[0], cos, sin, -1), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """Rotate each pair by `sign` times its angle."""
+    first, second = x.chunk(2, dim=-1)
+    out = torch.empty_like(x)
+    out_first, out_second = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin, value=sign)
+    return out
+
+
+def swiglu(gate: Tensor, up: Tensor, down_weight: Tensor) -> Tensor:
+    """Return what model.swiglu returns. Shapes: gate, up (..., F), down_weight (D, F)."""
+    return SwiGLUDownFunction.apply(gate, up, down_weight.to(gate.dtype))  # type: ignore[no-any-return]
+
+
+class SwiGLUDownFunction(torch.autograd.Function):
+    """SwiGLU down-projection that saves only its inputs and recomputes the activation in backward.
+
+    The activation is cheap to compute, and the widest tensor of a layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        with torch.autocast(gate.device.type, enabled=False):
+            return F.linear(F.silu(gate).mul_(up), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        gate, up, weight = ctx.saved_tensors
+        d_weight = None
+        with torch.autocast(gate.device.type, enabled=False):
+            activated = F.silu(gate)
+            if ctx.needs_input_grad[2]:
+                d_weight = gradients[0].flatten(0, -2).mT @ (activated * up).flatten(0, -2)
+            d_product = gradients[0] @ weight
+            d_up = activated.mul_(d_product)
+            d_gate = torch.ops.aten.silu_backward(d_product.mul_(up), gate)
+        return d_gate, d_up, d_weight

@@ -34,7 +34,8 @@ LENGTHS = {
 VALUES = {
     "out_dir": "out", "init_from": "", "resume": "never", "seed": "7", "tokenizer": "",
     "tokens_per_step": "256", "sequence_length": "64", "device": "cpu", "ranks": "2",
-    "precision": "fp32", "compile": "off", "micro_batch_size": "1", "eval_every_steps": "2",
+    "precision": "fp32", "compile": "off", "kernels": "plain",
+    "micro_batch_size": "1", "eval_every_steps": "2",
     "save_every_steps": "3", "log_every_steps": "2", "keep_checkpoints": "1", "beta": "0.2",
     "model.vocab_size": "6401", "model.hidden_size": "32", "model.intermediate_size": "48",
     "model.num_hidden_layers": "2", "model.num_attention_heads": "4",

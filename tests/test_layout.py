@@ -1,107 +1,158 @@
-"""Protects the house: imports go tools -> root -> trainlib, the stages stay short and different."""
+"""Protects the layout: which part may import which, how large files, functions and the whole are.
+
+ALLOWED is the only place of the import rules; docs/development.md explains them.
+"""
 
 from __future__ import annotations
 
 import ast
 import difflib
+import functools
+import graphlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
-ENTRY_POINTS = {"train", "sft_train", "dpo_train", "chat"}
 STAGES = ("train.py", "sft_train.py", "dpo_train.py")
-ROOT_MODULES = {path.stem for path in ROOT.glob("*.py")} | {"tokenizer", "kernels"}
+
+ALLOWED: dict[str, set[str]] = {
+    # The ground: these import nothing of ours.
+    "core": set(),
+    "model": set(),
+    "tokenizer": set(),
+    "kernels": set(),
+    # trainlib, level by level, and what sits on it. A part may import what these parts may, too.
+    "data": {"core", "tokenizer"},
+    "models": {"data", "model"},
+    "engine": {"models", "kernels"},
+    "evaluation": {"engine"},
+    "dataset": {"data"},
+    "chat": {"models"},
+    "train": {"dataset", "evaluation"},
+    "sft_train": {"dataset", "evaluation"},
+    "dpo_train": {"dataset", "evaluation"},
+    "tools": {"dataset", "evaluation"},
+}
+ALLOWED["root"] = ALLOWED["trainlib"] = set(ALLOWED) | {"root", "trainlib"}  # Until all has moved.
+ALLOWED = {name: parts | {"root", "trainlib"} for name, parts in ALLOWED.items()}
+FOLDERS = ("tokenizer", "kernels", "tools")
+SUBPACKAGES = ("core", "data", "models", "engine", "evaluation")
 
 
-def layer(path: Path) -> str:
-    first = path.relative_to(ROOT).parts[0]
-    return first if first in ("tools", "trainlib") else "root"
+def part_of(module: str) -> str | None:
+    """Return the part that a dotted module name belongs to; None for what is not ours."""
+    first, *rest = module.split(".")
+    if first == "trainlib":
+        return rest[0] if rest and rest[0] in SUBPACKAGES else "trainlib"
+    if first in FOLDERS:
+        return first
+    if (ROOT / f"{first}.py").is_file():
+        return first if first in ALLOWED else "root"
+    return None
 
 
-def imported(path: Path) -> set[str]:
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources() -> list[Path]:
+    """Return every Python file of the library, the root and tools."""
+    folders = [ROOT / name for name in ("trainlib", *FOLDERS)]
+    return sorted([*ROOT.glob("*.py"), *(p for f in folders for p in f.rglob("*.py"))])
+
+
+@functools.cache
+def imports(path: Path) -> set[str]:
+    """Return the modules that a file imports anywhere in it, type checking included."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
-    return {name.split(".")[0] for name in names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, f"{path} has a relative import"
+            names.add(node.module)
+            # `from kernels import fused_cpu` imports a module.
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-def sources() -> list[Path]:
-    folders = [ROOT, ROOT / "tools", ROOT / "trainlib", ROOT / "tokenizer"]
-    return [path for folder in folders for path in sorted(folder.glob("*.py"))]
+def closure(part: str) -> set[str]:
+    """Return what a part may import: the parts of its row, what these may import, and itself."""
+    found, todo = {part}, [part]
+    while todo:
+        new = ALLOWED[todo.pop()] - found
+        found |= new
+        todo += new
+    return found
 
 
-def forbidden(here: str, names: set[str]) -> set[str]:
-    """Which of the imported names a file of a layer may not import."""
-    barred = set(ENTRY_POINTS)
-    if here != "tools":
-        barred.add("tools")
-    if here == "trainlib":
-        barred |= ROOT_MODULES
-    return names & barred
+def test_every_import_is_allowed():
+    files = sources()
+    assert len(files) > 40
+    seen: set[tuple[str, str]] = set()
+    for path in files:
+        here = part_of(module_name(path))
+        assert here is not None
+        for name in imports(path):
+            there = part_of(name)
+            if there is not None:
+                assert there in closure(here), f"{path.relative_to(ROOT)} imports {name}"
+                seen.add((here, there))
+    assert ("train", "dataset") in seen or ("train", "trainlib") in seen  # It does see imports.
 
 
-def test_imports_go_one_way():
-    assert len(sources()) > 25
-    for path in sources():
-        wrong = forbidden(layer(path), imported(path))
-        assert not wrong, f"{path} imports {wrong}"
-    assert "trainlib" in imported(ROOT / "train.py")  # The reading of imports sees some.
-
-
-def test_wrong_edges_would_be_seen():
-    for here, name in (
-        ("trainlib", "model"), ("trainlib", "tokenizer"), ("trainlib", "tools"), ("root", "tools"),
-        ("root", "train"), ("tools", "chat"), ("tools", "dpo_train"),
+def test_a_wrong_import_would_be_seen():
+    strict = {name: parts - {"root", "trainlib"} for name, parts in ALLOWED.items()}
+    for here, there in (
+        ("model", "core"), ("tokenizer", "core"), ("kernels", "model"), ("data", "models"),
+        ("engine", "evaluation"), ("engine", "dataset"), ("evaluation", "dataset"),
+        ("chat", "engine"), ("train", "tools"), ("dataset", "train"),
     ):  # fmt: skip
-        assert forbidden(here, {name, "torch"}) == {name}
-    assert not forbidden("tools", {"model", "trainlib"})
-    assert not forbidden("root", {"losses", "trainlib"})
+        assert there not in strict[here]
+    assert part_of("trainlib.core.files") == "core" and part_of("torch.nn") is None
+
+
+@pytest.mark.xfail(reason="until all has moved", strict=True)
+def test_no_module_imports_itself_by_way_of_others():
+    files = {module_name(path): path for path in sources()}
+    graph = {name: imports(path) & set(files) - {name} for name, path in files.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # Raises CycleError, which names the cycle.
+
+
+def test_no_file_or_function_is_too_long():
+    def lines(path: Path) -> int:
+        return len(path.read_text(encoding="utf-8").splitlines())
+
+    for path in sources():
+        name = str(path.relative_to(ROOT))
+        most = 130 if name in STAGES else 40 if path.name == "__init__.py" else 400
+        if name != "tokenizer/__init__.py":  # Until all has moved.
+            assert lines(path) <= most, name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno is not None
+                limit = 80 if node.name == "fit" else 60
+                assert node.end_lineno - node.lineno < limit, f"{name}: {node.name}"
 
 
 def test_dataset_holds_data_alone():
     assert not list((ROOT / "dataset").glob("*.py"))
 
 
-def test_sizes():
-    def lines(path):
-        return len(path.read_text(encoding="utf-8").splitlines())
-
-    assert lines(ROOT / "model.py") <= 300
-    for stage in STAGES:
-        assert lines(ROOT / stage) <= 130, stage
-        first = (ROOT / stage).read_text(encoding="utf-8").splitlines()[0]
-        assert "trainlib.loop.fit" in first
-    tree = ast.parse((ROOT / "trainlib/loop.py").read_text(encoding="utf-8"))
-    fit = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "fit")
-    assert fit.end_lineno is not None and fit.end_lineno - fit.lineno <= 80
-
-
-def test_no_file_or_function_is_too_long():
-    for path in sources():
-        text = path.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 400, path
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef) and node.name != "fit":
-                assert node.end_lineno is not None
-                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
-
-
-def test_importing_the_model_brings_nothing_of_ours_but_it():
-    code = "import sys, model; print(*sorted(m.split('.')[0] for m in sys.modules))"
+def test_importing_the_model_imports_nothing_else_of_ours():
+    code = "import sys, model; print(*sorted(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert not set(out.stdout.split()) & (
-        (ROOT_MODULES | {"tools", "trainlib"}) - {"model", "kernels", "rotary", "swiglu"}
-    )
+    assert [name for name in out.stdout.split() if part_of(name)] == ["model"]
     assert not out.stderr
 
 
 def body(stage: str) -> list[str]:
-    """Lines of a stage's functions apart from main, names of the stage taken out."""
+    """Return the lines of a stage's functions but main, without the names of the stage."""
     text = (ROOT / stage).read_text(encoding="utf-8")
     text = text[text.index("@dataclass") :]
     text = re.sub(r"Pretrain|SFT|DPO|pretrain|sft|dpo", "X", text[: text.index("def main(")])

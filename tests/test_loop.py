@@ -37,7 +37,7 @@ class Loader:
 def new_run(folder, resume_from=None):
     return SimpleNamespace(
         folder=folder, resume_from=resume_from, checkpoints=Checkpoints(folder, 2), metrics=None,
-        ranks=Ranks(), clock=Clock(), hardware=SimpleNamespace(precision="fp32"),
+        ranks=Ranks(), clock=Clock(), hardware=SimpleNamespace(precision="fp32", kernels=()),
     )  # fmt: skip
 
 

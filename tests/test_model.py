@@ -11,9 +11,14 @@ import transformers
 
 import model as model_module
 from hf_folder import model_files
-from kernels.block_attention import document_mask
-from model import ModelConfig, SwiGLU, Transformer, count_parameters
-from rotary import rotary_angles
+from model import (
+    ModelConfig,
+    Transformer,
+    attention_bias,
+    count_parameters,
+    rotary_angles,
+    visible,
+)
 
 SIZES = {
     "vocab_size": 200,
@@ -54,11 +59,11 @@ def test_logits_equal_transformers(changes, tmp_path, tokenizer):
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
         # Positions that restart, as in a packed row: an offset would turn other angles.
-        positions = torch.arange(400) % 130
-        mask = document_mask((torch.arange(400) // 130).expand(1, -1))
-        bias = torch.where(mask, 0.0, -torch.inf)
-        packed = ours(ids[:1], positions[None], (torch.arange(400) // 130)[None])
-        wanted = theirs(ids[:1], position_ids=positions[None], attention_mask=bias).logits
+        positions, documents = torch.arange(400)[None] % 130, torch.arange(400)[None] // 130
+        same = documents[0][:, None] == documents[0]
+        bias = torch.where(same.tril(), 0.0, -torch.inf)[None, None]
+        packed = ours(ids[:1], positions, documents)
+        wanted = theirs(ids[:1], position_ids=positions, attention_mask=bias).logits
         torch.testing.assert_close(packed, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -76,22 +81,27 @@ def test_causality_through_gradients():
     assert reached == [False] * 5 + [True] * 4 + [False] * 3
 
 
-def test_what_is_made_again_in_backward_gives_the_same_gradients():
-    torch.manual_seed(0)
-    mlp, x = SwiGLU(ModelConfig(**SIZES)), torch.randn(2, 5, 48)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        out = mlp(x)
-    assert sum(tensor.shape == (2, 5, 64) for tensor in kept) == 2  # Plain, it would be four.
-    weights = dict(mlp.named_parameters())
-    ours = torch.autograd.grad(out.sin().sum(), list(weights.values()))
-    gate, up, down = (weights[f"{name}_proj.weight"] for name in ("gate", "up", "down"))
-    plain = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
-    theirs = torch.autograd.grad(plain.sin().sum(), [gate, up, down])
-    torch.testing.assert_close(ours, theirs)
+def test_a_query_sees_its_own_document_up_to_itself():
+    """The picture in the docstring; and one new query after four cached keys."""
+    documents, positions = torch.tensor([[0, 0, 0, 1, 1, 2]]), torch.tensor([[0, 1, 2, 0, 1, 0]])
+    seen = visible(positions, positions, documents, documents)[0].int().tolist()
+    assert seen == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+    new, one = torch.tensor([[3]]), torch.tensor([[1]])
+    keys = torch.tensor([[0, 0, 1, 2, 3]]), torch.tensor([[0, 1, 1, 1, 1]])
+    assert visible(new, keys[0], one, keys[1])[0].tolist() == [[False, True, True, True, True]]
+    bias = attention_bias(visible(new, keys[0], one, keys[1]), torch.bfloat16)
+    assert bias.dtype == torch.bfloat16
+    assert bias[0, 0].tolist() == [[-torch.inf, 0, 0, 0, 0]]
 
 
-def test_first_position_is_not_turned_and_pairs_turn_by_their_frequency():
+def test_pairs_are_rotated_by_their_frequency_times_the_position():
     cos, sin = rotary_angles(torch.tensor([[0, 3]]), 4, 100.0)
     assert cos[0, 0, 0].tolist() == [1, 1] and sin[0, 0, 0].tolist() == [0, 0]
     torch.testing.assert_close(sin[0, 0, 1], torch.tensor([3.0, 0.3]).sin())
@@ -131,5 +141,4 @@ def test_model_needs_torch_alone():
         for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else
                      [alias.name for alias in node.names])
     }  # fmt: skip
-    own = {"kernels", "rotary", "swiglu"}
-    assert imported == {"__future__", "dataclasses", "typing", "torch"} | own
+    assert imported == {"__future__", "collections", "dataclasses", "typing", "torch"}

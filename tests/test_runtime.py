@@ -23,7 +23,7 @@ from trainlib.batches import Place, StepBatch
 from trainlib.loop import optimizer_step
 from trainlib.optim import OptimConfig, build_optimizers
 from trainlib.ranks import Ranks
-from trainlib.runtime import LONG_RUN, Hardware, warm_up
+from trainlib.runtime import Hardware
 from trainlib.state import SCALE_STEPS, TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,34 +99,6 @@ def test_an_overflow_changes_nothing_and_halves_the_scale():
     plain = TrainState()
     plain.advance(batch, math.isfinite(math.nan))
     assert (plain.loss_scale, plain.bad_steps) == (1.0, 1)
-
-
-@pytest.mark.parametrize(
-    "precision, compile_, num_steps, compiled",
-    [("bf16", "auto", 1000, True), ("bf16", "auto", 999, False), ("bf16", "auto", None, False),
-     ("fp32", "auto", 1000, False), ("bf16", "off", 1000, False)],
-)  # fmt: skip
-def test_a_long_run_on_a_cpu_is_compiled_in_bf16(
-    precision, compile_, num_steps, compiled, monkeypatch
-):
-    """Steps of two rows of 100 positions, so a thousand steps are as long as it takes."""
-    asked = []
-    monkeypatch.setattr(
-        "trainlib.runtime.compile_layers", lambda hardware, *_: asked.append(1) or hardware
-    )
-    model = nn.Linear(2, 2)
-    micro = SimpleNamespace(to=lambda device: None)
-    loader = SimpleNamespace(
-        rows_per_step=2, dataset=SimpleNamespace(row_length=100), seek=lambda place: None
-    )  # fmt: skip
-    monkeypatch.setattr("trainlib.runtime.next", lambda _: StepBatch([micro], 1, 1, Place()),
-                        raising=False)  # fmt: skip
-    run = SimpleNamespace(
-        hardware=Hardware(CPU, precision, "masked", False, 1), layers=nn.ModuleList(),
-        config=SimpleNamespace(compile=compile_), flops_per_token=LONG_RUN / 200_000,
-    )  # fmt: skip
-    warm_up(run, model, loader, num_steps)  # type: ignore[arg-type]
-    assert run.hardware.compile == compiled == bool(asked)
 
 
 # ---- the whole program ---------------------------------------------------------------------------

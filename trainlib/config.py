@@ -27,7 +27,7 @@ from trainlib.files import write_atomically
 from trainlib.values import kind_text, parse, value_text
 
 T = TypeVar("T")
-HARDWARE_KEYS = ("device", "ranks", "micro_batch_size", "precision", "compile")
+HARDWARE_KEYS = ("device", "ranks", "micro_batch_size", "precision", "compile", "kernels")
 """What TRAIN_LLM_<KEY> in the environment may set."""
 COMMAND_LINE = "command line"
 

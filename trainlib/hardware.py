@@ -61,7 +61,7 @@ class Choice:
     matmul: str
     """torch.set_float32_matmul_precision's word for products of fp32 numbers."""
     attention: str
-    """masked, varlen or blocks (kernels/block_attention.py)."""
+    """masked (model.py), or a kernel of kernels/: varlen, blocks."""
     compile: bool
     micro_batch_size: int
     """Most rows in one forward pass."""

@@ -90,6 +90,8 @@ class RunConfig:
     """Numbers of the forward pass; auto = by the card, on a CPU what a measurement finds faster."""
     compile: Literal["auto", "on", "off"] = field(default="auto", metadata=HOW)
     """Compile the layers; auto = on a card, and on a CPU in bf16 for a long run of given steps."""
+    kernels: Literal["auto", "plain"] = field(default="auto", metadata=HOW)
+    """Kernels that replace formulas of model.py; auto = where they agree with them, else plain."""
     micro_batch_size: int = field(default=0, metadata=HOW)
     """Most rows of one forward pass; 0 = chosen for the device."""
     max_steps: int = 0
@@ -284,8 +286,7 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
         # The precision as chosen, for a resume must go on with it.
         write_run_yaml(resolved(config, precision=choice.precision), folder / "run.yaml")
     if not wanted:
-        log.info("%s in %s on %s, %s, attention: %s", stage, folder, hardware.device,
-                 hardware.precision, hardware.attention)  # fmt: skip
+        log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
     checkpoints = Checkpoints(folder, config.keep_checkpoints, ranks.first)
     clock = Clock(config.max_hours)
     run = Run(config, stage, folder, hardware, checkpoints, ranks, clock, resume_from)

@@ -44,6 +44,8 @@ class TrainState:
     """What the loss is multiplied by before the backward pass; above 1 with fp16 only."""
     scaled_steps: int = 0
     """Steps on end whose gradient was finite at this loss_scale."""
+    kernels: list[str] | None = None
+    """Kernels that the steps were computed with; None in runs that did not record them."""
 
     def advance(self, batch: StepBatch, finite: bool) -> None:
         """Count a step; a skipped one is a step too. Halve or double an fp16 loss scale."""
@@ -69,6 +71,7 @@ def save(
 ) -> None:
     """Write a step folder from which training goes on bit for bit (on a CPU)."""
     state.seconds, state.decay = run.clock.seconds(), schedule.decay
+    state.kernels = list(run.hardware.kernels)
     tensors, scalars = optimizer_tensors(optimizers, model)
     tensors["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -96,6 +99,11 @@ def restore(
     load_optimizer_tensors(optimizers, model, tensors, saved["optimizers"])
     state = TrainState(**saved["train"])
     state.position = Place(*state.position)
+    if state.kernels not in (None, list(run.hardware.kernels)):
+        log.warning(
+            "resuming with other kernels (%s) than before (%s): results may differ in rounding",
+            ", ".join(run.hardware.kernels) or "plain", ", ".join(state.kernels or ()) or "plain",
+        )  # fmt: skip
     loader.seek(state.position)
     if (run.hardware.precision == "fp16") != (state.loss_scale > 1):
         # Begun on a card of another kind.

@@ -17,10 +17,11 @@ from tools.made_rows import write_data
 from train import loss_fn
 from trainlib.batches import ALONE, Place, StepLoader
 from trainlib.hardware import Choice, choose_hardware, find_facts, read_table
+from trainlib.kernels import warm_up
 from trainlib.loop import optimizer_step
 from trainlib.memory import peak_bytes
 from trainlib.optim import OptimConfig, build_optimizers
-from trainlib.runtime import Hardware, use_hardware, warm_up
+from trainlib.runtime import Hardware, use_hardware
 
 DEVICE = os.environ.get("CUDA_TESTS_DEVICE", "cuda")
 LENGTH = 512
@@ -73,7 +74,7 @@ class Trainer:
         pin = hardware.device.type == "cuda"
         self.loader: StepLoader[Batch] = StepLoader(*self.sizes, pin=pin)
         self.tokens = 0
-        config = SimpleNamespace(optim=OptimConfig(), compile="auto")
+        config = SimpleNamespace(optim=OptimConfig(), compile="auto", kernels="auto")
         self.run: Any = SimpleNamespace(
             hardware=hardware, ranks=ALONE, config=config, layers=self.model.model.layers
         )

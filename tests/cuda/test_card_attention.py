@@ -8,18 +8,19 @@ import pytest
 import torch
 from card import LENGTH
 
-from kernels.block_attention import attend, document_mask, load_varlen
+from model import AttentionOp, visible
+from trainlib.kernels import ATTENTION
 from trainlib.runtime import DTYPES
 
 pytestmark = pytest.mark.cuda
 
 
-def by_hand(values, visible):
+def by_hand(values, seen):
     """Return output and gradients of the sum of its squares, in fp64."""
     q, k, v = (value.clone().requires_grad_() for value in values)
     groups = q.shape[1] // k.shape[1]
     keys, content = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = (q @ keys.mT / math.sqrt(q.shape[-1])).masked_fill(~visible, -math.inf)
+    scores = (q @ keys.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
     out = scores.softmax(-1) @ content
     out.square().sum().backward()
     return [out.detach(), *(x.grad for x in (q, k, v))]
@@ -39,18 +40,13 @@ def test_output_and_gradients_of_a_kernel(kernel, machine, report):
     generator = torch.Generator().manual_seed(0)
     shapes = [(4, heads, LENGTH, 64) for heads in (8, 4, 4)]
     values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    visible = document_mask(batch.document_ids.cpu())
-    expected = by_hand(values, visible)
-    if name == "varlen":
-        load_varlen()
-        mask = batch.boundaries
-    elif name == "blocks":
-        mask = batch.document_ids
-    else:
-        mask = torch.zeros((), dtype=dtype).where(visible, -torch.inf)  # As the model has it.
+    positions, documents = batch.position_ids.cpu(), batch.document_ids.cpu()
+    expected = by_hand(values, visible(positions, positions, documents, documents)[:, None])
+    function = ATTENTION.get(name, AttentionOp())
+    prepared = function.prepare(batch.position_ids, batch.document_ids, batch.boundaries, dtype)
     device = torch.device(choice.device)
     q, k, v = (value.to(device, dtype).requires_grad_() for value in values)
-    out = attend(q, k, v, mask.to(device))
+    out = function.attend(q, k, v, prepared)
     out.double().square().sum().backward()
     found = [out, q.grad, k.grad, v.grad]
     error = max(

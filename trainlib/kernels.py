@@ -1,0 +1,206 @@
+"""Which functions compute the decoder's formulas: faster kernels where they agree with model.py.
+
+Each candidate is compared with the plain formula on small inputs, before the model is used and
+without it. So a formula that was edited in model.py is what a run computes, and a kernel that
+fails on this device costs a line in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import model
+from kernels import block_attention, fused_cpu, varlen_attention
+from model import AttentionOp, ModelConfig, Ops, rotary_angles
+from trainlib.batches import Place, StepLoader
+from trainlib.ranks import Ranks
+from trainlib.runtime import DTYPES, Hardware, compile_layers, looking
+
+if TYPE_CHECKING:
+    from trainlib.launch import Run
+
+log = logging.getLogger(__name__)
+
+ROWS = 2
+POSITIONS = 256
+"""Most positions of the inputs of functions that treat each position alone."""
+FACTOR, FLOOR = 2.0, 1e-4
+"""A kernel's error may be FACTOR times the plain formula's in the run's precision, plus FLOOR."""
+ATTENTION = {
+    "blocks": AttentionOp(block_attention.prepare, block_attention.attend),
+    "varlen": AttentionOp(varlen_attention.prepare, varlen_attention.attend),
+}
+LONG_RUN = 2e14
+"""Floating-point operations from which a run on a CPU is compiled: a quarter of an hour of two
+cores. Compiling takes half a minute; bf16 steps become 1.1 times as fast, fp32 steps no faster."""
+Values = dict[str, Tensor]
+
+
+def warm_up(run: Run, model: nn.Module, loader: StepLoader, num_steps: int | None = None) -> None:
+    """Choose the kernels, and compile the layers where the run wants that.
+
+    Call it before the model is first used, so that all results of a run are computed in one way.
+    `num_steps` is the length of the run, if it is known. Weights and random state stay.
+    """
+    h, c, row_length = run.hardware, run.config, loader.dataset.row_length
+    if c.compile == "auto" and num_steps and (h.device.type, h.precision) == ("cpu", "bf16"):
+        positions = num_steps * loader.rows_per_step * row_length
+        h = replace(h, compile=positions * run.flops_per_token >= LONG_RUN)
+    if c.kernels == "plain":
+        log.info("kernels: plain, by kernels=plain")
+    else:
+        h = choose_kernels(h, model.config, row_length, run.ranks)  # type: ignore[arg-type]
+    if h.compile and run.layers is not None:
+        batch = next(loader).micro_batches[0].to(h.device)
+        loader.seek(Place())
+
+        def try_out() -> None:
+            with h.autocast():
+                logits = model(**batch.inputs)
+            logits.float().square().sum().backward()
+            model.zero_grad(set_to_none=True)
+            with looking(model), h.autocast():  # A program of its own.
+                model(**batch.inputs)
+
+        h = compile_layers(h, run.layers, try_out, required=c.compile == "on")
+    run.hardware = h
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A faster function, and a call of it or of the plain one on given inputs."""
+
+    name: str
+    op: str
+    """Its field of model.Ops."""
+    function: Any
+    inputs: Values
+    """In the run's precision, fp32 weights apart."""
+    call: Callable[[Any, Values], Tensor]
+
+
+def choose_kernels(
+    hardware: Hardware, config: ModelConfig, row_length: int, ranks: Ranks
+) -> Hardware:
+    """Set model.ops for a run; returns the hardware with the names of the kernels in use.
+
+    Call it before layers are compiled. A candidate is used if, of its output and each gradient,
+    the relative L2 error against the plain formula in fp32 is at most FACTOR times that of the
+    plain formula in the run's precision, plus FLOOR. All ranks use what all of them accept.
+    Raises torch.OutOfMemoryError.
+    """
+    chosen, reasons = Ops(), {}
+    candidates = find_candidates(hardware, config, row_length)
+    for candidate in candidates:
+        if reason := disagreement(candidate, hardware):
+            reasons[candidate.name] = reason
+    for others in ranks.gather(reasons):
+        reasons = {**others, **reasons}
+    accepted = [candidate for candidate in candidates if candidate.name not in reasons]
+    for candidate in accepted:
+        setattr(chosen, candidate.op, candidate.function)
+    vars(model.ops).update(vars(chosen))
+    names = tuple(candidate.name for candidate in accepted)
+    unused = ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
+    log.info("kernels: %s%s", ", ".join(names) or "plain", unused and f"; not used: {unused}")
+    return replace(hardware, kernels=names)
+
+
+def find_candidates(hardware: Hardware, config: ModelConfig, row_length: int) -> list[Candidate]:
+    """Return the kernels that suit a device, each with inputs of the model's sizes.
+
+    Inputs are normal around 1, so that no error cancels: from a generator of their own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    device, dtype = hardware.device, DTYPES.get(hardware.precision, torch.float32)
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        values = torch.randn(shape, generator=generator) + 1
+        return values.to(device, dtype)
+
+    candidates = []
+    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    if hardware.attention in ATTENTION:
+        position_ids, document_ids = (x.to(device) for x in _documents(row_length))
+
+        def attention(function: AttentionOp, x: Values) -> Tensor:
+            prepared = function.prepare(position_ids, document_ids, None, x["v"].dtype)
+            return function.attend(x["q"], x["k"], x["v"], prepared)
+
+        # Two groups of heads are enough to see heads swapped, and take a fraction of the time.
+        few = min(groups, 2)
+        shapes = {"q": few * heads // groups, "k": few, "v": few}
+        qkv = {name: normal(ROWS, count, row_length, size) for name, count in shapes.items()}
+        function = ATTENTION[hardware.attention]
+        candidates.append(Candidate(hardware.attention, "attention", function, qkv, attention))
+    if device.type == "cpu" and not hardware.compile:
+        length, width = min(row_length, POSITIONS), config.intermediate_size
+        positions = torch.arange(row_length)[-length:].expand(ROWS, -1)
+        angles = rotary_angles(positions, size, config.rope_theta)
+        hidden = {"x": normal(ROWS, length, config.hidden_size),
+                  "weight": normal(config.hidden_size, dtype=torch.float32)}  # fmt: skip
+        gated = {"gate": normal(ROWS, length, width), "up": normal(ROWS, length, width),
+                 "down_weight": normal(config.hidden_size, width, dtype=torch.float32)}  # fmt: skip
+        candidates += [
+            Candidate("rms_norm", "rms_norm", fused_cpu.rms_norm, hidden,
+                      lambda f, x: f(x["x"], x["weight"], config.rms_norm_eps)),
+            Candidate("rotate", "rotate", fused_cpu.rotate,
+                      {"x": normal(ROWS, heads, length, size)}, lambda f, x: f(x["x"], *angles)),
+            Candidate("swiglu", "swiglu", fused_cpu.swiglu, gated,
+                      lambda f, x: f(x["gate"], x["up"], x["down_weight"])),
+        ]  # fmt: skip
+    return candidates
+
+
+def _documents(row_length: int) -> tuple[Tensor, Tensor]:
+    """Return positions and documents of two full rows: one long document, and many short ones."""
+    short = torch.arange(row_length).float().mul(2).sqrt().long() + 1  # Of 1, 2, 3, ... positions.
+    document_ids = torch.stack([torch.zeros(row_length, dtype=torch.int64), short])
+    starts = torch.cat([torch.ones(ROWS, 1), document_ids.diff(dim=1)], 1) != 0
+    index = torch.arange(row_length).expand(ROWS, -1)
+    position_ids = index - (index * starts).cummax(1).values
+    return position_ids, document_ids
+
+
+def disagreement(candidate: Candidate, hardware: Hardware) -> str:
+    """Return in what a candidate fails or differs from the plain formula; "" if in nothing."""
+    plain = getattr(Ops(), candidate.op)
+    exact_run = replace(hardware, precision="fp32")
+    wide = replace(candidate, inputs={name: x.float() for name, x in candidate.inputs.items()})
+    exact, expected = _results(wide, plain, exact_run), _results(candidate, plain, hardware)
+    try:
+        found = _results(candidate, candidate.function, hardware)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  # A kernel can refuse a device in many ways.
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    for name, value in found.items():
+        if value is None or value.dtype != expected[name].dtype:
+            return f"{name} is {value if value is None else value.dtype}"
+        error, allowed = (_error(x, exact[name]) for x in (value, expected[name]))
+        if not error <= FACTOR * allowed + FLOOR:
+            return f"{name} differs by {error:.2g}; was model.py edited?"
+    return ""
+
+
+def _results(candidate: Candidate, function: Any, hardware: Hardware) -> dict[str, Any]:
+    """Return the output of a function, and its gradients for a random gradient of the output."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in candidate.inputs.items()}
+    with hardware.autocast():
+        output = candidate.call(function, leaves)
+    gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    gradient = gradient.bfloat16().to(output)  # The same values in every precision.
+    gradients = torch.autograd.grad(output, list(leaves.values()), gradient, allow_unused=True)
+    named = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
+    return {"output": output.detach(), **named}
+
+
+def _error(value: Tensor, exact: Tensor) -> float:
+    """Return the relative L2 error; NaN where a value is not finite."""
+    return float((value.float() - exact).norm() / exact.norm())
