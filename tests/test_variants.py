@@ -1,0 +1,153 @@
+"""Protects whoever edits a formula: a patch of a few lines to one file is what a run computes.
+
+Each variant is a copy of the project with a patch to model.py or train.py. Nothing else knows of
+it: no kernel of the old formula may be used, and the log names the ones that are not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
+VARIANTS = {
+    "window": ("model.py", {
+        "    return same_document & (query_positions[:, :, None] >= key_positions[:, None, :])":
+        "    distance = query_positions[:, :, None] - key_positions[:, None, :]\n"
+        "    return same_document & (distance >= 0) & (distance < 64)",
+    }, ["blocks"]),
+    "layer norm": ("model.py", {
+        "    mean_square = wide.square().mean(-1, keepdim=True)\n"
+        "    return (wide * torch.rsqrt(mean_square + eps) * weight).to(dtype)":
+        "    return F.layer_norm(wide, weight.shape, weight, None, eps).to(dtype)",
+    }, ["rms_norm"]),
+    "activation": ("model.py", {"F.silu(gate) * up": "F.relu(gate).square() * up"}, ["swiglu"]),
+    "z-loss": ("train.py", {
+        "    loss_sum = cross_entropy_sum(model(**batch.inputs), batch.selected(batch.labels))":
+        "    logits = model(**batch.inputs)\n"
+        "    loss_sum = cross_entropy_sum(logits, batch.selected(batch.labels))\n"
+        "    loss_sum = loss_sum + 1e-4 * logits.float().logsumexp(-1).square().sum()",
+    }, []),
+}  # fmt: skip
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
+
+PROBE = f"""
+import torch
+import model
+from model import ModelConfig, Ops, Transformer
+from GENERATE import KVCache
+
+sizes = ModelConfig(vocab_size=99, **{SIZES})
+torch.manual_seed(0)
+decoder = Transformer(sizes)
+for name, parameter in decoder.named_parameters():
+    torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+ids = torch.randint(0, 99, (1, 100))
+positions, documents = torch.arange(100)[None], torch.zeros(1, 100, dtype=torch.int64)
+
+def training(ids):
+    return decoder(ids, positions, documents)[0, -1]
+
+def generation(ids, prefill):
+    cache = KVCache(sizes, 1, 100, torch.device("cpu"))
+    pieces = [slice(0, prefill), *(slice(i, i + 1) for i in range(prefill, 100))]
+    return [decoder(ids[:, piece], positions[:, piece], cache=cache) for piece in pieces][-1][0, -1]
+"""
+KERNELS = """
+from KERNELS import choose_kernels
+from RANKS import Ranks
+from DEVICE import Hardware
+
+choose_kernels(Hardware(torch.device("cpu"), "fp32", "blocks", False, 1), sizes, 100, Ranks())
+"""
+LOGITS = "print(training(ids).tolist())\n"
+WINDOW = """
+for forward in (training, lambda ids: generation(ids, 100), lambda ids: generation(ids, 30)):
+    for back, changes in ((64, False), (65, False), (63, True)):
+        other = ids.clone()
+        other[0, 99 - back] = (ids[0, 99 - back] + 1) % 99
+        with torch.no_grad():
+            assert torch.equal(forward(ids), forward(other)) != changes, back
+"""
+MODULES = {
+    "GENERATE": "generate", "KERNELS": "trainlib.kernels", "RANKS": "trainlib.ranks",
+    "DEVICE": "trainlib.runtime",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request, tmp_path_factory):
+    """A copy of the project with one patch, and its name."""
+    name = request.param
+    folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
+    for path in (*ROOT.glob("*.py"), *(ROOT / f for f in ("configs", "kernels", "tokenizer"))):
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        copy(path, folder / path.name)
+    shutil.copytree(ROOT / "trainlib", folder / "trainlib")
+    file, replacements, _ = VARIANTS[name]
+    text = (folder / file).read_text()
+    for old, new in replacements.items():
+        assert text.count(old) == 1 and len((old + new).splitlines()) <= 10
+        text = text.replace(old, new)
+    (folder / file).write_text(text)
+    rows = ({"text": f"Row {i} says {i * i}. " * 9} for i in range(60))
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name, folder
+
+
+def run(folder: Path, *words: str) -> str:
+    env = {**os.environ, "TRAIN_LLM_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def probe(folder: Path, code: str) -> str:
+    for placeholder, module in MODULES.items():
+        code = code.replace(placeholder, module)
+    return run(folder, "-c", code)
+
+
+def test_it_trains_and_the_log_names_the_kernels_that_are_not_used(variant):
+    name, folder = variant
+    sizes = [f"model.{key}={value}" for key, value in SIZES.items()]
+    out = run(folder, "train.py", "configs/tiny_pretrain.yaml", *sizes, "out_dir=run",
+              "max_steps=3", "data.files=a.jsonl", "tokens_per_step=512", "sequence_length=128",
+              "precision=fp32", "device=cpu", "data.val_max_rows=4")  # fmt: skip
+    losses = [json.loads(line) for line in (folder / "run/metrics.jsonl").open()]
+    assert len([row for row in losses if "val/loss" in row]) == 2
+    (line,) = [line for line in out.splitlines() if line.startswith("kernels: ")]
+    used, _, unused = line.removeprefix("kernels: ").partition("; not used: ")
+    expected = VARIANTS[name][2]
+    assert set(used.split(", ")) == {"blocks", "rms_norm", "rotate", "swiglu"} - set(expected)
+    assert [part.split(" (")[0] for part in unused.split("), ") if part] == expected
+    assert unused.count("was model.py edited?") == len(expected)
+
+
+def test_the_patched_formula_is_computed(variant):
+    """With the chosen kernels, logits are those of the patched formulas, and not the old ones."""
+    name, folder = variant
+    if name == "z-loss":
+        pytest.skip("changes no formula of model.py")
+    chosen, plain = (json.loads(probe(folder, PROBE + more + LOGITS)) for more in (KERNELS, ""))
+    before = json.loads(probe(ROOT, PROBE + LOGITS))
+    assert plain == pytest.approx(chosen, abs=1e-4)
+    assert plain != pytest.approx(before, abs=1e-2)
+
+
+def test_a_window_holds_in_training_prefill_and_decoding(variant):
+    name, folder = variant
+    if name != "window":
+        pytest.skip("no window")
+    probe(folder, PROBE + KERNELS + WINDOW)
