@@ -25,7 +25,7 @@ import numpy as np
 import formats
 from packing import Batch, PackedDataset
 from readers import COMPRESSED, SUFFIXES
-from token_cache import Encode, OnError, TokenCache, build_cache
+from token_cache import Encode, OnError, TokenCache, build_cache, counted_tokens
 from tokenizer import Sequence, Tokenizer
 from tokenizer.chat_format import render_conversation
 from trainlib.errors import UserError
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 DATASET_DIR = Path("dataset")
 MAX_HELD_OUT_BYTES = 2_000_000
+BYTES_PER_TOKEN = {"pretrain": 3.5, "sft": 4.5, "dpo": 6.0}
+"""Bytes of a data file for each token that is used: about those of the sample."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,30 @@ class DataConfig:
     def read_options(self) -> formats.ReadOptions:
         """How rows are read."""
         return formats.ReadOptions(self.format, {"newline": "\n", "none": ""}[self.alpaca_join])
+
+    def estimate_tokens(self, kind: str, row_length: int) -> tuple[float, str]:
+        """Return about how many tokens an epoch has, 0 without data, and how that is known.
+
+        Tokenizes nothing.
+        """
+        try:
+            groups = choose_files(self, kind).train
+            counted = [
+                [counted_tokens(path, kind, row_length) for path in group.paths] for group in groups
+            ]
+            bytes_ = [sum(path.stat().st_size for path in group.paths) for group in groups]
+        except OSError as error:
+            return 0.0, f"{error.filename} cannot be read: {error.strerror}"
+        except (UserError, ValueError, KeyError) as error:  # A cache may be damaged.
+            return 0.0, str(error).splitlines()[0]
+        tokens = [size / BYTES_PER_TOKEN[kind] for size in bytes_]
+        how = f"estimated from their size at {BYTES_PER_TOKEN[kind]} bytes a token"
+        if all(all(numbers) for numbers in counted):
+            tokens, how = [sum(numbers) for numbers in counted], "counted in the token cache"
+        weights = sum(group.weight for group in groups)
+        # As in _passes: what is largest for its weight is read once, the others are repeated.
+        weighted = [n * weights / g.weight for n, g in zip(tokens, groups, strict=True) if g.weight]
+        return max(weighted, default=sum(tokens)), how
 
 
 # ---- 1. which files ------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class TokenLossFunction(torch.autograd.Function):
-    """Cross-entropy that saves the probabilities."""
+    """Cross-entropy that saves the probabilities, and turns them into the gradient in place."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
@@ -36,23 +36,30 @@ class TokenLossFunction(torch.autograd.Function):
         under_loss = labels != IGNORE_INDEX
         index = labels.masked_fill(~under_loss, 0).unsqueeze(1)
         below_max = logits.amax(1).to(dtype) - logits.gather(1, index).squeeze(1).to(dtype)
-        probabilities = torch.softmax(logits, 1, dtype=dtype)
+        probabilities = torch.empty_like(logits, dtype=dtype)
+        # Without `out`, 16-bit logits are converted into a second fp32 tensor.
+        torch.softmax(logits, 1, dtype=dtype, out=probabilities)
         # The largest logit has probability exp(0) / sum: no second pass is needed for the sum, and
         # no logarithm of a label's probability, which may be 0.
         losses = below_max - probabilities.amax(1).log()
         ctx.dtype = logits.dtype
-        ctx.save_for_backward(probabilities, under_loss, index)
+        ctx.probabilities = probabilities
+        ctx.save_for_backward(under_loss, index)
         return losses.masked_fill(~under_loss, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """Return p - 1 at the label and p elsewhere, times the gradient of the position's loss."""
-        probabilities, under_loss, index = ctx.saved_tensors
+        under_loss, index = ctx.saved_tensors
+        d_logits, ctx.probabilities = ctx.probabilities, None
+        if d_logits is None:
+            raise RuntimeError("a second backward pass of token_losses: compute the loss again")
+        # Where no loss is, logits that overflowed in 16 bits must not become 0 times infinity.
+        d_logits.masked_fill_(~under_loss.unsqueeze(1), 0)
         gradient = gradients[0].masked_fill(~under_loss, 0).unsqueeze(1)
-        # Where no loss is, 0 times infinity must not become a gradient.
-        d_logits = (probabilities * gradient).masked_fill_(~under_loss.unsqueeze(1), 0)
-        return d_logits.scatter_add_(1, index, -gradient).to(ctx.dtype), None
+        d_logits.mul_(gradient).scatter_add_(1, index, -gradient)
+        return d_logits.to(ctx.dtype), None
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:

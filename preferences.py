@@ -47,14 +47,11 @@ def reference_log_probs(
     """The starting model's log-probabilities by sequence id, NaN where the run never looks.
 
     A run whose number of steps is not known looks everywhere. The ranks share the work. Read from
-    .cache/reference/ as far as an earlier run left them there; shape (sequences,). Zeros for a
-    plan, whose steps teach nothing.
+    .cache/reference/ as far as an earlier run left them there; shape (sequences,).
     """
     everything = [datasets.train, *datasets.val.values()]
     last = everything[-1]
     values = np.full(last.first_sequence_id + last.num_sequences, np.nan, np.float32)
-    if run.plan is not None:
-        return torch.zeros(len(values), device=run.hardware.device)
     h = run.hardware
     how = f"{datasets.data_key} {h.precision} {h.kernels} {h.compile} {datasets.train.row_length}"
     digest = hashlib.sha256(f"{how} {FORWARD}".encode())

@@ -19,6 +19,7 @@ want the same cache one waits for the other.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -135,6 +136,24 @@ def build_cache(
     if cache.num_skipped:
         _tell_skipped(cache, on_error)
     return cache
+
+
+def counted_tokens(path: Path, kind: str, row_length: int) -> int:
+    """Return the positions of a file by a cache that is newer than the file, or 0 without one.
+
+    Conversations and pairs that are longer than a row do not count. The tokenizer is not known, so
+    the cache may be another one's.
+    """
+    for meta in (cache_dir() / "tokens").glob(f"{glob.escape(path.stem)}-*/meta.json"):
+        values = json.loads(meta.read_text(encoding="utf-8"))
+        same = Path(values["path"]).resolve() == path.resolve() and values["kind"] == kind
+        if same and meta.stat().st_mtime >= path.stat().st_mtime:
+            per_record = 2 if kind == "dpo" else 1
+            sizes = np.diff(np.fromfile(meta.with_name("offsets.bin"), ARRAYS["offsets"]))
+            # The last token of each sequence is only a label.
+            lengths = sizes.reshape(-1, per_record).sum(1) - per_record
+            return int(lengths[(lengths <= row_length) | (kind == "pretrain")].sum())
+    return 0
 
 
 def _make(

@@ -11,7 +11,6 @@
     start        seconds from the command to the first step, data cached, no compile; the evaluation
                  of one row and three samples that stand before it are in it
     memory       peak of a step of 8 rows of 512 over transformers' step, both with AdamW in fp32
-    plan         seconds of a step in a run over what `--plan --gpu here` measured before it, 2.8M
 
 The model is the default of 26.9M parameters where no other is named.
 """
@@ -19,17 +18,11 @@ The model is the default of 26.9M parameters where no other is named.
 from __future__ import annotations
 
 import argparse
-import itertools
-import re
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 
 from bench.common import (
     PLACE,
-    ROOT,
     SAMPLE,
     base,
     own_cache,
@@ -43,9 +36,7 @@ from bench.step import own_step
 from bench.training import AS_LONG, LENGTH, ROWS
 from trainlib.metrics import TRAIN_MFU, minutes_trained
 
-TINY = "configs/tiny_pretrain.yaml"
 DATA = SAMPLE / "pretrain.jsonl"
-WARM = 2
 STEP = [f"tokens_per_step={ROWS * LENGTH}"]
 
 
@@ -102,24 +93,9 @@ def memory(options: argparse.Namespace) -> None:
     record("memory", [mine / theirs], "<= 0.8", bytes=[mine, theirs])
 
 
-def plan(options: argparse.Namespace) -> None:
-    """Median over the steps after the first two, of each run."""
-    found = []
-    for _ in range(options.repeats):
-        words = [TINY, "--plan", "--gpu", "here", f"data.files={DATA}", "device=cpu"]
-        told = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True,
-                              text=True, capture_output=True, env=own_cache())  # fmt: skip
-        match = re.search(r"tokens/s here, ([\d.e+-]+) s a step", told.stdout + told.stderr)
-        assert match is not None, told.stdout + told.stderr
-        minutes = minutes_trained(run("train.py", DATA, "planned", ["max_steps=40"], TINY))
-        seconds = [60 * (b - a) for a, b in itertools.pairwise(minutes) if b > a]
-        found.append(statistics.median(seconds[WARM:]) / float(match[1]))
-    record("plan", found, "0.85 to 1.15")
-
-
 FIGURES = {
     "mfu": mfu, "mfu_plain": mfu_plain, "mfu_fp32": mfu_fp32, "checkpoint": checkpoint,
-    "start": start, "memory": memory, "plan": plan,
+    "start": start, "memory": memory,
 }  # fmt: skip
 
 

@@ -38,7 +38,6 @@ WHAT = {
     " is noise",
     "start": "seconds from the command to the first step, data cached, not compiled",
     "memory": "peak bytes of a step of 8 rows of 512 over transformers' step, fp32",
-    "plan": "seconds of a step in a run over what --plan --gpu here said just before, 2.8M",
 }
 """Every figure with a line in the table, in the order of the page."""
 

@@ -12,11 +12,13 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +28,7 @@ from trainlib.files import write_atomically
 log = logging.getLogger(__name__)
 
 TABLE = Path(__file__).resolve().parents[1] / "configs" / "hardware.tsv"
+CARDS = TABLE.with_name("cards.tsv")
 TABLE_ROW_LENGTH = 512
 """Positions of the rows that the table's micro batches count."""
 FEW_THREADS = 4
@@ -103,6 +106,47 @@ def capability(text: str) -> tuple[int, int] | None:
         return None
     major, minor = text.split(".")
     return int(major), int(minor)
+
+
+class Card(NamedTuple):
+    """A line of configs/cards.tsv; units there."""
+
+    name: str
+    tflops: float
+    gbs: float
+    mib: int
+    capability: tuple[int, int]
+    gemm: float
+    link: float
+
+    @property
+    def slowest(self) -> float:
+        """Return how many times the time that --plan computes a step may take.
+
+        Before 8.0 no kernel skips what lies between documents, and Muon has no 16-bit numbers.
+        """
+        return 4 / 3 if self.capability >= (8, 0) else 2.0
+
+
+def read_cards() -> dict[str, Card]:
+    """Return the table of cards by name, in its order."""
+    lines = [line for line in CARDS.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+    cards = {}
+    for row in csv.DictReader(lines, delimiter="\t"):
+        numbers = {key: float(row[key]) for key in ("tflops", "gbs", "gemm", "link")}
+        compute = capability(row["capability"]) or (0, 0)
+        cards[row["card"]] = Card(row["card"], mib=int(row["mib"]), capability=compute, **numbers)
+    return cards
+
+
+def find_card(name: str) -> Card:
+    """Return a card by its name, in any case, with or without spaces; raises UserError."""
+    cards = read_cards()
+    word = re.sub("[ _-]|nvidia|geforce|tesla", "", name.lower())
+    if found := cards.get(word) or cards.get(f"rtx{word}"):
+        return found
+    names = ", ".join(cards)
+    raise UserError(f"--gpu {name}: unknown card. Name one of configs/{CARDS.name}: {names}.")
 
 
 def find_row(facts: Facts, device: str, table: list[HardwareRow]) -> HardwareRow:

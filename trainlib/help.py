@@ -13,9 +13,9 @@ WIDTH = 79  # Of a terminal of 80 columns, whose last one some of them wrap.
 FLAGS = {
     "--help": "print this and end",
     "--prepare-only": "make the token caches and end",
-    "--plan": "print memory, time and what more cards would bring, and end",
-    "--gpu CARD[:N]": "plan for such cards; here = measure on this machine",
-    "--budget TIME": "plan what fits into a time such as 45m or 2h",
+    "--plan": "print memory and time of the run on each card, and end",
+    "--gpu NAME[:N]": "plan for N of one card of configs/cards.tsv, in detail",
+    "--budget TIME": "plan how many tokens a time holds: 45m, 2h, 1.5d",
 }
 """The words of a stage's command line that begin with dashes."""
 

@@ -42,7 +42,7 @@ from trainlib.hardware import (
 )
 from trainlib.help import help_text
 from trainlib.metrics import MetricsLog
-from trainlib.plan import PRESETS, WANTED, PlanRequest, plan_request, without_device
+from trainlib.plan import CONFIGS, plan_request, print_plan
 from trainlib.ranks import (
     Ranks,
     first_decides,
@@ -158,8 +158,6 @@ class Run:
     """What val/bits_per_byte is held against, by name."""
     flops_per_token: float = 0.0
     """Floating-point operations of training on one token (trainlib/mfu.py)."""
-    plan: PlanRequest | None = None
-    """What to print instead of training, if a plan is wanted."""
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -184,15 +182,17 @@ def launch(
             print(help_text(cls, Path(sys.argv[0]).name, stage, (named or [default_file])[0]))
             return
         refuse_other_stage(argv, stage)
-        wanted, argv = plan_request(argv)
-        WANTED.set(wanted)
+        request, argv = plan_request(argv)
         only_prepare = "--prepare-only" in argv
         argv = [argument for argument in argv if argument != "--prepare-only"]
         config = load_config(cls, argv, default_file)
+        if request is not None:
+            print_plan(config, stage, request)
+            return
         datasets = prepare(config)
         if only_prepare:
             print("the token caches are ready")
-        elif wanted is None and not inside_ranks() and (count := number_of_ranks(config)) > 1:
+        elif not inside_ranks() and (count := number_of_ranks(config)) > 1:
             log.info("starting %d ranks, one a process (ranks=1 stops that)", count)
             sys.exit(start_ranks(count))
         else:
@@ -220,7 +220,7 @@ def refuse_other_stage(argv: list[str], stage: str) -> None:
         name = file.stem.removeprefix("tiny_")
         for other, script in SCRIPTS.items():
             theirs = other != stage and name.startswith(other)
-            if theirs and file.resolve().parent == PRESETS:
+            if theirs and file.resolve().parent == CONFIGS:
                 raise UserError(
                     f"{file} holds settings of {script}: type `python {script} {file} ...`, or "
                     f"give {SCRIPTS[stage]} configs/tiny_{stage}.yaml or a file of your own"
@@ -236,12 +236,12 @@ def tell_next(run: Run, stage: str) -> None:
 
 
 def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> Run:
-    """Claim the run's folder and choose the hardware; for a plan the folder is left alone.
+    """Claim the run's folder and choose the hardware.
 
     Raises UserError where the folder holds a finished run or one of another recipe or other data;
     nothing is written then.
     """
-    folder, wanted = Path(config.out_dir), WANTED.get()
+    folder = Path(config.out_dir)
     identity = {"recipe": recipe(config), "data": data_key}
     ranks = join_ranks(config.device)
     if config.tokens_per_step < row_length and ranks.first:
@@ -249,9 +249,9 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
                     config.tokens_per_step, row_length)  # fmt: skip
 
     choice = choose_hardware(
-        wanted.facts() if wanted else find_facts(),
+        find_facts(),
         read_table(),
-        device="cuda" if wanted and wanted.card else config.device,
+        device=config.device,
         precision=config.precision,
         compile_=config.compile,
         micro_batch_size=config.micro_batch_size,
@@ -265,33 +265,27 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
     if lost and (warning := unseen_card()):
         log.warning("%s", warning)
 
-    resume_from = None if wanted else first_decides(ranks, take)
+    resume_from = first_decides(ranks, take)
     if choice.precision == "measure":
         precision = first_decides(ranks, lambda: _precision(folder, resume_from, choice.matmul))
         choice = replace(choice, precision=precision)
-    if wanted and not wanted.here:
-        hardware = without_device(choice)
-    else:
-        hardware = use_hardware(choice, ranks.local)
-        rows_per_step = max(1, config.tokens_per_step // row_length)
-        # As many rows as training has, so that evaluations are compiled for one shape too.
-        _, rows = deal(rows_per_step, hardware.micro_batch_size, ranks.count)
-        hardware = replace(hardware, micro_batch_size=rows)
+    hardware = use_hardware(choice, ranks.local)
+    rows_per_step = max(1, config.tokens_per_step // row_length)
+    # As many rows as training has, so that evaluations are compiled for one shape too.
+    _, rows = deal(rows_per_step, hardware.micro_batch_size, ranks.count)
+    hardware = replace(hardware, micro_batch_size=rows)
     torch.manual_seed(config.seed)
-    if ranks.first and not wanted:
+    if ranks.first:
         if resume_from is not None and resume_from.parent.resolve() == folder.resolve():
             # What is saved next comes after this one, whatever else lies there.
             write_atomically(folder / "latest", resume_from.name)
         write_atomically(folder / IDENTITY, json.dumps(identity, ensure_ascii=False))
         # The precision as chosen, for a resume must go on with it.
         write_run_yaml(resolved(config, precision=choice.precision), folder / "run.yaml")
-    if not wanted:
-        log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
+    log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
     checkpoints = Checkpoints(folder, config.keep_checkpoints, ranks.first)
     clock = Clock(config.max_hours)
-    run = Run(config, stage, folder, hardware, checkpoints, ranks, clock, resume_from)
-    run.plan = wanted
-    return run
+    return Run(config, stage, folder, hardware, checkpoints, ranks, clock, resume_from)
 
 
 def prepare_model(

@@ -27,7 +27,6 @@ from trainlib.launch import Run
 from trainlib.metrics import newly_passed
 from trainlib.mfu import matmul_peak
 from trainlib.optim import Schedule
-from trainlib.plan import show_plan
 from trainlib.ranks import Ranks
 from trainlib.runtime import Hardware, LossFunction, looking
 from trainlib.state import TrainState, restore, save
@@ -61,18 +60,10 @@ def fit(
 
     `evaluate` gives the figures of validation and texts that the model wrote; `finish` writes what
     the trained model is reported by, in the first rank, before final/ says that all is there.
-    Returns whether it was reached, to the one process that may say so and go on from there; not so
-    where only a plan is wanted, which is printed instead.
+    Returns whether it was reached, to the one process that may say so and go on from there.
     Raises UserError after MAX_BAD_STEPS steps on end without a finite gradient, and where the end
     cannot be written.
     """
-    if run.plan is not None:
-
-        def step(run: Run, model: nn.Module, optimizers: list[Optimizer], batch: StepBatch) -> None:
-            optimizer_step(run, model, optimizers, loss_fn, batch, 1.0)
-
-        show_plan(run, model, optimizers, schedule, loader, step)
-        return False
     state = restore(run, model, optimizers, schedule, loader)
     display = Display(run, schedule, state)
 

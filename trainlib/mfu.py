@@ -9,6 +9,8 @@ Source: Chowdhery et al., PaLM, arXiv:2204.02311, appendix B.
 from __future__ import annotations
 
 import functools
+from collections import Counter
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -48,6 +50,55 @@ def update_flops(optimizers: list[Optimizer]) -> float:
         for small, large in (sorted(p.shape) for p in group["params"]):
             total += group["ns_steps"] * (4 * small**2 * large + 2 * small**3)
     return total
+
+
+class Sizes(NamedTuple):
+    """The sizes of a decoder by their Hugging Face names; the defaults are model.ModelConfig's."""
+
+    vocab_size: int = 6400
+    hidden_size: int = 512
+    intermediate_size: int = 1408
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 64
+    tie_word_embeddings: int = True
+
+    @property
+    def widths(self) -> tuple[int, int, int, int]:
+        """Return the widths of the residual stream, of queries, of keys and of feed-forward."""
+        query, key = self.num_attention_heads, self.num_key_value_heads
+        return self.hidden_size, query * self.head_dim, key * self.head_dim, self.intermediate_size
+
+    @property
+    def matrices(self) -> Counter[tuple[int, int]]:
+        """Return how many matrices the layers have of each shape: (outputs, inputs)."""
+        d, q, k, f = self.widths
+        shapes = [(q, d), (k, d), (k, d), (d, q), (f, d), (f, d), (d, f)]
+        return Counter(shapes * self.num_hidden_layers)
+
+    @property
+    def matrix_values(self) -> int:
+        """Return the number of values of these matrices."""
+        return sum(count * rows * columns for (rows, columns), count in self.matrices.items())
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of trainable values, tied ones once."""
+        d, embeddings = self.hidden_size, 1 if self.tie_word_embeddings else 2
+        norms = self.num_hidden_layers * 2 * (d + self.head_dim) + d
+        return self.matrix_values + embeddings * self.vocab_size * d + norms
+
+    def flops(self, attended: float) -> tuple[float, float]:
+        """Return the operations of training on a token: products, and attention to `attended`."""
+        products = 6.0 * (self.matrix_values + self.vocab_size * self.hidden_size)
+        return products, 12.0 * self.num_hidden_layers * self.widths[1] * attended
+
+    def update_flops(self, optimizer: str) -> float:
+        """Return the operations of an update: Muon's five steps of Newton-Schulz."""
+        pairs = [(*sorted(shape), count) for shape, count in self.matrices.items()]
+        total = sum(count * (4.0 * m * m * n + 2.0 * m**3) for m, n, count in pairs)
+        return 5 * total if optimizer == "muon" else 0.0
 
 
 @functools.cache

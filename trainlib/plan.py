@@ -1,92 +1,198 @@
-"""--plan: what a run would take in memory and time, and what more cards or a budget would bring.
+"""--plan: the memory, the time and the length of a run, all by formulas.
 
-    python train.py --plan [--gpu CARD[:N]|here] [--budget 2h] [config.yaml] [key=value ...]
+    python train.py --plan [--gpu NAME[:N]] [--budget TIME] [config.yaml] [key=value ...]
 
-Memory is counted by taking the real step on tensors without content; time is arithmetic over
-configs/cards.tsv, or with `--gpu here` a measurement. Nothing is trained, and nothing is written
-into the run's folder.
+Opens no model and writes nothing. tests/test_memory.py holds memory to a count of a step's tensors.
+Time is arithmetic over configs/cards.tsv, which no measurement of ours supports yet.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
-from contextvars import ContextVar
-from dataclasses import dataclass
+import textwrap
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 import yaml
-from torch import nn
-from torch.optim import Optimizer
 
-from trainlib.batches import StepLoader, deal
-from trainlib.cards import (
-    ATTENTION_SHARE,
-    TRAFFIC_SHARE,
-    Card,
-    StepTime,
-    Work,
-    find_card,
-    read_cards,
-    step_time,
-)
+from trainlib import hardware
+from trainlib.batches import deal
+from trainlib.config import provenance
 from trainlib.errors import UserError
-from trainlib.hardware import (
-    TABLE_ROW_LENGTH,
-    Choice,
-    Facts,
-    choose_hardware,
-    find_facts,
-    find_row,
-    read_table,
-)
-from trainlib.measure import MEASURE_SECONDS, MEASURED_WITHIN, Step, measure_step, step_peak
-from trainlib.memory import CUDA_BYTES
-from trainlib.optim import Schedule, build_optimizers
-from trainlib.runtime import Hardware
+from trainlib.hardware import Card, Choice, read_cards
+from trainlib.mfu import Sizes
+from trainlib.ranks import number_of_ranks
 
-log = logging.getLogger(__name__)
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CUDA_BYTES = 700_000_000
+"""Bytes of a process on a card besides its tensors: CUDA's context and cuBLAS's workspace."""
+USABLE = 0.95
+"""Share of a card's memory that tensors can take; the allocator leaves gaps between them."""
+SAVED = {
+    ("cpu", False): (16, 12, 12, 8),
+    ("cpu", True): (18, 8, 8, 4),
+    ("cuda", False): (16, 16, 16, 8),
+    ("cuda", True): (18, 12, 12, 4),
+}
+"""Bytes that an uncompiled layer keeps for backward at one position, for each value of a width:
+of the residual stream (input and output of both norms; in 16 bits a copy for each of five linear
+layers), of queries (projected, rotated, output of attention), of keys (projected, rotated, values),
+and of feed-forward (gate, up). By device, and whether products are of 16-bit numbers. On a card
+rotation keeps its input too."""
+LOGIT_BYTES = {False: 8, True: 6}
+"""Bytes of a logit with its fp32 probability, which becomes its gradient; False in fp32, True in 16
+bits."""
+KEPT_KEYS, BLOCK = 512, 128
+"""Block attention keeps the probabilities of at most so many keys, and of blocks of this size."""
+UPDATE_BYTES = {False: 19, True: 15}
+"""Bytes of a value of the matrices of one shape, which Muon orthogonalizes together: their update,
+the stack of them, and two stages of Newton-Schulz in fp32, or in bf16."""
 
-COUNTS = (1, 2, 4, 8)
-WORTH = 0.7
-"""A number of cards is worth it while each brings this share of what one alone brings."""
-TOKENS_PER_PARAMETER = 20
-"""From so many on a larger model is the better use of the time (arXiv:2203.15556)."""
-GOOD_EPOCHS = 4
-"""More passes over the same text bring little (arXiv:2305.16264)."""
-PRESETS = Path(__file__).resolve().parents[1] / "configs"
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What --plan was asked for."""
-
-    card: Card | None = None
-    """The card to plan for; None = none was named."""
-    count: int = 1
-    """How many of them."""
-    here: bool = False
-    """Measure on this machine."""
-    budget: float = 0.0
-    """Seconds that the run may take; 0 = as long as its settings say."""
-
-    def facts(self) -> Facts:
-        """The machine that is planned for."""
-        return self.card.facts if self.card else find_facts()
+ATTENTION_SHARE, TRAFFIC_SHARE = 0.4, 0.85
+"""Shares of a card's peak and bandwidth: attention with heads of 64, fused elementwise kernels."""
+BYTES_PER_VALUE, BYTES_PER_WEIGHT = 13.2, 20.5
+"""Traffic of each value that a linear layer returns, and of each weight in a micro-batch: 0.6 MB a
+token and 0.55 GB at 26.9M parameters, counted by Inductor."""
+LAUNCH_SECONDS = 70e-6
+"""Host time of each linear layer and micro-batch: about 12 launches of 6 microseconds."""
 
 
-WANTED: ContextVar[PlanRequest | None] = ContextVar("plan", default=None)
-"""The plan that this process's command line asks for, if it does."""
+def find_sizes(config: Any) -> tuple[Sizes, str]:
+    """Return the sizes of a run's model, and where they are written; raises UserError."""
+    path, values = Path(config.init_from) / "config.json", {}
+    where, needed = str(path), bool(config.init_from)
+    if not config.init_from:
+        path, where = Path(config.tokenizer) / "tokenizer.json", "the settings"
+        values = dict(vars(config.model))
+        needed = bool(config.tokenizer) and provenance(config)["model.vocab_size"] == "default"
+    elif not path.is_file():
+        small = any("tiny_" in source for source in provenance(config).values())
+        path = CONFIGS / ("tiny_pretrain.yaml" if small else "pretrain.yaml")
+        where = f"configs/{path.name}, as {where} does not exist"
+    try:
+        text = path.read_text(encoding="utf-8") if needed else ""
+        read = (json.loads if path.suffix == ".json" else yaml.safe_load)(text or "{}")
+        if config.init_from:
+            values = read.get("model", read)
+        elif needed:
+            ids = [
+                *read["model"]["vocab"].values(),
+                *(token["id"] for token in read["added_tokens"]),
+            ]
+            values["vocab_size"] = 1 + max(ids)
+        return Sizes(**{key: int(values[key]) for key in Sizes._fields if key in values}), where
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: no sizes of a model ({error}). Name another folder.") from error
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+class Term(NamedTuple):
+    """A part of what a step holds at its peak."""
+
+    name: str
+    bytes: float
+    reason: str
+
+
+def step_memory(
+    sizes: Sizes, optimizer: str, choice: Choice, row_length: int, num_micro: int,
+    rows: int, count: int = 1,
+) -> list[Term]:  # fmt: skip
+    """Return what an uncompiled step holds at the moment when it holds most.
+
+    A step is `num_micro` micro-batches of `rows` rows on each of `count` devices. Every position
+    counts as if it had a label.
+    """
+    d, q, k, _ = sizes.widths
+    half, cuda = choice.precision in ("bf16", "fp16"), choice.device != "cpu"
+    width, positions, layers = 2 if half else 4, rows * row_length, sizes.num_hidden_layers
+    parameters, head = 4 * sizes.parameters, 4 * sizes.vocab_size * d
+    saved = SAVED["cuda" if cuda else "cpu", half]
+    layer = sum(a * b for a, b in zip(saved, sizes.widths, strict=True))
+    kept, why = 0.0, "probabilities of blocks"  # Values for each position.
+    if choice.attention == "masked":
+        kept, why = row_length + cuda * layers * 2 * (q - k), "mask; keys, values repeated on cards"
+    elif choice.attention == "blocks":
+        kept = layers * sizes.num_attention_heads * (min(row_length, KEPT_KEYS) + BLOCK) / 2
+    muon = optimizer == "muon"
+    state = 2 * parameters - muon * 4 * sizes.matrix_values
+    moments = "fp32: two moments of AdamW" + muon * ", one of Muon for matrices"
+    held = [Term("weights", parameters, "fp32"), Term("optimizer", state, moments)]
+    gradients = Term("gradients", parameters, "fp32")
+    backward = [
+        *held, *([gradients] if num_micro > 1 else []),
+        Term("attention", positions * kept * width, why),
+        Term("layers", positions * layers * layer, "activations that backward needs"),
+        Term("logits", positions * (LOGIT_BYTES[half] * sizes.vocab_size + (4 + width) * d),
+             "with loss and gradient, and both sides of the last norm"),
+        Term("16-bit weights", parameters / 2, "copies for the products") if half
+        else Term("output matrix", head, "its gradient, next to that of the logits"),
+    ]  # fmt: skip
+    exchange = [*held, gradients, Term("all-reduce", parameters, "flat buffer of the gradients")]
+    low = choice.precision == "bf16" if cuda else hardware.cpu_has_bf16()
+    largest = max(number * m * n for (m, n), number in sizes.matrices.items())
+    work = Term("update", muon * UPDATE_BYTES[low] * largest, "orthogonalization by Muon")
+    peak = max(backward, exchange if count > 1 else held, [*held, gradients, work], key=total)
+    return [term for term in peak if term.bytes]
+
+
+def total(terms: list[Term]) -> float:
+    """Return the bytes of all terms."""
+    return sum(term.bytes for term in terms)
+
+
+def step_time(
+    card: Card, sizes: Sizes, optimizer: str, half: bool, attended: float, positions: float,
+    num_micro: int, count: int = 1,
+) -> dict[str, float]:  # fmt: skip
+    """Return the seconds of a step's parts, which follow one another, at the fast end.
+
+    Launches count as far as the host takes longer than the work. The all-reduce is a ring: each
+    card sends and receives 2 (count - 1) / count of the fp32 gradients. fp32 products are TF32
+    from capability 8.0 on, at half the 16-bit rate; before, at an eighth.
+    """
+    rate = 1 if half else 1 / 2 if card.capability >= (8, 0) else 1 / 8
+    peak, bandwidth = rate * card.tflops * 1e12, TRAFFIC_SHARE * card.gbs * 1e9
+    products, attention = (flops * positions / count / peak for flops in sizes.flops(attended))
+    values = sizes.vocab_size + sum(n * outputs for (outputs, _), n in sizes.matrices.items())
+    work = {
+        "products": products / card.gemm,
+        "attention": attention / ATTENTION_SHARE,
+        "traffic": positions / count * values * BYTES_PER_VALUE * (2 - half) / bandwidth,
+        "weights": num_micro * sizes.parameters * BYTES_PER_WEIGHT / bandwidth,
+    }
+    host = num_micro * (7 * sizes.num_hidden_layers + 1) * LAUNCH_SECONDS
+    return work | {
+        "launches": max(0.0, host - sum(work.values())),
+        "update": sizes.update_flops(optimizer) / (card.gemm * peak),
+        "all-reduce": 2 * (count - 1) / count * 4 * sizes.parameters / (card.link * 1e9),
+    }
+
+
+def fits(card: Card, terms: list[Term]) -> bool:
+    """Return whether a step fits into a card."""
+    return total(terms) <= USABLE * (card.mib * 2**20 - CUDA_BYTES)
 
 
 # ---- the command line ----------------------------------------------------------------------------
 
 
+class PlanRequest(NamedTuple):
+    """The words of --plan: a card or none, how many, and seconds that the run may take or 0."""
+
+    card: Card | None = None
+    count: int = 1
+    budget: float = 0.0
+
+
 def plan_request(argv: list[str]) -> tuple[PlanRequest | None, list[str]]:
-    """What a command line asks for, and its words without those of the plan; raises UserError."""
+    """Return what a command line asks for, and its other words; raises UserError."""
     given, rest, words = {}, [], iter(argv)
     for word in words:
         flag, _, value = word.partition("=")
@@ -94,307 +200,152 @@ def plan_request(argv: list[str]) -> tuple[PlanRequest | None, list[str]]:
             given[flag] = value or next(words, "")
         else:
             rest.append(word)
-    planned = "--plan" in rest
-    rest = [word for word in rest if word != "--plan"]
-    if not planned:
+    if "--plan" not in rest:
         if given:
-            raise UserError(f"{next(iter(given))} belongs to --plan; add --plan, or leave it out")
+            raise UserError(f"{next(iter(given))} belongs to --plan. Add --plan, or omit it.")
         return None, rest
     budget = parse_seconds(given["--budget"]) if "--budget" in given else 0.0
-    gpu = given.get("--gpu")
-    if gpu is None:
-        if budget:
-            raise UserError("--budget needs to know the card: add --gpu CARD[:N] or --gpu here")
-        return PlanRequest(), rest
-    if gpu == "here":
-        return PlanRequest(here=True, budget=budget), rest
-    name, colon, count = gpu.partition(":")
-    if colon and not (count.isascii() and count.isdigit() and int(count) > 0):
-        raise UserError(f"--gpu {gpu}: expected a number of cards after the colon, as in {name}:4")
-    return PlanRequest(find_card(name), int(count or 1), budget=budget), rest
+    name, colon, count = given.get("--gpu", "").partition(":")
+    if colon and not re.fullmatch("[1-9][0-9]{0,5}", count):
+        raise UserError(f"--gpu {name}:{count}: {count!r} is no number of cards. Write {name}:4.")
+    card = hardware.find_card(name) if "--gpu" in given else None
+    return PlanRequest(card, int(count or 1), budget), [word for word in rest if word != "--plan"]
 
 
 def parse_seconds(text: str) -> float:
-    """Seconds of a time such as 45m, 2h or 1.5d; raises UserError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)", text.strip())
-    seconds = float(found[1]) * {"s": 1, "h": 3600, "d": 86400}.get(found[2], 60) if found else 0.0
-    if not seconds:
-        raise UserError(f"--budget {text}: expected a time above 0, such as 45m, 2h or 1.5d")
-    return seconds
-
-
-def without_device(choice: Choice) -> Hardware:
-    """The hardware that the memory of a choice is counted with: a CPU's, nothing compiled."""
-    attention = "blocks" if choice.attention == "blocks" else "masked"
-    precision, rows = choice.precision, choice.micro_batch_size
-    return Hardware(torch.device("cpu"), precision, attention, False, rows)
+    """Return the seconds of a time such as 45m, 2h, 1.5d, or 2 (hours); raises UserError."""
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(s|m|min|h|d|)", text.strip())
+    units = {"s": 1, "m": 60, "min": 60, "d": 86400}
+    if seconds := float(found[1]) * units.get(found[2], 3600) if found else 0.0:
+        return seconds
+    raise UserError(f"--budget {text}: not a time above 0. Write 45m, 2h, 1.5d or hours.")
 
 
 # ---- the plan ------------------------------------------------------------------------------------
 
 
-@dataclass
-class Planned:
-    """What the sections of the plan's text are made from."""
+class Plan(NamedTuple):
+    """A run; its number of steps and the seconds that it may take are 0 where not given."""
 
-    run: Any
-    model: nn.Module
-    loader: StepLoader
-    work: Work
-    num_steps: int | None
-    step: Step
-    seconds: tuple[float, float] = (0.0, 0.0)
-    """The least and the most that one step takes."""
+    config: Any
+    sizes: Sizes
+    row_length: int
+    rows: int
+    num_steps: int
+    budget: float
 
-    @property
-    def request(self) -> PlanRequest:
-        """What was asked for."""
-        return self.run.plan
+    def on(self, card: Card | None, count: int) -> tuple[Choice, int, int, list[Term], dict]:
+        """Return the settings, micro-batches, their rows, the memory and the time of a step.
 
-    @property
-    def dataset(self) -> Any:
-        """The training data."""
-        return self.loader.dataset
+        Without a card those of this machine, whose time is unknown. Documents count as long as
+        rows. Raises UserError for settings that the device cannot run.
+        """
+        c, facts = self.config, hardware.find_facts()
+        if card:
+            facts = replace(facts, cuda=card.capability, memory_mib=card.mib)
+        choice = hardware.choose_hardware(
+            facts, hardware.read_table(), device="cuda" if card else c.device, compile_=c.compile,
+            precision=c.precision, micro_batch_size=c.micro_batch_size, row_length=self.row_length,
+        )  # fmt: skip
+        dealt = deal(self.rows, choice.micro_batch_size, count)
+        model = (self.sizes, c.optim.name)
+        terms = step_memory(*model, choice, self.row_length, *dealt, count)
+        half, attended = choice.precision != "fp32", (c.sequence_length + 1) / 2
+        work = (half, attended, self.rows * self.row_length, dealt[0], count)
+        return choice, *dealt, terms, step_time(card, *model, *work) if card else {}
 
-    def rows(self, count: int, micro_batch_size: int = 0) -> tuple[int, int]:
-        """Micro-batches of each of `count` cards, and rows of each."""
-        size = micro_batch_size or self.run.hardware.micro_batch_size
-        return deal(self.loader.rows_per_step, size, count)
-
-
-def show_plan(
-    run: Any,
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    schedule: Schedule,
-    loader: StepLoader,
-    step: Step,
-) -> None:
-    """Print the plan of a run."""
-    dataset: Any = loader.dataset
-    positions = loader.rows_per_step * dataset.row_length
-    work = Work.of(model, optimizers, dataset.mean_attended(), positions)
-    plan = Planned(run, model, loader, work, schedule.num_steps, step)
-    card, count = plan.request.card, plan.request.count
-    if card and run.hardware.precision == "fp32":
-        raise UserError(f"--gpu {card.name} plans 16-bit products; leave out precision=fp32")
-    lines = [*describe_work(plan), *describe_memory(plan)]
-    if card:
-        parts = step_time(card, work, plan.rows(count)[0], count)
-        plan.seconds = (sum(parts), card.slowest * sum(parts))
-        lines += [*describe_length(plan), *describe_arithmetic(card, parts)]
-        lines += describe_counts(plan, card)
-    elif plan.request.here:
-        log.info("measuring steps for about %.0f s", MEASURE_SECONDS)
-        seconds, taken = measure_step(run, model, optimizers, schedule, loader, step)
-        plan.seconds = (seconds / MEASURED_WITHIN, seconds * MEASURED_WITHIN)
-        lines += describe_length(plan)
-        told = f"{positions / seconds:,.0f} tokens/s here, {seconds:.3g} s a step"
-        how = f"{taken} steps or shares of one, by one process; the range is this +-"
-        lines += line("measured", f"{told}, from", f"{how} {MEASURED_WITHIN - 1:.0%}")
-    else:
-        lines += describe_cards(plan)
-    for text in lines:
-        log.info("%s", text)
+    def table(self, entries: dict[str, tuple[Card, int]], shares: bool) -> list[str]:
+        """Return a table with a line for each number of a card, `shares` of N times one with it."""
+        end, alone = "max_tokens" if self.budget else "time", 0.0
+        lines = ["", f"  {'':16}{'micro-batches':>13}{'GB':>7}{'of GB':>7}{'fits':>6}"
+                 f"{'tokens/s':>20}{end:>20}{'  share' if shares else ''}"]  # fmt: skip
+        for name, (card, count) in entries.items():
+            try:
+                _, num_micro, rows, terms, parts = self.on(card, count)
+            except UserError as error:  # For instance precision=bf16, which older cards lack.
+                lines.append(f"  {name:16} {str(error)[:80]}")
+                continue
+            low, positions = sum(parts.values()), self.rows * self.row_length
+            alone, high = alone or low, card.slowest * low
+            time = duration(self.num_steps * low, self.num_steps * high)
+            last = int(self.budget / high) * positions or "-" if self.budget else time
+            lines.append(
+                f"  {name:16}{f'{num_micro} x {rows}':>13}{total(terms) / 1e9:7.3g}"
+                f"{card.mib * 2**20 / 1e9:7.3g}{'yes' if fits(card, terms) else 'NO':>6}"
+                f"{f'{positions / high / 1e3:,.0f} to {positions / low / 1e3:,.0f} k':>20}"
+                f"{last:>20}{f'{alone / count / low:>7.0%}' if shares else ''}"
+            )
+        return lines
 
 
-def line(title: str, *texts: str) -> list[str]:
-    """Lines of the plan under one title."""
-    return [f"  {'' if i else title:10}{text}" for i, text in enumerate(texts)]
+def duration(low: float, high: float) -> str:
+    """Return a range of seconds in words, a dash for 0."""
+    units = (("days", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    name, size = next((unit for unit in units if low >= 2 * unit[1]), units[-1])
+    return f"{low / size:.3g} to {high / size:.3g} {name}" if low else "-"
 
 
-def hours(seconds: float) -> str:
-    """A time as one reads it."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
-
-
-def describe_work(plan: Planned) -> list[str]:
-    """Model, data and length."""
-    w, dataset = plan.work, plan.dataset
-    where = "this machine"
-    if plan.request.card:
-        where = f"{plan.request.count} x {plan.request.card.name}"
-    flops = w.product_flops + w.attention_flops
-    share = f"{w.product_flops / 1e6:,.1f} in products, {w.attention_flops / 1e6:,.1f} in attention"
-    epoch = dataset.num_rows() * dataset.row_length
-    steps = f"steps of {w.positions:,} positions"
-    if plan.num_steps:
-        total = plan.num_steps * w.positions
-        steps = f"{plan.num_steps:,} {steps} = {total:,}, {total / epoch:.2f} epochs"
-    return [
-        f"plan of {plan.run.stage} for {where}; nothing is trained",
-        *line("model", f"{w.parameters:,} parameters; training on a token takes {flops / 1e6:,.1f} "
-              "MFLOP", f"({share})"),
-        *line("data", f"{dataset.num_tokens:,} tokens an epoch, {epoch:,} positions with padding, "
-              "from", *(str(cache.path) for cache in dataset.caches)),
-        *line("run", steps if plan.num_steps else f"{steps} until the time is over"),
-    ]  # fmt: skip
-
-
-def describe_memory(plan: Planned) -> list[str]:
-    """Peak of a step, and whether it fits."""
-    request, hardware = plan.request, plan.run.hardware
-    num_micro, rows = plan.rows(request.count)
-
-    def peak(rows: int) -> int:
-        counted = step_peak(plan.run, plan.model, plan.loader, plan.step, num_micro, rows)
-        # Several cards meet with weights, gradients, at most two moments and one flat buffer.
-        return max(counted, 20 * plan.work.parameters) if request.count > 1 else counted
-
-    most = peak(rows)
-    texts = [
-        f"{most / 1e9:.3g} GB of tensors at the peak of a step of {num_micro} x {rows} rows, "
-        f"{hardware.precision}, not compiled"
-    ]
-    if request.card or torch.cuda.is_available():
-        room = request.facts().memory_mib * 2**20
-        texts[0] += " (compiled takes less)"
-        texts.append(f"and {CUDA_BYTES / 1e9} GB for CUDA itself, of {room / 1e9:.3g} GB")
-        if most + CUDA_BYTES > room:
-            few = max(1, rows // 8)
-            less = peak(few)
-            per_row = (most - less) / max(1, rows - few) or math.inf
-            fits = few + math.floor((0.97 * (room - CUDA_BYTES) - less) / per_row)
-            cure = f"give micro_batch_size={fits}" if fits > 0 else "not one row would fit"
-            texts.append(f"which does NOT fit: {cure}")
-    return line("memory", *texts)
-
-
-def describe_length(plan: Planned) -> list[str]:
-    """Hours of the run, or what fits into a budget."""
-    fast, slow = plan.seconds
-    positions = plan.work.positions
-    texts = line("speed", f"{positions / slow:,.0f} to {positions / fast:,.0f} tokens/s")
-    budget = plan.request.budget or (0 if plan.num_steps else plan.run.clock.left())
+def print_plan(config: Any, stage: str, request: PlanRequest) -> None:
+    """Log the plan of a run; raises UserError."""
+    sizes, where = find_sizes(config)
+    row_length = config.sequence_length * (2 if stage == "dpo" else 1)
+    rows = max(1, config.tokens_per_step // row_length)
+    positions, (epoch, how) = rows * row_length, config.data.estimate_tokens(stage, row_length)
+    num_steps = (config.max_tokens or config.epochs * epoch) / positions
+    num_steps = config.max_steps or math.ceil(num_steps)
+    budget = request.budget or 3600 * config.max_hours
+    plan = Plan(config, sizes, row_length, rows, num_steps, budget)
+    length = f"{config.epochs} epochs; data say how many steps" if config.epochs else "by the clock"
     if budget:
-        return texts + describe_budget(plan, budget)
-    least, most = (hours((plan.num_steps or 0) * seconds) for seconds in plan.seconds)
-    return texts + line(
-        "time",
-        f"{least} to {most} of training; evaluations, checkpoints and the start come on top",
-    )
+        length = f"{budget / 3600:.3g} hours; max_tokens is what they hold at the lower speed"
+    elif num_steps:
+        length = f"{num_steps:,} steps = {num_steps * positions:,} tokens"
+        length += f", {num_steps * positions / epoch:.2f} epochs" if epoch else ""
+    products, attention = (flops / 1e6 for flops in sizes.flops((config.sequence_length + 1) / 2))
+    texts = [
+        ("model", f"{sizes.parameters:,} parameters by {where}; {products + attention:,.1f} MFLOP "
+         f"a token, {attention:,.1f} of them in attention"),
+        ("data", f"about {epoch:,.0f} tokens an epoch, {how}" if epoch else f"unknown: {how}"),
+        ("step", f"{positions:,} tokens in {rows:,} rows of {row_length:,}"), ("length", length),
+    ]  # fmt: skip
+    entries = {name: (card, 1) for name, card in read_cards().items()}
+    if card := request.card:
+        entries = {f"{n} x {card.name}": (card, n) for n in sorted({1, 2, 4, 8, request.count})}
+    texts += describe_card(plan, card, request.count) if card else describe_here(plan)
+    lines = [f"plan of {stage}: nothing is trained; all figures come from formulas"]
+    for title, text in texts:
+        lines += textwrap.wrap(f"  {title:10}{text}", 98, subsequent_indent=" " * 12)
+    logging.getLogger(__name__).info("%s", "\n".join([*lines, *plan.table(entries, bool(card))]))
 
 
-def describe_budget(plan: Planned, budget: float) -> list[str]:
-    """How many tokens a time holds at the slow end, and which model suits that many."""
-    slow = plan.seconds[1]
-    steps = int(budget / slow)
-    if not steps:
-        raise UserError(
-            f"{hours(budget)} holds not one step of {hours(slow)}: give more time, or fewer "
-            "tokens_per_step"
-        )
-    tokens = steps * plan.work.positions
-    epoch = plan.dataset.num_rows() * plan.dataset.row_length
-    texts = [f"{hours(budget)} holds {steps:,} steps = {tokens:,} positions, "
-             f"{tokens / epoch:.2f} epochs: max_tokens={tokens}"]  # fmt: skip
-    if tokens > GOOD_EPOCHS * epoch:
-        texts.append(f"more than {GOOD_EPOCHS} passes over the same text bring little")
-    if plan.run.stage != "pretrain" or plan.run.config.init_from:
-        return line("budget", *texts)
-    best = ("", 0, 0)
-    for name, work, row_length in presets(plan):
-        held = int(budget / preset_seconds(plan, work, row_length)) * work.positions
-        tokens = min(held, GOOD_EPOCHS * epoch)
-        ratio = tokens / work.parameters
-        if not best[0] or ratio >= TOKENS_PER_PARAMETER:
-            best = (name, tokens, held)
-        texts.append(
-            f"{name:28}{work.parameters / 1e6:6.1f}M parameters, {tokens / 1e6:9,.1f}M positions, "
-            f"{ratio:7,.1f} each"
-        )
-    name, tokens, held = best
-    whys = [f"the largest with {TOKENS_PER_PARAMETER} positions a parameter, else the smallest"]
-    if held > tokens:
-        whys.append(f"{GOOD_EPOCHS} passes over the text; {held / tokens:.3g} times as much text, "
-                    f"{held // GOOD_EPOCHS:,} positions, would fill {hours(budget)}")  # fmt: skip
-    return line("budget", *texts) + line("choice", f"{name} max_tokens={tokens}", *whys)
+def describe_here(plan: Plan) -> list[tuple[str, str]]:
+    """Return the memory of a step on this machine, unless the settings ask for another one."""
+    try:
+        choice, num_micro, rows, terms, _ = plan.on(None, number_of_ranks(plan.config))
+    except UserError:
+        return []
+    precision = choice.precision.replace("measure", "fp32 or bf16")
+    here = f"{choice.device}, {precision}, micro-batches x rows: {num_micro} x {rows}"
+    return [("memory", f"{total(terms) / 1e9:.2f} GB at the peak of a step here ({here})")]
 
 
-def presets(plan: Planned) -> list[tuple[str, Work, int]]:
-    """The config files with model sizes, smallest first: name, work, and positions of a row."""
-    config, found = plan.run.config, []
-    kind: Any = type(plan.model)
-    now: Any = plan.model.config
-    for file in sorted(PRESETS.glob(f"{plan.run.stage}*.yaml")):
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        sizes = type(now)(**{"vocab_size": now.vocab_size, **values.get("model", {})})
-        with torch.device("meta"):
-            model = kind(sizes)
-        length = values.get("sequence_length", config.sequence_length)
-        positions = max(1, values.get("tokens_per_step", config.tokens_per_step) // length) * length
-        attended = plan.dataset.mean_attended()
-        work = Work.of(model, build_optimizers(model, config.optim), attended, positions)
-        found.append((f"{PRESETS.name}/{file.name}", work, length))
-    return sorted(found, key=lambda entry: entry[1].parameters)
-
-
-def preset_seconds(plan: Planned, work: Work, row_length: int) -> float:
-    """The most that a step of another model takes, where this run's step takes plan.seconds."""
-    card, count, now = plan.request.card, plan.request.count, plan.work
-    if card is None:
-        share = (work.product_flops + work.attention_flops) * work.positions
-        return plan.seconds[1] * share / ((now.product_flops + now.attention_flops) * now.positions)
-    # Fewer rows fit of a larger model, about in the inverse ratio of the values it puts out.
-    row = find_row(card.facts, "cuda", read_table())
-    size = max(
-        1, row.micro_batch_size * TABLE_ROW_LENGTH * now.values // (row_length * work.values)
-    )
-    num_micro, _ = deal(work.positions // row_length, size, count)
-    return card.slowest * sum(step_time(card, work, num_micro, count))
-
-
-def describe_arithmetic(card: Card, parts: StepTime) -> list[str]:
-    """From what the time of a step was computed."""
-    told = ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in parts._asdict().items())
-    return line(
-        "a step",
-        f"{1e3 * sum(parts):.4g} ms at the fast end: {told}",
-        f"of {card.tflops:g} TFLOP/s ({card.gemm:.0%} in products, {ATTENTION_SHARE:.0%} in "
-        f"attention) and {card.gbs:g} GB/s ({TRAFFIC_SHARE:.0%});",
-        f"the slow end is {card.slowest:.2g} times that",
-    )
-
-
-def describe_counts(plan: Planned, card: Card) -> list[str]:
-    """What several cards would bring."""
-    alone = sum(step_time(card, plan.work, plan.rows(1)[0]))
-    texts, worth = [], 1
-    for count in sorted({*COUNTS, plan.request.count}):
-        if count > plan.loader.rows_per_step:
-            break
-        parts = step_time(card, plan.work, plan.rows(count)[0], count)
-        share = alone / (count * sum(parts))
-        worth = count if share >= WORTH else worth
-        told = expectation(plan, card, sum(parts))
-        reduce = f"all-reduce {1e3 * parts.exchange:.3g} ms a step"
-        texts.append(f"{count:3} {told}, {reduce}, {share:.0%} of {count} times one")
-    why = f"each brings {WORTH:.0%} or more of what one alone brings"
-    texts.append(f"worth it: {worth} ({why}; all-reduce at {card.link:g} GB/s)")
-    return line("cards", *texts)
-
-
-def expectation(plan: Planned, card: Card, seconds: float) -> str:
-    """Hours and speed of a run from the least that its step takes."""
-    speed = plan.work.positions / seconds
-    told = f"{speed / card.slowest:,.0f} to {speed:,.0f} tokens/s"
-    if plan.num_steps:
-        least, most = plan.num_steps * seconds, plan.num_steps * seconds * card.slowest
-        told = f"{hours(least)} to {hours(most)}, {told}"
-    return told
-
-
-def describe_cards(plan: Planned) -> list[str]:
-    """The hours of the run on one of each card of the table."""
-    texts, table = [], read_table()
-    for card in read_cards().values():
-        row_length = plan.dataset.row_length
-        choice = choose_hardware(card.facts, table, device="cuda", row_length=row_length)
-        num_micro, _ = plan.rows(1, choice.micro_batch_size)
-        seconds = sum(step_time(card, plan.work, num_micro))
-        texts.append(f"{card.name:11}{expectation(plan, card, seconds)}")
-    hint = "--gpu CARD says more of one, --gpu here measures on this machine"
-    return line("on one", *texts, hint)
+def describe_card(plan: Plan, card: Card, count: int) -> list[tuple[str, str]]:
+    """Return settings, memory and time of a step on so many cards."""
+    choice, num_micro, rows, terms, parts = plan.on(card, count)
+    fit = "fits"
+    if not fits(card, terms):
+        same = (plan.sizes, plan.config.optim.name, choice, plan.row_length, 2)
+        sizes = (n for n in range(rows, 0, -1) if fits(card, step_memory(*same, n, count)))
+        fewer = next(sizes, 0)
+        fit = f"does NOT fit: set micro_batch_size={fewer}" if fewer else "not one row fits"
+    step = 1e3 * sum(parts.values())
+    return [
+        ("settings", f"{count} x {card.name}, {choice.precision}, attention {choice.attention}, "
+         f"{'compiled' if choice.compile else 'not compiled'}, micro-batches x rows on each: "
+         f"{num_micro} x {rows}"),
+        ("memory", f"{total(terms) / 1e9:.3g} GB at the peak of a step without compilation (with "
+         f"it less), {CUDA_BYTES / 1e9} GB for CUDA, of {card.mib * 2**20 / 1e9:.3g} GB: {fit}"),
+        *(("", f"{t.bytes / 1e9:6.2f} GB  {t.name:16}{t.reason}") for t in terms),
+        ("time", f"{step:,.1f} to {step * card.slowest:,.1f} ms a step, of which "
+         + ", ".join(f"{name} {1e3 * seconds:,.1f}" for name, seconds in parts.items())),
+    ]  # fmt: skip

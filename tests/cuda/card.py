@@ -19,8 +19,9 @@ from trainlib.batches import ALONE, Place, StepLoader
 from trainlib.hardware import Choice, choose_hardware, find_facts, read_table
 from trainlib.kernels import warm_up
 from trainlib.loop import optimizer_step
-from trainlib.memory import peak_bytes
+from trainlib.mfu import Sizes
 from trainlib.optim import OptimConfig, build_optimizers
+from trainlib.plan import step_memory, total
 from trainlib.runtime import Hardware, use_hardware
 
 DEVICE = os.environ.get("CUDA_TESTS_DEVICE", "cuda")
@@ -87,16 +88,11 @@ class Trainer:
         optimizer_step(self.run, self.model, self.optimizers, loss_fn, batch, 1.0)
         self.tokens += batch.num_tokens
 
-    def predicted_peak(self) -> int:
-        """Return the bytes that --plan would predict for this step."""
-        cpu = Hardware(torch.device("cpu"), self.hardware.precision, "masked", False, 0)
-        run: Any = SimpleNamespace(**{**vars(self.run), "hardware": cpu})
-        batch = next(StepLoader(*self.sizes))
-        return peak_bytes(
-            Transformer(self.model.config),
-            OptimConfig(),
-            lambda model, optimizers: optimizer_step(run, model, optimizers, loss_fn, batch, 1.0),
-        )
+    def predicted_peak(self, machine: Machine, rows: int) -> float:
+        """Return the bytes that --plan predicts for this step."""
+        sizes = vars(self.model.config)
+        known = Sizes(**{name: sizes[name] for name in Sizes._fields})
+        return total(step_memory(known, "muon", machine.choice, LENGTH, 1, rows))
 
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""

@@ -59,7 +59,7 @@ def test_the_peak_of_a_step_is_the_predicted_one(machine, report):
         pytest.skip("only a card's allocator counts its peak")
     rows = machine.choice.micro_batch_size
     trainer = Trainer(machine, rows, compile_=False)
-    predicted = trainer.predicted_peak()
+    predicted = trainer.predicted_peak(machine, rows)
     trainer.step()
     torch.cuda.reset_peak_memory_stats()
     trainer.step()
