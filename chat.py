@@ -12,7 +12,7 @@ from hf_folder import load_model, load_tokenizer
 from model import Transformer
 from tokenizer import Tokenizer
 from tokenizer.chat_format import Message, render_prompt
-from trainlib.errors import UserError
+from trainlib.core.errors import UserError
 
 NEWEST = ("runs/dpo/final", "runs/sft/final", "runs/demo/dpo/final")
 

@@ -23,14 +23,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 import formats
-from packing import Batch, PackedDataset
+from packing import PackedDataset
 from readers import COMPRESSED, SUFFIXES
-from token_cache import Encode, OnError, TokenCache, build_cache, counted_tokens
+from token_cache import OnError, TokenCache, build_cache, counted_tokens
 from tokenizer import Sequence, Tokenizer
 from tokenizer.chat_format import render_conversation
-from trainlib.errors import UserError
+from tokenizing import Encode
+from trainlib.core.errors import UserError
 
-__all__ = ["Batch", "DataConfig", "Datasets", "PackedDataset", "load_datasets"]
 log = logging.getLogger(__name__)
 
 DATASET_DIR = Path("dataset")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import conversations as c
 from containers import GBK_CURE, NOT_UTF8, Broken, Item, Row
 from readers import CONTAINERS, EmptyFileError, Source, parse
-from trainlib.errors import UserError
+from trainlib.core.errors import UserError
 
 ROWS_LOOKED_AT = 50
 

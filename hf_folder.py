@@ -21,9 +21,9 @@ from torch import Tensor
 
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
-from trainlib.config import COMMAND_LINE, provenance, with_value
-from trainlib.errors import UserError
-from trainlib.values import value_text
+from trainlib.core.errors import UserError
+from trainlib.core.parsing import value_text
+from trainlib.core.settings import COMMAND_LINE, provenance, with_value
 
 log = logging.getLogger(__name__)
 

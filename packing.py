@@ -21,8 +21,8 @@ from batch import Batch
 from losses import IGNORE_INDEX
 from token_cache import TokenCache
 from trainlib.batches import Place
-from trainlib.errors import UserError
-from trainlib.files import cache_dir
+from trainlib.core.errors import UserError
+from trainlib.core.files import cache_dir
 
 WINDOW = 8192
 """Units that are packed together: so the cost is linear, and long data stays shuffled."""

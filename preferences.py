@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset import Batch, Datasets, PackedDataset
+from batch import Batch
+from dataset import Datasets
 from losses import sequence_log_probs
+from packing import PackedDataset
 from trainlib.batches import Place, StepLoader
-from trainlib.files import cache_dir
+from trainlib.core.files import cache_dir
 from trainlib.launch import Run
 from trainlib.loop import micro_batches
 from trainlib.runtime import looking

@@ -34,7 +34,7 @@ from containers import (
     read_jsonl,
     read_txt,
 )
-from trainlib.errors import UserError
+from trainlib.core.errors import UserError
 
 CONTAINERS = ("jsonl", "array", "csv", "txt", "parquet")
 SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")

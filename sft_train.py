@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dataset import Batch, DataConfig, Datasets, load_datasets
+from batch import Batch
+from dataset import DataConfig, Datasets, load_datasets
 from generate import Sampling, sample_answers
 from hf_folder import load_model, load_tokenizer, model_files
 from losses import cross_entropy_sum

@@ -36,9 +36,9 @@ from tqdm import tqdm
 
 import formats
 from tokenizer import Tokenizer
-from tokenizing import Chunk, Encode, Task, Tokenized, chunks, tokenize_chunks
-from trainlib.errors import UserError
-from trainlib.files import cache_dir, mount_hint, sync, write_atomically
+from tokenizing import Encode, Task, Tokenized, chunks, tokenize_chunks
+from trainlib.core.errors import UserError
+from trainlib.core.files import cache_dir, mount_hint, sync, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -385,6 +385,3 @@ def _open(folder: Path, path: Path, encoding: str) -> TokenCache:
         num_skipped=meta["skipped"],
         **arrays,
     )
-
-
-__all__ = ["Chunk", "Encode", "TokenCache", "build_cache", "cache_dir"]

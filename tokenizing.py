@@ -32,7 +32,7 @@ import formats
 from containers import Item
 from readers import Source
 from tokenizer import Sequence, Tokenizer
-from trainlib.errors import UserError
+from trainlib.core.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 PARSED_BYTES = 1000

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dataset import Batch, DataConfig, Datasets, load_datasets
+from batch import Batch
+from dataset import DataConfig, Datasets, load_datasets
 from generate import Sampling, sample_texts
 from hf_folder import (
     check_vocabulary,
@@ -26,7 +27,7 @@ from losses import cross_entropy_sum
 from model import ModelConfig, Transformer, count_parameters
 from tokenizer import Tokenizer, default_folder
 from tokenizer.adopt import adopt
-from trainlib.config import provenance, with_value
+from trainlib.core.settings import provenance, with_value
 from trainlib.kernels import warm_up
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run, tell_next
 from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate

@@ -25,10 +25,10 @@ import numpy as np
 from dataset import Datasets
 from losses import IGNORE_INDEX
 from packing import PackedDataset
-from token_cache import TokenCache, cache_dir
+from token_cache import TokenCache
 from tokenizer import Tokenizer
 from trainlib.batches import Place
-from trainlib.files import write_atomically
+from trainlib.core.files import cache_dir, write_atomically
 
 log = logging.getLogger(__name__)
 

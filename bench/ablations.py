@@ -34,7 +34,7 @@ from bench.common import PLACE, ROOT, SAMPLE, STAGES, machine, parser_of
 from dpo_train import DPOConfig
 from sft_train import SFTConfig
 from train import PretrainConfig
-from trainlib.config import load_config, recipe
+from trainlib.core.settings import load_config, recipe
 from trainlib.metrics import VAL_BITS_PER_BYTE, VAL_LOSS, read_metrics
 
 TOKENS, SEEDS = 400_000, 3

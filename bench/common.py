@@ -161,7 +161,7 @@ def record(figure: str, values: list[float], aim: str, **more: object) -> None:
 def machine() -> dict[str, object]:
     """Where and when a record was made."""
     # Here, so that the peers' environment needs torch alone to import this file.
-    from trainlib.hardware import cpu_name, instructions
+    from trainlib.core.hardware import cpu_name, instructions
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,

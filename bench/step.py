@@ -19,7 +19,7 @@ from bench.common import measured
 from hf_folder import load_model
 from losses import cross_entropy_sum
 from trainlib.batches import ALONE
-from trainlib.hardware import Choice, choose_hardware, find_facts, read_table
+from trainlib.core.hardware import Choice, choose_hardware, find_facts, read_table
 from trainlib.kernels import choose_kernels
 from trainlib.runtime import Hardware, use_hardware
 

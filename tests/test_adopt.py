@@ -15,7 +15,7 @@ from tokenizer import NEEDED, Tokenizer, default_folder
 from tokenizer.adopt import adopt
 from tokenizer.chat_format import render_conversation
 from tokenizer.train_tokenizer import main as train_tokenizer
-from trainlib.errors import UserError
+from trainlib.core.errors import UserError
 
 TEXTS = ["Hello world, this is a text. 你好，世界 第一条 12345", "the cat sat\nand é Ж"] * 20
 

@@ -9,7 +9,7 @@ import pytest
 from bench.ablations import CENTRE, CHANGES, CONFIGS, is_default
 from bench.common import RECORDS, ROOT, parser_of
 from bench.report import WHAT, page
-from trainlib.config import load_config, recipe
+from trainlib.core.settings import load_config, recipe
 
 MACHINE = {"cpu": "A CPU", "threads": 2, "torch": "2.13", "date": "2026-01-01", "commit": "abc"}
 

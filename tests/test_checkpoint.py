@@ -12,7 +12,7 @@ from torch import nn
 
 import trainlib.checkpoint as checkpoint
 from trainlib.checkpoint import Checkpoints, load_optimizer_tensors, optimizer_tensors
-from trainlib.errors import UserError
+from trainlib.core.errors import UserError
 
 
 def new_model(width: int = 6) -> nn.Sequential:

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from trainlib.config import keys, load_config, provenance, recipe, write_run_yaml
-from trainlib.errors import UserError
+from trainlib.core.errors import UserError
+from trainlib.core.settings import keys, load_config, provenance, recipe, write_run_yaml
 
 
 @dataclass(frozen=True)

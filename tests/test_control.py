@@ -9,8 +9,8 @@ import signal
 import pytest
 
 from trainlib.control import Clock, Control, Requests
+from trainlib.core.distributed import Ranks
 from trainlib.optim import OptimConfig, Schedule
-from trainlib.ranks import Ranks
 
 SCHEDULE = Schedule(OptimConfig(), 100)
 

@@ -9,21 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import (
-    ENCODERS,
-    DataConfig,
-    PackedDataset,
-    choose_files,
-    hold_out,
-    load_datasets,
-)
+from dataset import ENCODERS, DataConfig, choose_files, hold_out, load_datasets
 from losses import IGNORE_INDEX, cross_entropy_sum
 from model import ModelConfig, Transformer
-from packing import pack_best_fit
+from packing import PackedDataset, pack_best_fit
 from token_cache import build_cache
 from tokenizer.chat_format import render_conversation
 from trainlib.batches import Place
-from trainlib.errors import UserError
+from trainlib.core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

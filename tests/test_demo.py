@@ -10,7 +10,7 @@ import pytest
 
 from bench import plot_demo
 from tools import demo
-from trainlib.errors import UserError
+from trainlib.core.errors import UserError
 
 
 def test_a_text_is_cut_to_columns_where_chinese_takes_two():

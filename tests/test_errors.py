@@ -20,7 +20,7 @@ from hf_folder import model_files
 from model import ModelConfig, Transformer
 from token_cache import build_cache
 from tokenizer import Tokenizer, default_folder
-from trainlib.errors import UserError
+from trainlib.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("pretrain", "sft", "dpo")

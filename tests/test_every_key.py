@@ -18,8 +18,8 @@ from hf_folder import model_files
 from model import ModelConfig, Transformer
 from sft_train import SFTConfig
 from train import PretrainConfig
-from trainlib.config import keys
-from trainlib.values import parse
+from trainlib.core.parsing import parse
+from trainlib.core.settings import keys
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {

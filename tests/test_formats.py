@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 import formats
 import readers
 from dataset import ENCODERS
-from token_cache import build_cache, cache_dir
-from trainlib.errors import UserError
+from token_cache import build_cache
+from trainlib.core.errors import UserError
+from trainlib.core.files import cache_dir
 
 ASK = {"role": "user", "content": "q"}
 YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}

@@ -22,7 +22,7 @@ from generate import (
 from hf_folder import load_model, model_files
 from model import ModelConfig, Transformer
 from tokenizer.chat_format import render_conversation, render_prompt
-from trainlib.errors import UserError
+from trainlib.core.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from trainlib.errors import UserError
-from trainlib.hardware import (
+from trainlib.core.errors import UserError
+from trainlib.core.hardware import (
     FEW_THREADS,
     Choice,
     Facts,
@@ -84,7 +84,7 @@ def test_a_cpu_is_measured_once(tmp_path, monkeypatch, caplog):
     (key,) = json.loads(file.read_text())
     assert "threads" in key and torch.__version__ in key and instructions() in key
     # What stands in the file counts, and nothing is measured again: two runs agree.
-    monkeypatch.setattr("trainlib.hardware._seconds", lambda dtype: 1 / 0)
+    monkeypatch.setattr("trainlib.core.hardware._seconds", lambda dtype: 1 / 0)
     other = {"fp32": "bf16", "bf16": "fp32"}[first]
     file.write_text(json.dumps({key: other}))
     assert measured_precision(file, "medium") == other
@@ -95,7 +95,7 @@ def test_the_faster_precision_is_taken_and_a_broken_file_is_measured_anew(tmp_pa
     for winner in ("fp32", "bf16"):
         file.write_text("{broken")
         times = {torch.float32: 1.0, torch.bfloat16: 0.5 if winner == "bf16" else 2.0}
-        monkeypatch.setattr("trainlib.hardware._seconds", times.get)
+        monkeypatch.setattr("trainlib.core.hardware._seconds", times.get)
         assert measured_precision(file, "medium") == winner
 
 

@@ -9,10 +9,10 @@ import pytest
 import yaml
 from conftest import STAGES
 
-from trainlib.config import keys
-from trainlib.help import FLAGS, groups, help_text
+from trainlib.core.help import FLAGS, groups, help_text
+from trainlib.core.parsing import kind_text, value_text
+from trainlib.core.settings import keys
 from trainlib.launch import RunConfig
-from trainlib.values import kind_text, value_text
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -17,8 +17,8 @@ from model import ModelConfig, Transformer
 from tokenizer import SPECIAL_TOKENS
 from tokenizer.chat_format import render_conversation
 from train import PretrainConfig
-from trainlib import config as settings_of
-from trainlib.errors import UserError
+from trainlib.core import settings as settings_of
+from trainlib.core.errors import UserError
 
 
 def write_folder(path: Path, tokenizer, **changes) -> Transformer:

@@ -22,8 +22,8 @@ from generate import Sampling, generate_batch
 from kernels import varlen_attention
 from model import AttentionOp, ModelConfig, Ops, Transformer
 from trainlib.batches import StepBatch, StepLoader
+from trainlib.core.distributed import Ranks
 from trainlib.kernels import ATTENTION, LONG_RUN, choose_kernels, warm_up
-from trainlib.ranks import Ranks
 from trainlib.runtime import Hardware, looking
 
 SIZES = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

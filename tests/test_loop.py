@@ -13,12 +13,12 @@ import torch
 from trainlib.batches import Place, StepBatch, StepLoader
 from trainlib.checkpoint import Checkpoints
 from trainlib.control import Clock
-from trainlib.errors import UserError
-from trainlib.files import lock_folder, refuse_if_locked, release_folders
+from trainlib.core.distributed import Ranks
+from trainlib.core.errors import UserError
+from trainlib.core.files import lock_folder, refuse_if_locked, release_folders
 from trainlib.loop import Display, optimizer_step
 from trainlib.metrics import cut_back
 from trainlib.optim import OptimConfig, Schedule, build_optimizers
-from trainlib.ranks import Ranks
 from trainlib.runtime import Hardware, looking
 from trainlib.state import TrainState, restore, save
 

@@ -15,8 +15,8 @@ from kernels import fused_cpu
 from model import AttentionOp, ModelConfig, Transformer
 from tests.docker.test_choice import table
 from tests.support.step_memory import make_step, peak_bytes
-from trainlib.config import load_config
-from trainlib.hardware import Choice
+from trainlib.core.hardware import Choice
+from trainlib.core.settings import load_config
 from trainlib.kernels import ATTENTION
 from trainlib.mfu import Sizes
 from trainlib.optim import OptimConfig, build_optimizers

@@ -11,9 +11,9 @@ import torch
 
 from model import ModelConfig, Transformer
 from trainlib.batches import Place, StepBatch
+from trainlib.core.distributed import Ranks
 from trainlib.loop import optimizer_step
 from trainlib.optim import Muon, OptimConfig, Schedule, build_optimizers
-from trainlib.ranks import Ranks
 from trainlib.runtime import Hardware
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from trainlib.hardware import cpu_has_bf16
+from trainlib.core.hardware import cpu_has_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = [
@@ -124,7 +124,7 @@ LEAVES = """
 from pathlib import Path
 
 import torch
-from trainlib.ranks import join_ranks, leave_ranks
+from trainlib.core.distributed import join_ranks, leave_ranks
 
 def threads():
     return [name.read_text() for name in Path("/proc/self/task").glob("*/comm")]

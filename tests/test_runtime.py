@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from trainlib.batches import Place, StepBatch
+from trainlib.core.distributed import Ranks
 from trainlib.loop import optimizer_step
 from trainlib.optim import OptimConfig, build_optimizers
-from trainlib.ranks import Ranks
 from trainlib.runtime import Hardware
 from trainlib.state import SCALE_STEPS, TrainState
 

@@ -21,9 +21,10 @@ import tokenizing
 from dataset import ENCODERS, DataConfig, expand, load_datasets
 from formats import ReadOptions
 from packing import PackedDataset
-from token_cache import build_cache, cache_dir
+from token_cache import build_cache
 from trainlib.batches import Place
-from trainlib.errors import UserError
+from trainlib.core.errors import UserError
+from trainlib.core.files import cache_dir
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

@@ -80,7 +80,7 @@ for forward in (training, lambda ids: generation(ids, 100), lambda ids: generati
             assert torch.equal(forward(ids), forward(other)) != changes, back
 """
 MODULES = {
-    "GENERATE": "generate", "KERNELS": "trainlib.kernels", "RANKS": "trainlib.ranks",
+    "GENERATE": "generate", "KERNELS": "trainlib.kernels", "RANKS": "trainlib.core.distributed",
     "DEVICE": "trainlib.runtime",
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Bpe
 from tokenizers import decoders
 
-from trainlib.errors import UserError
+from trainlib.core.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"

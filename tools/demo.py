@@ -22,9 +22,9 @@ from hf_folder import load_model
 from model import Transformer, count_parameters
 from tokenizer import Tokenizer
 from tokenizer.chat_format import render_prompt
-from trainlib.errors import UserError
-from trainlib.files import move_aside, write_atomically
-from trainlib.hardware import cpu_name
+from trainlib.core.errors import UserError
+from trainlib.core.files import move_aside, write_atomically
+from trainlib.core.hardware import cpu_name
 from trainlib.metrics import VAL_LOSS, minutes_trained, read_metrics
 
 DEMO = Path("runs/demo")

@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trainlib.errors import UserError
-from trainlib.files import refuse_to_overwrite
+from trainlib.core.errors import UserError
+from trainlib.core.files import ROOT, refuse_to_overwrite
 
-ROOT = Path(__file__).resolve().parents[1]
 CHECKS = ("attention", "model", "steps", "stages")
 WORDS = {"passed": "OK", "failed": "FAILED", "skipped": "skipped"}
 TABLE = ("| check | result | figure | limit |", "| --- | --- | --- | --- |")

@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 
 import formats
+from containers import Broken
 from dataset import ENCODERS, expand
-from formats import Broken, Format, ReadOptions, Record
+from formats import Format, ReadOptions, Record
 from packing import pack_best_fit
 from readers import Source
 from tokenizer import SPECIAL_TOKENS, Sequence, Tokenizer, default_folder
@@ -36,8 +37,8 @@ from tokenizer.train_tokenizer import byte_count, bytes_per_token, train
 from tools.data_report import LANGUAGE, MARK, html_page, terminal_text
 from tools.past_runs import newest_speed, stage_settings
 from tools.text_statistics import MinHashes, above, bare, language, scripts, text_hash, words_of
-from trainlib.errors import UserError
-from trainlib.files import refuse_to_overwrite
+from trainlib.core.errors import UserError
+from trainlib.core.files import refuse_to_overwrite
 
 DEFAULT_SAMPLE = 2_000_000_000
 MOST_LINES = 20

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import yaml
 
+from trainlib.core.files import ROOT
+
 RUNS = Path("runs")
 
 
 def stage_settings(kind: str) -> dict[str, int]:
     """sequence_length and tokens_per_step of configs/<stage>.yaml."""
-    path = Path(__file__).resolve().parents[1] / "configs" / f"{kind or 'pretrain'}.yaml"
+    path = ROOT / "configs" / f"{kind or 'pretrain'}.yaml"
     default = {"sequence_length": 512, "tokens_per_step": 131072}
     given = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {key: int(given.get(key, value)) for key, value in default.items()}

@@ -51,10 +51,8 @@ from tools.sample_sources import (
     fetch,
     read_json,
 )
-from trainlib.errors import UserError
-from trainlib.files import refuse_to_overwrite
-
-ROOT = Path(__file__).resolve().parent.parent
+from trainlib.core.errors import UserError
+from trainlib.core.files import ROOT, refuse_to_overwrite
 
 # The packages that a source's rows are made of.
 MADE_OF = {

@@ -36,7 +36,8 @@ from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
-from trainlib.errors import UserError
+from trainlib.core.errors import UserError
+from trainlib.core.files import ROOT
 
 
 class PrepareError(UserError):
@@ -116,8 +117,7 @@ Download = Callable[[Package, Path, str], None]  # to a path; the words say what
 
 def downloads_folder() -> Path:
     """Where fetched archives are kept: TRAIN_LLM_CACHE_DIR or .cache, and downloads in it."""
-    root = Path(__file__).resolve().parent.parent
-    return Path(os.environ.get("TRAIN_LLM_CACHE_DIR") or root / ".cache") / "downloads"
+    return Path(os.environ.get("TRAIN_LLM_CACHE_DIR") or ROOT / ".cache") / "downloads"
 
 
 def fetch(package: Package, download: Download | None = None) -> Path:

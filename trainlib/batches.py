@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from trainlib.ranks import Ranks
+from trainlib.core.distributed import Ranks
 
 BatchT = TypeVar("BatchT")
 MadeT = TypeVar("MadeT", covariant=True)

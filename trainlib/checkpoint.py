@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainlib.errors import UserError
-from trainlib.files import sync, write_atomically
+from trainlib.core.errors import UserError
+from trainlib.core.files import sync, write_atomically
 
 
 class Checkpoints:

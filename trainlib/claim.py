@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trainlib.checkpoint import Checkpoints
-from trainlib.errors import UserError
-from trainlib.files import LOCK, lock_folder, move_aside, refuse_if_locked
+from trainlib.core.errors import UserError
+from trainlib.core.files import LOCK, lock_folder, move_aside, refuse_if_locked
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainlib.core.distributed import Ranks
 from trainlib.optim import Schedule
-from trainlib.ranks import Ranks
 
 log = logging.getLogger(__name__)
 

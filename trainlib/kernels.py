@@ -19,8 +19,9 @@ import model
 from kernels import block_attention, fused_cpu, varlen_attention
 from model import AttentionOp, ModelConfig, Ops, rotary_angles
 from trainlib.batches import Place, StepLoader
-from trainlib.ranks import Ranks
-from trainlib.runtime import DTYPES, Hardware, compile_layers, looking
+from trainlib.core.distributed import Ranks
+from trainlib.core.hardware import DTYPES
+from trainlib.runtime import Hardware, compile_layers, looking
 
 if TYPE_CHECKING:
     from trainlib.launch import Run

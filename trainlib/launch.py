@@ -18,32 +18,8 @@ from torch import nn
 from trainlib.batches import deal
 from trainlib.checkpoint import Checkpoints
 from trainlib.claim import IDENTITY, take_folder
-from trainlib.config import (
-    HARDWARE_KEYS,
-    load_config,
-    provenance,
-    recipe,
-    resolved,
-    write_run_yaml,
-)
 from trainlib.control import Clock
-from trainlib.errors import UserError
-from trainlib.files import (
-    cache_dir,
-    release_folders,
-    write_atomically,
-)
-from trainlib.hardware import (
-    choose_hardware,
-    find_facts,
-    measured_precision,
-    read_table,
-    unseen_card,
-)
-from trainlib.help import help_text
-from trainlib.metrics import MetricsLog
-from trainlib.plan import CONFIGS, plan_request, print_plan
-from trainlib.ranks import (
+from trainlib.core.distributed import (
     Ranks,
     first_decides,
     inside_ranks,
@@ -52,8 +28,28 @@ from trainlib.ranks import (
     number_of_ranks,
     start_ranks,
 )
+from trainlib.core.errors import UserError
+from trainlib.core.files import cache_dir, release_folders, write_atomically
+from trainlib.core.hardware import (
+    choose_hardware,
+    find_facts,
+    measured_precision,
+    read_table,
+    unseen_card,
+)
+from trainlib.core.help import help_text
+from trainlib.core.settings import (
+    HARDWARE_KEYS,
+    load_config,
+    provenance,
+    recipe,
+    resolved,
+    write_run_yaml,
+)
+from trainlib.core.terminal import survive_a_dead_terminal
+from trainlib.metrics import MetricsLog
+from trainlib.plan import CONFIGS, plan_request, print_plan
 from trainlib.runtime import Hardware, use_hardware
-from trainlib.terminal import survive_a_dead_terminal
 
 log = logging.getLogger(__name__)
 SCRIPTS = {"pretrain": "train.py", "sft": "sft_train.py", "dpo": "dpo_train.py"}

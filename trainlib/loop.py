@@ -22,12 +22,12 @@ from tqdm import tqdm
 from trainlib import metrics as names
 from trainlib.batches import ALONE, Place, StepBatch, StepLoader
 from trainlib.control import Control
-from trainlib.errors import UserError
+from trainlib.core.distributed import Ranks
+from trainlib.core.errors import UserError
 from trainlib.launch import Run
 from trainlib.metrics import newly_passed
 from trainlib.mfu import matmul_peak
 from trainlib.optim import Schedule
-from trainlib.ranks import Ranks
 from trainlib.runtime import Hardware, LossFunction, looking
 from trainlib.state import TrainState, restore, save
 

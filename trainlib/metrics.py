@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from trainlib.files import write_atomically
+from trainlib.core.files import write_atomically
 
 TRAIN_LOSS = "train/loss"  # nats a target
 TRAIN_LR = "train/lr"  # of the first parameter group

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainlib.hardware import best_time
-from trainlib.runtime import DTYPES
+from trainlib.core.hardware import DTYPES, best_time
 
 PEAK_SECONDS = 0.25  # What the measurement takes, about.
 

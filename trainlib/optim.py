@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from trainlib.hardware import cpu_has_bf16
+from trainlib.core.hardware import cpu_has_bf16
 
 
 @dataclass(frozen=True)

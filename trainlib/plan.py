@@ -19,15 +19,16 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from trainlib import hardware
 from trainlib.batches import deal
-from trainlib.config import provenance
-from trainlib.errors import UserError
-from trainlib.hardware import Card, Choice, read_cards
+from trainlib.core import hardware
+from trainlib.core.distributed import number_of_ranks
+from trainlib.core.errors import UserError
+from trainlib.core.files import ROOT
+from trainlib.core.hardware import Card, Choice, read_cards
+from trainlib.core.settings import provenance
 from trainlib.mfu import Sizes
-from trainlib.ranks import number_of_ranks
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 CUDA_BYTES = 700_000_000
 """Bytes of a process on a card besides its tensors: CUDA's context and cuBLAS's workspace."""
 USABLE = 0.95

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainlib.errors import UserError
-from trainlib.hardware import Choice
+from trainlib.core.errors import UserError
+from trainlib.core.hardware import DTYPES, Choice
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

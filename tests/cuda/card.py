@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dataset import Batch, DataConfig, PackedDataset, load_datasets
+from batch import Batch
+from dataset import DataConfig, load_datasets
 from model import ModelConfig, Transformer
+from packing import PackedDataset
 from tokenizer import Tokenizer, default_folder
 from tools.made_rows import write_data
 from train import loss_fn
 from trainlib.batches import ALONE, Place, StepLoader
-from trainlib.hardware import Choice, choose_hardware, find_facts, read_table
+from trainlib.core.hardware import Choice, choose_hardware, find_facts, read_table
 from trainlib.kernels import warm_up
 from trainlib.loop import optimizer_step
 from trainlib.mfu import Sizes

@@ -9,8 +9,8 @@ import torch
 from card import LENGTH
 
 from model import AttentionOp, visible
+from trainlib.core.hardware import DTYPES
 from trainlib.kernels import ATTENTION
-from trainlib.runtime import DTYPES
 
 pytestmark = pytest.mark.cuda
 

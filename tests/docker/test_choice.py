@@ -8,7 +8,7 @@ import pytest
 
 from tests.docker.driving import ROOT, build
 from tests.docker.fixtures import MACHINES, Machine, card, eight
-from trainlib.hardware import Facts, choose_hardware, find_row, read_table
+from trainlib.core.hardware import Facts, choose_hardware, find_row, read_table
 
 TABLE = ROOT / "configs/hardware.tsv"
 

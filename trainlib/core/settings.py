@@ -22,9 +22,9 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import yaml
 
-from trainlib.errors import UserError
-from trainlib.files import write_atomically
-from trainlib.values import kind_text, parse, value_text
+from trainlib.core.errors import UserError
+from trainlib.core.files import write_atomically
+from trainlib.core.parsing import kind_text, parse, value_text
 
 T = TypeVar("T")
 HARDWARE_KEYS = ("device", "ranks", "micro_batch_size", "precision", "compile", "kernels")

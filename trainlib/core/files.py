@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from trainlib.errors import UserError
+from trainlib.core.errors import UserError
 
 try:
     import fcntl
 except ImportError:  # Windows has no such locks, and goes without.
     fcntl = None  # type: ignore[assignment]
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The project's folder."""
 
 LOCK = ".lock"
 HELD: list[int] = []

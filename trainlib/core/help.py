@@ -6,8 +6,8 @@ import textwrap
 from pathlib import Path
 from typing import get_type_hints
 
-from trainlib.config import HARDWARE_KEYS, Given, Key, keys, read_file
-from trainlib.values import kind_text, parse, value_text
+from trainlib.core.parsing import kind_text, parse, value_text
+from trainlib.core.settings import HARDWARE_KEYS, Given, Key, keys, read_file
 
 WIDTH = 79  # Of a terminal of 80 columns, whose last one some of them wrap.
 FLAGS = {

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainlib.errors import UserError
+from trainlib.core.errors import UserError
 
 T = TypeVar("T")
 

@@ -22,12 +22,14 @@ from typing import NamedTuple
 
 import torch
 
-from trainlib.errors import UserError
-from trainlib.files import write_atomically
+from trainlib.core.errors import UserError
+from trainlib.core.files import ROOT, write_atomically
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 log = logging.getLogger(__name__)
 
-TABLE = Path(__file__).resolve().parents[1] / "configs" / "hardware.tsv"
+TABLE = ROOT / "configs" / "hardware.tsv"
 CARDS = TABLE.with_name("cards.tsv")
 TABLE_ROW_LENGTH = 512
 """Positions of the rows that the table's micro batches count."""
