@@ -10,22 +10,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-import dpo_train
 import model
-import sft_train
-import train
+from tests.support.stages import STAGES
 from tokenizer import Tokenizer, default_folder
 from trainlib.launch import launch
 
 torch.set_num_threads(1)
 torch.set_float32_matmul_precision("highest")
-
-STAGES = {
-    "pretrain": ("train.py", train, train.PretrainConfig),
-    "sft": ("sft_train.py", sft_train, sft_train.SFTConfig),
-    "dpo": ("dpo_train.py", dpo_train, dpo_train.DPOConfig),
-}
-"""Script, module and settings of each stage."""
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import STAGES
 
+from tests.support.stages import STAGES
 from trainlib.core.help import FLAGS, groups, help_text
 from trainlib.core.parsing import kind_text, value_text
 from trainlib.core.settings import keys

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STAGES
 
 import model as model_module
 from bench.common import allocated_peak
 from kernels import fused_cpu
 from model import AttentionOp, ModelConfig, Transformer
 from tests.docker.test_choice import table
+from tests.support.stages import STAGES
 from tests.support.step_memory import make_step, peak_bytes
 from trainlib.core.hardware import Choice
 from trainlib.core.settings import load_config
