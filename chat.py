@@ -10,7 +10,7 @@ from pathlib import Path
 from generate import Sampling, generate, stream_text
 from hf_folder import load_model, load_tokenizer
 from model import Transformer
-from tokenizer import Tokenizer
+from tokenizer.bpe import Tokenizer
 from tokenizer.chat_format import Message, render_prompt
 from trainlib.core.errors import UserError
 

@@ -26,7 +26,7 @@ import formats
 from packing import PackedDataset
 from readers import COMPRESSED, SUFFIXES
 from token_cache import OnError, TokenCache, build_cache, counted_tokens
-from tokenizer import Sequence, Tokenizer
+from tokenizer.bpe import Sequence, Tokenizer
 from tokenizer.chat_format import render_conversation
 from tokenizing import Encode
 from trainlib.core.errors import UserError

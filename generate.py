@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, Transformer
-from tokenizer import Tokenizer
+from tokenizer.bpe import Tokenizer
 from tokenizer.chat_format import render_prompt
 
 MAX_BATCH = 32  # Prompts decoded together: 16 KB a position and prompt for the default model.

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model import ModelConfig, Transformer
-from tokenizer import Tokenizer
-from trainlib.core.errors import UserError
+from tokenizer.bpe import Tokenizer
+from trainlib.core.errors import UserError, as_user_errors
 from trainlib.core.parsing import value_text
 from trainlib.core.settings import COMMAND_LINE, provenance, with_value
 
@@ -221,7 +221,9 @@ def load_tokenizer(folder: str | Path, sequence_length: int = 0) -> Tokenizer:
     Raises UserError where the folder holds no model that can be trained, or one without a row for
     every id, or one for shorter rows: before anything is tokenized, as that may take hours.
     """
-    config, tokenizer, path = load_config(folder), Tokenizer(folder), Path(folder) / "config.json"
+    config, path = load_config(folder), Path(folder) / "config.json"
+    with as_user_errors():
+        tokenizer = Tokenizer(folder)
     cure = "copy the model's own tokenizer.json there"
     check_vocabulary(config, tokenizer, f"{path}: vocab_size", cure)
     where = f"{path}: max_position_embeddings"

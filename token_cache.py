@@ -35,7 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 import formats
-from tokenizer import Tokenizer
+from tokenizer.bpe import Tokenizer
 from tokenizing import Encode, Task, Tokenized, chunks, tokenize_chunks
 from trainlib.core.errors import UserError
 from trainlib.core.files import cache_dir, mount_hint, sync, write_atomically

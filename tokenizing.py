@@ -31,7 +31,7 @@ import numpy as np
 import formats
 from containers import Item
 from readers import Source
-from tokenizer import Sequence, Tokenizer
+from tokenizer.bpe import Sequence, Tokenizer
 from trainlib.core.errors import UserError
 
 CHUNK_BYTES = 1 << 20

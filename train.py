@@ -25,8 +25,9 @@ from hf_folder import (
 )
 from losses import cross_entropy_sum
 from model import ModelConfig, Transformer, count_parameters
-from tokenizer import Tokenizer, default_folder
 from tokenizer.adopt import adopt
+from tokenizer.bpe import Tokenizer, default_folder
+from trainlib.core.errors import as_user_errors
 from trainlib.core.settings import provenance, with_value
 from trainlib.kernels import warm_up
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run, tell_next
@@ -81,7 +82,8 @@ def open_tokenizer(config: PretrainConfig) -> tuple[PretrainConfig, Tokenizer]:
     """
     if config.init_from:
         return with_sizes(config), load_tokenizer(config.init_from, config.sequence_length)
-    tokenizer = adopt(config.tokenizer or default_folder())
+    with as_user_errors():
+        tokenizer = adopt(config.tokenizer or default_folder())
     if provenance(config)["model.vocab_size"] == "default":
         size = tokenizer.vocab_size
         return with_value(config, "model.vocab_size", size, "of the tokenizer"), tokenizer

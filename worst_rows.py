@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from packing import Origin, PackedDataset
 from preferences import batch_log_probs
-from tokenizer import Tokenizer
+from tokenizer.bpe import Tokenizer
 from trainlib.core.files import write_atomically
 from trainlib.launch import Run
 from trainlib.loop import micro_batches

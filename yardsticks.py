@@ -26,7 +26,7 @@ from dataset import Datasets
 from losses import IGNORE_INDEX
 from packing import PackedDataset
 from token_cache import TokenCache
-from tokenizer import Tokenizer
+from tokenizer.bpe import Tokenizer
 from trainlib.batches import Place
 from trainlib.core.files import cache_dir, write_atomically
 

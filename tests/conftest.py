@@ -12,7 +12,7 @@ import torch
 
 import model
 from tests.support.stages import STAGES
-from tokenizer import Tokenizer, default_folder
+from tokenizer.bpe import Tokenizer, default_folder
 from trainlib.launch import launch
 
 torch.set_num_threads(1)

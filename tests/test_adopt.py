@@ -11,11 +11,10 @@ import transformers
 from tokenizers import Tokenizer as Bpe
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tokenizer import NEEDED, Tokenizer, default_folder
 from tokenizer.adopt import adopt
+from tokenizer.bpe import NEEDED, Tokenizer, default_folder
 from tokenizer.chat_format import render_conversation
-from tokenizer.train_tokenizer import main as train_tokenizer
-from trainlib.core.errors import UserError
+from tools.train_tokenizer import main as train_tokenizer
 
 TEXTS = ["Hello world, this is a text. 你好，世界 第一条 12345", "the cat sat\nand é Ж"] * 20
 
@@ -123,7 +122,7 @@ def test_the_projects_own_keeps_its_bytes(tokenizer):
 
 @pytest.mark.parametrize("kind", [bert_like, lambda: llama_like(byte_fallback=False)])
 def test_what_loses_text_is_refused(kind, tmp_path):
-    with pytest.raises(UserError, match=r"\.json does not give a text back.*byte fallback"):
+    with pytest.raises(ValueError, match=r"\.json does not give a text back.*byte fallback"):
         adopt(saved(kind(), tmp_path))
 
 
@@ -134,13 +133,13 @@ def test_what_loses_text_is_refused(kind, tmp_path):
 def test_a_broken_file_is_named(content, words, tmp_path):
     (tmp_path / "tokenizer.json").write_text(content)
     for read in (adopt, Tokenizer):
-        with pytest.raises(UserError, match=rf"tokenizer\.json.*{words}"):
+        with pytest.raises(ValueError, match=rf"tokenizer\.json.*{words}"):
             read(tmp_path)
 
 
 def test_a_checkpoint_needs_the_special_tokens(tmp_path):
     folder = saved(gpt2_like(), tmp_path)
-    with pytest.raises(UserError, match="train.py tokenizer=.* adds it"):
+    with pytest.raises(ValueError, match="train.py tokenizer=.* adds it"):
         Tokenizer(folder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tokenizer import SPECIAL_TOKENS, Tokenizer
+from tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 from tokenizer.chat_format import render_conversation, render_prompt
 
 

@@ -19,7 +19,7 @@ from dataset import encode_document
 from hf_folder import model_files
 from model import ModelConfig, Transformer
 from token_cache import build_cache
-from tokenizer import Tokenizer, default_folder
+from tokenizer.bpe import Tokenizer, default_folder
 from trainlib.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_folder import check_vocabulary, load_config, load_model, model_files, with_sizes
 from model import ModelConfig, Transformer
-from tokenizer import SPECIAL_TOKENS
+from tokenizer.bpe import SPECIAL_TOKENS
 from tokenizer.chat_format import render_conversation
 from train import PretrainConfig
 from trainlib.core import settings as settings_of

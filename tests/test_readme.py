@@ -73,7 +73,7 @@ PROGRAMS = (
     "-m tools.prepare_data",
     "-m tools.inspect_data",
     "-m tools.demo",
-    "-m tokenizer.train_tokenizer",
+    "-m tools.train_tokenizer",
     "-m bench.plot_demo",
 )
 

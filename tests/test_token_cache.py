@@ -14,8 +14,8 @@ from dataset import DataConfig, encode_document, load_datasets
 from formats import Record
 from losses import IGNORE_INDEX
 from token_cache import build_cache
-from tokenizer import NEEDED
 from tokenizer.adopt import adopt
+from tokenizer.bpe import NEEDED
 from trainlib.batches import Place
 
 PAIRS = ["".join(pair) for pair in product("abcdefghijklmnopqrstuvwxyz", repeat=2)]

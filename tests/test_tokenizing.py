@@ -76,7 +76,7 @@ CODE = """
 import sys, time
 from pathlib import Path
 import token_cache, tokenizing
-from tokenizer import Sequence, Tokenizer, default_folder
+from tokenizer.bpe import Sequence, Tokenizer, default_folder
 tokenizing.CHUNK_BYTES = 200
 tokenizing.SMALL_FILE_BYTES = 0
 tokenizing.number_of_cores = lambda: 2

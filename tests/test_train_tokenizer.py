@@ -9,15 +9,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from tokenizer import SPECIAL_TOKENS
-from tokenizer.train_tokenizer import (
-    byte_count,
-    bytes_per_token,
-    main,
-    read_texts,
-    shares,
-    train,
-)
+from tokenizer.bpe import SPECIAL_TOKENS
+from tools.train_tokenizer import byte_count, bytes_per_token, main, read_texts, shares, train
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = [

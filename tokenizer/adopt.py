@@ -18,7 +18,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from tokenizer import NEEDED, Tokenizer, load_bpe, read_json
+from tokenizer.bpe import NEEDED, Tokenizer, load_bpe, read_json
 
 Node = dict[str, Any]
 
@@ -26,7 +26,7 @@ Node = dict[str, Any]
 def adopt(folder: str | Path) -> Tokenizer:
     """The tokenizer of a folder with those changes; one that needs none keeps its very bytes.
 
-    Raises UserError where the file cannot be read, or loses parts of a text.
+    Raises ValueError where the file cannot be read, or loses parts of a text.
     """
     path = Path(folder) / "tokenizer.json"
     text = read_json(path)

@@ -14,7 +14,8 @@ A message is a dict with "role" (system, user, assistant or tool) and "content" 
 Thoughts and calls are what the model must write, so they are under the loss. What a tool answers
 is a turn of the user's, between <tool_response> tags, never under the loss. No system message and
 no empty thought is added that is not there. The words after "assistant" and a newline are encoded
-apart from it, which gives the same ids as both at once: the pieces in train_tokenizer.py see to it.
+apart from it, which gives the same ids as both at once: the pieces of the vocabulary
+(tools/train_tokenizer.py) ensure it.
 """
 
 from __future__ import annotations
@@ -24,53 +25,10 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
 from typing import Any
 
-from tokenizer import Sequence, Tokenizer
+from tokenizer.bpe import Sequence, Tokenizer
 
 Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
-
-# Renders the same text as render_conversation (`tools` as transformers passes them, or as they
-# stand in the first message). Where content spells out a special token the two differ on purpose:
-# transformers parses it as the token, the renderer keeps it text.
-CHAT_TEMPLATE = (
-    "{%- set first = messages[0] if messages else {} -%}"
-    "{%- set functions = tools if tools is defined and tools else first.tools -%}"
-    "{%- set heading -%}"
-    "{%- if functions -%}"
-    "{{- '# Tools\\n<tools>' -}}"
-    "{%- for function in functions -%}{{- '\\n' + function | tojson -}}{%- endfor -%}"
-    "{{- '\\n</tools>' -}}"
-    "{%- endif -%}"
-    "{%- endset -%}"
-    "{%- if functions and first.role != 'system' -%}"
-    "{{- '<|im_start|>system\\n' + heading + '<|im_end|>\\n' -}}"
-    "{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{%- set content = message.content or '' -%}"
-    "{%- if message.role == 'tool' -%}"
-    "{{- '<|im_start|>user\\n<tool_response>\\n' + content + '\\n</tool_response>' -}}"
-    "{%- else -%}"
-    "{{- '<|im_start|>' + message.role + '\\n' -}}"
-    "{%- if message.role == 'assistant' and message.reasoning_content -%}"
-    "{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' -}}"
-    "{%- endif -%}"
-    "{{- content -}}"
-    "{%- if message.role == 'assistant' -%}"
-    "{%- for tool_call in message.tool_calls or [] -%}"
-    "{%- set call = tool_call.function or tool_call -%}"
-    "{%- if content or not loop.first -%}{{- '\\n' -}}{%- endif -%}"
-    "{{- '<tool_call>\\n{\"name\": ' + call.name | tojson + ', \"arguments\": ' -}}"
-    "{{- call.arguments if call.arguments is string else call.arguments | tojson -}}"
-    "{{- '}\\n</tool_call>' -}}"
-    "{%- endfor -%}"
-    "{%- elif message.role == 'system' and loop.first and functions -%}"
-    "{{- ('\\n\\n' if content else '') + heading -}}"
-    "{%- endif -%}"
-    "{%- endif -%}"
-    "{{- '<|im_end|>\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
 
 
 class Tag(str):

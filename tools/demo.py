@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from generate import Sampling, generate_batch
-from hf_folder import load_model
+from hf_folder import load_model, load_tokenizer
 from model import Transformer, count_parameters
-from tokenizer import Tokenizer
+from tokenizer.bpe import Tokenizer
 from tokenizer.chat_format import render_prompt
 from trainlib.core.errors import UserError
 from trainlib.core.files import move_aside, write_atomically
@@ -132,7 +132,7 @@ def report(name: str, quick: bool, columns: int = 0) -> str:
     """
     prompts = held_out_prompts()
     models = {
-        stage: (load_model(DEMO / stage / "final"), Tokenizer(DEMO / stage / "final"))
+        stage: (load_model(DEMO / stage / "final"), load_tokenizer(DEMO / stage / "final"))
         for stage in ("sft", "dpo")
     }
     rates = []

@@ -32,11 +32,11 @@ from dataset import ENCODERS, expand
 from formats import Format, ReadOptions, Record
 from packing import pack_best_fit
 from readers import Source
-from tokenizer import SPECIAL_TOKENS, Sequence, Tokenizer, default_folder
-from tokenizer.train_tokenizer import byte_count, bytes_per_token, train
+from tokenizer.bpe import SPECIAL_TOKENS, Sequence, Tokenizer, default_folder
 from tools.data_report import LANGUAGE, MARK, html_page, terminal_text
 from tools.past_runs import newest_speed, stage_settings
 from tools.text_statistics import MinHashes, above, bare, language, scripts, text_hash, words_of
+from tools.train_tokenizer import byte_count, bytes_per_token, train
 from trainlib.core.errors import UserError
 from trainlib.core.files import refuse_to_overwrite
 
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         paths = [path for name in options.files for path in expand(name)]
         tokenizer = Tokenizer(options.tokenizer or default_folder())
         reports = [inspect(path, options, tokenizer) for path in paths]
-    except (UserError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     result = {"files": [asdict(report) for report in reports]}
@@ -339,7 +339,7 @@ class Looker:
         readable = self.report.path.endswith((".jsonl", ".txt"))  # By that program.
         if made > BETTER * ours and readable:
             self.report.retrain_command = (
-                f"python -m tokenizer.train_tokenizer --data {self.report.path} "
+                f"python -m tools.train_tokenizer --data {self.report.path} "
                 f"--vocab-size {self.tokenizer.vocab_size} --out my_tokenizer"
             )
 

@@ -14,7 +14,7 @@ from batch import Batch
 from dataset import DataConfig, load_datasets
 from model import ModelConfig, Transformer
 from packing import PackedDataset
-from tokenizer import Tokenizer, default_folder
+from tokenizer.bpe import Tokenizer, default_folder
 from tools.made_rows import write_data
 from train import loss_fn
 from trainlib.batches import ALONE, Place, StepLoader

@@ -1,4 +1,9 @@
-"""The one exception for what a user can cause and cure."""
+"""The one exception for what a user can cause and fix."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
@@ -9,3 +14,14 @@ class UserError(ValueError):
 
     told = False
     """Whether the first of several ranks prints it, so that the others need not."""
+
+
+@contextlib.contextmanager
+def as_user_errors() -> Iterator[None]:
+    """Turn a ValueError or OSError of code that knows no UserError into one, with the same text."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error

@@ -1,6 +1,6 @@
 """Train the vocabulary: byte-level BPE over the text of the given files.
 
-`python -m tokenizer.train_tokenizer --data FILES --vocab-size N --sample-bytes 1GB --out DIR`
+`python -m tools.train_tokenizer --data FILES --vocab-size N --sample-bytes 1GB --out DIR`
 
 1. `read_texts` streams the files, at most `sample_bytes` in all and evenly over the files: of one
    that is too large for its share, stretches from its beginning to its end. A file named twice
@@ -27,7 +27,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from containers import not_utf8
-from tokenizer import SPECIAL_TOKENS
+from tokenizer.bpe import SPECIAL_TOKENS
 
 # Pieces that merges never cross: English contractions, a run of letters with the one character
 # before it (a space, a comma), single digits, punctuation with the newlines after it, blanks.
@@ -57,7 +57,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m tokenizer.train_tokenizer",
+        prog="python -m tools.train_tokenizer",
         description="Train a byte-level BPE vocabulary.",
     )
     parser.add_argument(

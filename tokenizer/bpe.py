@@ -1,0 +1,233 @@
+"""Text to ids and back: BPE through the `tokenizers` library, chat turns as ChatML.
+
+`Tokenizer` never parses special tokens out of text, so nobody can forge a turn by typing one.
+The renderer that turns messages into ids and a loss mask is in chat_format.py, the program that
+trains a vocabulary in tools/train_tokenizer.py, the vocabulary itself in tokenizer.json, and the
+adoption of another vocabulary in adopt.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import Tokenizer as Bpe
+from tokenizers import decoders
+
+from tokenizer.chat_template import CHAT_TEMPLATE
+
+END_OF_TEXT = "<|endoftext|>"
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+NEEDED = (END_OF_TEXT, IM_START, IM_END)
+"""Special tokens that no tokenizer can be without."""
+
+# Ids 0, 1, 2, ... in this order. Tool and think tags are reserved from the start, so that a
+# model trained today can learn them tomorrow without a new vocabulary.
+SPECIAL_TOKENS: tuple[str, ...] = (
+    END_OF_TEXT,
+    IM_START,
+    IM_END,
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+    *(f"<|reserved_{i}|>" for i in range(27)),
+)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids and, for each, whether it is under the loss; made together, in one pass."""
+
+    ids: list[int]
+    mask: list[bool]
+
+
+class Tokenizer:
+    """A vocabulary on disk: text to ids, ids to text or bytes.
+
+    `text` is the content of tokenizer.json, read from the folder where none is given.
+    Raises ValueError where the folder has no tokenizer.json, or the file lacks a needed token or
+    loses parts of a text.
+    """
+
+    def __init__(self, folder: str | Path, text: str | None = None) -> None:
+        path = Path(folder) / "tokenizer.json"
+        self.folder = Path(folder)
+        self.json = read_json(path) if text is None else text
+        self._bpe = load_bpe(self.json, path)
+        # Special tokens in text are spelled out like any other text. This is a state of the
+        # object that tokenizer.json does not carry, so it is set here, once, for every use.
+        self._bpe.encode_special_tokens = True
+        self._byte_level = isinstance(self._bpe.decoder, decoders.ByteLevel)
+        self.end_of_text_id, self.im_start_id, self.im_end_id = (
+            self._required_id(token, path) for token in NEEDED
+        )
+        self._check_round_trip(path)
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path, str]]:
+        """Another process makes its own: what `_bpe` pickles lacks the state above."""
+        return Tokenizer, (self.folder, self.json)
+
+    def _required_id(self, token: str, path: Path) -> int:
+        id_ = self._bpe.token_to_id(token)
+        if id_ is None:
+            raise ValueError(
+                f"{path} lacks the special token {token}; train.py tokenizer={path.parent} adds it"
+            )
+        return id_
+
+    def _check_round_trip(self, path: Path) -> None:
+        for text in (PROBE, f" {PROBE}"):
+            try:
+                back = self.decode(self.encode(text))
+            except Exception as error:  # What `tokenizers` raises is nothing narrower.
+                back = f"an error: {error}"
+            if back != text:
+                raise ValueError(
+                    f"{path} does not give a text back: {text!r} became {back!r}. Take a byte-level"
+                    " BPE, or a BPE with byte fallback, that neither lower-cases nor adds spaces"
+                )
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The highest id + 1, special tokens included."""
+        return 1 + max(self._bpe.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def stop_ids(self) -> tuple[int, int]:
+        """Ids that end an answer: end of turn and end of text."""
+        return self.im_end_id, self.end_of_text_id
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change when the vocabulary or its merges change."""
+        return hashlib.sha256(self.json.encode()).hexdigest()[:16]
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for structure, not text."""
+        return frozenset(
+            id_ for id_, t in self._bpe.get_added_tokens_decoder().items() if t.special
+        )
+
+    @cached_property
+    def id_to_bytes(self) -> tuple[bytes, ...]:
+        """The bytes that each id stands for; none for special tokens and ids without an entry."""
+        return tuple(self._bytes_of(id_) for id_ in range(self.vocab_size))
+
+    def _bytes_of(self, id_: int) -> bytes:
+        token = self._bpe.id_to_token(id_)
+        if token is None or id_ in self.special_ids:
+            return b""
+        if id_ in self._literal_ids:
+            return token.encode()
+        if self._byte_level:
+            # Every byte is written as one printable character, so that entries are readable.
+            return b"".join(BYTE_OF.get(character, character.encode()) for character in token)
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            return bytes.fromhex(byte[1])
+        return token.replace("\u2581", " ").encode()
+
+    @cached_property
+    def _literal_ids(self) -> frozenset[int]:
+        return frozenset(self._bpe.get_added_tokens_decoder())
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of text; a special token that is spelled out in it stays text."""
+        return self._bpe.encode(text, add_special_tokens=False).ids
+
+    def encode_tag(self, tag: str) -> list[int]:
+        """The one id of a special token; the ids of its spelling where the vocabulary lacks it."""
+        id_ = self._bpe.token_to_id(tag)
+        return self.encode(tag) if id_ is None else [id_]
+
+    def encode_batch(self, texts: SequenceABC[str]) -> list[list[int]]:
+        """Ids of several texts, on all cores."""
+        encoded = self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def decode_bytes(self, ids: SequenceABC[int]) -> bytes:
+        """The bytes of ids; special tokens, and rows of a model that no token has, give none."""
+        return b"".join(self._bytes_of(id_) for id_ in ids)
+
+    def decode(self, ids: SequenceABC[int]) -> str:
+        """Text of ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def show(self, ids: SequenceABC[int]) -> str:
+        """Text of ids with special tokens spelled out, for the eye."""
+        return self._bpe.decode(list(ids), skip_special_tokens=False)
+
+    def files(self, context_length: int) -> dict[str, str]:
+        """The tokenizer's share of a Hugging Face model folder: file name to content."""
+        config = {
+            # Any other class makes transformers 5 replace the pre-tokenizer.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": context_length,
+            "pad_token": END_OF_TEXT,
+            "eos_token": IM_END,
+            "bos_token": None,
+            "unk_token": None,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        }
+        return {
+            "tokenizer.json": self.json,
+            "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
+        }
+
+
+def default_folder() -> Path:
+    """The folder of the tokenizer that comes with the project."""
+    return Path(os.path.dirname(os.path.abspath(__file__)))
+
+
+def read_json(path: Path) -> str:
+    """The content of a tokenizer.json; raises ValueError where there is none or it is no JSON."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} does not exist: a tokenizer is a folder with tokenizer.json"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. Copy it again.") from error
+    if not isinstance(values, dict) or "model" not in values:
+        raise ValueError(f'{path} has no "model": it is no file of the `tokenizers` library')
+    return text
+
+
+def load_bpe(text: str, path: Path) -> Bpe:
+    """What `tokenizers` makes of a tokenizer.json; raises ValueError where it refuses."""
+    try:
+        return Bpe.from_str(text)
+    except Exception as error:  # What `tokenizers` raises is nothing narrower.
+        raise ValueError(f"{path}: the `tokenizers` library cannot load it: {error}") from error
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """The printable character that byte-level BPE writes for each byte.
+
+    Printable Latin-1 stands for itself; the other bytes take the characters from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {byte: chr(byte) for byte in printable}
+    alphabet.update({byte: chr(0x100 + i) for i, byte in enumerate(others)})
+    return alphabet
+
+
+BYTE_OF = {character: bytes([byte]) for byte, character in _byte_alphabet().items()}
+PROBE = "A b  c\n\t 1.5% 中文 \u00e9 \u0416 😀\r\n x"
+"""A text that a vocabulary which loses anything does not give back."""

@@ -1,0 +1,48 @@
+"""The chat format as a Jinja template, for transformers and other programs.
+
+Renders the same text as chat_format.render_conversation (`tools` as transformers passes them, or in
+the first message). If content spells out a special token, the two differ on purpose: transformers
+parses it as the token, the renderer keeps it text.
+"""
+
+from __future__ import annotations
+
+CHAT_TEMPLATE = (
+    "{%- set first = messages[0] if messages else {} -%}"
+    "{%- set functions = tools if tools is defined and tools else first.tools -%}"
+    "{%- set heading -%}"
+    "{%- if functions -%}"
+    "{{- '# Tools\\n<tools>' -}}"
+    "{%- for function in functions -%}{{- '\\n' + function | tojson -}}{%- endfor -%}"
+    "{{- '\\n</tools>' -}}"
+    "{%- endif -%}"
+    "{%- endset -%}"
+    "{%- if functions and first.role != 'system' -%}"
+    "{{- '<|im_start|>system\\n' + heading + '<|im_end|>\\n' -}}"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- set content = message.content or '' -%}"
+    "{%- if message.role == 'tool' -%}"
+    "{{- '<|im_start|>user\\n<tool_response>\\n' + content + '\\n</tool_response>' -}}"
+    "{%- else -%}"
+    "{{- '<|im_start|>' + message.role + '\\n' -}}"
+    "{%- if message.role == 'assistant' and message.reasoning_content -%}"
+    "{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' -}}"
+    "{%- endif -%}"
+    "{{- content -}}"
+    "{%- if message.role == 'assistant' -%}"
+    "{%- for tool_call in message.tool_calls or [] -%}"
+    "{%- set call = tool_call.function or tool_call -%}"
+    "{%- if content or not loop.first -%}{{- '\\n' -}}{%- endif -%}"
+    "{{- '<tool_call>\\n{\"name\": ' + call.name | tojson + ', \"arguments\": ' -}}"
+    "{{- call.arguments if call.arguments is string else call.arguments | tojson -}}"
+    "{{- '}\\n</tool_call>' -}}"
+    "{%- endfor -%}"
+    "{%- elif message.role == 'system' and loop.first and functions -%}"
+    "{{- ('\\n\\n' if content else '') + heading -}}"
+    "{%- endif -%}"
+    "{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
