@@ -2,11 +2,11 @@
 
 1. choose_files       data.files, else what lies in dataset/ and fits, else the sample
 2. encode_*           a record -> ids and loss mask, in one pass
-3. build_cache        every file tokenized once, on disk (token_cache.py)
+3. build_cache        every file tokenized once, on disk (trainlib/data/token_cache.py)
 4. hold_out           the validation documents, by a hash of their content
 5. PackedDataset      documents -> rows of one length, best fit, in an order of seed and epoch
 6. collate            rows -> Batch: the one shift by one, the one place of IGNORE_INDEX
-                      (5 and 6 are in packing.py)
+                      (5 and 6 are in trainlib/data/packing.py)
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-import formats
-from packing import PackedDataset
-from readers import COMPRESSED, SUFFIXES
-from token_cache import OnError, TokenCache, build_cache, counted_tokens
-from tokenizer.bpe import Sequence, Tokenizer
-from tokenizer.chat_format import render_conversation
-from tokenizing import Encode
+from tokenizer.bpe import Tokenizer
 from trainlib.core.errors import UserError
+from trainlib.data import formats
+from trainlib.data.encode import ENCODERS
+from trainlib.data.packing import Datasets, PackedDataset
+from trainlib.data.readers import COMPRESSED, SUFFIXES
+from trainlib.data.token_cache import OnError, TokenCache, build_cache, counted_tokens
 
 log = logging.getLogger(__name__)
 
@@ -188,41 +187,6 @@ def choose_files(config: DataConfig, kind: str) -> Files:
     )
 
 
-# ---- 2. a record -> ids and loss mask ------------------------------------------------------------
-
-
-def encode_document(tokenizer: Tokenizer, record: formats.Record) -> list[Sequence]:
-    """A text between two end-of-text ids; all but the first are under the loss."""
-    end = tokenizer.end_of_text_id
-    ids = [end, *tokenizer.encode(record.value), end]
-    return [Sequence(ids, [False] + [True] * (len(ids) - 1))]
-
-
-def encode_conversation(tokenizer: Tokenizer, record: formats.Record) -> list[Sequence]:
-    """A conversation in ChatML; the assistant's words and ends of turn are under the loss."""
-    return [render_conversation(tokenizer, record.value)]
-
-
-def encode_preference(tokenizer: Tokenizer, record: formats.Record) -> list[Sequence]:
-    """Chosen and rejected conversation; of each only the last answer is under the loss."""
-    return [_last_answer_only(render_conversation(tokenizer, c)) for c in record.value]
-
-
-def _last_answer_only(sequence: Sequence) -> Sequence:
-    end = len(sequence.mask) - sequence.mask[::-1].index(True)
-    start = end
-    while start and sequence.mask[start - 1]:
-        start -= 1
-    return Sequence(sequence.ids, [start <= i < end for i in range(len(sequence.mask))])
-
-
-ENCODERS: dict[str, Encode] = {
-    "pretrain": encode_document,
-    "sft": encode_conversation,
-    "dpo": encode_preference,
-}
-
-
 # ---- 4. held-out documents -----------------------------------------------------------------------
 
 
@@ -242,17 +206,6 @@ def hold_out(cache: TokenCache, fraction: float) -> np.ndarray:
 
 
 # ---- all together --------------------------------------------------------------------------------
-
-
-class Datasets(NamedTuple):
-    """Training rows, validation rows by name, and what they were made of."""
-
-    train: PackedDataset
-    val: dict[str, PackedDataset]
-    data_key: str
-    """Changes when the rows of a file, the tokenizer or the choice of files change."""
-    yardsticks: dict[str, float] = {}
-    """Bits per byte that need no model, by name (yardsticks.py); none of preferences."""
 
 
 def load_datasets(

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batch import Batch
-from dataset import DataConfig, Datasets, load_datasets
+from dataset import DataConfig, load_datasets
 from hf_folder import load_model, load_tokenizer, model_files
 from preferences import TIE_NATS, batch_log_probs, format_report, reference_log_probs, report
 from trainlib.core.files import write_atomically
+from trainlib.data.batch import Batch
+from trainlib.data.packing import Datasets
 from trainlib.kernels import warm_up
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
 from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate

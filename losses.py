@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE_INDEX = -100
+from trainlib.data.batch import IGNORE_INDEX
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batch import Batch
-from dataset import Datasets
 from losses import sequence_log_probs
-from packing import PackedDataset
-from trainlib.batches import Place, StepLoader
 from trainlib.core.files import cache_dir
+from trainlib.data.batch import Batch
+from trainlib.data.loader import Place, StepLoader
+from trainlib.data.packing import Datasets, PackedDataset
 from trainlib.launch import Run
 from trainlib.loop import micro_batches
 from trainlib.runtime import looking

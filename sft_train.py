@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from batch import Batch
-from dataset import DataConfig, Datasets, load_datasets
+from dataset import DataConfig, load_datasets
 from generate import Sampling, sample_answers
 from hf_folder import load_model, load_tokenizer, model_files
 from losses import cross_entropy_sum
+from trainlib.data.batch import Batch
+from trainlib.data.packing import Datasets
 from trainlib.kernels import warm_up
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run, tell_next
 from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate

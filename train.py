@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from batch import Batch
-from dataset import DataConfig, Datasets, load_datasets
+from dataset import DataConfig, load_datasets
 from generate import Sampling, sample_texts
 from hf_folder import (
     check_vocabulary,
@@ -29,6 +28,8 @@ from tokenizer.adopt import adopt
 from tokenizer.bpe import Tokenizer, default_folder
 from trainlib.core.errors import as_user_errors
 from trainlib.core.settings import provenance, with_value
+from trainlib.data.batch import Batch
+from trainlib.data.packing import Datasets
 from trainlib.kernels import warm_up
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run, tell_next
 from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate

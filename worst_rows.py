@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from packing import Origin, PackedDataset
 from preferences import batch_log_probs
 from tokenizer.bpe import Tokenizer
 from trainlib.core.files import write_atomically
+from trainlib.data.packing import Origin, PackedDataset
 from trainlib.launch import Run
 from trainlib.loop import micro_batches
 from trainlib.runtime import looking

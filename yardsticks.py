@@ -22,13 +22,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset import Datasets
-from losses import IGNORE_INDEX
-from packing import PackedDataset
-from token_cache import TokenCache
 from tokenizer.bpe import Tokenizer
-from trainlib.batches import Place
 from trainlib.core.files import cache_dir, write_atomically
+from trainlib.data.batch import IGNORE_INDEX
+from trainlib.data.loader import Place
+from trainlib.data.packing import Datasets, PackedDataset
+from trainlib.data.token_cache import TokenCache
 
 log = logging.getLogger(__name__)
 

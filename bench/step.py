@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from batch import Batch
 from bench.common import measured
 from hf_folder import load_model
 from losses import cross_entropy_sum
-from trainlib.batches import ALONE
 from trainlib.core.hardware import Choice, choose_hardware, find_facts, read_table
+from trainlib.data.batch import Batch
+from trainlib.data.loader import ALONE
 from trainlib.kernels import choose_kernels
 from trainlib.runtime import Hardware, use_hardware
 

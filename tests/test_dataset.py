@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import ENCODERS, DataConfig, choose_files, hold_out, load_datasets
-from losses import IGNORE_INDEX, cross_entropy_sum
+from dataset import DataConfig, choose_files, hold_out, load_datasets
+from losses import cross_entropy_sum
 from model import ModelConfig, Transformer
-from packing import PackedDataset, pack_best_fit
-from token_cache import build_cache
 from tokenizer.chat_format import render_conversation
-from trainlib.batches import Place
 from trainlib.core.errors import UserError
+from trainlib.data.batch import IGNORE_INDEX
+from trainlib.data.encode import ENCODERS
+from trainlib.data.loader import Place
+from trainlib.data.packing import PackedDataset, pack_best_fit
+from trainlib.data.token_cache import build_cache
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

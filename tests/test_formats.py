@@ -11,12 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import formats
-import readers
-from dataset import ENCODERS
-from token_cache import build_cache
 from trainlib.core.errors import UserError
 from trainlib.core.files import cache_dir
+from trainlib.data import formats, readers
+from trainlib.data.encode import ENCODERS
+from trainlib.data.token_cache import build_cache
 
 ASK = {"role": "user", "content": "q"}
 YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import formats
 from dataset import DataConfig, load_datasets
 from tools import data_report, inspect_data
-from trainlib.batches import Place
+from trainlib.data import formats
+from trainlib.data.loader import Place
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

@@ -21,8 +21,8 @@ import model as model_module
 from generate import Sampling, generate_batch
 from kernels import varlen_attention
 from model import AttentionOp, ModelConfig, Ops, Transformer
-from trainlib.batches import StepBatch, StepLoader
 from trainlib.core.distributed import Ranks
+from trainlib.data.loader import StepBatch, StepLoader
 from trainlib.kernels import ATTENTION, LONG_RUN, choose_kernels, warm_up
 from trainlib.runtime import Hardware, looking
 

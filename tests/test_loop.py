@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainlib.batches import Place, StepBatch, StepLoader
 from trainlib.checkpoint import Checkpoints
 from trainlib.control import Clock
 from trainlib.core.distributed import Ranks
 from trainlib.core.errors import UserError
 from trainlib.core.files import lock_folder, refuse_if_locked, release_folders
+from trainlib.data.loader import Place, StepBatch, StepLoader
 from trainlib.loop import Display, optimizer_step
 from trainlib.metrics import cut_back
 from trainlib.optim import OptimConfig, Schedule, build_optimizers

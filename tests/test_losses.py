@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 import sft_train
 import train
-from batch import Batch
 from dpo_train import dpo_loss
-from losses import IGNORE_INDEX, cross_entropy_sum, sequence_log_probs, token_losses
+from losses import cross_entropy_sum, sequence_log_probs, token_losses
+from trainlib.data.batch import IGNORE_INDEX, Batch
 
 
 def test_cross_entropy_is_a_sum():

@@ -13,10 +13,10 @@ import torch
 from hf_folder import model_files
 from model import ModelConfig, Transformer, count_parameters
 from tests.test_memory import SHIPPED, shipped
-from trainlib.batches import deal
 from trainlib.checkpoint import Checkpoints
 from trainlib.core.errors import UserError
 from trainlib.core.hardware import CARDS, Card, find_card, read_cards
+from trainlib.data.loader import deal
 from trainlib.mfu import Sizes, flops_per_token, update_flops
 from trainlib.optim import OptimConfig, build_optimizers
 from trainlib.plan import parse_seconds, plan_request, step_time

@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainlib.batches import Place, StepBatch
 from trainlib.core.distributed import Ranks
+from trainlib.data.loader import Place, StepBatch
 from trainlib.loop import optimizer_step
 from trainlib.optim import OptimConfig, build_optimizers
 from trainlib.runtime import Hardware

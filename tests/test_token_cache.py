@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from dataset import DataConfig, encode_document, load_datasets
-from formats import Record
-from losses import IGNORE_INDEX
-from token_cache import build_cache
+from dataset import DataConfig, load_datasets
 from tokenizer.adopt import adopt
 from tokenizer.bpe import NEEDED
-from trainlib.batches import Place
+from trainlib.data.batch import IGNORE_INDEX
+from trainlib.data.encode import encode_document
+from trainlib.data.formats import Record
+from trainlib.data.loader import Place
+from trainlib.data.token_cache import build_cache
 
 PAIRS = ["".join(pair) for pair in product("abcdefghijklmnopqrstuvwxyz", repeat=2)]
 

@@ -16,15 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import token_cache
-import tokenizing
-from dataset import ENCODERS, DataConfig, expand, load_datasets
-from formats import ReadOptions
-from packing import PackedDataset
-from token_cache import build_cache
-from trainlib.batches import Place
+from dataset import DataConfig, expand, load_datasets
 from trainlib.core.errors import UserError
 from trainlib.core.files import cache_dir
+from trainlib.data import token_cache, tokenize_files
+from trainlib.data.encode import ENCODERS
+from trainlib.data.formats import ReadOptions
+from trainlib.data.loader import Place
+from trainlib.data.packing import PackedDataset
+from trainlib.data.token_cache import build_cache
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -47,9 +47,9 @@ def content(cache):
 
 def many_chunks(monkeypatch, processes=False):
     """Small chunks, so that a small file has many."""
-    monkeypatch.setattr(tokenizing, "CHUNK_BYTES", 200)
-    monkeypatch.setattr(tokenizing, "SMALL_FILE_BYTES", 0 if processes else 1 << 60)
-    monkeypatch.setattr(tokenizing, "number_of_cores", lambda: 2)
+    monkeypatch.setattr(tokenize_files, "CHUNK_BYTES", 200)
+    monkeypatch.setattr(tokenize_files, "SMALL_FILE_BYTES", 0 if processes else 1 << 60)
+    monkeypatch.setattr(tokenize_files, "number_of_cores", lambda: 2)
 
 
 def numbered(n):
@@ -75,11 +75,11 @@ def test_processes_and_chunks_change_nothing(tmp_path, tokenizer, monkeypatch):
 CODE = """
 import sys, time
 from pathlib import Path
-import token_cache, tokenizing
+from trainlib.data import token_cache, tokenize_files
 from tokenizer.bpe import Sequence, Tokenizer, default_folder
-tokenizing.CHUNK_BYTES = 200
-tokenizing.SMALL_FILE_BYTES = 0
-tokenizing.number_of_cores = lambda: 2
+tokenize_files.CHUNK_BYTES = 200
+tokenize_files.SMALL_FILE_BYTES = 0
+tokenize_files.number_of_cores = lambda: 2
 token_cache.SAVE_SECONDS = 0
 def encode(tokenizer, record):
     time.sleep(0.01)
@@ -120,9 +120,9 @@ def test_a_killed_build_is_gone_on_with_and_its_processes_end(tmp_path, tokenize
     with (saved[0].parent / "ids.bin").open("ab") as file:
         file.write(b"torn")  # What was written after the last save.
     seen = []
-    real = tokenizing.tokenize_chunk
-    monkeypatch.setattr(tokenizing, "CHUNK_BYTES", 200)
-    monkeypatch.setattr(tokenizing, "tokenize_chunk", lambda c, t: seen.append(c) or real(c, t))
+    real = tokenize_files.tokenize_chunk
+    monkeypatch.setattr(tokenize_files, "CHUNK_BYTES", 200)
+    monkeypatch.setattr(tokenize_files, "tokenize_chunk", lambda c, t: seen.append(c) or real(c, t))
     again = build(path, tokenizer)
     assert content(again) == whole and again.key == made.key
     assert seen and seen[0].items[0].line > done
@@ -290,13 +290,13 @@ def test_a_long_conversation_is_cut_after_the_last_answer_that_fits(tmp_path, to
 
 
 def _record(value):
-    from formats import Record
+    from trainlib.data.formats import Record
 
     return Record(value, "", Path("x"), 1)
 
 
 def test_a_stored_plan_is_the_plan(tmp_path, tokenizer, monkeypatch):
-    import packing
+    from trainlib.data import packing
 
     path = write(tmp_path / "a.jsonl", numbered(300))
     cache = build(path, tokenizer)

@@ -13,8 +13,8 @@ import torch
 
 import yardsticks
 from dataset import DataConfig, load_datasets
-from token_cache import TokenCache
-from trainlib.batches import ALONE
+from trainlib.data.loader import ALONE
+from trainlib.data.token_cache import TokenCache
 from trainlib.loop import validate
 from trainlib.runtime import Hardware
 from yardsticks import Labels, count_pairs, ngram_bits, training_labels, with_yardsticks

@@ -26,12 +26,7 @@ from typing import Any
 
 import numpy as np
 
-import formats
-from containers import Broken
-from dataset import ENCODERS, expand
-from formats import Format, ReadOptions, Record
-from packing import pack_best_fit
-from readers import Source
+from dataset import expand
 from tokenizer.bpe import SPECIAL_TOKENS, Sequence, Tokenizer, default_folder
 from tools.data_report import LANGUAGE, MARK, html_page, terminal_text
 from tools.past_runs import newest_speed, stage_settings
@@ -39,6 +34,12 @@ from tools.text_statistics import MinHashes, above, bare, language, scripts, tex
 from tools.train_tokenizer import byte_count, bytes_per_token, train
 from trainlib.core.errors import UserError
 from trainlib.core.files import refuse_to_overwrite
+from trainlib.data import formats
+from trainlib.data.containers import Broken
+from trainlib.data.encode import ENCODERS
+from trainlib.data.formats import Format, ReadOptions, Record
+from trainlib.data.packing import pack_best_fit
+from trainlib.data.readers import Source
 
 DEFAULT_SAMPLE = 2_000_000_000
 MOST_LINES = 20

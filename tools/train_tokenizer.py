@@ -26,8 +26,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from containers import not_utf8
 from tokenizer.bpe import SPECIAL_TOKENS
+from trainlib.data.containers import not_utf8
 
 # Pieces that merges never cross: English contractions, a run of letters with the one character
 # before it (a space, a comma), single digits, punctuation with the newlines after it, blanks.

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import model
 from kernels import block_attention, fused_cpu, varlen_attention
 from model import AttentionOp, ModelConfig, Ops, rotary_angles
-from trainlib.batches import Place, StepLoader
 from trainlib.core.distributed import Ranks
 from trainlib.core.hardware import DTYPES
+from trainlib.data.loader import Place, StepLoader
 from trainlib.runtime import Hardware, compile_layers, looking
 
 if TYPE_CHECKING:

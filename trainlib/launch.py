@@ -15,7 +15,6 @@ import torch
 import yaml
 from torch import nn
 
-from trainlib.batches import deal
 from trainlib.checkpoint import Checkpoints
 from trainlib.claim import IDENTITY, take_folder
 from trainlib.control import Clock
@@ -47,6 +46,7 @@ from trainlib.core.settings import (
     write_run_yaml,
 )
 from trainlib.core.terminal import survive_a_dead_terminal
+from trainlib.data.loader import deal
 from trainlib.metrics import MetricsLog
 from trainlib.plan import CONFIGS, plan_request, print_plan
 from trainlib.runtime import Hardware, use_hardware

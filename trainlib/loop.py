@@ -20,10 +20,10 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from trainlib import metrics as names
-from trainlib.batches import ALONE, Place, StepBatch, StepLoader
 from trainlib.control import Control
 from trainlib.core.distributed import Ranks
 from trainlib.core.errors import UserError
+from trainlib.data.loader import ALONE, Place, StepBatch, StepLoader
 from trainlib.launch import Run
 from trainlib.metrics import newly_passed
 from trainlib.mfu import matmul_peak

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from trainlib.batches import deal
 from trainlib.core import hardware
 from trainlib.core.distributed import number_of_ranks
 from trainlib.core.errors import UserError
 from trainlib.core.files import ROOT
 from trainlib.core.hardware import Card, Choice, read_cards
 from trainlib.core.settings import provenance
+from trainlib.data.loader import deal
 from trainlib.mfu import Sizes
 
 CONFIGS = ROOT / "configs"

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainlib.batches import Place, StepBatch, StepLoader
 from trainlib.checkpoint import load_optimizer_tensors, optimizer_tensors
+from trainlib.data.loader import Place, StepBatch, StepLoader
 from trainlib.launch import Run
 from trainlib.metrics import MetricsLog
 from trainlib.optim import Schedule

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from batch import Batch
 from dataset import DataConfig, load_datasets
 from model import ModelConfig, Transformer
-from packing import PackedDataset
 from tokenizer.bpe import Tokenizer, default_folder
 from tools.made_rows import write_data
 from train import loss_fn
-from trainlib.batches import ALONE, Place, StepLoader
 from trainlib.core.hardware import Choice, choose_hardware, find_facts, read_table
+from trainlib.data.batch import Batch
+from trainlib.data.loader import ALONE, Place, StepLoader
+from trainlib.data.packing import PackedDataset
 from trainlib.kernels import warm_up
 from trainlib.loop import optimizer_step
 from trainlib.mfu import Sizes

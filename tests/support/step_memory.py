@@ -19,11 +19,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from batch import Batch
 from dpo_train import dpo_loss
 from losses import cross_entropy_sum
 from preferences import batch_log_probs
-from trainlib.batches import ALONE, Place, StepBatch
+from trainlib.data.batch import Batch
+from trainlib.data.loader import ALONE, Place, StepBatch
 from trainlib.loop import optimizer_step
 from trainlib.optim import OptimConfig, build_optimizers
 from trainlib.runtime import Hardware

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses import IGNORE_INDEX
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import formats
-from containers import Item
-from readers import Source
 from tokenizer.bpe import Sequence, Tokenizer
 from trainlib.core.errors import UserError
+from trainlib.data import formats
+from trainlib.data.containers import Item
+from trainlib.data.readers import Source
 
 CHUNK_BYTES = 1 << 20
 PARSED_BYTES = 1000

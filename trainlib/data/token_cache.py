@@ -11,9 +11,9 @@ One cache a file, so that one more file costs one file. A cache is a folder unde
     skipped.jsonl    line and reason of each row that was left out (data.on_error=skip)
 
 A record makes one sequence, a preference pair two: chosen, then rejected. A large file is read by
-one process and tokenized by one a core, a chunk at a time (tokenizing.py). The folder has another
-name until it is whole; what a killed process leaves is gone on with, and of two processes that
-want the same cache one waits for the other.
+one process and tokenized by one a core, a chunk at a time (tokenize_files.py). The folder has
+another name until it is complete; an interrupted build is resumed; a second process that needs the
+same cache waits for the first.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-import formats
 from tokenizer.bpe import Tokenizer
-from tokenizing import Encode, Task, Tokenized, chunks, tokenize_chunks
 from trainlib.core.errors import UserError
 from trainlib.core.files import cache_dir, mount_hint, sync, write_atomically
+from trainlib.data import formats
+from trainlib.data.tokenize_files import Encode, Task, Tokenized, chunks, tokenize_chunks
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from containers import (
+from trainlib.core.errors import UserError
+from trainlib.data.containers import (
     BOM,
     Broken,
     Item,
@@ -34,7 +35,6 @@ from containers import (
     read_jsonl,
     read_txt,
 )
-from trainlib.core.errors import UserError
 
 CONTAINERS = ("jsonl", "array", "csv", "txt", "parquet")
 SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")

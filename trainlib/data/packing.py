@@ -8,29 +8,23 @@ labels. No document is lost silently: those that do not fit are cut or left out,
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from batch import Batch
-from losses import IGNORE_INDEX
-from token_cache import TokenCache
-from trainlib.batches import Place
 from trainlib.core.errors import UserError
-from trainlib.core.files import cache_dir
+from trainlib.data.batch import IGNORE_INDEX, Batch
+from trainlib.data.epoch_plan import PLAN_LAYOUT, Plan, Row
+from trainlib.data.loader import Place
+from trainlib.data.token_cache import TokenCache
 
 WINDOW = 8192
 """Units that are packed together: so the cost is linear, and long data stays shuffled."""
 STORED_UNITS = 500_000
 """From so many on a plan takes seconds to make and is kept on disk, memory-mapped."""
-PLAN_LAYOUT = 1  # Counts up when the same data are packed in another way.
-KEPT_PLANS = 20
-Row = np.ndarray  # The numbers of the units that share a row.
 
 
 class Origin(NamedTuple):
@@ -329,51 +323,6 @@ class PackedDataset:
             yield cache.ids[begin:end].astype(np.int64), cache.supervised[begin:end] != 0
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The rows of an epoch: row i has the units from bounds[order[i]] to the next bound."""
-
-    units: np.ndarray
-    bounds: np.ndarray
-    order: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, number: int) -> Row:
-        row = self.order[number]
-        return np.asarray(self.units[self.bounds[row] : self.bounds[row + 1]])
-
-    def used(self) -> np.ndarray:
-        """The units of all rows."""
-        if len(self.order) == len(self.bounds) - 1:
-            return self.units
-        return np.concatenate([self[i] for i in range(len(self))])
-
-    @classmethod
-    def stored(cls, key: str, make: Callable[[], Plan]) -> Plan:
-        """The plan of that key from .cache/plans, memory-mapped; made now unless it is there."""
-        folder = cache_dir() / "plans"
-        names = [f.name for f in fields(cls)]
-        paths = [folder / f"{key}.{name}.npy" for name in names]
-        try:
-            if not all(path.is_file() for path in paths):
-                folder.mkdir(parents=True, exist_ok=True)
-                for old in sorted(folder.glob("*.npy"), key=os.path.getmtime)[: -3 * KEPT_PLANS]:
-                    old.unlink(missing_ok=True)
-                plan = make()
-                for name, path in zip(names, paths, strict=True):
-                    partial = path.with_name(f".{path.stem}.{os.getpid()}.npy")
-                    np.save(partial, getattr(plan, name))
-                    partial.replace(path)
-            return cls(*(np.load(path, mmap_mode="r") for path in paths))
-        except OSError as error:
-            raise UserError(
-                f"{folder}: {error.strerror or error}. The order of the data is kept there; "
-                "TRAIN_LLM_CACHE_DIR names another folder."
-            ) from error
-
-
 def pack_best_fit(lengths: np.ndarray, row_length: int) -> list[list[int]]:
     """Which units share a row: longest first, each into the fullest row that still takes it.
 
@@ -398,3 +347,14 @@ def pack_best_fit(lengths: np.ndarray, row_length: int) -> list[list[int]]:
         with_space[space - size].append(row)
         spaces |= 1 << (space - size)
     return rows
+
+
+class Datasets(NamedTuple):
+    """Training rows, validation rows by name, and what they were made of."""
+
+    train: PackedDataset
+    val: dict[str, PackedDataset]
+    data_key: str
+    """Changes when the rows of a file, the tokenizer or the choice of files change."""
+    yardsticks: dict[str, float] = {}
+    """Bits per byte that need no model, by name (yardsticks.py); none of preferences."""

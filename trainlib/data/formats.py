@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import conversations as c
-from containers import GBK_CURE, NOT_UTF8, Broken, Item, Row
-from readers import CONTAINERS, EmptyFileError, Source, parse
 from trainlib.core.errors import UserError
+from trainlib.data import conversations as c
+from trainlib.data.containers import GBK_CURE, NOT_UTF8, Broken, Item, Row
+from trainlib.data.readers import CONTAINERS, EmptyFileError, Source, parse
 
 ROWS_LOOKED_AT = 50
 

@@ -12,8 +12,8 @@ import json
 import re
 from typing import Any
 
-from containers import GBK_CURE, Row, json_type, looks_like_gbk
 from tokenizer.chat_format import ROLES
+from trainlib.data.containers import GBK_CURE, Row, json_type, looks_like_gbk
 
 Messages = list[dict[str, Any]]
 SPEAKERS = {

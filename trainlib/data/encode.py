@@ -1,0 +1,40 @@
+"""A record to ids and loss mask, in one pass, for each stage."""
+
+from __future__ import annotations
+
+from tokenizer.bpe import Sequence, Tokenizer
+from tokenizer.chat_format import render_conversation
+from trainlib.data import formats
+from trainlib.data.tokenize_files import Encode
+
+
+def encode_document(tokenizer: Tokenizer, record: formats.Record) -> list[Sequence]:
+    """A text between two end-of-text ids; all but the first are under the loss."""
+    end = tokenizer.end_of_text_id
+    ids = [end, *tokenizer.encode(record.value), end]
+    return [Sequence(ids, [False] + [True] * (len(ids) - 1))]
+
+
+def encode_conversation(tokenizer: Tokenizer, record: formats.Record) -> list[Sequence]:
+    """A conversation in ChatML; the assistant's words and ends of turn are under the loss."""
+    return [render_conversation(tokenizer, record.value)]
+
+
+def encode_preference(tokenizer: Tokenizer, record: formats.Record) -> list[Sequence]:
+    """Chosen and rejected conversation; of each only the last answer is under the loss."""
+    return [_last_answer_only(render_conversation(tokenizer, c)) for c in record.value]
+
+
+def _last_answer_only(sequence: Sequence) -> Sequence:
+    end = len(sequence.mask) - sequence.mask[::-1].index(True)
+    start = end
+    while start and sequence.mask[start - 1]:
+        start -= 1
+    return Sequence(sequence.ids, [start <= i < end for i in range(len(sequence.mask))])
+
+
+ENCODERS: dict[str, Encode] = {
+    "pretrain": encode_document,
+    "sft": encode_conversation,
+    "dpo": encode_preference,
+}

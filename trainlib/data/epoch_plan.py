@@ -1,0 +1,61 @@
+"""The rows of an epoch: which units share a row, and in what order rows come."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from trainlib.core.errors import UserError
+from trainlib.core.files import cache_dir
+
+PLAN_LAYOUT = 1  # Counts up when the same data are packed in another way.
+KEPT_PLANS = 20
+Row = np.ndarray  # The numbers of the units that share a row.
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of an epoch: row i has the units from bounds[order[i]] to the next bound."""
+
+    units: np.ndarray
+    bounds: np.ndarray
+    order: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, number: int) -> Row:
+        row = self.order[number]
+        return np.asarray(self.units[self.bounds[row] : self.bounds[row + 1]])
+
+    def used(self) -> np.ndarray:
+        """The units of all rows."""
+        if len(self.order) == len(self.bounds) - 1:
+            return self.units
+        return np.concatenate([self[i] for i in range(len(self))])
+
+    @classmethod
+    def stored(cls, key: str, make: Callable[[], Plan]) -> Plan:
+        """The plan of that key from .cache/plans, memory-mapped; made now unless it is there."""
+        folder = cache_dir() / "plans"
+        names = [f.name for f in fields(cls)]
+        paths = [folder / f"{key}.{name}.npy" for name in names]
+        try:
+            if not all(path.is_file() for path in paths):
+                folder.mkdir(parents=True, exist_ok=True)
+                for old in sorted(folder.glob("*.npy"), key=os.path.getmtime)[: -3 * KEPT_PLANS]:
+                    old.unlink(missing_ok=True)
+                plan = make()
+                for name, path in zip(names, paths, strict=True):
+                    partial = path.with_name(f".{path.stem}.{os.getpid()}.npy")
+                    np.save(partial, getattr(plan, name))
+                    partial.replace(path)
+            return cls(*(np.load(path, mmap_mode="r") for path in paths))
+        except OSError as error:
+            raise UserError(
+                f"{folder}: {error.strerror or error}. The order of the data is kept there; "
+                "TRAIN_LLM_CACHE_DIR names another folder."
+            ) from error
