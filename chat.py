@@ -7,12 +7,12 @@ import contextlib
 import sys
 from pathlib import Path
 
-from generate import Sampling, generate, stream_text
-from hf_folder import load_model, load_tokenizer
 from model import Transformer
 from tokenizer.bpe import Tokenizer
 from tokenizer.chat_format import Message, render_prompt
 from trainlib.core.errors import UserError
+from trainlib.models.generate import Sampling, generate, stream_text
+from trainlib.models.hf_folder import load_model, load_tokenizer
 
 NEWEST = ("runs/dpo/final", "runs/sft/final", "runs/demo/dpo/final")
 

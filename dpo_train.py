@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import DataConfig, load_datasets
-from hf_folder import load_model, load_tokenizer, model_files
 from preferences import TIE_NATS, batch_log_probs, format_report, reference_log_probs, report
 from trainlib.core.files import write_atomically
 from trainlib.data.batch import Batch
@@ -26,6 +25,7 @@ from trainlib.kernels import warm_up
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
 from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate
 from trainlib.mfu import flops_per_token
+from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
 from trainlib.optim import OptimConfig, build_optimizers
 from worst_rows import write_worst_pairs
 

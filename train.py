@@ -13,15 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from dataset import DataConfig, load_datasets
-from generate import Sampling, sample_texts
-from hf_folder import (
-    check_vocabulary,
-    load_model,
-    load_tokenizer,
-    model_files,
-    too_long,
-    with_sizes,
-)
 from losses import cross_entropy_sum
 from model import ModelConfig, Transformer, count_parameters
 from tokenizer.adopt import adopt
@@ -34,6 +25,15 @@ from trainlib.kernels import warm_up
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run, tell_next
 from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate
 from trainlib.mfu import flops_per_token
+from trainlib.models.generate import Sampling, sample_texts
+from trainlib.models.hf_folder import (
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    model_files,
+    too_long,
+    with_sizes,
+)
 from trainlib.optim import OptimConfig, build_optimizers
 from worst_rows import write_worst_rows
 from yardsticks import with_yardsticks

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from bench.common import measured
-from hf_folder import load_model
 from losses import cross_entropy_sum
 from trainlib.core.hardware import Choice, choose_hardware, find_facts, read_table
 from trainlib.data.batch import Batch
 from trainlib.data.loader import ALONE
 from trainlib.kernels import choose_kernels
+from trainlib.models.hf_folder import load_model
 from trainlib.runtime import Hardware, use_hardware
 
 

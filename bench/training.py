@@ -38,9 +38,9 @@ import torch
 from bench.common import PLACE, SAMPLE, base, parser_of, peer, record, run
 from bench.step import chosen
 from dataset import DataConfig, load_datasets
-from hf_folder import load_tokenizer
 from trainlib.data.loader import StepLoader
 from trainlib.metrics import TRAIN_SPEED, TRAIN_TOKENS, minutes_trained
+from trainlib.models.hf_folder import load_tokenizer
 from trainlib.optim import fast_bfloat16
 
 ROWS, LENGTH, WARM = 8, 512, 2

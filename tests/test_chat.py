@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 import chat
-from generate import Sampling
-from hf_folder import model_files
 from model import ModelConfig, Transformer
+from trainlib.models.generate import Sampling
+from trainlib.models.hf_folder import model_files
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16,

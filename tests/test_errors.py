@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_folder import model_files
 from model import ModelConfig, Transformer
 from tokenizer.bpe import Tokenizer, default_folder
 from trainlib.core.errors import UserError
 from trainlib.data.encode import encode_document
 from trainlib.data.token_cache import build_cache
+from trainlib.models.hf_folder import model_files
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("pretrain", "sft", "dpo")

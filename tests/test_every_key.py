@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import save_file
 
 from dpo_train import DPOConfig
-from hf_folder import model_files
 from model import ModelConfig, Transformer
 from sft_train import SFTConfig
 from train import PretrainConfig
 from trainlib.core.parsing import parse
 from trainlib.core.settings import keys
+from trainlib.models.hf_folder import model_files
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {

@@ -10,7 +10,10 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from generate import (
+from model import ModelConfig, Transformer
+from tokenizer.chat_format import render_conversation, render_prompt
+from trainlib.core.errors import UserError
+from trainlib.models.generate import (
     KVCache,
     Sampling,
     filter_logits,
@@ -19,10 +22,7 @@ from generate import (
     sample,
     stream_text,
 )
-from hf_folder import load_model, model_files
-from model import ModelConfig, Transformer
-from tokenizer.chat_format import render_conversation, render_prompt
-from trainlib.core.errors import UserError
+from trainlib.models.hf_folder import load_model, model_files
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from hf_folder import check_vocabulary, load_config, load_model, model_files, with_sizes
 from model import ModelConfig, Transformer
 from tokenizer.bpe import SPECIAL_TOKENS
 from tokenizer.chat_format import render_conversation
 from train import PretrainConfig
 from trainlib.core import settings as settings_of
 from trainlib.core.errors import UserError
+from trainlib.models.hf_folder import (
+    check_vocabulary,
+    load_config,
+    load_model,
+    model_files,
+    with_sizes,
+)
 
 
 def write_folder(path: Path, tokenizer, **changes) -> Transformer:

@@ -18,12 +18,12 @@ from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
-from generate import Sampling, generate_batch
 from kernels import varlen_attention
 from model import AttentionOp, ModelConfig, Ops, Transformer
 from trainlib.core.distributed import Ranks
 from trainlib.data.loader import StepBatch, StepLoader
 from trainlib.kernels import ATTENTION, LONG_RUN, choose_kernels, warm_up
+from trainlib.models.generate import Sampling, generate_batch
 from trainlib.runtime import Hardware, looking
 
 SIZES = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

@@ -10,7 +10,6 @@ import torch
 import transformers
 
 import model as model_module
-from hf_folder import model_files
 from model import (
     ModelConfig,
     Transformer,
@@ -19,6 +18,7 @@ from model import (
     rotary_angles,
     visible,
 )
+from trainlib.models.hf_folder import model_files
 
 SIZES = {
     "vocab_size": 200,

@@ -10,7 +10,6 @@ import time
 import pytest
 import torch
 
-from hf_folder import model_files
 from model import ModelConfig, Transformer, count_parameters
 from tests.test_memory import SHIPPED, shipped
 from trainlib.checkpoint import Checkpoints
@@ -18,6 +17,7 @@ from trainlib.core.errors import UserError
 from trainlib.core.hardware import CARDS, Card, find_card, read_cards
 from trainlib.data.loader import deal
 from trainlib.mfu import Sizes, flops_per_token, update_flops
+from trainlib.models.hf_folder import model_files
 from trainlib.optim import OptimConfig, build_optimizers
 from trainlib.plan import parse_seconds, plan_request, step_time
 

@@ -17,8 +17,6 @@ from pathlib import Path
 
 import torch
 
-from generate import Sampling, generate_batch
-from hf_folder import load_model, load_tokenizer
 from model import Transformer, count_parameters
 from tokenizer.bpe import Tokenizer
 from tokenizer.chat_format import render_prompt
@@ -26,6 +24,8 @@ from trainlib.core.errors import UserError
 from trainlib.core.files import move_aside, write_atomically
 from trainlib.core.hardware import cpu_name
 from trainlib.metrics import VAL_LOSS, minutes_trained, read_metrics
+from trainlib.models.generate import Sampling, generate_batch
+from trainlib.models.hf_folder import load_model, load_tokenizer
 
 DEMO = Path("runs/demo")
 SAMPLE = Path("dataset/sample")

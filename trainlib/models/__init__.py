@@ -1,0 +1,1 @@
+"""A model on disk (hf_folder.py), and text that it writes (generate.py)."""
