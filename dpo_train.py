@@ -1,4 +1,4 @@
-"""Stage 3, direct preference optimization: chosen above rejected, in the loop trainlib.loop.fit.
+"""Stage 3, direct preference optimization: chosen above rejected, by trainlib.engine.loop.fit.
 
     python dpo_train.py [config.yaml] [init_from=runs/sft/final] [section.key=value ...]
 
@@ -21,9 +21,9 @@ from preferences import TIE_NATS, batch_log_probs, format_report, reference_log_
 from trainlib.core.files import write_atomically
 from trainlib.data.batch import Batch
 from trainlib.data.packing import Datasets
+from trainlib.engine.loop import Metrics, fit, make_loader, make_schedule, validate
 from trainlib.kernels import warm_up
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
-from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate
 from trainlib.mfu import flops_per_token
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
 from trainlib.optim import OptimConfig, build_optimizers

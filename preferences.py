@@ -23,8 +23,8 @@ from trainlib.core.files import cache_dir
 from trainlib.data.batch import Batch
 from trainlib.data.loader import Place, StepLoader
 from trainlib.data.packing import Datasets, PackedDataset
+from trainlib.engine.loop import micro_batches
 from trainlib.launch import Run
-from trainlib.loop import micro_batches
 from trainlib.runtime import looking
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Stage 2, supervised fine-tuning: the assistant's words alone, in the loop trainlib.loop.fit.
+"""Stage 2, supervised fine-tuning: the assistant's words alone, by trainlib.engine.loop.fit.
 
 python sft_train.py [config.yaml] [init_from=runs/pretrain/final] [section.key=value ...]
 """
@@ -16,9 +16,9 @@ from dataset import DataConfig, load_datasets
 from losses import cross_entropy_sum
 from trainlib.data.batch import Batch
 from trainlib.data.packing import Datasets
+from trainlib.engine.loop import Metrics, fit, make_loader, make_schedule, validate
 from trainlib.kernels import warm_up
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run, tell_next
-from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate
 from trainlib.mfu import flops_per_token
 from trainlib.models.generate import Sampling, sample_answers
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files

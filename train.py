@@ -1,4 +1,4 @@
-"""Stage 1, pretraining: next-token prediction on packed documents, in the loop trainlib.loop.fit.
+"""Stage 1, pretraining: next-token prediction on packed documents, by trainlib.engine.loop.fit.
 
 python train.py [config.yaml] [section.key=value ...]
 """
@@ -21,9 +21,9 @@ from trainlib.core.errors import as_user_errors
 from trainlib.core.settings import provenance, with_value
 from trainlib.data.batch import Batch
 from trainlib.data.packing import Datasets
+from trainlib.engine.loop import Metrics, fit, make_loader, make_schedule, validate
 from trainlib.kernels import warm_up
 from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run, tell_next
-from trainlib.loop import Metrics, fit, make_loader, make_schedule, validate
 from trainlib.mfu import flops_per_token
 from trainlib.models.generate import Sampling, sample_texts
 from trainlib.models.hf_folder import (

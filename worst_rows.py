@@ -19,8 +19,8 @@ from preferences import batch_log_probs
 from tokenizer.bpe import Tokenizer
 from trainlib.core.files import write_atomically
 from trainlib.data.packing import Origin, PackedDataset
+from trainlib.engine.loop import micro_batches
 from trainlib.launch import Run
-from trainlib.loop import micro_batches
 from trainlib.runtime import looking
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from trainlib.core.distributed import Ranks
 from trainlib.core.errors import UserError
 from trainlib.core.files import lock_folder, refuse_if_locked, release_folders
 from trainlib.data.loader import Place, StepBatch, StepLoader
-from trainlib.loop import Display, optimizer_step
+from trainlib.engine.loop import Display, optimizer_step
 from trainlib.metrics import cut_back
 from trainlib.optim import OptimConfig, Schedule, build_optimizers
 from trainlib.runtime import Hardware, looking

@@ -12,7 +12,7 @@ import torch
 from model import ModelConfig, Transformer
 from trainlib.core.distributed import Ranks
 from trainlib.data.loader import Place, StepBatch
-from trainlib.loop import optimizer_step
+from trainlib.engine.loop import optimizer_step
 from trainlib.optim import Muon, OptimConfig, Schedule, build_optimizers
 from trainlib.runtime import Hardware
 

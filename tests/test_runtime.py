@@ -21,7 +21,7 @@ from torch import nn
 
 from trainlib.core.distributed import Ranks
 from trainlib.data.loader import Place, StepBatch
-from trainlib.loop import optimizer_step
+from trainlib.engine.loop import optimizer_step
 from trainlib.optim import OptimConfig, build_optimizers
 from trainlib.runtime import Hardware
 from trainlib.state import SCALE_STEPS, TrainState

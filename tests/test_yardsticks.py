@@ -15,7 +15,7 @@ import yardsticks
 from dataset import DataConfig, load_datasets
 from trainlib.data.loader import ALONE
 from trainlib.data.token_cache import TokenCache
-from trainlib.loop import validate
+from trainlib.engine.loop import validate
 from trainlib.runtime import Hardware
 from yardsticks import Labels, count_pairs, ngram_bits, training_labels, with_yardsticks
 

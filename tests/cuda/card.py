@@ -19,8 +19,8 @@ from trainlib.core.hardware import Choice, choose_hardware, find_facts, read_tab
 from trainlib.data.batch import Batch
 from trainlib.data.loader import ALONE, Place, StepLoader
 from trainlib.data.packing import PackedDataset
+from trainlib.engine.loop import optimizer_step
 from trainlib.kernels import warm_up
-from trainlib.loop import optimizer_step
 from trainlib.mfu import Sizes
 from trainlib.optim import OptimConfig, build_optimizers
 from trainlib.plan import step_memory, total

@@ -24,7 +24,7 @@ from losses import cross_entropy_sum
 from preferences import batch_log_probs
 from trainlib.data.batch import Batch
 from trainlib.data.loader import ALONE, Place, StepBatch
-from trainlib.loop import optimizer_step
+from trainlib.engine.loop import optimizer_step
 from trainlib.optim import OptimConfig, build_optimizers
 from trainlib.runtime import Hardware
 
