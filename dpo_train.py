@@ -1,4 +1,4 @@
-"""Stage 3, direct preference optimization: chosen above rejected, by trainlib.engine.loop.fit.
+"""Stage 3, direct preference optimization: chosen over rejected, by trainlib.engine.loop.fit.
 
     python dpo_train.py [config.yaml] [init_from=runs/sft/final] [section.key=value ...]
 
@@ -17,16 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import DataConfig, load_datasets
-from preferences import TIE_NATS, batch_log_probs, format_report, reference_log_probs, report
+from preferences import TIE_NATS, format_report, reference_log_probs, report
 from trainlib.core.files import write_atomically
 from trainlib.data.batch import Batch
 from trainlib.data.packing import Datasets
-from trainlib.engine.loop import Metrics, fit, make_loader, make_schedule, validate
-from trainlib.kernels import warm_up
-from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run
-from trainlib.mfu import flops_per_token
+from trainlib.engine.flops import flops_per_token
+from trainlib.engine.kernels import warm_up
+from trainlib.engine.launch import launch, prepare_model, start_run
+from trainlib.engine.loop import fit, make_loader, make_schedule
+from trainlib.engine.losses import batch_log_probs
+from trainlib.engine.optim import OptimConfig, build_optimizers
+from trainlib.engine.run import HOW, RunConfig
+from trainlib.engine.step import Metrics
+from trainlib.engine.validation import validate
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
-from trainlib.optim import OptimConfig, build_optimizers
 from worst_rows import write_worst_pairs
 
 log = logging.getLogger(__name__)

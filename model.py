@@ -181,8 +181,8 @@ class AttentionOp(NamedTuple):
 class Ops:
     """The functions that the modules call: the formulas above, unless a run sets faster ones.
 
-    A run compares each faster one with the formula first (trainlib/kernels.py), so whoever edits
-    a formula gets what they wrote.
+    A run compares each faster one with the formula first (trainlib/engine/kernels.py), so whoever
+    edits a formula gets what they wrote.
     """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm

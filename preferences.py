@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from losses import sequence_log_probs
 from trainlib.core.files import cache_dir
 from trainlib.data.batch import Batch
 from trainlib.data.loader import Place, StepLoader
 from trainlib.data.packing import Datasets, PackedDataset
-from trainlib.engine.loop import micro_batches
-from trainlib.launch import Run
-from trainlib.runtime import looking
+from trainlib.engine.device import looking
+from trainlib.engine.losses import batch_log_probs
+from trainlib.engine.run import Run
+from trainlib.engine.validation import micro_batches
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +33,6 @@ TIE_NATS = 1e-3
 """Log-probability ratios closer than this are equal: below it fp32 sums of logits are noise."""
 FORWARD = 3
 """Raised whenever the decoder comes to round otherwise, so that no older reference is used."""
-
-
-def batch_log_probs(model: nn.Module, batch: Batch) -> Tensor:
-    """Log-probability of the last answer of each document of a batch, in nats; shape (C,)."""
-    logits = model(**batch.inputs)
-    labels, documents = batch.selected(batch.labels), batch.selected(batch.document_ids)
-    return sequence_log_probs(logits, labels, documents, len(batch.sequence_ids))
 
 
 def reference_log_probs(

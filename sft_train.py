@@ -13,16 +13,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from dataset import DataConfig, load_datasets
-from losses import cross_entropy_sum
 from trainlib.data.batch import Batch
 from trainlib.data.packing import Datasets
-from trainlib.engine.loop import Metrics, fit, make_loader, make_schedule, validate
-from trainlib.kernels import warm_up
-from trainlib.launch import HOW, RunConfig, launch, prepare_model, start_run, tell_next
-from trainlib.mfu import flops_per_token
+from trainlib.engine.flops import flops_per_token
+from trainlib.engine.kernels import warm_up
+from trainlib.engine.launch import launch, prepare_model, start_run, tell_next
+from trainlib.engine.loop import fit, make_loader, make_schedule
+from trainlib.engine.losses import cross_entropy_sum
+from trainlib.engine.optim import OptimConfig, build_optimizers
+from trainlib.engine.run import HOW, RunConfig
+from trainlib.engine.step import Metrics
+from trainlib.engine.validation import validate
 from trainlib.models.generate import Sampling, sample_answers
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
-from trainlib.optim import OptimConfig, build_optimizers
 from worst_rows import write_worst_rows
 from yardsticks import with_yardsticks
 

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from preferences import batch_log_probs
 from tokenizer.bpe import Tokenizer
 from trainlib.core.files import write_atomically
 from trainlib.data.packing import Origin, PackedDataset
-from trainlib.engine.loop import micro_batches
-from trainlib.launch import Run
-from trainlib.runtime import looking
+from trainlib.engine.device import looking
+from trainlib.engine.losses import batch_log_probs
+from trainlib.engine.run import Run
+from trainlib.engine.validation import micro_batches
 
 log = logging.getLogger(__name__)
 

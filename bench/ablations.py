@@ -35,7 +35,7 @@ from dpo_train import DPOConfig
 from sft_train import SFTConfig
 from train import PretrainConfig
 from trainlib.core.settings import load_config, recipe
-from trainlib.metrics import VAL_BITS_PER_BYTE, VAL_LOSS, read_metrics
+from trainlib.engine.metrics import VAL_BITS_PER_BYTE, VAL_LOSS, read_metrics
 
 TOKENS, SEEDS = 400_000, 3
 RUNS = ROOT / "bench/ablations.jsonl"

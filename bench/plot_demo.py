@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainlib.metrics import (
+from trainlib.engine.metrics import (
     VAL_BITS_PER_BYTE,
     VAL_REWARD_ACCURACY,
     minutes_trained,

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from bench.common import measured
-from losses import cross_entropy_sum
 from trainlib.core.hardware import Choice, choose_hardware, find_facts, read_table
 from trainlib.data.batch import Batch
 from trainlib.data.loader import ALONE
-from trainlib.kernels import choose_kernels
+from trainlib.engine.device import Hardware, use_hardware
+from trainlib.engine.kernels import choose_kernels
+from trainlib.engine.losses import cross_entropy_sum
 from trainlib.models.hf_folder import load_model
-from trainlib.runtime import Hardware, use_hardware
 
 
 def own_step(folder: Path, rows: int, length: int, count: int = 0) -> dict[str, float]:

@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 
 from bench.common import PEERS, PLACE, SAMPLE, base, peer, record, run
-from trainlib.metrics import VAL_BITS_PER_BYTE, minutes_trained, read_metrics
-from trainlib.optim import fast_bfloat16
+from trainlib.engine.metrics import VAL_BITS_PER_BYTE, minutes_trained, read_metrics
+from trainlib.engine.optim import fast_bfloat16
 
 VAL_BYTES = 30_000
 """Of each validation file of the sample."""

@@ -39,9 +39,9 @@ from bench.common import PLACE, SAMPLE, base, parser_of, peer, record, run
 from bench.step import chosen
 from dataset import DataConfig, load_datasets
 from trainlib.data.loader import StepLoader
-from trainlib.metrics import TRAIN_SPEED, TRAIN_TOKENS, minutes_trained
+from trainlib.engine.metrics import TRAIN_SPEED, TRAIN_TOKENS, minutes_trained
+from trainlib.engine.optim import fast_bfloat16
 from trainlib.models.hf_folder import load_tokenizer
-from trainlib.optim import fast_bfloat16
 
 ROWS, LENGTH, WARM = 8, 512, 2
 TRL = ("sft", "sft_wrapped", "dpo")

@@ -13,7 +13,7 @@ import torch
 import model
 from tests.support.stages import STAGES
 from tokenizer.bpe import Tokenizer, default_folder
-from trainlib.launch import launch
+from trainlib.engine.launch import launch
 
 torch.set_num_threads(1)
 torch.set_float32_matmul_precision("highest")

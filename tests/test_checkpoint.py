@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-import trainlib.checkpoint as checkpoint
-from trainlib.checkpoint import Checkpoints, load_optimizer_tensors, optimizer_tensors
 from trainlib.core.errors import UserError
+from trainlib.engine import checkpoint
+from trainlib.engine.checkpoint import Checkpoints, load_optimizer_tensors, optimizer_tensors
 
 
 def new_model(width: int = 6) -> nn.Sequential:

@@ -8,9 +8,9 @@ import signal
 
 import pytest
 
-from trainlib.control import Clock, Control, Requests
 from trainlib.core.distributed import Ranks
-from trainlib.optim import OptimConfig, Schedule
+from trainlib.engine.control import Clock, Control, Requests
+from trainlib.engine.optim import OptimConfig, Schedule
 
 SCHEDULE = Schedule(OptimConfig(), 100)
 
@@ -89,7 +89,7 @@ class Time:
 @pytest.fixture
 def time(monkeypatch):
     time = Time()
-    monkeypatch.setattr("trainlib.control.time", time)
+    monkeypatch.setattr("trainlib.engine.control.time", time)
     return time
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from dataset import DataConfig, choose_files, hold_out, load_datasets
-from losses import cross_entropy_sum
 from model import ModelConfig, Transformer
 from tokenizer.chat_format import render_conversation
 from trainlib.core.errors import UserError
@@ -19,6 +18,7 @@ from trainlib.data.encode import ENCODERS
 from trainlib.data.loader import Place
 from trainlib.data.packing import PackedDataset, pack_best_fit
 from trainlib.data.token_cache import build_cache
+from trainlib.engine.losses import cross_entropy_sum
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

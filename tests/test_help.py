@@ -12,7 +12,7 @@ from tests.support.stages import STAGES
 from trainlib.core.help import FLAGS, groups, help_text
 from trainlib.core.parsing import kind_text, value_text
 from trainlib.core.settings import keys
-from trainlib.launch import RunConfig
+from trainlib.engine.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

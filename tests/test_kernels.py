@@ -22,9 +22,9 @@ from kernels import varlen_attention
 from model import AttentionOp, ModelConfig, Ops, Transformer
 from trainlib.core.distributed import Ranks
 from trainlib.data.loader import StepBatch, StepLoader
-from trainlib.kernels import ATTENTION, LONG_RUN, choose_kernels, warm_up
+from trainlib.engine.device import Hardware, looking
+from trainlib.engine.kernels import ATTENTION, LONG_RUN, choose_kernels, warm_up
 from trainlib.models.generate import Sampling, generate_batch
-from trainlib.runtime import Hardware, looking
 
 SIZES = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                     num_attention_heads=4, num_key_value_heads=2, head_dim=8)  # fmt: skip
@@ -180,7 +180,7 @@ def test_an_edited_formula_is_what_a_run_computes(name, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     field = "attention" if name == "blocks" else name
     edited = Ops(**{field: EDITS[name]})
-    monkeypatch.setattr("trainlib.kernels.Ops", lambda: edited)
+    monkeypatch.setattr("trainlib.engine.kernels.Ops", lambda: edited)
     chosen = choose("fp32", "blocks")
     assert set(chosen) == {"blocks", *FUSED} - {name}
     assert getattr(model_module.ops, field) is EDITS[name]
@@ -288,7 +288,7 @@ def test_a_long_run_on_a_cpu_is_compiled_in_bf16(
 ):
     """Steps of two rows of 12 positions, so a thousand steps are just long enough."""
     asked = []
-    monkeypatch.setattr("trainlib.kernels.compile_layers",
+    monkeypatch.setattr("trainlib.engine.kernels.compile_layers",
                         lambda hardware, *_, **__: asked.append(1) or hardware)  # fmt: skip
     flops = LONG_RUN / 24_000
     _, run = warmed_up(

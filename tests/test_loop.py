@@ -10,17 +10,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainlib.checkpoint import Checkpoints
-from trainlib.control import Clock
 from trainlib.core.distributed import Ranks
 from trainlib.core.errors import UserError
 from trainlib.core.files import lock_folder, refuse_if_locked, release_folders
 from trainlib.data.loader import Place, StepBatch, StepLoader
-from trainlib.engine.loop import Display, optimizer_step
-from trainlib.metrics import cut_back
-from trainlib.optim import OptimConfig, Schedule, build_optimizers
-from trainlib.runtime import Hardware, looking
-from trainlib.state import TrainState, restore, save
+from trainlib.engine.checkpoint import Checkpoints
+from trainlib.engine.control import Clock
+from trainlib.engine.device import Hardware, looking
+from trainlib.engine.metrics import cut_back
+from trainlib.engine.optim import OptimConfig, Schedule, build_optimizers
+from trainlib.engine.progress import Display
+from trainlib.engine.step import optimizer_step
+from trainlib.engine.train_state import TrainState, restore, save
 
 SCHEDULE = Schedule(OptimConfig(), 10)
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import sft_train
 import train
 from dpo_train import dpo_loss
-from losses import cross_entropy_sum, sequence_log_probs, token_losses
 from trainlib.data.batch import IGNORE_INDEX, Batch
+from trainlib.engine.losses import cross_entropy_sum, sequence_log_probs, token_losses
 
 
 def test_cross_entropy_is_a_sum():

@@ -17,10 +17,10 @@ from tests.support.stages import STAGES
 from tests.support.step_memory import make_step, peak_bytes
 from trainlib.core.hardware import Choice
 from trainlib.core.settings import load_config
-from trainlib.kernels import ATTENTION
-from trainlib.mfu import Sizes
-from trainlib.optim import OptimConfig, build_optimizers
-from trainlib.plan import CONFIGS, CUDA_BYTES, find_sizes, step_memory, total
+from trainlib.engine.flops import Sizes
+from trainlib.engine.kernels import ATTENTION
+from trainlib.engine.optim import OptimConfig, build_optimizers
+from trainlib.engine.plan import CONFIGS, CUDA_BYTES, find_sizes, step_memory, total
 
 SMALL = ModelConfig(1000, 64, 176, 2, 2, 1, 32)
 LARGER = ModelConfig(2000, 192, 528, 4, 3, 1, 64)

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from trainlib.metrics import MetricsLog, as_markdown, charts, cut_back, newly_passed
+from trainlib.engine.metrics import MetricsLog, as_markdown, charts, cut_back, newly_passed
 
 
 def lines(folder: Path) -> list[dict]:

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import ModelConfig, Transformer
-from trainlib.mfu import flops_per_token, matmul_peak
+from trainlib.engine.flops import flops_per_token, matmul_peak
 
 
 @pytest.mark.parametrize("tied", [True, False])

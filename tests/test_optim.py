@@ -12,9 +12,9 @@ import torch
 from model import ModelConfig, Transformer
 from trainlib.core.distributed import Ranks
 from trainlib.data.loader import Place, StepBatch
-from trainlib.engine.loop import optimizer_step
-from trainlib.optim import Muon, OptimConfig, Schedule, build_optimizers
-from trainlib.runtime import Hardware
+from trainlib.engine.device import Hardware
+from trainlib.engine.optim import Muon, OptimConfig, Schedule, build_optimizers
+from trainlib.engine.step import optimizer_step
 
 
 def small_model() -> Transformer:

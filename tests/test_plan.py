@@ -12,14 +12,14 @@ import torch
 
 from model import ModelConfig, Transformer, count_parameters
 from tests.test_memory import SHIPPED, shipped
-from trainlib.checkpoint import Checkpoints
 from trainlib.core.errors import UserError
 from trainlib.core.hardware import CARDS, Card, find_card, read_cards
 from trainlib.data.loader import deal
-from trainlib.mfu import Sizes, flops_per_token, update_flops
+from trainlib.engine.checkpoint import Checkpoints
+from trainlib.engine.flops import Sizes, flops_per_token, update_flops
+from trainlib.engine.optim import OptimConfig, build_optimizers
+from trainlib.engine.plan import parse_seconds, plan_request, step_time
 from trainlib.models.hf_folder import model_files
-from trainlib.optim import OptimConfig, build_optimizers
-from trainlib.plan import parse_seconds, plan_request, step_time
 
 SMALL = [
     "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2",

@@ -21,10 +21,10 @@ from torch import nn
 
 from trainlib.core.distributed import Ranks
 from trainlib.data.loader import Place, StepBatch
-from trainlib.engine.loop import optimizer_step
-from trainlib.optim import OptimConfig, build_optimizers
-from trainlib.runtime import Hardware
-from trainlib.state import SCALE_STEPS, TrainState
+from trainlib.engine.device import Hardware
+from trainlib.engine.optim import OptimConfig, build_optimizers
+from trainlib.engine.step import optimizer_step
+from trainlib.engine.train_state import SCALE_STEPS, TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -113,7 +113,7 @@ SETTINGS = [
 
 FAULTS = """
 import resource, sys, torch
-from trainlib.runtime import keep_freed_memory
+from trainlib.engine.device import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()

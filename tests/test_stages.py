@@ -18,7 +18,7 @@ import transformers
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainlib.metrics import charts
+from trainlib.engine.metrics import charts
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = [

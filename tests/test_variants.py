@@ -80,8 +80,8 @@ for forward in (training, lambda ids: generation(ids, 100), lambda ids: generati
             assert torch.equal(forward(ids), forward(other)) != changes, back
 """
 MODULES = {
-    "GENERATE": "generate", "KERNELS": "trainlib.kernels", "RANKS": "trainlib.core.distributed",
-    "DEVICE": "trainlib.runtime",
+    "GENERATE": "trainlib.models.generate", "KERNELS": "trainlib.engine.kernels",
+    "RANKS": "trainlib.core.distributed", "DEVICE": "trainlib.engine.device",
 }  # fmt: skip
 
 

@@ -15,8 +15,8 @@ import yardsticks
 from dataset import DataConfig, load_datasets
 from trainlib.data.loader import ALONE
 from trainlib.data.token_cache import TokenCache
-from trainlib.engine.loop import validate
-from trainlib.runtime import Hardware
+from trainlib.engine.device import Hardware
+from trainlib.engine.validation import validate
 from yardsticks import Labels, count_pairs, ngram_bits, training_labels, with_yardsticks
 
 

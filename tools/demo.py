@@ -23,7 +23,7 @@ from tokenizer.chat_format import render_prompt
 from trainlib.core.errors import UserError
 from trainlib.core.files import move_aside, write_atomically
 from trainlib.core.hardware import cpu_name
-from trainlib.metrics import VAL_LOSS, minutes_trained, read_metrics
+from trainlib.engine.metrics import VAL_LOSS, minutes_trained, read_metrics
 from trainlib.models.generate import Sampling, generate_batch
 from trainlib.models.hf_folder import load_model, load_tokenizer
 

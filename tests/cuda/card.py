@@ -19,12 +19,12 @@ from trainlib.core.hardware import Choice, choose_hardware, find_facts, read_tab
 from trainlib.data.batch import Batch
 from trainlib.data.loader import ALONE, Place, StepLoader
 from trainlib.data.packing import PackedDataset
-from trainlib.engine.loop import optimizer_step
-from trainlib.kernels import warm_up
-from trainlib.mfu import Sizes
-from trainlib.optim import OptimConfig, build_optimizers
-from trainlib.plan import step_memory, total
-from trainlib.runtime import Hardware, use_hardware
+from trainlib.engine.device import Hardware, use_hardware
+from trainlib.engine.flops import Sizes
+from trainlib.engine.kernels import warm_up
+from trainlib.engine.optim import OptimConfig, build_optimizers
+from trainlib.engine.plan import step_memory, total
+from trainlib.engine.step import optimizer_step
 
 DEVICE = os.environ.get("CUDA_TESTS_DEVICE", "cuda")
 LENGTH = 512

@@ -10,7 +10,7 @@ from card import LENGTH
 
 from model import AttentionOp, visible
 from trainlib.core.hardware import DTYPES
-from trainlib.kernels import ATTENTION
+from trainlib.engine.kernels import ATTENTION
 
 pytestmark = pytest.mark.cuda
 

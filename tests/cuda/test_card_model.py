@@ -11,7 +11,7 @@ from card import LENGTH
 from model import Transformer
 from train import loss_fn
 from trainlib.data.loader import ALONE
-from trainlib.kernels import choose_kernels
+from trainlib.engine.kernels import choose_kernels
 
 pytestmark = pytest.mark.cuda
 

@@ -9,8 +9,8 @@ import torch
 from card import Trainer
 
 from train import loss_fn
-from trainlib.mfu import flops_per_token, matmul_peak
-from trainlib.runtime import looking
+from trainlib.engine.device import looking
+from trainlib.engine.flops import flops_per_token, matmul_peak
 
 pytestmark = pytest.mark.cuda
 WARM, STEPS = 3, 10

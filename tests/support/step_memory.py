@@ -1,6 +1,6 @@
 """Peak memory of a training step, counted on tensors without content: no device is needed.
 
-The counts hold the formulas of trainlib/plan.py (tests/test_memory.py).
+The counts hold the formulas of trainlib/engine/plan.py (tests/test_memory.py).
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from dpo_train import dpo_loss
-from losses import cross_entropy_sum
-from preferences import batch_log_probs
 from trainlib.data.batch import Batch
 from trainlib.data.loader import ALONE, Place, StepBatch
-from trainlib.engine.loop import optimizer_step
-from trainlib.optim import OptimConfig, build_optimizers
-from trainlib.runtime import Hardware
+from trainlib.engine.device import Hardware
+from trainlib.engine.losses import batch_log_probs, cross_entropy_sum
+from trainlib.engine.optim import OptimConfig, build_optimizers
+from trainlib.engine.step import optimizer_step
 
 Step = Callable[[nn.Module, list[Optimizer]], object]
 

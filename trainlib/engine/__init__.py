@@ -1,1 +1,1 @@
-"""The training loop and what it needs."""
+"""How a model is trained: run, step, loop, validation, checkpoints, metrics."""

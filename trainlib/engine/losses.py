@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trainlib.data.batch import IGNORE_INDEX
+from trainlib.data.batch import IGNORE_INDEX, Batch
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -82,3 +82,10 @@ def sequence_log_probs(
     slots = document_ids.flatten().clamp(max=num_documents)
     losses = token_losses(logits, labels)
     return losses.new_zeros(num_documents + 1).index_add(0, slots, -losses)[:num_documents]
+
+
+def batch_log_probs(model: nn.Module, batch: Batch) -> Tensor:
+    """Log-probability of the last answer of each document of a batch, in nats; shape (C,)."""
+    logits = model(**batch.inputs)
+    labels, documents = batch.selected(batch.labels), batch.selected(batch.document_ids)
+    return sequence_log_probs(logits, labels, documents, len(batch.sequence_ids))

@@ -31,7 +31,7 @@ class Hardware:
     compile: bool
     micro_batch_size: int
     kernels: tuple[str, ...] = ()
-    """Kernels in use instead of plain formulas (trainlib/kernels.py)."""
+    """Kernels in use instead of plain formulas (trainlib/engine/kernels.py)."""
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context of a forward pass: 16-bit products over fp32 weights, or nothing."""

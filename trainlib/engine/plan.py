@@ -26,7 +26,7 @@ from trainlib.core.files import ROOT
 from trainlib.core.hardware import Card, Choice, read_cards
 from trainlib.core.settings import provenance
 from trainlib.data.loader import deal
-from trainlib.mfu import Sizes
+from trainlib.engine.flops import Sizes
 
 CONFIGS = ROOT / "configs"
 CUDA_BYTES = 700_000_000

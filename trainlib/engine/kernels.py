@@ -21,10 +21,10 @@ from model import AttentionOp, ModelConfig, Ops, rotary_angles
 from trainlib.core.distributed import Ranks
 from trainlib.core.hardware import DTYPES
 from trainlib.data.loader import Place, StepLoader
-from trainlib.runtime import Hardware, compile_layers, looking
+from trainlib.engine.device import Hardware, compile_layers, looking
 
 if TYPE_CHECKING:
-    from trainlib.launch import Run
+    from trainlib.engine.run import Run
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from trainlib.checkpoint import Checkpoints
 from trainlib.core.errors import UserError
 from trainlib.core.files import LOCK, lock_folder, move_aside, refuse_if_locked
+from trainlib.engine.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainlib.checkpoint import load_optimizer_tensors, optimizer_tensors
 from trainlib.data.loader import Place, StepBatch, StepLoader
-from trainlib.launch import Run
-from trainlib.metrics import MetricsLog
-from trainlib.optim import Schedule
+from trainlib.engine.checkpoint import load_optimizer_tensors, optimizer_tensors
+from trainlib.engine.metrics import MetricsLog
+from trainlib.engine.optim import Schedule
+from trainlib.engine.run import Run
 
 log = logging.getLogger(__name__)
 FIRST_SCALE, SCALE_STEPS = 2.0**16, 2000  # Of an fp16 loss, as torch's GradScaler has them.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainlib.core.distributed import Ranks
-from trainlib.optim import Schedule
+from trainlib.engine.optim import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Control:
     """Signals, the file FINISH in the run's folder, and the clock.
 
     SIGTERM and SIGINT: checkpoint and stop. SIGUSR1: checkpoint and go on. SIGHUP, which a closed
-    terminal sends, is ignored (trainlib.launch). FINISH: the rate falls from now on, over
+    terminal sends, is ignored (trainlib.engine.launch). FINISH: the rate falls from now on, over
     decay_fraction of the steps done so far, and the run ends with a finished model. Of several
     ranks the first one decides for all.
     """

@@ -1,0 +1,128 @@
+"""What a person sees of a run: the bar, lines of the log, and the summary."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+
+from tqdm import tqdm
+
+from trainlib.data.loader import StepBatch, StepLoader
+from trainlib.engine import metrics as names
+from trainlib.engine.flops import matmul_peak
+from trainlib.engine.metrics import newly_passed
+from trainlib.engine.optim import Schedule
+from trainlib.engine.run import Run
+from trainlib.engine.step import Metrics, StepResult
+from trainlib.engine.train_state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class Display:
+    """What a person sees: the bar, the lines of the log, speed, and the summary at the end."""
+
+    def __init__(self, run: Run, schedule: Schedule, state: TrainState) -> None:
+        self.run, self.schedule, self.state = run, schedule, state
+        self.peak = matmul_peak(run.hardware.device, run.hardware.precision) * run.ranks.count
+        run.metrics.add_yardsticks(run.yardsticks)
+        self.bar = tqdm(
+            total=schedule.num_steps, initial=state.step, unit="step", desc=run.stage,
+            disable=None if run.ranks.first else True,
+        )  # fmt: skip
+        self._reset()
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it is: what comes after are lines."""
+        self.bar.close()
+
+    def _reset(self) -> None:
+        self.begin, self.tokens, self.waited, self.steps = time.perf_counter(), 0, 0.0, 0
+
+    def wait_for(self, loader: StepLoader) -> StepBatch:
+        """The next step's data, the time for it counted."""
+        begin = time.perf_counter()
+        batch = next(loader)
+        self.waited += time.perf_counter() - begin
+        return batch
+
+    def count(self, batch: StepBatch, result: StepResult, lr: float) -> None:
+        """Take note of a step; write a line when one is due."""
+        step = self.state.step
+        self.tokens += batch.num_tokens
+        self.steps += 1
+        self.bar.update(1)
+        if not (step % self.run.config.log_every_steps == 0 or self.schedule.reached(step)):
+            return
+        seconds = time.perf_counter() - self.begin
+        mfu = self.run.flops_per_token * self.tokens / seconds / self.peak
+        values = {
+            names.TRAIN_LOSS: result.loss,
+            names.TRAIN_LR: lr,
+            names.TRAIN_GRAD_NORM: result.grad_norm,
+            names.TRAIN_SPEED: self.tokens / seconds,
+            names.TRAIN_MFU: mfu,
+            names.TRAIN_DATA_WAIT: self.waited / seconds,
+            names.TRAIN_TOKENS: self.state.tokens,
+            **{f"train/{name}": value for name, value in result.metrics.items()},
+        }
+        left = self.run.clock.left()
+        if left is None and self.schedule.num_steps is not None:
+            left = (self.schedule.num_steps - step) * seconds / self.steps
+        text = (
+            f"step {step} loss {result.loss:.4f} lr {lr:.2e} grad_norm {result.grad_norm:.2f} "
+            f"tokens/s {self.tokens / seconds:,.0f} mfu {mfu:.1%} wait {self.waited / seconds:.1%} "
+            f"left {max(0, left or 0) / 60:.1f} min"
+            + ("" if result.finite else "  NOT FINITE, skipped")
+        )
+        self.run.metrics.write_step(step, values, text)
+        self.bar.set_postfix_str(
+            f"loss {result.loss:.3f}, {self.tokens / seconds:,.0f} tokens/s, "
+            f"wait {self.waited / seconds:.0%}"
+        )
+        if self.bar.disable:
+            log.info("%s", text)
+        self._reset()
+
+    def show_validation(self, metrics: Metrics, samples: list[str]) -> None:
+        """Print and record one evaluation, and do not count its time as training."""
+        step, yardsticks = self.state.step, self.run.yardsticks
+        value = metrics.get(names.VAL_BITS_PER_BYTE, math.inf)
+        passed = newly_passed(value, yardsticks, self.state.passed)
+        self.state.passed += passed
+        words = [
+            f"{text} at step {step}: {value:.3f} against {yardsticks[name]:.3f} bits per byte"
+            for name, text in passed.items()
+        ]
+        self.run.metrics.write_evaluation(step, metrics, samples, words)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        told = [f"sample: {text.rstrip()}".replace("\n", " / ") for text in samples]
+        if self.run.ranks.first:
+            for line in (*told, f"step {step} {shown}", *words):
+                tqdm.write(line)
+        self._reset()
+
+    def show_decay(self) -> None:
+        """Say from when on the rate falls, and to which step."""
+        begin, _, end = self.schedule.decay or (0, 0, 0)
+        self.bar.total = end
+        log.info("the learning rate falls from step %d on; the run ends with step %d", begin, end)
+
+    def summary(self, finished: bool) -> None:
+        """Say how it ended."""
+        s = self.state
+        if finished:
+            log.info("finished %d steps, %s tokens: %s", s.step, f"{s.tokens:,}",
+                     self.run.folder / "final")  # fmt: skip
+        else:
+            log.info(
+                "stopped after step %d; the same command goes on from %s/step_%06d",
+                s.step, self.run.folder, s.step,
+            )  # fmt: skip

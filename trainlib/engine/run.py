@@ -1,0 +1,118 @@
+"""The settings that every stage has, and a run: where and how it is carried out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from trainlib.core.distributed import Ranks
+from trainlib.core.settings import HARDWARE_KEYS
+from trainlib.engine.checkpoint import Checkpoints
+from trainlib.engine.control import Clock
+from trainlib.engine.device import Hardware
+from trainlib.engine.metrics import MetricsLog
+
+HOW = {"recipe": False}  # Such a setting changes how a run is carried out, not what is learned.
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings that every stage has."""
+
+    LENGTH_KEYS: ClassVar = ("max_steps", "max_tokens", "epochs", "max_hours")
+    GROUPS: ClassVar = {
+        "length": (*LENGTH_KEYS, "tokens_per_step", "sequence_length"),
+        "hardware": HARDWARE_KEYS,
+        "evaluation and saving": (
+            *("eval_every_steps", "save_every_steps", "log_every_steps", "keep_checkpoints"),
+        ),
+    }
+    """Titles under which --help lists keys; those of no group are settings of the run."""
+
+    out_dir: str = field(default="", metadata=HOW)
+    """Folder of the run."""
+    init_from: str = ""
+    """Model folder that training starts from; empty = from nothing."""
+    resume: str = field(default="auto", metadata=HOW)
+    """auto: go on with an unfinished run; never: move it aside; or the path of a step folder."""
+    seed: int = 0
+    """Seed of initial weights and of the order of the data."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = field(default="auto", metadata=HOW)
+    """Where to compute; auto = cuda where there is a card, else cpu."""
+    ranks: int = field(default=0, metadata=HOW)
+    """Processes that train together on this host; 0 = one for each visible card, else one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = field(default="auto", metadata=HOW)
+    """Numbers of the forward pass; auto = by the card, on a CPU what a measurement finds faster."""
+    compile: Literal["auto", "on", "off"] = field(default="auto", metadata=HOW)
+    """Compile the layers; auto = on a card, and on a CPU in bf16 for a long run of given steps."""
+    kernels: Literal["auto", "plain"] = field(default="auto", metadata=HOW)
+    """Kernels that replace formulas of model.py; auto = where they agree with them, else plain."""
+    micro_batch_size: int = field(default=0, metadata=HOW)
+    """Most rows of one forward pass; 0 = chosen for the device."""
+    max_steps: int = 0
+    """Length in optimizer steps (0 = not given)."""
+    max_tokens: int = 0
+    """Length in positions, tokens_per_step each step (0 = not given)."""
+    epochs: int = 0
+    """Length in passes over the training data (0 = not given)."""
+    max_hours: float = 0.0
+    """Length in hours, those before a resume included (0 = not given)."""
+    tokens_per_step: int = 131072
+    """Positions of one optimizer step."""
+    sequence_length: int = 512
+    """Positions of a row; of DPO half of one, which both answers of a pair share."""
+    eval_every_steps: int = field(default=200, metadata=HOW)
+    """Steps between evaluations; 0 = only at the start and the end."""
+    save_every_steps: int = field(default=200, metadata=HOW)
+    """Steps between checkpoints; 0 = only when stopped and at the end."""
+    log_every_steps: int = field(default=10, metadata=HOW)
+    """Steps between lines of the log."""
+    keep_checkpoints: int = field(default=2, metadata=HOW)
+    """Newest step folders that are kept."""
+
+    def __post_init__(self) -> None:
+        if problems := self.problems():
+            raise ValueError("; ".join(problems))
+
+    def problems(self) -> list[str]:
+        """What no run can be carried out with, one text each; a stage adds its own."""
+        problems = [
+            f"{key}={getattr(self, key)} must be at least {least}"
+            for key, least in (
+                ("tokens_per_step", 1), ("sequence_length", 2), ("log_every_steps", 1),
+                ("keep_checkpoints", 1), ("max_steps", 0), ("max_tokens", 0), ("epochs", 0),
+                ("micro_batch_size", 0), ("ranks", 0), ("max_hours", 0),
+                ("eval_every_steps", 0), ("save_every_steps", 0),
+            )
+            if getattr(self, key) < least
+        ]  # fmt: skip
+        given = [key for key in self.LENGTH_KEYS if getattr(self, key)]
+        if len(given) != 1:
+            problems.append(f"give the length by one of {', '.join(self.LENGTH_KEYS)}, not "
+                            f"{' and '.join(given) or 'none'}")  # fmt: skip
+        return problems
+
+
+@dataclass
+class Run:
+    """Where and how a run is carried out."""
+
+    config: Any
+    stage: str
+    folder: Path
+    hardware: Hardware
+    checkpoints: Checkpoints
+    ranks: Ranks
+    clock: Clock
+    resume_from: Path | None
+    """The step folder to go on from."""
+    layers: nn.ModuleList | None = None
+    """What is compiled, where compilation is wanted."""
+    metrics: MetricsLog = None  # type: ignore[assignment]  # Opened by fit, at the step it begins.
+    yardsticks: dict[str, float] = field(default_factory=dict)
+    """What val/bits_per_byte is held against, by name."""
+    flops_per_token: float = 0.0
+    """Floating-point operations of training on one token (trainlib/engine/flops.py)."""
