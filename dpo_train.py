@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import DataConfig, load_datasets
-from preferences import TIE_NATS, format_report, reference_log_probs, report
 from trainlib.core.files import write_atomically
 from trainlib.data.batch import Batch
 from trainlib.data.packing import Datasets
@@ -30,8 +29,9 @@ from trainlib.engine.optim import OptimConfig, build_optimizers
 from trainlib.engine.run import HOW, RunConfig
 from trainlib.engine.step import Metrics
 from trainlib.engine.validation import validate
+from trainlib.evaluation.preferences import TIE_NATS, format_report, reference_log_probs, report
+from trainlib.evaluation.worst_rows import write_worst_pairs
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
-from worst_rows import write_worst_pairs
 
 log = logging.getLogger(__name__)
 

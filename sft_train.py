@@ -24,10 +24,10 @@ from trainlib.engine.optim import OptimConfig, build_optimizers
 from trainlib.engine.run import HOW, RunConfig
 from trainlib.engine.step import Metrics
 from trainlib.engine.validation import validate
+from trainlib.evaluation.baselines import with_yardsticks
+from trainlib.evaluation.worst_rows import write_worst_rows
 from trainlib.models.generate import Sampling, sample_answers
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
-from worst_rows import write_worst_rows
-from yardsticks import with_yardsticks
 
 log = logging.getLogger(__name__)
 

@@ -29,6 +29,8 @@ from trainlib.engine.optim import OptimConfig, build_optimizers
 from trainlib.engine.run import HOW, RunConfig
 from trainlib.engine.step import Metrics
 from trainlib.engine.validation import validate
+from trainlib.evaluation.baselines import with_yardsticks
+from trainlib.evaluation.worst_rows import write_worst_rows
 from trainlib.models.generate import Sampling, sample_texts
 from trainlib.models.hf_folder import (
     check_vocabulary,
@@ -38,8 +40,6 @@ from trainlib.models.hf_folder import (
     too_long,
     with_sizes,
 )
-from worst_rows import write_worst_rows
-from yardsticks import with_yardsticks
 
 log = logging.getLogger(__name__)
 

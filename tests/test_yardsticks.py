@@ -11,13 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-import yardsticks
 from dataset import DataConfig, load_datasets
 from trainlib.data.loader import ALONE
 from trainlib.data.token_cache import TokenCache
 from trainlib.engine.device import Hardware
 from trainlib.engine.validation import validate
-from yardsticks import Labels, count_pairs, ngram_bits, training_labels, with_yardsticks
+from trainlib.evaluation import baselines
+from trainlib.evaluation.baselines import (
+    Labels,
+    count_pairs,
+    ngram_bits,
+    training_labels,
+    with_yardsticks,
+)
 
 
 def write(path, rows):
@@ -157,10 +163,10 @@ def test_blocks_lose_and_repeat_no_label(monkeypatch):
     selected = rng.random(200) < 0.8
     whole = pairs_of(SimpleNamespace(parts=[(cache, selected)]))
     for block in (7, 64, 1 << 16):
-        monkeypatch.setattr(yardsticks, "BLOCK", block)
+        monkeypatch.setattr(baselines, "BLOCK", block)
         blocks = list(training_labels([(cache, selected)], 10**6))
         assert [pair for b in blocks for pair in zip(*map(list, b), strict=True)] == whole
-    monkeypatch.setattr(yardsticks, "BLOCK", 16)
+    monkeypatch.setattr(baselines, "BLOCK", 16)
     some = [pair for b in training_labels([(cache, selected)], 800)
             for pair in zip(*map(list, b), strict=True)]  # fmt: skip
     assert 0.1 * len(whole) < len(some) < 0.5 * len(whole) and set(some) <= set(whole)
@@ -170,7 +176,7 @@ def test_measured_once_and_again_when_the_data_changes(data, tokenizer, monkeypa
     datasets = data("pretrain")
     first = with_yardsticks(datasets, tokenizer).yardsticks
     with monkeypatch.context() as patch:
-        patch.setattr(yardsticks, "measure", lambda *_: pytest.fail("measured again"))
+        patch.setattr(baselines, "measure", lambda *_: pytest.fail("measured again"))
         assert with_yardsticks(datasets, tokenizer).yardsticks == first
     (path,) = (tmp_path / "cache/yardsticks").glob("*.json")
     path.write_text('{"uni')  # A torn file is made anew.

@@ -357,4 +357,4 @@ class Datasets(NamedTuple):
     data_key: str
     """Changes when the rows of a file, the tokenizer or the choice of files change."""
     yardsticks: dict[str, float] = {}
-    """Bits per byte that need no model, by name (yardsticks.py); none of preferences."""
+    """Bits per byte without a model, by name (evaluation/baselines.py); none for preferences."""

@@ -1,0 +1,1 @@
+"""What a trained model is reported by: baselines, worst rows, preferences."""
