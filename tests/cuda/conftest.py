@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from card import DEVICE, Machine, open_machine
+
+from tests.cuda.card import DEVICE, Machine, open_machine
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

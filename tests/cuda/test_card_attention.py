@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from card import LENGTH
 
 from model import AttentionOp, visible
+from tests.cuda.card import LENGTH
 from trainlib.core.hardware import DTYPES
 from trainlib.engine.kernels import ATTENTION
 

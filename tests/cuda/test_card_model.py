@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from card import LENGTH
 
 from model import Transformer
+from tests.cuda.card import LENGTH
 from train import loss_fn
 from trainlib.data.loader import ALONE
 from trainlib.engine.kernels import choose_kernels

@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from card import TINY
 
 from model import ModelConfig
+from tests.cuda.card import TINY
 
 pytestmark = pytest.mark.cuda
 ROOT = Path(__file__).resolve().parents[2]

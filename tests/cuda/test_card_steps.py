@@ -6,8 +6,8 @@ import time
 
 import pytest
 import torch
-from card import Trainer
 
+from tests.cuda.card import Trainer
 from train import loss_fn
 from trainlib.engine.device import looking
 from trainlib.engine.flops import flops_per_token, matmul_peak

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-
 import pytest
 
 from tests.docker.driving import ROOT, build
 from tests.docker.fixtures import MACHINES, Machine, card, eight
+from tests.support.hardware_table import table
 from trainlib.core.hardware import Facts, choose_hardware, find_row, read_table
-
-TABLE = ROOT / "configs/hardware.tsv"
-
-
-def table() -> list[dict[str, str]]:
-    lines = [line for line in TABLE.read_text().splitlines() if not line.startswith("#")]
-    return list(csv.DictReader(lines, delimiter="\t"))
 
 
 def number(capability: str) -> tuple[int, int]:

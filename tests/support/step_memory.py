@@ -1,6 +1,6 @@
 """Peak memory of a training step, counted on tensors without content: no device is needed.
 
-The counts hold the formulas of trainlib/engine/plan.py (tests/test_memory.py).
+The counts hold the formulas of trainlib/engine/plan.py (tests/engine/test_memory.py).
 """
 
 from __future__ import annotations

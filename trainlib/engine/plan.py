@@ -2,8 +2,8 @@
 
     python train.py --plan [--gpu NAME[:N]] [--budget TIME] [config.yaml] [key=value ...]
 
-Opens no model and writes nothing. tests/test_memory.py holds memory to a count of a step's tensors.
-Time is arithmetic over configs/cards.tsv, which no measurement of ours supports yet.
+Opens no model and writes nothing. tests/engine/test_memory.py holds memory to a count of a step's
+tensors. Time is arithmetic over configs/cards.tsv, which no measurement of ours supports yet.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model import ModelConfig, Transformer, count_parameters
-from tests.test_memory import SHIPPED, shipped
+from tests.support.memory_helpers import SHIPPED, shipped
 from trainlib.core.errors import UserError
 from trainlib.core.hardware import CARDS, Card, find_card, read_cards
 from trainlib.data.loader import deal

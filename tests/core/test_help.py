@@ -14,7 +14,7 @@ from trainlib.core.parsing import kind_text, value_text
 from trainlib.core.settings import keys
 from trainlib.engine.run import RunConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def shown(stage: str, file: str = "none.yaml") -> str:

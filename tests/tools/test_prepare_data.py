@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_archives import build, served
 
+from tests.support.sample_archives import build, served
 from tools import prepare_data, sample_sources
 from tools.sample_sources import fetch, open_session, pip_settings
 

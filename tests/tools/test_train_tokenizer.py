@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizer.bpe import SPECIAL_TOKENS
 from tools.train_tokenizer import byte_count, bytes_per_token, main, read_texts, shares, train
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = [
     "你好，世界。今天是2024年。\n\n很好！",
     "Hello, world. I've seen 12345 things.\n  - one\n  - two\n",

@@ -28,7 +28,7 @@ from trainlib.data.token_cache import build_cache
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write(path, rows):

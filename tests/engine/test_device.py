@@ -26,7 +26,7 @@ from trainlib.engine.optim import OptimConfig, build_optimizers
 from trainlib.engine.step import optimizer_step
 from trainlib.engine.train_state import SCALE_STEPS, TrainState
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 

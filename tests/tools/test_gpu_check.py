@@ -15,7 +15,7 @@ import torch
 from tools import gpu_check
 from tools.gpu_check import CHECKS, Results, row_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def report(outcome, when="call", longrepr=None, **noted):

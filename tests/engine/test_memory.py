@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,37 +9,23 @@ import model as model_module
 from bench.common import allocated_peak
 from kernels import fused_cpu
 from model import AttentionOp, ModelConfig, Transformer
-from tests.docker.test_choice import table
-from tests.support.stages import STAGES
+from tests.support.hardware_table import table
+from tests.support.memory_helpers import SHIPPED, shipped, stage_of
 from tests.support.step_memory import make_step, peak_bytes
 from trainlib.core.hardware import Choice
-from trainlib.core.settings import load_config
 from trainlib.engine.flops import Sizes
 from trainlib.engine.kernels import ATTENTION
 from trainlib.engine.optim import OptimConfig, build_optimizers
-from trainlib.engine.plan import CONFIGS, CUDA_BYTES, find_sizes, step_memory, total
+from trainlib.engine.plan import CUDA_BYTES, step_memory, total
 
 SMALL = ModelConfig(1000, 64, 176, 2, 2, 1, 32)
 LARGER = ModelConfig(2000, 192, 528, 4, 3, 1, 64)
-SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 KERNELS = {"rms_norm": fused_cpu.rms_norm, "rotate": fused_cpu.rotate, "swiglu": fused_cpu.swiglu}
 
 
 def use_kernels(attention: str) -> None:
     """Compute with the kernels of an uncompiled run on a CPU."""
     vars(model_module.ops).update(KERNELS, attention=ATTENTION.get(attention, AttentionOp()))
-
-
-def stage_of(path: Path) -> str:
-    return path.stem.removeprefix("tiny_").partition("_")[0]
-
-
-@functools.cache
-def shipped(path: Path):
-    """The settings of a config file, its sizes, and positions of its rows."""
-    stage = stage_of(path)
-    config = load_config(STAGES[stage][2], [str(path)], None)
-    return config, find_sizes(config)[0], config.sequence_length * (2 if stage == "dpo" else 1)
 
 
 @pytest.mark.parametrize(

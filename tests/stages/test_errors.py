@@ -22,7 +22,7 @@ from trainlib.data.encode import encode_document
 from trainlib.data.token_cache import build_cache
 from trainlib.models.hf_folder import model_files
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("pretrain", "sft", "dpo")
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,

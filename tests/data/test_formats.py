@@ -97,7 +97,7 @@ def test_a_cache_is_made_once_and_again_when_the_file_changes(tmp_path, monkeypa
 
 # ---- every format of the field, unchanged --------------------------------------------------------
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
 quick = settings(max_examples=40, deadline=None, database=None, derandomize=True)
 

@@ -15,7 +15,7 @@ from trainlib.data.loader import Place
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def write(path, rows):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from trainlib.core.hardware import cpu_has_bf16
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = [
     "configs/tiny_pretrain.yaml", "model.hidden_size=32", "model.intermediate_size=48",
     "model.num_hidden_layers=2", "model.num_attention_heads=2", "model.num_key_value_heads=1",

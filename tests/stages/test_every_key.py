@@ -21,7 +21,7 @@ from trainlib.core.parsing import parse
 from trainlib.core.settings import keys
 from trainlib.models.hf_folder import model_files
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STAGES = {
     "pretrain": ("train.py", PretrainConfig),
     "sft": ("sft_train.py", SFTConfig),

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trainlib.engine.metrics import charts
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = [
     "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2",
     "model.num_attention_heads=2", "model.num_key_value_heads=1", "model.head_dim=16",

@@ -1,0 +1,24 @@
+"""What more tests than test_memory.py use."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from tests.support.stages import STAGES
+from trainlib.core.settings import load_config
+from trainlib.engine.plan import CONFIGS, find_sizes
+
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+
+
+def stage_of(path: Path) -> str:
+    return path.stem.removeprefix("tiny_").partition("_")[0]
+
+
+@functools.cache
+def shipped(path: Path):
+    """The settings of a config file, its sizes, and positions of its rows."""
+    stage = stage_of(path)
+    config = load_config(STAGES[stage][2], [str(path)], None)
+    return config, find_sizes(config)[0], config.sequence_length * (2 if stage == "dpo" else 1)
