@@ -10,24 +10,20 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import DataConfig, load_datasets
+from tokenizer.bpe import Tokenizer
 from trainlib.core.files import write_atomically
 from trainlib.data.batch import Batch
 from trainlib.data.packing import Datasets
-from trainlib.engine.flops import flops_per_token
-from trainlib.engine.kernels import warm_up
-from trainlib.engine.launch import launch, prepare_model, start_run
-from trainlib.engine.loop import fit, make_loader, make_schedule
+from trainlib.engine.launch import launch, start_run
 from trainlib.engine.losses import batch_log_probs
-from trainlib.engine.optim import OptimConfig, build_optimizers
-from trainlib.engine.run import HOW, RunConfig
-from trainlib.engine.step import Metrics
+from trainlib.engine.run import EXECUTION_ONLY, RunConfig
+from trainlib.engine.training import Metrics, MetricSums, Training
 from trainlib.engine.validation import validate
 from trainlib.evaluation.preferences import TIE_NATS, format_report, reference_log_probs, report
 from trainlib.evaluation.worst_rows import write_worst_pairs
@@ -40,7 +36,7 @@ log = logging.getLogger(__name__)
 class DPOConfig(RunConfig):
     """All settings of preference optimization; the model comes with init_from."""
 
-    out_dir: str = field(default="runs/dpo", metadata=HOW)
+    out_dir: str = field(default="runs/dpo", metadata=EXECUTION_ONLY)
     """Folder of the run."""
     init_from: str = "runs/sft/final"
     """Model folder that training starts from, and the reference."""
@@ -48,8 +44,6 @@ class DPOConfig(RunConfig):
     """How dearly it costs to leave the reference: reward per nat of log-probability ratio."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation files."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimizers and schedule."""
 
     def problems(self) -> list[str]:
         """Those of every stage, and a beta that is none."""
@@ -57,9 +51,7 @@ class DPOConfig(RunConfig):
         return super().problems() + beta
 
 
-def dpo_loss(
-    log_probs: Tensor, reference: Tensor, beta: float
-) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:
+def dpo_loss(log_probs: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, MetricSums]:
     """Sum over pairs of -log sigmoid of the reward margin (arXiv:2305.18290, equation 7).
 
     Shapes: log_probs, reference (2 P,), chosen and rejected of each pair in turn.
@@ -77,46 +69,42 @@ def dpo_loss(
     }
 
 
-def prepare(config: DPOConfig) -> Datasets:
-    """The pairs, rendered and tokenized once into the cache."""
+def prepare(config: DPOConfig) -> tuple[DPOConfig, Tokenizer, Datasets]:
+    """Return the settings, the tokenizer and the pairs, tokenized once into the cache."""
     tokenizer = load_tokenizer(config.init_from, config.sequence_length)
-    return load_datasets(config.data, "dpo", tokenizer, config.sequence_length, config.seed)
+    datasets = load_datasets(config.data, "dpo", tokenizer, config.sequence_length, config.seed)
+    return config, tokenizer, datasets
 
 
-def main(config: DPOConfig, datasets: Datasets) -> None:
+def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Training:
     """Move a fine-tuned model towards the preferred answers."""
-    tokenizer, model = load_tokenizer(config.init_from), load_model(config.init_from)
+    model = load_model(config.init_from)
     run = start_run(config, "dpo", datasets.data_key, datasets.train.row_length)
 
-    prepare_model(run, model, model.model.layers, model_files(model.config, tokenizer))
-    run.flops_per_token = flops_per_token(model, datasets.train.mean_attended())
-    optimizers = build_optimizers(model, config.optim)
-    loader = make_loader(run, datasets.train)
-    schedule = make_schedule(config, loader)
-    warm_up(run, model, loader, schedule.num_steps)
-    reference = reference_log_probs(run, model, datasets, loader, schedule.num_steps)
-
-    def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:
+    def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, MetricSums]:
         return dpo_loss(batch_log_probs(model, batch), reference[batch.sequence_ids], config.beta)
 
-    latest = torch.full_like(reference, torch.nan)
-
-    def look(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:
+    def eval_loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, MetricSums]:
         log_probs = batch_log_probs(model, batch)
-        latest[batch.sequence_ids] = log_probs.float()  # So that the report need not look again.
+        latest[batch.sequence_ids] = log_probs.float()  # Kept for the final report.
         return dpo_loss(log_probs, reference[batch.sequence_ids], config.beta)
 
-    def evaluate() -> tuple[Metrics, list[str]]:
-        return validate(run, model, look, datasets.val), []
+    def evaluate(training: Training) -> tuple[Metrics, list[str]]:
+        return validate(training, eval_loss_fn), []
 
-    def finish() -> None:
-        table = report(run, model, datasets, reference, latest)
+    def finish(training: Training) -> None:
+        table = report(training.run, model, datasets, reference, latest)
         write_atomically(run.folder / "report.json", json.dumps(table, indent=2))
-        write_worst_pairs(run, tokenizer, datasets.val, config.beta * (latest - reference))
+        rewards = config.beta * (latest - reference)
+        write_worst_pairs(run, tokenizer, datasets.val, rewards)
         log.info("%s", format_report(table))
 
-    if fit(run, model, optimizers, schedule, loss_fn, loader, evaluate, finish):
-        log.info("next: python chat.py --model %s/final", run.folder)
+    files = model_files(model.config, tokenizer)
+    training = Training.create(run, model, datasets, files, loss_fn, evaluate, finish)
+    # Log-probabilities by sequence id, which the functions above read.
+    reference = reference_log_probs(training)
+    latest = torch.full_like(reference, torch.nan)
+    return training
 
 
 if __name__ == "__main__":

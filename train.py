@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,14 +19,10 @@ from trainlib.core.errors import as_user_errors
 from trainlib.core.settings import provenance, with_value
 from trainlib.data.batch import Batch
 from trainlib.data.packing import Datasets
-from trainlib.engine.flops import flops_per_token
-from trainlib.engine.kernels import warm_up
-from trainlib.engine.launch import launch, prepare_model, start_run, tell_next
-from trainlib.engine.loop import fit, make_loader, make_schedule
+from trainlib.engine.launch import launch, start_run
 from trainlib.engine.losses import cross_entropy_sum
-from trainlib.engine.optim import OptimConfig, build_optimizers
-from trainlib.engine.run import HOW, RunConfig
-from trainlib.engine.step import Metrics
+from trainlib.engine.run import EXECUTION_ONLY, RunConfig
+from trainlib.engine.training import Metrics, MetricSums, Training
 from trainlib.engine.validation import validate
 from trainlib.evaluation.baselines import with_yardsticks
 from trainlib.evaluation.worst_rows import write_worst_rows
@@ -50,7 +45,7 @@ PROMPTS = ("第一条", "话说", "To be,")  # Continued after every evaluation,
 class PretrainConfig(RunConfig):
     """All settings of pretraining."""
 
-    out_dir: str = field(default="runs/pretrain", metadata=HOW)
+    out_dir: str = field(default="runs/pretrain", metadata=EXECUTION_ONLY)
     """Folder of the run."""
     tokenizer: str = ""
     """Folder with a tokenizer.json; empty = the project's own. Any byte-level BPE, or BPE with byte
@@ -59,8 +54,6 @@ class PretrainConfig(RunConfig):
     """Sizes of the model; vocab_size follows the tokenizer where it is not given."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation files."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimizers and schedule."""
 
     def problems(self) -> list[str]:
         """Those of every stage, a second tokenizer, and rows longer than the model is meant for."""
@@ -73,16 +66,16 @@ class PretrainConfig(RunConfig):
         return problems
 
 
-def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:
+def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, MetricSums]:
     """Sum of -log p over the labels; in bits per byte of text it compares across vocabularies."""
     loss_sum = cross_entropy_sum(model(**batch.inputs), batch.selected(batch.labels))
     return loss_sum, {"bits_per_byte": (loss_sum / math.log(2), batch.num_bytes)}
 
 
 def open_tokenizer(config: PretrainConfig) -> tuple[PretrainConfig, Tokenizer]:
-    """The settings with what the model and the vocabulary say, and the tokenizer.
+    """Return the settings with the sizes that model and vocabulary decide, and the tokenizer.
 
-    Raises UserError for a misfit.
+    Raises UserError if they do not fit together.
     """
     if config.init_from:
         return with_sizes(config), load_tokenizer(config.init_from, config.sequence_length)
@@ -91,45 +84,35 @@ def open_tokenizer(config: PretrainConfig) -> tuple[PretrainConfig, Tokenizer]:
     if provenance(config)["model.vocab_size"] == "default":
         size = tokenizer.vocab_size
         return with_value(config, "model.vocab_size", size, "of the tokenizer"), tokenizer
-    cure = f"set model.vocab_size={tokenizer.vocab_size} or leave it out"
-    check_vocabulary(config.model, tokenizer, "model.vocab_size", cure)
+    fix = f"set model.vocab_size={tokenizer.vocab_size} or leave it out"
+    check_vocabulary(config.model, tokenizer, "model.vocab_size", fix)
     return config, tokenizer
 
 
-def prepare(config: PretrainConfig) -> Datasets:
-    """The data, tokenized once into the cache."""
+def prepare(config: PretrainConfig) -> tuple[PretrainConfig, Tokenizer, Datasets]:
+    """Return the resolved settings, the tokenizer and the data, tokenized once into the cache."""
     config, tokenizer = open_tokenizer(config)
     loaded = load_datasets(config.data, "pretrain", tokenizer, config.sequence_length, config.seed)
-    return with_yardsticks(loaded, tokenizer)
+    return config, tokenizer, with_yardsticks(loaded, tokenizer)
 
 
-def main(config: PretrainConfig, datasets: Datasets) -> None:
-    """Train a model from nothing, or go on from init_from."""
-    config, tokenizer = open_tokenizer(config)
+def main(config: PretrainConfig, tokenizer: Tokenizer, datasets: Datasets) -> Training:
+    """Train a model from scratch, or continue from init_from."""
     initial = load_model(config.init_from) if config.init_from else None
     run = start_run(config, "pretrain", datasets.data_key, config.sequence_length)
     model = initial or Transformer(config.model)
     log.info("model: %s parameters, vocabulary of %s", f"{count_parameters(model):,}",
              f"{model.config.vocab_size:,}")  # fmt: skip
 
-    prepare_model(run, model, model.model.layers, model_files(model.config, tokenizer))
-    run.yardsticks = datasets.yardsticks
-    run.flops_per_token = flops_per_token(model, datasets.train.mean_attended())
-    optimizers = build_optimizers(model, config.optim)
-    loader = make_loader(run, datasets.train)
-    schedule = make_schedule(config, loader)
-    warm_up(run, model, loader, schedule.num_steps)
-
-    def evaluate() -> tuple[Metrics, list[str]]:
+    def evaluate(training: Training) -> tuple[Metrics, list[str]]:
         sampling = Sampling(temperature=0, max_new_tokens=32)
-        samples = sample_texts(model, tokenizer, PROMPTS, sampling)
-        return validate(run, model, loss_fn, datasets.val), samples
+        return validate(training, loss_fn), sample_texts(model, tokenizer, PROMPTS, sampling)
 
-    def finish() -> None:
-        write_worst_rows(run, model, tokenizer, datasets.val)
+    def finish(training: Training) -> None:
+        write_worst_rows(training.run, model, tokenizer, datasets.val)
 
-    if fit(run, model, optimizers, schedule, loss_fn, loader, evaluate, finish):
-        tell_next(run, "sft")
+    files = model_files(model.config, tokenizer)
+    return Training.create(run, model, datasets, files, loss_fn, evaluate, finish)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,15 @@ from tools.made_rows import write_data
 from train import loss_fn
 from trainlib.core.hardware import Choice, choose_hardware, find_facts, read_table
 from trainlib.data.batch import Batch
-from trainlib.data.loader import ALONE, Place, StepLoader
+from trainlib.data.epoch_plan import DataPosition
+from trainlib.data.loader import ALONE, StepLoader
 from trainlib.data.packing import PackedDataset
 from trainlib.engine.device import Hardware, use_hardware
 from trainlib.engine.flops import Sizes
-from trainlib.engine.kernels import warm_up
 from trainlib.engine.optim import OptimConfig, build_optimizers
 from trainlib.engine.plan import step_memory, total
 from trainlib.engine.step import optimizer_step
+from trainlib.engine.training import warm_up
 
 DEVICE = os.environ.get("CUDA_TESTS_DEVICE", "cuda")
 LENGTH = 512
@@ -49,7 +50,7 @@ class Machine(NamedTuple):
 
     def batch(self, rows: int) -> Batch:
         """Return the first rows of the data, on the device."""
-        some = [row for row, _ in self.data.rows(Place())][:rows]
+        some = [row for row, _ in self.data.rows(DataPosition())][:rows]
         return self.data.collate(some, rows).to(torch.device(self.choice.device))
 
 
@@ -78,16 +79,16 @@ class Trainer:
         self.loader: StepLoader[Batch] = StepLoader(*self.sizes, pin=pin)
         self.tokens = 0
         config = SimpleNamespace(optim=OptimConfig(), compile="auto", kernels="auto")
-        self.run: Any = SimpleNamespace(
-            hardware=hardware, ranks=ALONE, config=config, layers=self.model.model.layers
+        run: Any = SimpleNamespace(hardware=hardware, ranks=ALONE, config=config)
+        self.hardware = run.hardware = warm_up(run, self.model, self.loader, None, 0.0)
+        self.training: Any = SimpleNamespace(
+            run=run, model=self.model, optimizers=self.optimizers, loss_fn=loss_fn
         )
-        warm_up(self.run, self.model, self.loader)
-        self.hardware: Hardware = self.run.hardware  # As it is used.
 
     def step(self) -> None:
         """Update the model once."""
         batch = next(self.loader)
-        optimizer_step(self.run, self.model, self.optimizers, loss_fn, batch, 1.0)
+        optimizer_step(self.training, batch, 1.0)
         self.tokens += batch.num_tokens
 
     def predicted_peak(self, machine: Machine, rows: int) -> float:

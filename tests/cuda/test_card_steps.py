@@ -9,7 +9,7 @@ import torch
 
 from tests.cuda.card import Trainer
 from train import loss_fn
-from trainlib.engine.device import looking
+from trainlib.engine.device import evaluation_mode
 from trainlib.engine.flops import flops_per_token, matmul_peak
 
 pytestmark = pytest.mark.cuda
@@ -32,7 +32,7 @@ def test_steps_compile_nothing_again(trainer, machine, report, monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", compiled)
     for _ in range(STEPS):
         trainer.step()
-    with looking(trainer.model), trainer.hardware.autocast():
+    with evaluation_mode(trainer.model), trainer.hardware.autocast():
         loss_fn(trainer.model, machine.batch(trainer.hardware.micro_batch_size))
     if machine.choice.compile:
         assert compiled, "the layers could not be compiled (the log says why)"

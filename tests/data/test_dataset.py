@@ -15,7 +15,7 @@ from tokenizer.chat_format import render_conversation
 from trainlib.core.errors import UserError
 from trainlib.data.batch import IGNORE_INDEX
 from trainlib.data.encode import ENCODERS
-from trainlib.data.loader import Place
+from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.packing import PackedDataset, pack_best_fit
 from trainlib.data.token_cache import build_cache
 from trainlib.engine.losses import cross_entropy_sum
@@ -46,7 +46,7 @@ def packed(tmp_path, tokenizer, rows, kind="pretrain", row_length=32, **more):
 
 
 def all_rows(data, epoch=0):
-    return [row for row, _ in data.rows(Place(epoch))]
+    return [row for row, _ in data.rows(DataPosition(epoch))]
 
 
 def documents():
@@ -129,8 +129,8 @@ def test_rows_are_pure_in_seed_and_position(tmp_path, tokenizer):
     first = [row.tolist() for row in all_rows(data)]
     assert [row.tolist() for row in all_rows(data, 1)] != first
     assert [row.tolist() for row in all_rows(data)] == first
-    assert [row.tolist() for row, _ in data.rows(Place(0, 3))] == first[3:]
-    assert list(data.rows(Place(0, 0)))[-1][1] == Place(1, 0)
+    assert [row.tolist() for row, _ in data.rows(DataPosition(0, 3))] == first[3:]
+    assert list(data.rows(DataPosition(0, 0)))[-1][1] == DataPosition(1, 0)
 
 
 def test_best_fit_wastes_little_and_splits_nothing():

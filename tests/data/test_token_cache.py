@@ -15,8 +15,8 @@ from tokenizer.adopt import adopt
 from tokenizer.bpe import NEEDED
 from trainlib.data.batch import IGNORE_INDEX
 from trainlib.data.encode import encode_document
+from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.formats import Record
-from trainlib.data.loader import Place
 from trainlib.data.token_cache import build_cache
 
 PAIRS = ["".join(pair) for pair in product("abcdefghijklmnopqrstuvwxyz", repeat=2)]
@@ -57,7 +57,9 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(size, dtype, tmp_path, monkeypa
             assert ids.tolist() == encode_document(tokenizer, Record(text, "", path, 1))[0].ids
             assert tokenizer.decode(ids.tolist()) == text
     data = load_datasets(DataConfig(files=(str(path),)), "pretrain", tokenizer, 64, 0)
-    batch = data.train.collate([row for row, _ in data.train.rows(Place())], data.train.num_rows())
+    batch = data.train.collate(
+        [row for row, _ in data.train.rows(DataPosition())], data.train.num_rows()
+    )
     assert int(batch.input_ids.max()) == size - 3
     labels = batch.labels[batch.labels != IGNORE_INDEX].tolist()
     assert batch.num_bytes == len(tokenizer.decode_bytes(labels)) > 0

@@ -21,8 +21,8 @@ from trainlib.core.errors import UserError
 from trainlib.core.files import cache_dir
 from trainlib.data import token_cache, tokenize_files
 from trainlib.data.encode import ENCODERS
+from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.formats import ReadOptions
-from trainlib.data.loader import Place
 from trainlib.data.packing import PackedDataset
 from trainlib.data.token_cache import build_cache
 
@@ -227,7 +227,7 @@ def test_names_without_a_file_say_what_else_was_meant(tmp_path):
 
 def shares(data, epoch):
     """Real positions of an epoch by file, and how often each unit is used."""
-    units = np.concatenate([row for row, _ in data.rows(Place(epoch))])
+    units = np.concatenate([row for row, _ in data.rows(DataPosition(epoch))])
     used = np.bincount(units, minlength=data.num_units)
     return np.bincount(data._file, used * data._length), used
 
@@ -247,9 +247,9 @@ def test_weights_are_shares_of_the_tokens_of_an_epoch(tmp_path, tokenizer):
     of_a = total[data._file == 0]
     assert of_a.max() - of_a.min() <= 1  # Over the epochs all rows of a file are used alike.
     again = load_datasets(config, "pretrain", tokenizer, 64, 0).train
-    rows = [row.tolist() for row, _ in data.rows(Place(2, 5))]
-    assert rows == [row.tolist() for row, _ in again.rows(Place(2, 5))]
-    assert rows == [row.tolist() for row, _ in again.rows(Place(2))][5:]
+    rows = [row.tolist() for row, _ in data.rows(DataPosition(2, 5))]
+    assert rows == [row.tolist() for row, _ in again.rows(DataPosition(2, 5))]
+    assert rows == [row.tolist() for row, _ in again.rows(DataPosition(2))][5:]
 
 
 @pytest.mark.parametrize(("files", "message"), [
@@ -304,7 +304,7 @@ def test_a_stored_plan_is_the_plan(tmp_path, tokenizer, monkeypatch):
 
     def plan():
         data = PackedDataset([(cache, np.ones(300, bool))], "pretrain", 64, bytes_, 0)
-        return [row.tolist() for row, _ in data.rows(Place(1))]
+        return [row.tolist() for row, _ in data.rows(DataPosition(1))]
 
     fresh = plan()
     monkeypatch.setattr(packing, "STORED_UNITS", 0)

@@ -13,6 +13,7 @@ from torch import nn
 from trainlib.core.errors import UserError
 from trainlib.engine import checkpoint
 from trainlib.engine.checkpoint import Checkpoints, load_optimizer_tensors, optimizer_tensors
+from trainlib.engine.loop import due
 
 
 def new_model(width: int = 6) -> nn.Sequential:
@@ -63,8 +64,8 @@ def test_two_steps_and_three_more_are_five_bit_for_bit(tmp_path, backwards):
 
     second = new_model()
     second_optimizers = new_optimizers(second, backwards)
-    restored = Checkpoints(tmp_path, 2).restore(second)
-    assert restored is not None and restored[1]["train"] == {"step": 2}
+    restored = Checkpoints(tmp_path, 2).restore(second, tmp_path / "step_000002")
+    assert restored[1]["train"] == {"step": 2}
     load_optimizer_tensors(second_optimizers, second, restored[0], restored[1]["optimizers"])
     train(second, second_optimizers, range(2, 5))
     for name, value in whole.state_dict().items():
@@ -120,14 +121,13 @@ def test_a_step_folder_is_a_model_folder(tmp_path):
 
 
 def test_nothing_is_there_at_first(tmp_path):
-    assert Checkpoints(tmp_path, 2).restore(new_model()) is None
+    assert Checkpoints(tmp_path, 2).newest() is None
     assert Checkpoints(tmp_path / "none", 2).newest() is None
 
 
 def test_due():
-    checkpoints = Checkpoints(None, 2)  # type: ignore[arg-type]
-    assert [s for s in range(1, 8) if checkpoints.due(s, 3)] == [3, 6]
-    assert not any(checkpoints.due(s, 0) for s in range(8))
+    assert [s for s in range(1, 8) if due(s, 3)] == [3, 6]
+    assert not any(due(s, 0) for s in range(8))
 
 
 def test_names_are_compared_as_numbers(tmp_path):
@@ -157,8 +157,9 @@ def test_going_on_from_an_earlier_one_keeps_what_it_writes(tmp_path):
     for step in (2, 4):
         saved(tmp_path, step)
     saved(tmp_path, 3, keep=1, mark="new")
-    restored = Checkpoints(tmp_path, 1).restore(new_model())
-    assert restored is not None and restored[1] == {"mark": "new"}
+    newest = Checkpoints(tmp_path, 1).newest()
+    assert newest is not None
+    assert Checkpoints(tmp_path, 1).restore(new_model(), newest)[1] == {"mark": "new"}
     assert not (tmp_path / "step_000002").exists()
 
 
@@ -190,7 +191,7 @@ def test_a_full_disk_is_told_and_the_one_before_stays_whole(tmp_path, monkeypatc
         checkpoints.write_final(model)
     assert {p.name for p in tmp_path.iterdir()} == {"step_000001", "latest"}
     other = new_model()
-    assert checkpoints.restore(other) is not None
+    checkpoints.restore(other, tmp_path / "step_000001")
     assert torch.equal(other[0].weight, model[0].weight)
 
 
@@ -203,7 +204,7 @@ def test_a_folder_that_does_not_fit_is_refused_by_name_and_changes_nothing(tmp_p
     ):
         before = {key: value.clone() for key, value in other.state_dict().items()}
         with pytest.raises(UserError, match=rf"step_000001 does not fit .*{name}"):
-            Checkpoints(tmp_path, 1).restore(other)
+            Checkpoints(tmp_path, 1).restore(other, tmp_path / "step_000001")
         assert all(torch.equal(before[key], v) for key, v in other.state_dict().items())
 
 

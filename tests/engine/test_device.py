@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from trainlib.core.distributed import Ranks
-from trainlib.data.loader import Place, StepBatch
+from trainlib.data.epoch_plan import DataPosition
+from trainlib.data.loader import StepBatch
 from trainlib.engine.device import Hardware
 from trainlib.engine.optim import OptimConfig, build_optimizers
 from trainlib.engine.step import optimizer_step
@@ -48,8 +49,9 @@ def step(model, optimizers, precision, scale, x, target):
         error = (model(batch.x).float() - target).square().sum()
         return error, {"error": (error, len(batch.x))}
 
-    batch = StepBatch([Rows(x=x)], len(x), len(x), Place())
-    return optimizer_step(run, model, optimizers, loss_fn, batch, scale)
+    batch = StepBatch([Rows(x=x)], len(x), len(x), DataPosition())
+    training = SimpleNamespace(run=run, model=model, optimizers=optimizers, loss_fn=loss_fn)
+    return optimizer_step(training, batch, scale)  # type: ignore[arg-type]
 
 
 def test_fp16_learns_what_fp32_learns():
@@ -89,7 +91,7 @@ def test_an_overflow_changes_nothing_and_halves_the_scale():
     state = TrainState(loss_scale=2.0**30)
     result = step(model, optimizers, "fp16", 2.0**30, torch.ones(4, 8), torch.full((8,), 1e4))
     assert not result.finite and torch.equal(model.weight, before)
-    batch = StepBatch([], 4, 4, Place(0, 1))
+    batch = StepBatch([], 4, 4, DataPosition(0, 1))
     state.advance(batch, result.finite)
     # Finding the scale is no fault of the data: no bad step is counted.
     assert (state.loss_scale, state.bad_steps, state.step) == (2.0**29, 0, 1)

@@ -22,8 +22,9 @@ from kernels import varlen_attention
 from model import AttentionOp, ModelConfig, Ops, Transformer
 from trainlib.core.distributed import Ranks
 from trainlib.data.loader import StepBatch, StepLoader
-from trainlib.engine.device import Hardware, looking
-from trainlib.engine.kernels import ATTENTION, LONG_RUN, choose_kernels, warm_up
+from trainlib.engine.device import Hardware, evaluation_mode
+from trainlib.engine.kernels import ATTENTION, choose_kernels
+from trainlib.engine.training import LONG_RUN, warm_up
 from trainlib.models.generate import Sampling, generate_batch
 
 SIZES = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -253,8 +254,8 @@ def test_what_a_release_calls_causal():
     assert varlen_attention.keywords_of(varlen.varlen_attn)  # The installed one too.
 
 
-def warmed_up(batch, monkeypatch, num_steps=None, flops=0.0, words=("bf16",), **config):
-    """Return a fresh model after the warm-up of a run, and that run."""
+def warmed_up(batch, num_steps=None, flops=0.0, words=("bf16",), **config):
+    """Return a fresh model after the warm-up of a run, and the hardware in use."""
     torch.manual_seed(3)
     model = Transformer(SIZES)
     micro = SimpleNamespace(inputs=batch)
@@ -262,20 +263,19 @@ def warmed_up(batch, monkeypatch, num_steps=None, flops=0.0, words=("bf16",), **
     loader = StepLoader(SimpleNamespace(row_length=12), 24, 2)  # type: ignore[arg-type]
     loader._make = lambda position: StepBatch([micro], 24, 24, position)  # type: ignore[assignment]
     settings = SimpleNamespace(**{"kernels": "auto", "compile": "auto", **config})
-    run: Any = SimpleNamespace(hardware=hardware(*words), layers=model.model.layers,
-                               config=settings, ranks=Ranks(), flops_per_token=flops)  # fmt: skip
+    run: Any = SimpleNamespace(hardware=hardware(*words), config=settings, ranks=Ranks())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    warm_up(run, model, loader, num_steps)
+    found = warm_up(run, model, loader, num_steps, flops)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state()) and model.training
     assert all(p.grad is None for p in model.parameters())
-    return model, run
+    return model, found
 
 
-def test_plain_kernels_can_be_asked_for(batch, monkeypatch):
-    _, run = warmed_up(batch, monkeypatch, words=("bf16", "blocks"), kernels="plain")
-    assert run.hardware.kernels == () and model_module.ops == Ops()
+def test_plain_kernels_can_be_asked_for(batch):
+    _, found = warmed_up(batch, words=("bf16", "blocks"), kernels="plain")
+    assert found.kernels == () and model_module.ops == Ops()
 
 
 @pytest.mark.parametrize(
@@ -288,27 +288,23 @@ def test_a_long_run_on_a_cpu_is_compiled_in_bf16(
 ):
     """Steps of two rows of 12 positions, so a thousand steps are just long enough."""
     asked = []
-    monkeypatch.setattr("trainlib.engine.kernels.compile_layers",
+    monkeypatch.setattr("trainlib.engine.training.compile_layers",
                         lambda hardware, *_, **__: asked.append(1) or hardware)  # fmt: skip
     flops = LONG_RUN / 24_000
-    _, run = warmed_up(
-        batch, monkeypatch, num_steps, flops, (precision, "blocks"), compile=compile_
-    )
-    assert run.hardware.compile == compiled == bool(asked)
-    assert run.hardware.kernels == (("blocks",) if compiled else ("blocks", *FUSED))
+    _, found = warmed_up(batch, num_steps, flops, (precision, "blocks"), compile=compile_)
+    assert found.compile == compiled == bool(asked)
+    assert found.kernels == (("blocks",) if compiled else ("blocks", *FUSED))
 
 
 @pytest.mark.slow
-def test_what_is_compiled_before_the_first_step_serves_training_and_evaluation(
-    kernel, batch, monkeypatch
-):
-    model, run = warmed_up(batch, monkeypatch, words=("bf16", "varlen", True), compile="on")
-    assert run.hardware.compile and run.hardware.kernels == ("varlen",)
+def test_what_is_compiled_before_the_first_step_serves_training_and_evaluation(kernel, batch):
+    model, found = warmed_up(batch, words=("bf16", "varlen", True), compile="on")
+    assert found.compile and found.kernels == ("varlen",)
     torch._dynamo.config.error_on_recompile = True
     try:
-        with run.hardware.autocast():
+        with found.autocast():
             model(**batch).float().sum().backward()
-        with looking(model), run.hardware.autocast():
+        with evaluation_mode(model), found.autocast():
             model(**batch)
     finally:
         torch._dynamo.config.error_on_recompile = False

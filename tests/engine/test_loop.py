@@ -13,11 +13,12 @@ import torch
 from trainlib.core.distributed import Ranks
 from trainlib.core.errors import UserError
 from trainlib.core.files import lock_folder, refuse_if_locked, release_folders
-from trainlib.data.loader import Place, StepBatch, StepLoader
+from trainlib.data.epoch_plan import DataPosition
+from trainlib.data.loader import StepBatch, StepLoader
 from trainlib.engine.checkpoint import Checkpoints
 from trainlib.engine.control import Clock
-from trainlib.engine.device import Hardware, looking
-from trainlib.engine.metrics import cut_back
+from trainlib.engine.device import Hardware, evaluation_mode
+from trainlib.engine.metrics import MetricsLog, cut_back
 from trainlib.engine.optim import OptimConfig, Schedule, build_optimizers
 from trainlib.engine.progress import Display
 from trainlib.engine.step import optimizer_step
@@ -27,18 +28,23 @@ SCHEDULE = Schedule(OptimConfig(), 10)
 
 
 class Loader:
-    """Remembers where it was told to go on."""
+    """Remembers the position it was given."""
 
-    position = Place()
+    position = DataPosition()
 
     def seek(self, position):
         self.position = position
 
 
-def new_run(folder, resume_from=None):
+def new_training(folder, model, optimizers, resume_from=None, precision="fp32", **more):
+    hardware = SimpleNamespace(precision=precision, kernels=(), device=torch.device("cpu"))
+    run = SimpleNamespace(
+        folder=folder, resume_from=resume_from, ranks=Ranks(), clock=Clock(), hardware=hardware,
+        config=SimpleNamespace(log_every_steps=1), stage="pretrain",
+    )  # fmt: skip
     return SimpleNamespace(
-        folder=folder, resume_from=resume_from, checkpoints=Checkpoints(folder, 2), metrics=None,
-        ranks=Ranks(), clock=Clock(), hardware=SimpleNamespace(precision="fp32", kernels=()),
+        run=run, model=model, optimizers=optimizers, schedule=SCHEDULE, loader=Loader(),
+        checkpoints=Checkpoints(folder, 2), flops_per_token=1.0, **more,
     )  # fmt: skip
 
 
@@ -60,18 +66,17 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
     torch.manual_seed(1)
     model, optimizers = new_model()
     steps(model, optimizers, 2)
-    run = new_run(tmp_path)
-    save(run, model, optimizers, SCHEDULE, TrainState(step=2, tokens=9, position=Place(1, 5)))
-    run.checkpoints.join()
+    training = new_training(tmp_path, model, optimizers)
+    save(training, TrainState(step=2, tokens=9, position=DataPosition(1, 5)))
+    training.checkpoints.join()
     steps(model, optimizers, 3)
     drawn = torch.rand(3)
     torch.manual_seed(77)
     other, other_optimizers = new_model()
-    loader = Loader()
-    step_folder = tmp_path / "step_000002"
-    state = restore(new_run(tmp_path, step_folder), other, other_optimizers, SCHEDULE, loader)
-    assert (state.step, state.tokens, state.position) == (2, 9, Place(1, 5))
-    assert loader.position == Place(1, 5)
+    resumed = new_training(tmp_path, other, other_optimizers, tmp_path / "step_000002")
+    state = restore(resumed)
+    assert (state.step, state.tokens, state.position) == (2, 9, DataPosition(1, 5))
+    assert resumed.loader.position == DataPosition(1, 5)
     steps(other, other_optimizers, 3)
     assert torch.equal(torch.rand(3), drawn)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
@@ -81,23 +86,22 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
 def test_each_yardstick_is_spoken_of_once_across_a_resume(tmp_path, capsys):
     model, optimizers = new_model()
 
-    def evaluations(run, state, figures):
-        run.config, run.stage = SimpleNamespace(log_every_steps=1), "pretrain"
-        run.hardware.device = torch.device("cpu")
-        run.yardsticks, run.flops_per_token = {"uniform": 4.0, "unigram": 3.0, "bigram": 2.0}, 1.0
-        display = Display(run, SCHEDULE, state)
+    yardsticks = {"uniform": 4.0, "unigram": 3.0, "bigram": 2.0}
+
+    def evaluations(resume_from, figures):
+        datasets = SimpleNamespace(yardsticks=yardsticks)
+        training = new_training(tmp_path, model, optimizers, resume_from, datasets=datasets)
+        state = restore(training)
+        metrics = MetricsLog(tmp_path, state.step if resume_from else None)
+        display = Display(training, state, metrics)
         for state.step, value in figures:
             display.show_validation({"val/bits_per_byte": value}, ["To be,\nor not\n\n"])
-        save(run, model, optimizers, SCHEDULE, state)
-        run.checkpoints.join()
-        run.metrics.close()
+        save(training, state)
+        training.checkpoints.join()
+        metrics.close()
 
-    run = new_run(tmp_path)
-    state = restore(run, model, optimizers, SCHEDULE, Loader())
-    evaluations(run, state, [(0, 4.1), (1, 2.9), (2, 3.1)])
-    run = new_run(tmp_path, tmp_path / "step_000002")
-    state = restore(run, model, optimizers, SCHEDULE, Loader())
-    evaluations(run, state, [(3, 2.8), (4, 1.9), (5, 1.8)])
+    evaluations(None, [(0, 4.1), (1, 2.9), (2, 3.1)])
+    evaluations(tmp_path / "step_000002", [(3, 2.8), (4, 1.9), (5, 1.8)])
     told = [
         "below the unigram line at step 1: 2.900 against 3.000 bits per byte",
         "resuming from step 2",
@@ -107,37 +111,35 @@ def test_each_yardstick_is_spoken_of_once_across_a_resume(tmp_path, capsys):
     out = capsys.readouterr().out
     assert [line for line in out.splitlines() if " at step " in line] == [told[0], told[2]]
     assert "sample: To be, / or not\nstep 0 val/bits_per_byte 4.1000\n" in out
-    assert json.loads((tmp_path / "yardsticks.json").read_text()) == run.yardsticks
+    assert json.loads((tmp_path / "yardsticks.json").read_text()) == yardsticks
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     model, optimizers = new_model()
-    run = new_run(tmp_path)
-    save(run, model, optimizers, SCHEDULE, TrainState(step=1))
-    run.checkpoints.join()
+    training = new_training(tmp_path, model, optimizers)
+    save(training, TrainState(step=1))
+    training.checkpoints.join()
     other = torch.nn.Sequential(torch.nn.Linear(8, 9, bias=False), torch.nn.LayerNorm(9))
+    others = build_optimizers(other, OptimConfig())
     with pytest.raises(UserError):
-        restore(
-            new_run(tmp_path, tmp_path / "step_000001"), other,
-            build_optimizers(other, OptimConfig()), SCHEDULE, Loader(),
-        )  # fmt: skip
+        restore(new_training(tmp_path, other, others, tmp_path / "step_000001"))
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     model, optimizers = new_model()
-    run = new_run(tmp_path)
+    training = new_training(tmp_path, model, optimizers)
     for step in (1, 2, 3):
-        save(run, model, optimizers, SCHEDULE, TrainState(step=step))
-    run.checkpoints.join()
+        save(training, TrainState(step=step))
+    training.checkpoints.join()
     assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000002", "step_000003"]
     assert (tmp_path / "latest").read_text().strip() == "step_000003"
     assert not list(tmp_path.glob(".writing*"))
 
 
-def test_looking_disturbs_nothing():
+def test_evaluation_mode_changes_neither_mode_nor_random_state():
     model, _ = new_model()
     state = torch.get_rng_state()
-    with looking(model):
+    with evaluation_mode(model):
         torch.rand(5)
         assert not model.training and not torch.is_grad_enabled()
     assert model.training and torch.equal(state, torch.get_rng_state())
@@ -152,18 +154,18 @@ def test_metrics_are_cut_back_to_the_saved_step(tmp_path):
 
 def test_another_precision_brings_its_own_loss_scale(tmp_path):
     model, optimizers = new_model()
-    run = new_run(tmp_path)
-    save(run, model, optimizers, SCHEDULE, TrainState(step=1))
-    save(run, model, optimizers, SCHEDULE, TrainState(step=2, loss_scale=4.0))
-    run.checkpoints.join()
+    training = new_training(tmp_path, model, optimizers)
+    save(training, TrainState(step=1))
+    save(training, TrainState(step=2, loss_scale=4.0))
+    training.checkpoints.join()
     for step, precision, expected in ((1, "fp16", 2.0**16), (2, "bf16", 1.0), (2, "fp16", 4.0)):
-        again = new_run(tmp_path, tmp_path / f"step_{step:06d}")
-        again.hardware.precision = precision
-        assert restore(again, model, optimizers, SCHEDULE, Loader()).loss_scale == expected
+        step_folder = tmp_path / f"step_{step:06d}"
+        again = new_training(tmp_path, model, optimizers, step_folder, precision)
+        assert restore(again).loss_scale == expected
 
 
 def test_the_scale_of_fp16_never_becomes_that_of_fp32():
-    state, batch = TrainState(loss_scale=4.0), StepBatch([], 1, 1, Place())
+    state, batch = TrainState(loss_scale=4.0), StepBatch([], 1, 1, DataPosition())
     for _ in range(3):
         state.advance(batch, False)
     assert state.loss_scale == 2.0 and state.bad_steps == 2
@@ -176,7 +178,7 @@ class TwoRows:
 
     def rows(self, position):
         for row in range(position.row, 2):
-            yield row, Place(position.epoch + 1) if row else Place(position.epoch, 1)
+            yield row, DataPosition(position.epoch + 1) if row else DataPosition(position.epoch, 1)
 
     def num_rows(self, epoch=0):
         return 2
@@ -190,8 +192,8 @@ class TwoRows:
 
 def test_a_place_beyond_the_data_goes_on_with_the_next_epoch():
     loader = StepLoader(TwoRows(), tokens_per_step=2, micro_batch_size=2)
-    loader.seek(Place(0, 7))
-    assert next(loader).after == Place(2, 0)
+    loader.seek(DataPosition(0, 7))
+    assert next(loader).after == DataPosition(2, 0)
 
 
 def test_for_a_card_micro_batches_are_pinned_where_they_are_made():
@@ -230,11 +232,13 @@ def test_a_steps_gradient_is_that_of_the_mean_loss_clipped(clip, loss_scale):
     config = SimpleNamespace(optim=OptimConfig(grad_clip=clip))
     run = SimpleNamespace(hardware=hardware, ranks=Ranks(), config=config)
     optimizers = [torch.optim.SGD([p], lr=1.0) for p in model.parameters()]
-    batch = StepBatch([x[:1], x[1:]], 4, 4, Place())
+    batch = StepBatch([x[:1], x[1:]], 4, 4, DataPosition())
     for _ in range(2):  # The second one must not know of the first one's gradient.
-        result = optimizer_step(
-            run, model, optimizers, lambda model, x: (model(x).sum(), {}), batch, loss_scale
-        )  # type: ignore[arg-type]
+        training = SimpleNamespace(
+            run=run, model=model, optimizers=optimizers,
+            loss_fn=lambda model, x: (model(x).sum(), {}),
+        )  # fmt: skip
+        result = optimizer_step(training, batch, loss_scale)  # type: ignore[arg-type]
         assert result.grad_norm == pytest.approx(norm) and norm > 10
     share = min(1.0, clip / norm) if clip else 1.0
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):

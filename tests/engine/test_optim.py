@@ -11,7 +11,8 @@ import torch
 
 from model import ModelConfig, Transformer
 from trainlib.core.distributed import Ranks
-from trainlib.data.loader import Place, StepBatch
+from trainlib.data.epoch_plan import DataPosition
+from trainlib.data.loader import StepBatch
 from trainlib.engine.device import Hardware
 from trainlib.engine.optim import Muon, OptimConfig, Schedule, build_optimizers
 from trainlib.engine.step import optimizer_step
@@ -139,8 +140,9 @@ def trained(config: OptimConfig) -> dict[str, torch.Tensor]:
 
     for step, size in enumerate((1.0, 0.1, 10.0, 0.1, 1.0, 10.0)):
         schedule.set_rates(optimizers, step)
-        batch = StepBatch([torch.tensor(size)], 1, 1, Place())
-        optimizer_step(run, model, optimizers, loss_fn, batch, 1.0)  # type: ignore[arg-type]
+        batch = StepBatch([torch.tensor(size)], 1, 1, DataPosition())
+        training = SimpleNamespace(run=run, model=model, optimizers=optimizers, loss_fn=loss_fn)
+        optimizer_step(training, batch, 1.0)  # type: ignore[arg-type]
     kinds = {"matrices": [], "rest": []}
     for n, p in model.named_parameters():
         kinds["matrices" if is_matrix(n) else "rest"].append(p.detach().flatten())

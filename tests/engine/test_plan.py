@@ -14,7 +14,7 @@ from model import ModelConfig, Transformer, count_parameters
 from tests.support.memory_helpers import SHIPPED, shipped
 from trainlib.core.errors import UserError
 from trainlib.core.hardware import CARDS, Card, find_card, read_cards
-from trainlib.data.loader import deal
+from trainlib.data.loader import micro_batch_shape
 from trainlib.engine.checkpoint import Checkpoints
 from trainlib.engine.flops import Sizes, flops_per_token, update_flops
 from trainlib.engine.optim import OptimConfig, build_optimizers
@@ -85,7 +85,7 @@ def test_the_time_of_a_step_is_the_sum_by_hand():
 def test_the_speed_of_a_4090():
     """It does 350,000 to 450,000 tokens a second by the estimate that the table was made for."""
     card = find_card("rtx4090")
-    num_micro = deal(256, 64, 1)[0]
+    num_micro = micro_batch_shape(256, 64, 1)[0]
     seconds = sum(step_time(card, Sizes(), "muon", True, 256.5, 131072, num_micro).values())
     assert 131072 / seconds == pytest.approx(450_000, rel=0.05)
     assert 131072 / seconds / card.slowest == pytest.approx(350_000, rel=0.05)

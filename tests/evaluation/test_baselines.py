@@ -147,7 +147,8 @@ def test_a_uniform_model_scores_the_uniform_line(kind, max_rows, data, tokenizer
     datasets = with_yardsticks(data(kind, val_max_rows=max_rows), tokenizer)
     hardware = Hardware(torch.device("cpu"), "fp32", "masked", False, 3)
     run = SimpleNamespace(hardware=hardware, ranks=ALONE)
-    metrics = validate(run, Uniform(), loss_fn, datasets.val)
+    training = SimpleNamespace(run=run, model=Uniform(), datasets=datasets)
+    metrics = validate(training, loss_fn)  # type: ignore[arg-type]
     assert metrics["bits_per_byte"] == pytest.approx(datasets.yardsticks["uniform"], rel=1e-6)
 
 

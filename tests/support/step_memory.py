@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_map_only
 
 from dpo_train import dpo_loss
 from trainlib.data.batch import Batch
-from trainlib.data.loader import ALONE, Place, StepBatch
+from trainlib.data.epoch_plan import DataPosition
+from trainlib.data.loader import ALONE, StepBatch
 from trainlib.engine.device import Hardware
 from trainlib.engine.losses import batch_log_probs, cross_entropy_sum
 from trainlib.engine.optim import OptimConfig, build_optimizers
@@ -51,7 +52,7 @@ def make_step(
     hardware = Hardware(torch.device("cpu"), precision, "masked", False, rows)
     config = SimpleNamespace(optim=optim or OptimConfig())
     run: Any = SimpleNamespace(hardware=hardware, ranks=ALONE, config=config)
-    whole = StepBatch([batch] * num_micro, ids.numel() * num_micro, ids.numel(), Place())
+    whole = StepBatch([batch] * num_micro, ids.numel() * num_micro, ids.numel(), DataPosition())
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:
         if stage != "dpo":
@@ -59,7 +60,10 @@ def make_step(
         return dpo_loss(batch_log_probs(model, batch), torch.zeros(count), 0.1)
 
     def step(model: nn.Module, optimizers: list[Optimizer]) -> None:
-        optimizer_step(run, model, optimizers, loss_fn, whole, 1.0)
+        training: Any = SimpleNamespace(
+            run=run, model=model, optimizers=optimizers, loss_fn=loss_fn
+        )
+        optimizer_step(training, whole, 1.0)
 
     return step
 

@@ -11,7 +11,7 @@ import pytest
 from dataset import DataConfig, load_datasets
 from tools import data_report, inspect_data
 from trainlib.data import formats
-from trainlib.data.loader import Place
+from trainlib.data.epoch_plan import DataPosition
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -46,7 +46,7 @@ def test_counts_are_those_of_training(kind, tmp_path, capsys, tokenizer):
     sets = [data.train, *data.val.values()]
     assert code == 0 and report["kind"] == kind and report["rows"] == 30 and not report["broken"]
     assert report["tokens"] == sum(packed.num_tokens for packed in sets)
-    batches = [p.collate([row for row, _ in p.rows(Place())], p.num_rows()) for p in sets]
+    batches = [p.collate([row for row, _ in p.rows(DataPosition())], p.num_rows()) for p in sets]
     labels = sum(int((batch.labels >= 0).sum()) for batch in batches)
     assert report["supervised_tokens"] == labels
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,13 @@ from trainlib.core.files import cache_dir
 PLAN_LAYOUT = 1  # Counts up when the same data are packed in another way.
 KEPT_PLANS = 20
 Row = np.ndarray  # The numbers of the units that share a row.
+
+
+class DataPosition(NamedTuple):
+    """Epoch and row of the next row to read, counted from 0."""
+
+    epoch: int = 0
+    row: int = 0
 
 
 @dataclass(frozen=True)

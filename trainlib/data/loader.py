@@ -1,77 +1,49 @@
-"""Rows to optimizer steps: how many rows a step takes and how they are dealt to micro-batches."""
+"""Rows to optimizer steps: how many rows a step takes, and which micro-batch each is in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from trainlib.core.distributed import Ranks
+from trainlib.data.batch import Batch
+from trainlib.data.epoch_plan import DataPosition, Row
+from trainlib.data.packing import PackedDataset
 
-BatchT = TypeVar("BatchT")
-MadeT = TypeVar("MadeT", covariant=True)
 ALONE = Ranks()
 
 
-class Place(NamedTuple):
-    """Epoch and row of a data set, counted from 0: the next row to be read."""
-
-    epoch: int = 0
-    row: int = 0
-
-
-class Dataset(Protocol[MadeT]):
-    """What a data set offers (dataset.PackedDataset is one)."""
-
-    row_length: int
-
-    def rows(self, position: Place) -> Iterator[tuple[Any, Place]]:
-        """Rows from a position to the end of its epoch, each with the position after it."""
-        ...
-
-    def num_rows(self, epoch: int = 0) -> int:
-        """Rows of an epoch."""
-        ...
-
-    def collate(self, rows: list[Any], num_rows: int) -> MadeT:
-        """One micro-batch of num_rows rows, empty ones at the end."""
-        ...
-
-    def count(self, rows: list[Any]) -> tuple[int, int]:
-        """Targets (what a loss is divided by) and real positions of some rows."""
-        ...
-
-
 @dataclass(frozen=True)
-class StepBatch(Generic[BatchT]):
-    """What one optimizer step reads: this rank's micro-batches, and counts of the whole step."""
+class StepBatch:
+    """What one optimizer step reads: micro-batches of this process, and counts of the step."""
 
-    micro_batches: list[BatchT]
+    micro_batches: list[Batch]
     num_targets: int
     num_tokens: int
-    after: Place
+    after: DataPosition
 
 
-def deal(rows_per_step: int, micro_batch_size: int, num_ranks: int) -> tuple[int, int]:
-    """As few micro-batches of each rank as hold a step's rows, and the rows of each of them."""
-    num_micro = -(-rows_per_step // (max(1, micro_batch_size) * num_ranks))
-    return num_micro, -(-rows_per_step // (num_micro * num_ranks))
+def micro_batch_shape(
+    rows_per_step: int, micro_batch_size: int, world_size: int
+) -> tuple[int, int]:
+    """Return (micro-batches per process, rows per micro-batch) of a step, as few as possible."""
+    num_micro = -(-rows_per_step // (max(1, micro_batch_size) * world_size))
+    return num_micro, -(-rows_per_step // (num_micro * world_size))
 
 
-class StepLoader(Generic[BatchT]):
-    """Deals a data set's rows to optimizer steps, the next one made in a thread meanwhile.
+class StepLoader:
+    """Yield the batches of optimizer steps; a thread makes the next one meanwhile.
 
-    A step takes tokens_per_step / row_length rows, whatever the number of ranks, dealt evenly to
-    as few micro-batches of at most micro_batch_size rows as hold them, the same number for each
-    rank; all have one shape, and rows that are missing are empty. Goes on into the next epoch;
+    A step takes tokens_per_step / row_length rows, whatever the number of processes, spread evenly
+    over as few micro-batches of at most micro_batch_size rows as possible, the same number for
+    each process; all have one shape, and missing rows are empty. Continues into the next epoch;
     with `epochs` the last step ends with the last row. `pin` puts micro-batches into pinned
-    memory: from other memory a copy to a card waits for all that the card has yet to do.
+    memory: a copy from other memory waits until the card has done all its work.
     """
 
     def __init__(
         self,
-        dataset: Dataset[BatchT],
+        dataset: PackedDataset,
         tokens_per_step: int,
         micro_batch_size: int,
         epochs: int = 0,
@@ -81,35 +53,37 @@ class StepLoader(Generic[BatchT]):
         self.dataset, self.epochs, self.ranks = dataset, epochs, ranks
         self.pin = pin
         self.rows_per_step = max(1, tokens_per_step // dataset.row_length)
-        _, self.micro_batch_rows = deal(self.rows_per_step, micro_batch_size, ranks.count)
-        self.position = Place()
+        _, self.micro_batch_rows = micro_batch_shape(
+            self.rows_per_step, micro_batch_size, ranks.count
+        )
+        self.position = DataPosition()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self._next: Future[StepBatch[BatchT]] | None = None
+        self._next: Future[StepBatch] | None = None
 
     def num_steps(self) -> int:
-        """Steps of `epochs` epochs."""
+        """Return the number of steps of `epochs` epochs."""
         rows = sum(self.dataset.num_rows(epoch) for epoch in range(self.epochs))
         return -(-rows // self.rows_per_step)
 
-    def seek(self, position: Place) -> None:
-        """Read on from a position."""
+    def seek(self, position: DataPosition) -> None:
+        """Continue from a position."""
         self.position, self._next = position, None
 
-    def __next__(self) -> StepBatch[BatchT]:
-        """The next step; the position moves only when it is handed out, not when prefetched."""
+    def __next__(self) -> StepBatch:
+        """Return the next step; the position moves now, not when the step was prefetched."""
         batch = self._next.result() if self._next else self._make(self.position)
         self.position = batch.after
         self._next = self._thread.submit(self._make, batch.after)
         return batch
 
-    def _make(self, position: Place) -> StepBatch[BatchT]:
-        rows: list[Any] = []
+    def _make(self, position: DataPosition) -> StepBatch:
+        rows: list[Row] = []
         while len(rows) < self.rows_per_step and (
             not self.epochs or not rows or position.epoch < self.epochs
         ):
             if position.row >= self.dataset.num_rows(position.epoch):
-                # A place beyond the end, which a run on other data left behind.
-                position = Place(position.epoch + 1)
+                # A position beyond the end, from a run on other data.
+                position = DataPosition(position.epoch + 1)
             for row, after in self.dataset.rows(position):
                 rows.append(row)
                 position = after
@@ -117,9 +91,9 @@ class StepLoader(Generic[BatchT]):
                     break
         count = self.ranks.count
         num_micro = -(-len(rows) // (self.micro_batch_rows * count))
-        # Row i goes to micro-batch i mod n, so that all are filled alike; of these n, every rank
-        # takes as many, itself first.
-        micro: list[Any] = [
+        # Row i goes to micro-batch i mod n, so that all are filled alike; every process takes the
+        # same number of these n.
+        micro = [
             self.dataset.collate(rows[i :: num_micro * count], self.micro_batch_rows)
             for i in range(self.ranks.rank, num_micro * count, count)
         ]

@@ -17,8 +17,7 @@ import torch
 
 from trainlib.core.errors import UserError
 from trainlib.data.batch import IGNORE_INDEX, Batch
-from trainlib.data.epoch_plan import PLAN_LAYOUT, Plan, Row
-from trainlib.data.loader import Place
+from trainlib.data.epoch_plan import PLAN_LAYOUT, DataPosition, Plan, Row
 from trainlib.data.token_cache import TokenCache
 
 WINDOW = 8192
@@ -186,12 +185,16 @@ class PackedDataset:
             len(plan) * self.row_length
         )
 
-    def rows(self, position: Place) -> Iterator[tuple[Row, Place]]:
+    def rows(self, position: DataPosition) -> Iterator[tuple[Row, DataPosition]]:
         """Rows from a position to the end of its epoch, each with the position after it."""
         plan = self._plan(position.epoch)
         for number in range(position.row, len(plan)):
             last = number + 1 == len(plan)
-            after = Place(position.epoch + 1) if last else Place(position.epoch, number + 1)
+            after = (
+                DataPosition(position.epoch + 1)
+                if last
+                else DataPosition(position.epoch, number + 1)
+            )
             yield plan[number], after
 
     @property

@@ -30,17 +30,15 @@ from trainlib.core.files import sync, write_atomically
 class Checkpoints:
     """The step folders of a run; writing happens in a thread, from a snapshot."""
 
-    def __init__(self, folder: Path, keep: int, writes: bool = True) -> None:
+    def __init__(
+        self, folder: Path, keep: int, writes: bool = True, companions: dict[str, str] | None = None
+    ) -> None:
         self.folder, self.keep = folder, keep
         self.writes = writes
         """Whether this process writes at all: of several ranks only the first does."""
-        self.companions: dict[str, str] = {}
+        self.companions = companions or {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-
-    def due(self, step: int, every: int) -> bool:
-        """Whether a checkpoint is due after a step."""
-        return bool(every) and step % every == 0
 
     def save(
         self, step: int, model: nn.Module, tensors: dict[str, Tensor], state: dict[str, Any]
@@ -130,17 +128,12 @@ class Checkpoints:
                 return folder
         return next(iter(self._step_folders()[::-1]), None)
 
-    def restore(
-        self, model: nn.Module, folder: Path | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Load the newest (or a given) step folder into a model; returns tensors and state.
+    def restore(self, model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Load a step folder into a model; returns tensors and state.
 
         Raises UserError where the folder does not fit the model or is damaged; the model is as
         before then.
         """
-        folder = folder or self.newest()
-        if folder is None:
-            return None
         try:
             weights = load_file(folder / "model.safetensors")
             tensors = load_file(folder / "optimizer.safetensors")

@@ -1,4 +1,4 @@
-"""A run's hardware in use: autocast, compilation with its fallback, looking without disturbing."""
+"""How this process computes: autocast, compilation with its fallback, evaluation mode."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def compile_layers(
 
 
 @contextlib.contextmanager
-def looking(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards mode and random state are as before."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; restores the mode and the RNG state on exit."""
     was_training, cpu_state = model.training, torch.get_rng_state()
     cuda_state = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     model.eval()
@@ -115,6 +115,3 @@ def looking(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(cpu_state)
         if cuda_state:
             torch.cuda.set_rng_state_all(cuda_state)
-
-
-LossFunction = Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, tuple[Any, Any]]]]

@@ -10,21 +10,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import model
 from kernels import block_attention, fused_cpu, varlen_attention
 from model import AttentionOp, ModelConfig, Ops, rotary_angles
 from trainlib.core.distributed import Ranks
 from trainlib.core.hardware import DTYPES
-from trainlib.data.loader import Place, StepLoader
-from trainlib.engine.device import Hardware, compile_layers, looking
-
-if TYPE_CHECKING:
-    from trainlib.engine.run import Run
+from trainlib.engine.device import Hardware
 
 log = logging.getLogger(__name__)
 
@@ -37,40 +33,7 @@ ATTENTION = {
     "blocks": AttentionOp(block_attention.prepare, block_attention.attend),
     "varlen": AttentionOp(varlen_attention.prepare, varlen_attention.attend),
 }
-LONG_RUN = 2e14
-"""Floating-point operations from which a run on a CPU is compiled: a quarter of an hour of two
-cores. Compiling takes half a minute; bf16 steps become 1.1 times as fast, fp32 steps no faster."""
 Values = dict[str, Tensor]
-
-
-def warm_up(run: Run, model: nn.Module, loader: StepLoader, num_steps: int | None = None) -> None:
-    """Choose the kernels, and compile the layers where the run wants that.
-
-    Call it before the model is first used, so that all results of a run are computed in one way.
-    `num_steps` is the length of the run, if it is known. Weights and random state stay.
-    """
-    h, c, row_length = run.hardware, run.config, loader.dataset.row_length
-    if c.compile == "auto" and num_steps and (h.device.type, h.precision) == ("cpu", "bf16"):
-        positions = num_steps * loader.rows_per_step * row_length
-        h = replace(h, compile=positions * run.flops_per_token >= LONG_RUN)
-    if c.kernels == "plain":
-        log.info("kernels: plain, by kernels=plain")
-    else:
-        h = choose_kernels(h, model.config, row_length, run.ranks)  # type: ignore[arg-type]
-    if h.compile and run.layers is not None:
-        batch = next(loader).micro_batches[0].to(h.device)
-        loader.seek(Place())
-
-        def try_out() -> None:
-            with h.autocast():
-                logits = model(**batch.inputs)
-            logits.float().square().sum().backward()
-            model.zero_grad(set_to_none=True)
-            with looking(model), h.autocast():  # A program of its own.
-                model(**batch.inputs)
-
-        h = compile_layers(h, run.layers, try_out, required=c.compile == "on")
-    run.hardware = h
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From a command line to a run: settings, the run's folder, and what may not be overwritten."""
+"""From a command line to a run: settings, data, the folder of the run, training or a plan."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import yaml
-from torch import nn
 
+from tokenizer.bpe import Tokenizer
 from trainlib.core.distributed import (
     first_decides,
     inside_ranks,
@@ -41,26 +41,31 @@ from trainlib.core.settings import (
     write_run_yaml,
 )
 from trainlib.core.terminal import survive_a_dead_terminal
-from trainlib.data.loader import deal
-from trainlib.engine.checkpoint import Checkpoints
+from trainlib.data.loader import micro_batch_shape
+from trainlib.data.packing import Datasets
 from trainlib.engine.control import Clock
 from trainlib.engine.device import use_hardware
+from trainlib.engine.loop import fit
 from trainlib.engine.plan import CONFIGS, plan_request, print_plan
-from trainlib.engine.run import Run, RunConfig
+from trainlib.engine.run import STAGES, Run, RunConfig
 from trainlib.engine.run_folder import IDENTITY, take_folder
+from trainlib.engine.training import Training
 
 log = logging.getLogger(__name__)
-SCRIPTS = {"pretrain": "train.py", "sft": "sft_train.py", "dpo": "dpo_train.py"}
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 def launch(
-    cls: type[ConfigT], stage: str, prepare: Callable[[Any], Any], main: Callable[..., None]
+    cls: type[ConfigT],
+    stage: str,
+    prepare: Callable[[ConfigT], tuple[ConfigT, Tokenizer, Datasets]],
+    main: Callable[[ConfigT, Tokenizer, Datasets], Training],
 ) -> None:
-    """Run a stage's command line: read the settings, make the caches, train.
+    """Run a stage's command line: read the settings, build the token caches, train or plan.
 
-    A UserError is printed without a traceback; then, as for any failure, the exit code is 1.
+    `prepare` returns the settings with what tokenizer and model add to them, the tokenizer and the
+    data. A UserError is printed without a traceback; the exit code is 1, as for any failure.
     """
     argv = sys.argv[1:]
     survive_a_dead_terminal()
@@ -81,14 +86,14 @@ def launch(
         if request is not None:
             print_plan(config, stage, request)
             return
-        datasets = prepare(config)
+        prepared = prepare(config)
         if only_prepare:
             print("the token caches are ready")
         elif not inside_ranks() and (count := number_of_ranks(config)) > 1:
             log.info("starting %d ranks, one a process (ranks=1 stops that)", count)
             sys.exit(start_ranks(count))
-        else:
-            main(config, datasets)
+        elif fit(training := main(*prepared)):
+            print_next(training.run)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         sys.exit(
@@ -110,28 +115,35 @@ def refuse_other_stage(argv: list[str], stage: str) -> None:
     """Raise UserError for a config file of the project that is another stage's, by its name."""
     for file in (Path(word) for word in argv if word.endswith((".yaml", ".yml"))):
         name = file.stem.removeprefix("tiny_")
-        for other, script in SCRIPTS.items():
+        for other, script in STAGES.items():
             theirs = other != stage and name.startswith(other)
             if theirs and file.resolve().parent == CONFIGS:
                 raise UserError(
                     f"{file} holds settings of {script}: type `python {script} {file} ...`, or "
-                    f"give {SCRIPTS[stage]} configs/tiny_{stage}.yaml or a file of your own"
+                    f"give {STAGES[stage]} configs/tiny_{stage}.yaml or a file of your own"
                 )
 
 
-def tell_next(run: Run, stage: str) -> None:
+def print_next(run: Run) -> None:
     """Log the command of the next stage: after a tiny recipe the tiny one of that stage."""
     tiny = f"configs/tiny_{run.stage}.yaml:"
     small = any(source.startswith(tiny) for source in provenance(run.config).values())
-    file = f"configs/tiny_{stage}.yaml " if small else ""
-    log.info("next: python %s %sinit_from=%s/final", SCRIPTS[stage], file, run.folder)
+    chat = f"python chat.py --model {run.folder}/final"
+    later = list(STAGES)[list(STAGES).index(run.stage) + 1 :]
+    if not later:
+        log.info("next: %s", chat)
+        return
+    file = f"configs/tiny_{later[0]}.yaml " if small else ""
+    log.info("next: python %s %sinit_from=%s/final", STAGES[later[0]], file, run.folder)
+    if run.stage != "pretrain":
+        log.info("or talk to it: %s", chat)
 
 
 def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> Run:
-    """Claim the run's folder and choose the hardware.
+    """Acquire the folder of a run and choose the hardware.
 
-    Raises UserError where the folder holds a finished run or one of another recipe or other data;
-    nothing is written then.
+    Raises UserError, and writes nothing, if the folder holds a finished run, or one of another
+    recipe or other data.
     """
     folder = Path(config.out_dir)
     identity = {"recipe": recipe(config), "data": data_key}
@@ -163,38 +175,23 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
         choice = replace(choice, precision=precision)
     hardware = use_hardware(choice, ranks.local)
     rows_per_step = max(1, config.tokens_per_step // row_length)
-    # As many rows as training has, so that evaluations are compiled for one shape too.
-    _, rows = deal(rows_per_step, hardware.micro_batch_size, ranks.count)
+    # As many rows as in training, so that evaluations are compiled for one shape too.
+    _, rows = micro_batch_shape(rows_per_step, hardware.micro_batch_size, ranks.count)
     hardware = replace(hardware, micro_batch_size=rows)
     torch.manual_seed(config.seed)
     if ranks.first:
         if resume_from is not None and resume_from.parent.resolve() == folder.resolve():
-            # What is saved next comes after this one, whatever else lies there.
+            # The next checkpoint follows this one, whatever else is there.
             write_atomically(folder / "latest", resume_from.name)
         write_atomically(folder / IDENTITY, json.dumps(identity, ensure_ascii=False))
-        # The precision as chosen, for a resume must go on with it.
+        # The precision as chosen: a resume must keep it.
         write_run_yaml(resolved(config, precision=choice.precision), folder / "run.yaml")
     log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
-    checkpoints = Checkpoints(folder, config.keep_checkpoints, ranks.first)
-    clock = Clock(config.max_hours)
-    return Run(config, stage, folder, hardware, checkpoints, ranks, clock, resume_from)
-
-
-def prepare_model(
-    run: Run, model: nn.Module, layers: nn.ModuleList, companions: dict[str, str]
-) -> None:
-    """Move the model to the run's device, the same weights to every rank; nothing wraps it.
-
-    `layers` are what warm_up compiles, one after the other.
-    `companions` are the files that make a checkpoint a model folder: file name to content.
-    """
-    model.to(run.hardware.device)
-    run.ranks.same(list(model.parameters()))
-    run.checkpoints.companions, run.layers = companions, layers
+    return Run(config, stage, folder, hardware, ranks, Clock(config.max_hours), resume_from)
 
 
 def _precision(folder: Path, resume_from: Path | None, matmul: str) -> str:
-    """The precision that a run began with, else what this machine was measured to like."""
+    """Return the precision that a run began with, else the one measured to be faster here."""
     run_yaml = folder / "run.yaml"
     if resume_from is not None and run_yaml.is_file():
         before = yaml.safe_load(run_yaml.read_text(encoding="utf-8")).get("precision")

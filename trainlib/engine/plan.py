@@ -25,7 +25,7 @@ from trainlib.core.errors import UserError
 from trainlib.core.files import ROOT
 from trainlib.core.hardware import Card, Choice, read_cards
 from trainlib.core.settings import provenance
-from trainlib.data.loader import deal
+from trainlib.data.loader import micro_batch_shape
 from trainlib.engine.flops import Sizes
 
 CONFIGS = ROOT / "configs"
@@ -248,7 +248,7 @@ class Plan(NamedTuple):
             facts, hardware.read_table(), device="cuda" if card else c.device, compile_=c.compile,
             precision=c.precision, micro_batch_size=c.micro_batch_size, row_length=self.row_length,
         )  # fmt: skip
-        dealt = deal(self.rows, choice.micro_batch_size, count)
+        dealt = micro_batch_shape(self.rows, choice.micro_batch_size, count)
         model = (self.sizes, c.optim.name)
         terms = step_memory(*model, choice, self.row_length, *dealt, count)
         half, attended = choice.precision != "fp32", (c.sequence_length + 1) / 2

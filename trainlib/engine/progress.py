@@ -11,11 +11,10 @@ from tqdm import tqdm
 from trainlib.data.loader import StepBatch, StepLoader
 from trainlib.engine import metrics as names
 from trainlib.engine.flops import matmul_peak
-from trainlib.engine.metrics import newly_passed
-from trainlib.engine.optim import Schedule
-from trainlib.engine.run import Run
-from trainlib.engine.step import Metrics, StepResult
+from trainlib.engine.metrics import MetricsLog, newly_passed
+from trainlib.engine.step import StepResult
 from trainlib.engine.train_state import TrainState
+from trainlib.engine.training import Metrics, Training
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +22,13 @@ log = logging.getLogger(__name__)
 class Display:
     """What a person sees: the bar, the lines of the log, speed, and the summary at the end."""
 
-    def __init__(self, run: Run, schedule: Schedule, state: TrainState) -> None:
-        self.run, self.schedule, self.state = run, schedule, state
+    def __init__(self, training: Training, state: TrainState, metrics: MetricsLog) -> None:
+        self.run, self.schedule, self.state = training.run, training.schedule, state
+        self.metrics, self.yardsticks = metrics, training.datasets.yardsticks
+        self.flops_per_token = training.flops_per_token
+        run, schedule = self.run, self.schedule
         self.peak = matmul_peak(run.hardware.device, run.hardware.precision) * run.ranks.count
-        run.metrics.add_yardsticks(run.yardsticks)
+        metrics.add_yardsticks(self.yardsticks)
         self.bar = tqdm(
             total=schedule.num_steps, initial=state.step, unit="step", desc=run.stage,
             disable=None if run.ranks.first else True,
@@ -62,7 +64,7 @@ class Display:
         if not (step % self.run.config.log_every_steps == 0 or self.schedule.reached(step)):
             return
         seconds = time.perf_counter() - self.begin
-        mfu = self.run.flops_per_token * self.tokens / seconds / self.peak
+        mfu = self.flops_per_token * self.tokens / seconds / self.peak
         values = {
             names.TRAIN_LOSS: result.loss,
             names.TRAIN_LR: lr,
@@ -82,7 +84,7 @@ class Display:
             f"left {max(0, left or 0) / 60:.1f} min"
             + ("" if result.finite else "  NOT FINITE, skipped")
         )
-        self.run.metrics.write_step(step, values, text)
+        self.metrics.write_step(step, values, text)
         self.bar.set_postfix_str(
             f"loss {result.loss:.3f}, {self.tokens / seconds:,.0f} tokens/s, "
             f"wait {self.waited / seconds:.0%}"
@@ -93,7 +95,7 @@ class Display:
 
     def show_validation(self, metrics: Metrics, samples: list[str]) -> None:
         """Print and record one evaluation, and do not count its time as training."""
-        step, yardsticks = self.state.step, self.run.yardsticks
+        step, yardsticks = self.state.step, self.yardsticks
         value = metrics.get(names.VAL_BITS_PER_BYTE, math.inf)
         passed = newly_passed(value, yardsticks, self.state.passed)
         self.state.passed += passed
@@ -101,7 +103,7 @@ class Display:
             f"{text} at step {step}: {value:.3f} against {yardsticks[name]:.3f} bits per byte"
             for name, text in passed.items()
         ]
-        self.run.metrics.write_evaluation(step, metrics, samples, words)
+        self.metrics.write_evaluation(step, metrics, samples, words)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         told = [f"sample: {text.rstrip()}".replace("\n", " / ") for text in samples]
         if self.run.ranks.first:

@@ -1,21 +1,21 @@
-"""The settings that every stage has, and a run: where and how it is carried out."""
+"""The settings that every stage has, and where and how a run executes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-from torch import nn
+from typing import ClassVar, Literal
 
 from trainlib.core.distributed import Ranks
 from trainlib.core.settings import HARDWARE_KEYS
-from trainlib.engine.checkpoint import Checkpoints
 from trainlib.engine.control import Clock
 from trainlib.engine.device import Hardware
-from trainlib.engine.metrics import MetricsLog
+from trainlib.engine.optim import OptimConfig
 
-HOW = {"recipe": False}  # Such a setting changes how a run is carried out, not what is learned.
+EXECUTION_ONLY = {"recipe": False}
+"""Execution settings: they change how a run executes, not what the model learns."""
+STAGES = {"pretrain": "train.py", "sft": "sft_train.py", "dpo": "dpo_train.py"}
+"""The script of each stage, in the order in which they follow each other."""
 
 
 @dataclass(frozen=True)
@@ -32,25 +32,27 @@ class RunConfig:
     }
     """Titles under which --help lists keys; those of no group are settings of the run."""
 
-    out_dir: str = field(default="", metadata=HOW)
+    out_dir: str = field(default="", metadata=EXECUTION_ONLY)
     """Folder of the run."""
     init_from: str = ""
     """Model folder that training starts from; empty = from nothing."""
-    resume: str = field(default="auto", metadata=HOW)
+    resume: str = field(default="auto", metadata=EXECUTION_ONLY)
     """auto: go on with an unfinished run; never: move it aside; or the path of a step folder."""
     seed: int = 0
     """Seed of initial weights and of the order of the data."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = field(default="auto", metadata=HOW)
+    device: Literal["auto", "cpu", "cuda", "mps"] = field(default="auto", metadata=EXECUTION_ONLY)
     """Where to compute; auto = cuda where there is a card, else cpu."""
-    ranks: int = field(default=0, metadata=HOW)
+    ranks: int = field(default=0, metadata=EXECUTION_ONLY)
     """Processes that train together on this host; 0 = one for each visible card, else one."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = field(default="auto", metadata=HOW)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = field(
+        default="auto", metadata=EXECUTION_ONLY
+    )
     """Numbers of the forward pass; auto = by the card, on a CPU what a measurement finds faster."""
-    compile: Literal["auto", "on", "off"] = field(default="auto", metadata=HOW)
+    compile: Literal["auto", "on", "off"] = field(default="auto", metadata=EXECUTION_ONLY)
     """Compile the layers; auto = on a card, and on a CPU in bf16 for a long run of given steps."""
-    kernels: Literal["auto", "plain"] = field(default="auto", metadata=HOW)
+    kernels: Literal["auto", "plain"] = field(default="auto", metadata=EXECUTION_ONLY)
     """Kernels that replace formulas of model.py; auto = where they agree with them, else plain."""
-    micro_batch_size: int = field(default=0, metadata=HOW)
+    micro_batch_size: int = field(default=0, metadata=EXECUTION_ONLY)
     """Most rows of one forward pass; 0 = chosen for the device."""
     max_steps: int = 0
     """Length in optimizer steps (0 = not given)."""
@@ -64,14 +66,16 @@ class RunConfig:
     """Positions of one optimizer step."""
     sequence_length: int = 512
     """Positions of a row; of DPO half of one, which both answers of a pair share."""
-    eval_every_steps: int = field(default=200, metadata=HOW)
+    eval_every_steps: int = field(default=200, metadata=EXECUTION_ONLY)
     """Steps between evaluations; 0 = only at the start and the end."""
-    save_every_steps: int = field(default=200, metadata=HOW)
+    save_every_steps: int = field(default=200, metadata=EXECUTION_ONLY)
     """Steps between checkpoints; 0 = only when stopped and at the end."""
-    log_every_steps: int = field(default=10, metadata=HOW)
+    log_every_steps: int = field(default=10, metadata=EXECUTION_ONLY)
     """Steps between lines of the log."""
-    keep_checkpoints: int = field(default=2, metadata=HOW)
+    keep_checkpoints: int = field(default=2, metadata=EXECUTION_ONLY)
     """Newest step folders that are kept."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizers and schedule."""
 
     def __post_init__(self) -> None:
         if problems := self.problems():
@@ -96,23 +100,15 @@ class RunConfig:
         return problems
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """Where and how a run is carried out."""
+    """Where and how a run executes."""
 
-    config: Any
+    config: RunConfig
     stage: str
     folder: Path
     hardware: Hardware
-    checkpoints: Checkpoints
     ranks: Ranks
     clock: Clock
     resume_from: Path | None
-    """The step folder to go on from."""
-    layers: nn.ModuleList | None = None
-    """What is compiled, where compilation is wanted."""
-    metrics: MetricsLog = None  # type: ignore[assignment]  # Opened by fit, at the step it begins.
-    yardsticks: dict[str, float] = field(default_factory=dict)
-    """What val/bits_per_byte is held against, by name."""
-    flops_per_token: float = 0.0
-    """Floating-point operations of training on one token (trainlib/engine/flops.py)."""
+    """The step folder to resume from."""

@@ -1,20 +1,19 @@
-"""One optimizer step, and the sums that its metrics are made of."""
+"""One optimizer step, and the sums that its metrics are made of.
+
+The gradient of a step is that of (sum of losses) / (targets of the whole step): micro-batches of
+any size and number give the same update.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from trainlib.data.loader import StepBatch
-from trainlib.engine.device import LossFunction
-from trainlib.engine.run import Run
-
-Metrics = dict[str, float]
+from trainlib.engine.training import Metrics, MetricSums, Training
 
 
 @dataclass
@@ -23,31 +22,26 @@ class StepResult:
 
     loss: float
     grad_norm: float
+    """Before clipping."""
     finite: bool
     metrics: Metrics
 
 
-def optimizer_step(
-    run: Run,
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    loss_fn: LossFunction,
-    batch: StepBatch,
-    loss_scale: float,
-) -> StepResult:
-    """One update from all micro-batches of all ranks; none if the gradient is not finite.
+def optimizer_step(training: Training, batch: StepBatch, loss_scale: float) -> StepResult:
+    """Update the model from all micro-batches of all processes, unless a gradient is not finite.
 
     The gradient's norm is clipped to optim.grad_clip over all parameters together. The backward
     pass is of loss_scale times the loss, which keeps small fp16 gradients from becoming 0.
     """
+    run, model, optimizers = training.run, training.model, training.optimizers
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss_sum = torch.zeros((), device=run.hardware.device)
-    sums: dict[str, tuple[Any, Any]] = {}
+    sums: MetricSums = {}
     for micro_batch in batch.micro_batches:
         micro_batch = micro_batch.to(run.hardware.device)
         with run.hardware.autocast():
-            loss, metrics = loss_fn(model, micro_batch)
+            loss, metrics = training.loss_fn(model, micro_batch)
         (loss * (loss_scale / batch.num_targets)).backward()
         loss_sum = loss_sum + loss.detach()
         add_metrics(sums, metrics)
@@ -61,7 +55,7 @@ def optimizer_step(
         torch._foreach_mul_(gradients, 1 / loss_scale)  # pyright: ignore
     clip = run.config.optim.grad_clip or math.inf
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    # The one synchronisation with the device: all figures of the step at once.
+    # The one synchronization with the device: all figures of the step at once.
     loss_value, *values, norm = torch.cat([figures, norm.float().view(1)]).tolist()
     finite = math.isfinite(loss_value) and math.isfinite(norm)
     if finite:
@@ -72,7 +66,7 @@ def optimizer_step(
     return StepResult(loss_value / batch.num_targets, norm, finite, metrics)
 
 
-def add_metrics(sums: dict[str, tuple[Any, Any]], more: dict[str, tuple[Any, Any]]) -> None:
+def add_metrics(sums: MetricSums, more: MetricSums) -> None:
     """Add (sum, count) pairs by name."""
     for name, (value, count) in more.items():
         value = value.detach() if isinstance(value, Tensor) else value
@@ -80,6 +74,6 @@ def add_metrics(sums: dict[str, tuple[Any, Any]], more: dict[str, tuple[Any, Any
         sums[name] = (before[0] + value, before[1] + count)
 
 
-def means(sums: dict[str, tuple[Any, Any]]) -> Metrics:
-    """Sum over count of each metric that counted anything."""
+def means(sums: MetricSums) -> Metrics:
+    """Return sum over count of each metric that counted anything."""
     return {name: float(value) / count for name, (value, count) in sums.items() if count}

@@ -1,4 +1,4 @@
-"""What a run's result depends on beside weights and optimizers; saved and restored whole."""
+"""Training state besides weights and optimizers; saved and restored with every checkpoint."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import logging
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
-from trainlib.data.loader import Place, StepBatch, StepLoader
+from trainlib.data.epoch_plan import DataPosition
+from trainlib.data.loader import StepBatch
 from trainlib.engine.checkpoint import load_optimizer_tensors, optimizer_tensors
-from trainlib.engine.metrics import MetricsLog
-from trainlib.engine.optim import Schedule
-from trainlib.engine.run import Run
+from trainlib.engine.training import Training
 
 log = logging.getLogger(__name__)
 FIRST_SCALE, SCALE_STEPS = 2.0**16, 2000  # Of an fp16 loss, as torch's GradScaler has them.
@@ -22,16 +19,16 @@ LEAST_SCALE = 2.0  # Of an fp16 loss; 1 is that of the other precisions, and sta
 
 @dataclass
 class TrainState:
-    """All that the result depends on, beside the weights and the optimizers."""
+    """All that the result depends on, besides the weights and the optimizers."""
 
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0
     """Real positions trained on, padding not counted."""
-    position: Place = field(default_factory=Place)
+    position: DataPosition = field(default_factory=DataPosition)
     """The next row of the data."""
     bad_steps: int = 0
-    """Steps on end whose gradient was not finite, and which changed nothing."""
+    """Consecutive steps whose gradient was not finite, and which changed nothing."""
     evaluated: int = -1
     """The step of the last evaluation."""
     passed: list[str] = field(default_factory=list)
@@ -39,11 +36,11 @@ class TrainState:
     seconds: float = 0.0
     """How long the run has taken up to its last checkpoint."""
     decay: tuple[int, float, int] | None = None
-    """Where the rate began to fall at somebody's request (Schedule.decay)."""
+    """Where the rate began to fall on request (Schedule.decay)."""
     loss_scale: float = 1.0
     """What the loss is multiplied by before the backward pass; above 1 with fp16 only."""
     scaled_steps: int = 0
-    """Steps on end whose gradient was finite at this loss_scale."""
+    """Consecutive steps whose gradient was finite at this loss_scale."""
     kernels: list[str] | None = None
     """Kernels that the steps were computed with; None in runs that did not record them."""
 
@@ -53,7 +50,7 @@ class TrainState:
         self.tokens += batch.num_tokens
         self.position = batch.after
         if self.loss_scale > LEAST_SCALE and not finite:
-            # Too large a scale is no fault of the data: this is how its size is found.
+            # Too large a scale is not an error of the data: this is how its size is found.
             self.loss_scale, self.scaled_steps = self.loss_scale / 2, 0
             return
         self.bad_steps = 0 if finite else self.bad_steps + 1
@@ -62,59 +59,45 @@ class TrainState:
             self.loss_scale, self.scaled_steps = self.loss_scale * 2, 0
 
 
-def save(
-    run: Run,
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    schedule: Schedule,
-    state: TrainState,
-) -> None:
-    """Write a step folder from which training goes on bit for bit (on a CPU)."""
-    state.seconds, state.decay = run.clock.seconds(), schedule.decay
+def save(training: Training, state: TrainState) -> None:
+    """Write a step folder from which training resumes bit for bit (on a CPU)."""
+    run, model = training.run, training.model
+    state.seconds, state.decay = run.clock.seconds(), training.schedule.decay
     state.kernels = list(run.hardware.kernels)
-    tensors, scalars = optimizer_tensors(optimizers, model)
+    tensors, scalars = optimizer_tensors(training.optimizers, model)
     tensors["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         for i, rng in enumerate(torch.cuda.get_rng_state_all()):
             tensors[f"rng/cuda{i}"] = rng
-    run.checkpoints.save(
-        state.step, model, tensors, {"train": asdict(state), "optimizers": scalars}
-    )
+    saved = {"train": asdict(state), "optimizers": scalars}
+    training.checkpoints.save(state.step, model, tensors, saved)
 
 
-def restore(
-    run: Run,
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    schedule: Schedule,
-    loader: StepLoader,
-) -> TrainState:
-    """Go on from the run's newest step folder, or begin at step 0; opens the run's metrics."""
-    folder = run.resume_from
-    restored = run.checkpoints.restore(model, folder) if folder is not None else None
-    if folder is None or restored is None:
-        run.metrics = MetricsLog(run.folder, None, run.ranks.first)
-        return TrainState(loss_scale=FIRST_SCALE if run.hardware.precision == "fp16" else 1.0)
-    tensors, saved = restored
-    load_optimizer_tensors(optimizers, model, tensors, saved["optimizers"])
+def restore(training: Training) -> TrainState:
+    """Resume from the step folder of the run, or return the state of step 0."""
+    run, fp16 = training.run, training.run.hardware.precision == "fp16"
+    if run.resume_from is None:
+        return TrainState(loss_scale=FIRST_SCALE if fp16 else 1.0)
+    tensors, saved = training.checkpoints.restore(training.model, run.resume_from)
+    load_optimizer_tensors(training.optimizers, training.model, tensors, saved["optimizers"])
     state = TrainState(**saved["train"])
-    state.position = Place(*state.position)
-    if state.kernels not in (None, list(run.hardware.kernels)):
+    state.position = DataPosition(*state.position)
+    training.loader.seek(state.position)
+    used = list(run.hardware.kernels)
+    if state.kernels not in (None, used):
         log.warning(
             "resuming with other kernels (%s) than before (%s): results may differ in rounding",
-            ", ".join(run.hardware.kernels) or "plain", ", ".join(state.kernels or ()) or "plain",
+            ", ".join(used) or "plain", ", ".join(state.kernels or ()) or "plain",
         )  # fmt: skip
-    loader.seek(state.position)
-    if (run.hardware.precision == "fp16") != (state.loss_scale > 1):
-        # Begun on a card of another kind.
-        state.loss_scale = FIRST_SCALE if run.hardware.precision == "fp16" else 1.0
-    schedule.restore(tuple(state.decay) if state.decay else None)  # type: ignore[arg-type]
+    if fp16 != (state.loss_scale > 1):
+        # Begun on another kind of card.
+        state.loss_scale = FIRST_SCALE if fp16 else 1.0
+    training.schedule.restore(tuple(state.decay) if state.decay else None)  # type: ignore[arg-type]
     run.clock.earlier = state.seconds
     torch.set_rng_state(tensors["rng/cpu"])
     if torch.cuda.is_available() and "rng/cuda0" in tensors:
         count = torch.cuda.device_count()
         states = [tensors[f"rng/cuda{i}"] for i in range(count) if f"rng/cuda{i}" in tensors]
         torch.cuda.set_rng_state_all(states)
-    run.metrics = MetricsLog(run.folder, state.step, run.ranks.first)
-    log.info("resuming from %s", folder)
+    log.info("resuming from %s", run.resume_from)
     return state

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
+from collections.abc import Iterator
 
 from trainlib.core.distributed import Ranks
-from trainlib.data.loader import ALONE, Place
-from trainlib.engine.device import Hardware, LossFunction, looking
-from trainlib.engine.run import Run
-from trainlib.engine.step import Metrics, add_metrics, means
+from trainlib.data.batch import Batch
+from trainlib.data.epoch_plan import DataPosition
+from trainlib.data.loader import ALONE
+from trainlib.data.packing import PackedDataset
+from trainlib.engine.device import Hardware, evaluation_mode
+from trainlib.engine.step import add_metrics, means
+from trainlib.engine.training import LossFunction, Metrics, MetricSums, Training
 
 
-def validate(run: Run, model: nn.Module, loss_fn: LossFunction, datasets: dict) -> Metrics:
-    """Mean loss and metrics over each validation set, and over all of them together.
+def validate(training: Training, loss_fn: LossFunction) -> Metrics:
+    """Return mean loss and metrics over each validation set, and over all of them together.
 
-    Returns {"loss": ..., "<name>/loss": ...}, likewise for every metric that loss_fn gives. The
-    ranks share the work. Neither the random state nor the model's mode is changed.
+    {"loss": ..., "<name>/loss": ...}, likewise for every metric of loss_fn. The processes share
+    the work. Neither the random state nor the mode of the model changes.
     """
-    shares: dict[str, dict[str, tuple[float, float]]] = {}
-    with looking(model):
-        for name, dataset in datasets.items():
-            sums: dict[str, tuple[Any, Any]] = {}
+    run, model, shares = training.run, training.model, {}
+    with evaluation_mode(model):
+        for name, dataset in training.datasets.val.items():
+            sums: MetricSums = {}
             for batch in micro_batches(dataset, run.hardware, run.ranks):
                 batch = batch.to(run.hardware.device)
                 with run.hardware.autocast():
@@ -30,23 +31,25 @@ def validate(run: Run, model: nn.Module, loss_fn: LossFunction, datasets: dict) 
                 add_metrics(sums, {"loss": (loss, batch.num_targets), **metrics})
             shares[name] = {key: (float(sum_), float(n)) for key, (sum_, n) in sums.items()}
     results: Metrics = {}
-    total: dict[str, tuple[Any, Any]] = {}
-    everybody = run.ranks.gather(shares)
-    for name in datasets:
+    total: MetricSums = {}
+    gathered = run.ranks.gather(shares)
+    for name in training.datasets.val:
         sums = {}
-        for theirs in everybody:
-            add_metrics(sums, theirs[name])
+        for share in gathered:
+            add_metrics(sums, share[name])
         add_metrics(total, sums)
         results.update({f"{name}/{key}": value for key, value in means(sums).items()})
     return {**means(total), **results}
 
 
-def micro_batches(dataset: Any, hardware: Hardware, ranks: Ranks = ALONE) -> Any:
-    """The first epoch of a data set in micro-batches; of these, a rank's share.
+def micro_batches(
+    dataset: PackedDataset, hardware: Hardware, ranks: Ranks = ALONE
+) -> Iterator[Batch]:
+    """Yield this process's share of the first epoch of a data set in micro-batches.
 
-    For compiled layers all are of one shape, the last one filled up with empty rows.
+    For compiled layers all have one shape: the last one is filled up with empty rows.
     """
-    rows, size = [row for row, _ in dataset.rows(Place())], hardware.micro_batch_size
+    rows, size = [row for row, _ in dataset.rows(DataPosition())], hardware.micro_batch_size
     for start in range(ranks.rank * size, len(rows), ranks.count * size):
         some = rows[start : start + size]
         yield dataset.collate(some, size if hardware.compile else len(some))

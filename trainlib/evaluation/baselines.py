@@ -25,7 +25,7 @@ import numpy as np
 from tokenizer.bpe import Tokenizer
 from trainlib.core.files import cache_dir, write_atomically
 from trainlib.data.batch import IGNORE_INDEX
-from trainlib.data.loader import Place
+from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.packing import Datasets, PackedDataset
 from trainlib.data.token_cache import TokenCache
 
@@ -81,7 +81,7 @@ def validation_labels(packed: list[PackedDataset]) -> Labels:
     """What validation reads, through the same collate."""
     parts = []
     for dataset in packed:
-        rows = [row for row, _ in dataset.rows(Place())]
+        rows = [row for row, _ in dataset.rows(DataPosition())]
         for begin in range(0, len(rows), 64):
             batch = dataset.collate(rows[begin : begin + 64], len(rows[begin : begin + 64]))
             under_loss = batch.labels != IGNORE_INDEX

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from trainlib.core.files import cache_dir
 from trainlib.data.batch import Batch
-from trainlib.data.loader import Place, StepLoader
+from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.packing import Datasets, PackedDataset
-from trainlib.engine.device import looking
+from trainlib.engine.device import evaluation_mode
 from trainlib.engine.losses import batch_log_probs
 from trainlib.engine.run import Run
+from trainlib.engine.training import Training
 from trainlib.engine.validation import micro_batches
 
 log = logging.getLogger(__name__)
@@ -35,14 +36,15 @@ FORWARD = 3
 """Raised whenever the decoder comes to round otherwise, so that no older reference is used."""
 
 
-def reference_log_probs(
-    run: Run, model: nn.Module, datasets: Datasets, loader: StepLoader, num_steps: int | None
-) -> Tensor:
-    """The starting model's log-probabilities by sequence id, NaN where the run never looks.
+def reference_log_probs(training: Training) -> Tensor:
+    """Return the log-probabilities of the starting model by sequence id; shape (sequences,).
 
-    A run whose number of steps is not known looks everywhere. The ranks share the work. Read from
-    .cache/reference/ as far as an earlier run left them there; shape (sequences,).
+    NaN for sequences that this run never visits; a run without a number of steps visits all. The
+    processes share the work. Read from .cache/reference/ as far as an earlier run computed them.
     """
+    run, model, datasets, loader = (
+        training.run, training.model, training.datasets, training.loader
+    )  # fmt: skip
     everything = [datasets.train, *datasets.val.values()]
     last = everything[-1]
     values = np.full(last.first_sequence_id + last.num_sequences, np.nan, np.float32)
@@ -65,15 +67,15 @@ def reference_log_probs(
             with run.hardware.autocast():
                 values[ids] = batch_log_probs(model, moved).float().cpu().numpy()
 
-    with looking(model):
+    with evaluation_mode(model):
         for packed in datasets.val.values():
             for batch in micro_batches(packed, run.hardware, run.ranks):
                 fill(batch)
         one_epoch = -(-datasets.train.num_rows() // loader.rows_per_step)
-        for _ in range(min(num_steps or one_epoch, one_epoch)):
+        for _ in range(min(training.schedule.num_steps or one_epoch, one_epoch)):
             for batch in next(loader).micro_batches:
                 fill(batch)
-    loader.seek(Place())
+    loader.seek(DataPosition())
     for theirs in run.ranks.gather(values):
         values = np.where(np.isnan(values), theirs, values)
     known = np.isfinite(values).sum()
@@ -107,7 +109,7 @@ def report(
     before, after = reference.cpu().numpy(), latest.cpu().numpy()
     held_out: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     trained: dict[str, list[tuple[float, ...]]] = defaultdict(list)
-    with looking(model):
+    with evaluation_mode(model):
         for name, packed in datasets.val.items():
             _measure(run, model, packed, before, after, name, held_out, math.inf)
         _measure(run, model, datasets.train, before, after, "", trained, 400)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokenizer.bpe import Tokenizer
 from trainlib.core.files import write_atomically
 from trainlib.data.packing import Origin, PackedDataset
-from trainlib.engine.device import looking
+from trainlib.engine.device import evaluation_mode
 from trainlib.engine.losses import batch_log_probs
 from trainlib.engine.run import Run
 from trainlib.engine.validation import micro_batches
@@ -42,7 +42,7 @@ def write_worst_rows(
     """
     id_bytes = torch.tensor([len(text) for text in tokenizer.id_to_bytes])
     found: list[tuple[float, Origin, dict[str, float]]] = []
-    with looking(model):
+    with evaluation_mode(model):
         for packed in val.values():
             bits, num_bytes = (np.zeros(packed.num_sequences) for _ in range(2))
             for batch in micro_batches(packed, run.hardware):
