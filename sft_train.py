@@ -19,7 +19,7 @@ from trainlib.engine.losses import cross_entropy_sum
 from trainlib.engine.run import EXECUTION_ONLY, RunConfig
 from trainlib.engine.training import Metrics, MetricSums, Training
 from trainlib.engine.validation import validate
-from trainlib.evaluation.baselines import with_yardsticks
+from trainlib.evaluation.baselines import with_baselines
 from trainlib.evaluation.worst_rows import write_worst_rows
 from trainlib.models.generate import Sampling, sample_answers
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
@@ -49,7 +49,7 @@ def prepare(config: SFTConfig) -> tuple[SFTConfig, Tokenizer, Datasets]:
     """Return the settings, the tokenizer and the conversations, tokenized once into the cache."""
     tokenizer = load_tokenizer(config.init_from, config.sequence_length)
     loaded = load_datasets(config.data, "sft", tokenizer, config.sequence_length, config.seed)
-    return config, tokenizer, with_yardsticks(loaded, tokenizer)
+    return config, tokenizer, with_baselines(loaded, tokenizer)
 
 
 def main(config: SFTConfig, tokenizer: Tokenizer, datasets: Datasets) -> Training:

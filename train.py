@@ -24,7 +24,7 @@ from trainlib.engine.losses import cross_entropy_sum
 from trainlib.engine.run import EXECUTION_ONLY, RunConfig
 from trainlib.engine.training import Metrics, MetricSums, Training
 from trainlib.engine.validation import validate
-from trainlib.evaluation.baselines import with_yardsticks
+from trainlib.evaluation.baselines import with_baselines
 from trainlib.evaluation.worst_rows import write_worst_rows
 from trainlib.models.generate import Sampling, sample_texts
 from trainlib.models.hf_folder import (
@@ -93,7 +93,7 @@ def prepare(config: PretrainConfig) -> tuple[PretrainConfig, Tokenizer, Datasets
     """Return the resolved settings, the tokenizer and the data, tokenized once into the cache."""
     config, tokenizer = open_tokenizer(config)
     loaded = load_datasets(config.data, "pretrain", tokenizer, config.sequence_length, config.seed)
-    return config, tokenizer, with_yardsticks(loaded, tokenizer)
+    return config, tokenizer, with_baselines(loaded, tokenizer)
 
 
 def main(config: PretrainConfig, tokenizer: Tokenizer, datasets: Datasets) -> Training:

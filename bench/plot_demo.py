@@ -1,10 +1,10 @@
-"""The picture of what a demo learned: bits per byte over minutes of training, with yardsticks.
+"""The picture of what a demo learned: bits per byte over minutes of training, with baselines.
 
     python -m bench.plot_demo [runs/demo] [docs/demo.svg]
 
-Reads metrics.jsonl and yardsticks.json of each stage. Pretraining and fine-tuning are drawn one
+Reads metrics.jsonl and baselines.json of each stage. Pretraining and fine-tuning are drawn one
 after the other: a thin line is the training batch, a marker the validation text. They do not read
-the same text, so each has yardsticks of its own (none where yardsticks.json is missing). Preference
+the same text, so each has baselines of its own (none where baselines.json is missing). Preference
 optimisation has no bits per byte: beside them stands the share of held-out pairs that it prefers.
 """
 
@@ -38,7 +38,7 @@ class Curve(NamedTuple):
     val: list[tuple[float, float]]
     begin: float
     end: float
-    yardsticks: dict[str, float]
+    baselines: dict[str, float]
 
 
 def read_curves(demo: Path) -> list[Curve]:
@@ -57,7 +57,7 @@ def read_curves(demo: Path) -> list[Curve]:
         end = minutes[-1] if minutes else begin
         curves.append(
             Curve(stage, points(rows, minutes, train), points(rows, minutes, val), begin, end,
-                  read_yardsticks(demo / stage))
+                  read_baselines(demo / stage))
         )  # fmt: skip
         begin = end
     return curves
@@ -70,9 +70,9 @@ def points(
     return [(m, row[name]) for m, row in zip(minutes, rows, strict=True) if name in row]
 
 
-def read_yardsticks(folder: Path) -> dict[str, float]:
-    """yardsticks.json of a run; none where it is missing."""
-    path = folder / "yardsticks.json"
+def read_baselines(folder: Path) -> dict[str, float]:
+    """baselines.json of a run; none where it is missing."""
+    path = folder / "baselines.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
@@ -113,9 +113,9 @@ def draw_bits(axes: Any, curves: list[Curve]) -> None:
     length = max(curve.end for curve in curves)
     for curve in curves:
         draw_curve(axes, curve)
-        named = sorted(curve.yardsticks.items(), key=lambda item: -item[1])
+        named = sorted(curve.baselines.items(), key=lambda item: -item[1])
         for (name, value), place in zip(named, spread([v for _, v in named], 0.15), strict=True):
-            draw_yardstick(axes, curve, f"{name} {value:.2f}", value, place)
+            draw_baseline(axes, curve, f"{name} {value:.2f}", value, place)
     for curve in curves[1:]:
         axes.axvline(curve.begin, color="#bbbbbb", linewidth=0.8)
     axes.set(xlabel="minutes of training", ylabel="bits per byte, less is better",
@@ -129,11 +129,11 @@ def draw_bits(axes: Any, curves: list[Curve]) -> None:
 def draw_pairs(axes: Any, curve: Curve) -> None:
     """Share of pairs whose better answer is preferred."""
     draw_curve(axes, curve)
-    draw_yardstick(axes, curve, "chance", 0.5, 0.5)
+    draw_baseline(axes, curve, "chance", 0.5, 0.5)
     axes.set(xlabel="minutes of training", ylabel="share of pairs ranked right", ylim=(0, 1))
 
 
-def draw_yardstick(axes: Any, curve: Curve, text: str, value: float, place: float) -> None:
+def draw_baseline(axes: Any, curve: Curve, text: str, value: float, place: float) -> None:
     """A line over a stage's time, its name at a height of its own."""
     length = curve.end - curve.begin
     axes.hlines(value, curve.begin, curve.end, color="#777777", linewidth=0.9, linestyle=":")

@@ -83,13 +83,13 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
         assert torch.equal(p, q)
 
 
-def test_each_yardstick_is_spoken_of_once_across_a_resume(tmp_path, capsys):
+def test_each_baseline_is_spoken_of_once_across_a_resume(tmp_path, capsys):
     model, optimizers = new_model()
 
-    yardsticks = {"uniform": 4.0, "unigram": 3.0, "bigram": 2.0}
+    baselines = {"uniform": 4.0, "unigram": 3.0, "bigram": 2.0}
 
     def evaluations(resume_from, figures):
-        datasets = SimpleNamespace(yardsticks=yardsticks)
+        datasets = SimpleNamespace(baselines=baselines)
         training = new_training(tmp_path, model, optimizers, resume_from, datasets=datasets)
         state = restore(training)
         metrics = MetricsLog(tmp_path, state.step if resume_from else None)
@@ -111,7 +111,7 @@ def test_each_yardstick_is_spoken_of_once_across_a_resume(tmp_path, capsys):
     out = capsys.readouterr().out
     assert [line for line in out.splitlines() if " at step " in line] == [told[0], told[2]]
     assert "sample: To be, / or not\nstep 0 val/bits_per_byte 4.1000\n" in out
-    assert json.loads((tmp_path / "yardsticks.json").read_text()) == yardsticks
+    assert json.loads((tmp_path / "baselines.json").read_text()) == baselines
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

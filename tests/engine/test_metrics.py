@@ -73,14 +73,14 @@ def test_a_sample_is_shown_as_it_is(text):
 
 def test_the_page_shows_what_there_is(tmp_path):
     log = MetricsLog(tmp_path, None)
-    log.add_yardsticks({"unigram": 3.0, "bigram": 2.5})
-    assert json.loads((tmp_path / "yardsticks.json").read_text()) == {"unigram": 3.0, "bigram": 2.5}
+    log.add_baselines({"unigram": 3.0, "bigram": 2.5})
+    assert json.loads((tmp_path / "baselines.json").read_text()) == {"unigram": 3.0, "bigram": 2.5}
     figures = {"val/loss": 2.0, "val/bits_per_byte": 2.9, "val/a/loss": 2.0}
     log.write_evaluation(0, figures, ["To be"], [])
     log.write_step(1, dict.fromkeys(STEP, 1.0), "step 1")
     log.close()
     log = MetricsLog(tmp_path, 1)
-    log.add_yardsticks({"unigram": 3.0, "bigram": 2.5})
+    log.add_baselines({"unigram": 3.0, "bigram": 2.5})
     log.write_evaluation(2, figures, ["To be, or"], ["below the unigram line at step 2"])
     log.close()
     assert (tmp_path / "train.log").read_text().endswith("below the unigram line at step 2\n")
@@ -88,10 +88,10 @@ def test_the_page_shows_what_there_is(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     tags = events.Tags()["scalars"]
-    for name, value in {"yardstick/unigram": 3.0, "yardstick/bigram": 2.5, "val/loss": 2.0}.items():
+    for name, value in {"baseline/unigram": 3.0, "baseline/bigram": 2.5, "val/loss": 2.0}.items():
         assert [(e.step, e.value) for e in events.Scalars(name)] == [(0, value), (2, value)]
     shown = layout(events)
-    assert shown["bits per byte"] == ["val/bits_per_byte", "yardstick/unigram", "yardstick/bigram"]
+    assert shown["bits per byte"] == ["val/bits_per_byte", "baseline/unigram", "baseline/bigram"]
     assert not {"reward margin", "reward accuracy"} & set(shown)
     assert {name for names in shown.values() for name in names} <= set(tags)
     texts = [e.tensor_proto.string_val[0] for e in events.Tensors("samples/text_summary")]
@@ -103,7 +103,7 @@ def test_the_page_of_preferences_has_rewards_and_no_bytes():
     assert {"reward margin", "reward accuracy"} < set(shown) and "bits per byte" not in shown
 
 
-def test_each_yardstick_is_passed_once():
+def test_each_baseline_is_passed_once():
     lines = {"uniform": 4.0, "unigram": 3.0, "bigram": 2.0}
     assert newly_passed(math.inf, lines, []) == {} == newly_passed(math.nan, lines, [])
     assert newly_passed(3.5, lines, []) == {}  # Below uniform is nothing to speak of.

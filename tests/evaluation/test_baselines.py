@@ -1,4 +1,4 @@
-"""Protects the yardsticks: counted by hand on tiny corpora, on the tokens and bytes of val/loss."""
+"""Protects the baselines: counted by hand on tiny corpora, on the tokens and bytes of val/loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainlib.evaluation.baselines import (
     count_pairs,
     ngram_bits,
     training_labels,
-    with_yardsticks,
+    with_baselines,
 )
 
 
@@ -121,13 +121,13 @@ def probabilities(counts, labels):
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
 @pytest.mark.parametrize("settings", [{}, {"val_files": (), "val_fraction": 0.2}])
-def test_yardsticks_of_files_are_those_counted_by_hand(kind, settings, data, tokenizer):
-    datasets = with_yardsticks(data(kind, **settings), tokenizer)
+def test_baselines_of_files_are_those_counted_by_hand(kind, settings, data, tokenizer):
+    datasets = with_baselines(data(kind, **settings), tokenizer)
     train = pairs_of(datasets.train)
     val = [pair for packed in datasets.val.values() for pair in pairs_of(packed)]
     num_bytes = sum(len(tokenizer.id_to_bytes[label]) for _, label in val)
     unigram, bigram = by_hand(train, val, tokenizer.vocab_size)
-    found = datasets.yardsticks
+    found = datasets.baselines
     assert found["uniform"] == pytest.approx(len(val) * math.log2(6400) / num_bytes)
     assert found["unigram"] == pytest.approx(unigram / num_bytes)
     assert found["bigram"] == pytest.approx(bigram / num_bytes)
@@ -144,12 +144,12 @@ def test_a_uniform_model_scores_the_uniform_line(kind, max_rows, data, tokenizer
         def forward(self, input_ids, select, **_):
             return torch.zeros(*input_ids.shape, tokenizer.vocab_size)[select]
 
-    datasets = with_yardsticks(data(kind, val_max_rows=max_rows), tokenizer)
+    datasets = with_baselines(data(kind, val_max_rows=max_rows), tokenizer)
     hardware = Hardware(torch.device("cpu"), "fp32", "masked", False, 3)
     run = SimpleNamespace(hardware=hardware, ranks=ALONE)
     training = SimpleNamespace(run=run, model=Uniform(), datasets=datasets)
     metrics = validate(training, loss_fn)  # type: ignore[arg-type]
-    assert metrics["bits_per_byte"] == pytest.approx(datasets.yardsticks["uniform"], rel=1e-6)
+    assert metrics["bits_per_byte"] == pytest.approx(datasets.baselines["uniform"], rel=1e-6)
 
 
 def test_blocks_lose_and_repeat_no_label(monkeypatch):
@@ -175,12 +175,12 @@ def test_blocks_lose_and_repeat_no_label(monkeypatch):
 
 def test_measured_once_and_again_when_the_data_changes(data, tokenizer, monkeypatch, tmp_path):
     datasets = data("pretrain")
-    first = with_yardsticks(datasets, tokenizer).yardsticks
+    first = with_baselines(datasets, tokenizer).baselines
     with monkeypatch.context() as patch:
         patch.setattr(baselines, "measure", lambda *_: pytest.fail("measured again"))
-        assert with_yardsticks(datasets, tokenizer).yardsticks == first
-    (path,) = (tmp_path / "cache/yardsticks").glob("*.json")
+        assert with_baselines(datasets, tokenizer).baselines == first
+    (path,) = (tmp_path / "cache/baselines").glob("*.json")
     path.write_text('{"uni')  # A torn file is made anew.
-    assert with_yardsticks(datasets, tokenizer).yardsticks == first
-    assert with_yardsticks(data("pretrain", val_max_rows=1), tokenizer).yardsticks != first
-    assert with_yardsticks(data("sft"), tokenizer).yardsticks != first
+    assert with_baselines(datasets, tokenizer).baselines == first
+    assert with_baselines(data("pretrain", val_max_rows=1), tokenizer).baselines != first
+    assert with_baselines(data("sft"), tokenizer).baselines != first

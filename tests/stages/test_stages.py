@@ -100,13 +100,13 @@ def test_a_run_leaves_what_it_promises(pretrained):
     assert sorted(p.name for p in pretrained.glob("step_*")) == ["step_000009", "step_000012"]
     assert (pretrained / "latest").read_text() == "step_000012"
     assert (pretrained / "train.log").read_text().startswith("step 1 loss ")
-    assert json.loads((pretrained / "yardsticks.json").read_text())["bigram"] > 0
+    assert json.loads((pretrained / "baselines.json").read_text())["bigram"] > 0
     events = EventAccumulator(str(pretrained / "tensorboard"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
     wanted = charts(list(rows[0]), ["uniform", "unigram", "bigram"])
     assert {name for names in wanted.values() for name in names} <= tags
-    assert [e.step for e in events.Scalars("yardstick/unigram")] == [0, 4, 8, 12]
+    assert [e.step for e in events.Scalars("baseline/unigram")] == [0, 4, 8, 12]
     assert [e.step for e in events.Tensors("samples/text_summary")] == [0, 4, 8, 12]
     assert len(events.Tensors("custom_scalars__config__")) == 1
     _, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -212,14 +212,14 @@ def test_three_stages(place, pretrained):
     out = run("sft_train.py", *sft, *COMMON, "max_steps=8", "sequence_length=64", cwd=place)
     rows = metrics(place / "sft")
     assert rows[-1]["val/loss"] < rows[0]["val/loss"]
-    assert "yardsticks in bits per byte" in out and "sample: 你是谁？ / " in out
+    assert "baselines in bits per byte" in out and "sample: 你是谁？ / " in out
     dpo = ["configs/tiny_dpo.yaml", "out_dir=dpo", "init_from=sft/final", "data.files=dpo.jsonl"]
     dpo += [*COMMON, "max_steps=20", "sequence_length=64", "optim.adamw_lr=2e-3"]
     out = run("dpo_train.py", *dpo, "data.val_fraction=0.1", cwd=place)
     rows = metrics(place / "dpo")
     assert rows[0]["val/loss"] == pytest.approx(0.693147, abs=1e-4)
     assert rows[0]["val/reward_accuracy"] == 0.5 and rows[1]["train/mfu"] > 0
-    assert not (place / "dpo/yardsticks.json").exists()
+    assert not (place / "dpo/baselines.json").exists()
     assert rows[1]["train/loss"] == pytest.approx(0.693147, abs=1e-4)
     assert rows[-1]["val/reward_accuracy"] > 0.8
     assert "kind of pair" in out and json.loads((place / "dpo/report.json").read_text())["kind"]

@@ -49,12 +49,12 @@ def test_without_a_finished_demo_it_says_so(tmp_path, monkeypatch, capsys):
         demo.main()
 
 
-def write_run(folder: Path, rows: list[dict], yardsticks: dict | None = None) -> None:
+def write_run(folder: Path, rows: list[dict], baselines: dict | None = None) -> None:
     folder.mkdir(parents=True)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
-    if yardsticks:
-        (folder / "yardsticks.json").write_text(json.dumps(yardsticks), encoding="utf-8")
+    if baselines:
+        (folder / "baselines.json").write_text(json.dumps(baselines), encoding="utf-8")
 
 
 def write_demo(folder: Path) -> None:
@@ -80,7 +80,7 @@ def test_stages_follow_each_other_in_minutes_of_training(tmp_path):
     pretrain, sft, dpo = plot_demo.read_curves(tmp_path)
     assert pretrain.train == [(1.0, 3.0)]  # The figure that was not finite is left out.
     assert pretrain.val == [(0.0, 3.8), (3.0, 2.4)]
-    assert pretrain.yardsticks == {"uniform": 3.9, "bigram": 2.5} and sft.yardsticks == {}
+    assert pretrain.baselines == {"uniform": 3.9, "bigram": 2.5} and sft.baselines == {}
     assert (sft.begin, sft.end, sft.train) == (3.0, 4.0, [(4.0, 2.0)])
     assert dpo.val == [(5.0, 0.6)]
 
@@ -89,7 +89,7 @@ def test_labels_do_not_lie_on_each_other():
     assert plot_demo.spread([3.9, 3.5, 3.4, 2.0], 0.25) == [3.9, 3.5, 3.25, 2.0]
 
 
-def test_the_picture_names_stages_and_yardsticks(tmp_path):
+def test_the_picture_names_stages_and_baselines(tmp_path):
     pytest.importorskip("matplotlib")
     write_demo(tmp_path)
     pictures = [tmp_path / "one.svg", tmp_path / "two.svg"]

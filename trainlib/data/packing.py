@@ -359,5 +359,5 @@ class Datasets(NamedTuple):
     val: dict[str, PackedDataset]
     data_key: str
     """Changes when the rows of a file, the tokenizer or the choice of files change."""
-    yardsticks: dict[str, float] = {}
+    baselines: dict[str, float] = {}
     """Bits per byte without a model, by name (evaluation/baselines.py); none for preferences."""

@@ -22,19 +22,19 @@ VAL_LOSS = "val/loss"
 VAL_BITS_PER_BYTE = "val/bits_per_byte"
 VAL_REWARD_ACCURACY = "val/reward_accuracy"  # share of pairs
 VAL_REWARD_MARGIN = "val/reward_margin"  # mean
-YARDSTICK = "yardstick/"
+BASELINE = "baseline/"
 
 PAGE = "is it going well?"
 
 
-def charts(validation: list[str], yardsticks: list[str]) -> dict[str, list[str]]:
+def charts(validation: list[str], baselines: list[str]) -> dict[str, list[str]]:
     """The names in each chart of the page, by title; no chart that the stage has no figures for.
 
     Of `validation`, the names that an evaluation gives, only those that all sets share are used.
     """
     lines = {
         "loss": [TRAIN_LOSS, VAL_LOSS],
-        "bits per byte": [VAL_BITS_PER_BYTE, *(YARDSTICK + name for name in yardsticks)],
+        "bits per byte": [VAL_BITS_PER_BYTE, *(BASELINE + name for name in baselines)],
         "reward accuracy": [VAL_REWARD_ACCURACY],
         "reward margin": [VAL_REWARD_MARGIN],
         "learning rate": [TRAIN_LR],
@@ -68,14 +68,14 @@ class MetricsLog:
             self._line(f"resuming from step {resume_step}")
         purge = 0 if resume_step is None else resume_step + 1
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
-        self._yardsticks: dict[str, float] = {}
+        self._baselines: dict[str, float] = {}
         self._has_page = False
 
-    def add_yardsticks(self, yardsticks: dict[str, float]) -> None:
-        """Write what val/bits_per_byte is held against to yardsticks.json, and draw it as lines."""
-        self._yardsticks = yardsticks
-        if yardsticks and self.writes:
-            write_atomically(self._folder / "yardsticks.json", json.dumps(yardsticks, indent=2))
+    def add_baselines(self, baselines: dict[str, float]) -> None:
+        """Write the baselines of val/bits_per_byte to baselines.json, and draw them as lines."""
+        self._baselines = baselines
+        if baselines and self.writes:
+            write_atomically(self._folder / "baselines.json", json.dumps(baselines, indent=2))
 
     def write_step(self, step: int, values: dict[str, float], text: str) -> None:
         """Record a training step, with its line for people."""
@@ -86,7 +86,7 @@ class MetricsLog:
     def write_evaluation(
         self, step: int, values: dict[str, float], samples: list[str], words: list[str]
     ) -> None:
-        """Record an evaluation: its figures, the yardsticks at this step, what the model wrote.
+        """Record an evaluation: its figures, the baselines at this step, what the model wrote.
 
         `words` are lines for people about it.
         """
@@ -95,8 +95,8 @@ class MetricsLog:
         self.write(step, values)
         for line in words:
             self._line(line)
-        for name, value in self._yardsticks.items():
-            self._board.add_scalar(YARDSTICK + name, value, step)
+        for name, value in self._baselines.items():
+            self._board.add_scalar(BASELINE + name, value, step)
         if samples:
             self._board.add_text("samples", as_markdown(samples), step)
         if not self._has_page:
@@ -123,7 +123,7 @@ class MetricsLog:
 
     def _add_page(self, validation: list[str]) -> None:
         # TensorBoard takes the names for regular expressions and matches their beginnings.
-        lines = charts(validation, list(self._yardsticks))
+        lines = charts(validation, list(self._baselines))
         page = {title: ["Multiline", [f"{n}$" for n in names]] for title, names in lines.items()}
         self._board.add_custom_scalars({PAGE: page})
         self._has_page = True
@@ -150,14 +150,14 @@ def minutes_trained(rows: list[dict[str, float]]) -> list[float]:
     return found
 
 
-def newly_passed(value: float, yardsticks: dict[str, float], passed: list[str]) -> dict[str, str]:
-    """Yardsticks that a value lies below for the first time, with the words for it.
+def newly_passed(value: float, baselines: dict[str, float], passed: list[str]) -> dict[str, str]:
+    """Baselines that a value lies below for the first time, with the words for it.
 
     None for uniform: a model that has learned nothing lies now above it, now below.
     """
     return {
         name: f"below the {name} line"
-        for name, limit in sorted(yardsticks.items(), key=lambda item: -item[1])
+        for name, limit in sorted(baselines.items(), key=lambda item: -item[1])
         if value < limit and name not in passed and name != "uniform"
     }
 

@@ -24,11 +24,11 @@ class Display:
 
     def __init__(self, training: Training, state: TrainState, metrics: MetricsLog) -> None:
         self.run, self.schedule, self.state = training.run, training.schedule, state
-        self.metrics, self.yardsticks = metrics, training.datasets.yardsticks
+        self.metrics, self.baselines = metrics, training.datasets.baselines
         self.flops_per_token = training.flops_per_token
         run, schedule = self.run, self.schedule
         self.peak = matmul_peak(run.hardware.device, run.hardware.precision) * run.ranks.count
-        metrics.add_yardsticks(self.yardsticks)
+        metrics.add_baselines(self.baselines)
         self.bar = tqdm(
             total=schedule.num_steps, initial=state.step, unit="step", desc=run.stage,
             disable=None if run.ranks.first else True,
@@ -95,12 +95,12 @@ class Display:
 
     def show_validation(self, metrics: Metrics, samples: list[str]) -> None:
         """Print and record one evaluation, and do not count its time as training."""
-        step, yardsticks = self.state.step, self.yardsticks
+        step, baselines = self.state.step, self.baselines
         value = metrics.get(names.VAL_BITS_PER_BYTE, math.inf)
-        passed = newly_passed(value, yardsticks, self.state.passed)
+        passed = newly_passed(value, baselines, self.state.passed)
         self.state.passed += passed
         words = [
-            f"{text} at step {step}: {value:.3f} against {yardsticks[name]:.3f} bits per byte"
+            f"{text} at step {step}: {value:.3f} against {baselines[name]:.3f} bits per byte"
             for name, text in passed.items()
         ]
         self.metrics.write_evaluation(step, metrics, samples, words)

@@ -32,7 +32,7 @@ class TrainState:
     evaluated: int = -1
     """The step of the last evaluation."""
     passed: list[str] = field(default_factory=list)
-    """Yardsticks that an evaluation was below."""
+    """Baselines that an evaluation was below."""
     seconds: float = 0.0
     """How long the run has taken up to its last checkpoint."""
     decay: tuple[int, float, int] | None = None

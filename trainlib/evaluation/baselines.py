@@ -1,4 +1,4 @@
-"""How well this very data is foretold without a model: lines to hold val/bits_per_byte against.
+"""Model-free baselines for validation bits per byte: uniform, unigram, bigram.
 
     uniform   every entry of the vocabulary alike: log2 V bits a token
     unigram   by how often each id occurs in the training data, one added to every count
@@ -31,7 +31,7 @@ from trainlib.data.token_cache import TokenCache
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 3  # Counts up when the yardsticks, or what they mean, change.
+LAYOUT = 3  # Counts up when the baselines, or what they mean, change.
 MAX_TRAIN_IDS = 20_000_000
 BLOCK = 1 << 16  # Ids read at a time.
 
@@ -43,12 +43,12 @@ class Labels(NamedTuple):
     ids: np.ndarray
 
 
-def with_yardsticks(datasets: Datasets, tokenizer: Tokenizer) -> Datasets:
-    """Add the yardsticks of pretraining or fine-tuning data, measured once and kept on disk."""
+def with_baselines(datasets: Datasets, tokenizer: Tokenizer) -> Datasets:
+    """Add the baselines of pretraining or fine-tuning data, measured once and kept on disk."""
     digest = hashlib.sha256(f"{LAYOUT} {MAX_TRAIN_IDS} {datasets.data_key}".encode())
     for packed in (datasets.train, *datasets.val.values()):
         digest.update(f" {packed.row_length} {packed.max_rows} ".encode() + packed.selection)
-    path = cache_dir() / "yardsticks" / f"{digest.hexdigest()[:16]}.json"
+    path = cache_dir() / "baselines" / f"{digest.hexdigest()[:16]}.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -59,12 +59,12 @@ def with_yardsticks(datasets: Datasets, tokenizer: Tokenizer) -> Datasets:
         except OSError as error:  # A full disk; or another rank has just put the same there.
             log.info("%s was not kept (%s)", path, error)
     shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-    log.info("yardsticks in bits per byte of the validation text: %s", shown)
-    return datasets._replace(yardsticks=found)
+    log.info("baselines in bits per byte of the validation text: %s", shown)
+    return datasets._replace(baselines=found)
 
 
 def measure(datasets: Datasets, tokenizer: Tokenizer) -> dict[str, float]:
-    """Bits per byte of the labels of all validation sets together, by yardstick."""
+    """Bits per byte of the labels of all validation sets together, by baseline."""
     labels = validation_labels(list(datasets.val.values()))
     texts = tokenizer.id_to_bytes
     num_bytes = int(np.array([len(text) for text in texts])[labels.ids].sum())
