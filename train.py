@@ -28,12 +28,12 @@ from trainlib.evaluation.baselines import with_baselines
 from trainlib.evaluation.worst_rows import write_worst_rows
 from trainlib.models.generate import Sampling, sample_texts
 from trainlib.models.hf_folder import (
+    adopt_model_config,
     check_vocabulary,
     load_model,
     load_tokenizer,
     model_files,
     too_long,
-    with_sizes,
 )
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def open_tokenizer(config: PretrainConfig) -> tuple[PretrainConfig, Tokenizer]:
     Raises UserError if they do not fit together.
     """
     if config.init_from:
-        return with_sizes(config), load_tokenizer(config.init_from, config.sequence_length)
+        return adopt_model_config(config), load_tokenizer(config.init_from, config.sequence_length)
     with as_user_errors():
         tokenizer = adopt(config.tokenizer or default_folder())
     if provenance(config)["model.vocab_size"] == "default":

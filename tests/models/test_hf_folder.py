@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,11 @@ from train import PretrainConfig
 from trainlib.core import settings as settings_of
 from trainlib.core.errors import UserError
 from trainlib.models.hf_folder import (
+    adopt_model_config,
     check_vocabulary,
     load_config,
     load_model,
     model_files,
-    with_sizes,
 )
 
 
@@ -216,13 +218,24 @@ def test_loading_draws_no_random_number(tmp_path, tokenizer):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_loading_does_not_import_torchs_compiler(tmp_path, tokenizer):
+    write_folder(tmp_path, tokenizer)
+    code = (
+        "import sys; from trainlib.models.hf_folder import load_model; "
+        f"load_model({str(tmp_path)!r}); print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_a_models_own_sizes_count_before_those_of_a_file(tmp_path, tokenizer, caplog):
     write_folder(tmp_path, tokenizer)
     words = ["configs/tiny_pretrain.yaml", f"init_from={tmp_path}"]
     for _ in range(2):  # Preparation and training ask; it is said once.
-        config = with_sizes(settings_of.load_config(PretrainConfig, words, None))
+        config = adopt_model_config(settings_of.load_config(PretrainConfig, words, None))
         assert config.model == load_config(tmp_path)
     told = [r.message for r in caplog.records if "of other sizes than the settings" in r.message]
     assert len(told) == 1 and "model.hidden_size=192 (configs/tiny_pretrain.yaml:" in told[0]
+    config = settings_of.load_config(PretrainConfig, [*words, "model.head_dim=32"], None)
     with pytest.raises(UserError, match=r"model\.head_dim=32 \(command line\), 16 there"):
-        with_sizes(settings_of.load_config(PretrainConfig, [*words, "model.head_dim=32"], None))
+        adopt_model_config(config)

@@ -1,8 +1,7 @@
-"""The model folder that transformers opens as a stock Qwen3ForCausalLM, and the way back.
+"""Model folders that transformers opens as a stock Qwen3ForCausalLM: their files, and loading.
 
-Parameters carry Hugging Face names already, so weights need no conversion; what is written here
-is config.json and generation_config.json, and what is checked is that a folder from elsewhere
-is an architecture that model.py computes.
+Parameters have Hugging Face names already, so weights need no conversion. model_files gives the
+other files; load_config checks that model.py computes a folder's architecture.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from model import ModelConfig, Transformer
 from tokenizer.bpe import Tokenizer
@@ -29,44 +29,34 @@ log = logging.getLogger(__name__)
 
 ARCHITECTURE = "Qwen3ForCausalLM"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# What transformers' Qwen3Config assumes where config.json says nothing; sizes must be there.
+# Values of transformers' Qwen3Config for keys that config.json lacks. Sizes have no default.
 DEFAULTS: dict[str, Any] = {
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
 }
+RANDOM_INIT = ("normal_", "uniform_", "kaiming_uniform_")
 
 
 def model_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str]:
-    """All files of a model folder but the weights: name to content."""
+    """Return the files of a model folder except the weights: file name to content."""
     end_of_turn, pad = tokenizer.stop_ids
     values = {
         "architectures": [ARCHITECTURE],
         "model_type": "qwen3",
+        **asdict(config),  # With head_dim, for which transformers would assume 128.
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": None,
         "eos_token_id": end_of_turn,
         "pad_token_id": pad,
-        "head_dim": config.head_dim,  # Without it transformers assumes 128.
         "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "initializer_range": config.initializer_range,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": config.num_key_value_heads,
-        "rms_norm_eps": config.rms_norm_eps,
         # transformers 5 reads rope_parameters, other programs rope_theta.
-        "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": "float32",
         "use_cache": True,
         "use_sliding_window": False,
-        "vocab_size": config.vocab_size,
     }
     generation = {"eos_token_id": [end_of_turn, pad], "pad_token_id": pad}
     return {
@@ -77,30 +67,30 @@ def model_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def load_config(folder: str | Path, option: str = "init_from=") -> ModelConfig:
-    """The sizes of a model folder, which the user named by an option.
+    """Read the sizes of a model folder; messages name it by the option that the user gave.
 
-    Raises UserError where there is none, or one of another architecture or variant.
+    Raises UserError if there is no model folder, or if model.py does not compute its architecture.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        cure = "Train the stage before it, or name a folder with config.json and model.safetensors."
+        hint = "Train the stage before it, or name a folder with config.json and model.safetensors."
         if (Path(folder) / "final/config.json").is_file():
-            cure = f"Did you mean {option}{Path(folder) / 'final'}?"
-        raise UserError(f"{option}{folder}: no model folder there ({path} does not exist). {cure}")
+            hint = f"Did you mean {option}{Path(folder) / 'final'}?"
+        raise UserError(f"{option}{folder}: no model folder there ({path} does not exist). {hint}")
     values = {**DEFAULTS, **_read_json(path)}
     found = values.get("architectures") or ["none named"]
     if found[0] != ARCHITECTURE:
         raise UserError(f"{path}: architecture {found[0]}, but only {ARCHITECTURE} is supported")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    for key, value, wanted in (
+    for key, value, supported in (
         ("attention_bias", values.get("attention_bias", False), False),
         ("hidden_act", values.get("hidden_act", "silu"), "silu"),
         ("use_sliding_window", values.get("use_sliding_window", False), False),
-        # Older folders write "type".
+        # Older folders have "type".
         ("rope type", rope.get("rope_type", rope.get("type", "default")), "default"),
     ):
-        if value != wanted:
-            raise UserError(f"{path}: {key} is {value!r}, but only {wanted!r} is supported")
+        if value != supported:
+            raise UserError(f"{path}: {key} is {value!r}, but only {supported!r} is supported")
     if "rope_theta" in rope:
         values["rope_theta"] = rope["rope_theta"]
     for key, kind in ModelConfig.__annotations__.items():
@@ -120,44 +110,57 @@ def _warn_once(text: str) -> None:
     log.warning("%s", text)
 
 
-def with_sizes(config: Any) -> Any:
-    """The settings with the sizes of init_from's model; others of a file are named and left out.
+def adopt_model_config(config: Any) -> Any:
+    """Replace model sizes by those of the init_from checkpoint.
 
-    Raises UserError for others of the command line.
+    Warns about differing sizes from a file. Raises UserError for those of the command line.
     """
     sizes, sources = asdict(load_config(config.init_from)), provenance(config)
     given = asdict(config.model)
-    other = {
+    differing = {
         f"model.{key}={value_text(given[key])} ({source}), {value_text(size)} there": source
         for key, size in sizes.items()
         if (source := sources[f"model.{key}"]) != "default" and given[key] != size
     }
-    lines = "".join(f"\n  {text}" for text in other)
-    what = f"init_from={config.init_from} has a model of other sizes than the settings:{lines}"
-    if COMMAND_LINE in other.values():
-        raise UserError(f"{what}\nLeave these keys out, or train a new model without init_from.")
-    if other:
-        _warn_once(f"{what}\nIt keeps its own.")
+    lines = "".join(f"\n  {text}" for text in differing)
+    text = f"init_from={config.init_from} has a model of other sizes than the settings:{lines}"
+    if COMMAND_LINE in differing.values():
+        raise UserError(f"{text}\nLeave these keys out, or train a new model without init_from.")
+    if differing:
+        _warn_once(f"{text}\nIt keeps its own.")
     for key, size in sizes.items():
         config = with_value(config, f"model.{key}", size, "of init_from")
     return config
 
 
-def load_model(folder: str | Path, option: str = "init_from=") -> Transformer:
-    """A model from a folder, in fp32 on the CPU; draws no random number.
+class SkipRandomInit(TorchFunctionMode):
+    """Mode in which random initialization leaves a tensor as it is.
 
-    Raises UserError where the folder, its architecture or a tensor is not what is needed.
+    On a meta tensor, normal_ would import torch's compiler, which takes 1.1 s.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in RANDOM_INIT:
+            return args[0] if args else kwargs["tensor"]  # torch.nn.init passes keywords alone.
+        return func(*args, **kwargs)
+
+
+def load_model(folder: str | Path, option: str = "init_from=") -> Transformer:
+    """Load a model from a folder, in fp32 on the CPU; draws no random numbers.
+
+    Raises UserError if the architecture is not supported or a tensor does not fit config.json.
     """
     config = load_config(folder, option)
-    with torch.device("meta"):  # Initial values would be replaced at once.
+    with torch.device("meta"), SkipRandomInit():  # The weights replace initial values.
         model = Transformer(config)
     tensors = _read_tensors(Path(folder))
-    head = tensors.get("lm_head.weight")
-    if model.config.tie_word_embeddings and head is not None:
-        embedding = tensors.get("model.embed_tokens.weight")
-        if embedding is not None and not torch.equal(head, embedding):
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        head = tensors.pop("lm_head.weight")
+        if not torch.equal(head, tensors.get("model.embed_tokens.weight", head)):
             raise UserError(f"{folder}: tied embeddings, but an lm_head.weight of its own")
-        del tensors["lm_head.weight"]
     parameters = dict(model.named_parameters())
     problems = [f"{name} is missing" for name in parameters if name not in tensors]
     problems += [f"{name} is unknown" for name in tensors if name not in parameters]
@@ -171,7 +174,7 @@ def load_model(folder: str | Path, option: str = "init_from=") -> Transformer:
     ]
     if problems:
         raise UserError(f"{folder} does not fit its config.json: {'; '.join(problems[:5])}")
-    # Copied, as load_file maps the file, which may be replaced while the model lives.
+    # Copied, because load_file maps the file, which may be replaced while the model is in use.
     weights = {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}
     model.load_state_dict(weights, strict=False, assign=True)
     if config.tie_word_embeddings:
@@ -180,12 +183,10 @@ def load_model(folder: str | Path, option: str = "init_from=") -> Transformer:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read all weights of a folder, from one file or from shards."""
     index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = _shards(index)
     tensors: dict[str, Tensor] = {}
-    for name in names:
+    for name in _shards(index) if index.is_file() else ["model.safetensors"]:
         try:
             tensors.update(load_file(folder / name))
         except (OSError, SafetensorError) as error:
@@ -194,18 +195,19 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files of weights that an index names; raises UserError for one outside its folder."""
+    """Return the shards that an index names. Raises UserError for one outside its folder."""
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise UserError(f"{index} names {outside[0]}, which is outside {index.parent}")
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{index} names {name}, which is outside {index.parent}")
     return names
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises UserError if the file holds anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -216,32 +218,32 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: str | Path, sequence_length: int = 0) -> Tokenizer:
-    """The tokenizer of a model folder.
+    """Load the tokenizer of a model folder.
 
-    Raises UserError where the folder holds no model that can be trained, or one without a row for
-    every id, or one for shorter rows: before anything is tokenized, as that may take hours.
+    Raises UserError if the model has no row for some id, or is meant for shorter sequences. This
+    is checked here because tokenizing the data may take hours.
     """
     config, path = load_config(folder), Path(folder) / "config.json"
     with as_user_errors():
         tokenizer = Tokenizer(folder)
-    cure = "copy the model's own tokenizer.json there"
-    check_vocabulary(config, tokenizer, f"{path}: vocab_size", cure)
+    fix = "copy the model's own tokenizer.json there"
+    check_vocabulary(config, tokenizer, f"{path}: vocab_size", fix)
     where = f"{path}: max_position_embeddings"
-    if wrong := too_long(sequence_length, config.max_position_embeddings, where):
-        raise UserError(wrong[0])
+    for error in too_long(sequence_length, config.max_position_embeddings, where):
+        raise UserError(error)
     return tokenizer
 
 
 def too_long(sequence_length: int, longest: int, where: str) -> list[str]:
-    """What is wrong with rows of more positions than the model is meant for; nothing if none is."""
+    """Return an error message if rows have more positions than the model is meant for."""
     if sequence_length <= longest:
         return []
-    cure = f"give at most {longest}, or train a model with more max_position_embeddings"
-    return [f"{where}={longest}, but sequence_length={sequence_length}: {cure}"]
+    fix = f"give at most {longest}, or train a model with more max_position_embeddings"
+    return [f"{where}={longest}, but sequence_length={sequence_length}: {fix}"]
 
 
-def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, where: str, cure: str) -> None:
-    """Raise UserError unless the model has a row for every id; spare rows are harmless."""
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, where: str, fix: str) -> None:
+    """Raise UserError unless the model has a row for every id; more rows are harmless."""
     if config.vocab_size < tokenizer.vocab_size:
         entries = f"the tokenizer has {tokenizer.vocab_size} entries"
-        raise UserError(f"{where}={config.vocab_size}, but {entries}; {cure}")
+        raise UserError(f"{where}={config.vocab_size}, but {entries}; {fix}")
