@@ -48,9 +48,9 @@ class DataConfig:
     sample."""
     val_files: tuple[str, ...] = ()
     """Validation files, each reported by its name; empty = a part of the training files."""
-    val_fraction: float = 0.005
+    val_fraction: float = field(default=0.005, metadata={"above": 0, "below": 1})
     """Share of each training file that is held out where no validation file is named."""
-    val_max_rows: int = 0
+    val_max_rows: int = field(default=0, metadata={"at_least": 0})
     """Rows of each validation set that one evaluation reads; 0 = all."""
 
     format: str = "auto"
@@ -63,13 +63,11 @@ class DataConfig:
     too_long: Literal["cut", "drop"] = "cut"
     """A conversation longer than a row: cut after the last answer that fits, or drop it."""
 
-    def __post_init__(self) -> None:
-        if self.format not in formats.NAMES:
-            raise ValueError(f"data.format={self.format} is none of {', '.join(formats.NAMES)}")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"data.val_fraction={self.val_fraction} must be above 0 and below 1")
-        if self.val_max_rows < 0:
-            raise ValueError(f"data.val_max_rows={self.val_max_rows} must be 0 or more")
+    def validation_errors(self) -> list[str]:
+        """Return what is wrong with the name of the format, if anything."""
+        if self.format in formats.NAMES:
+            return []
+        return [f"data.format={self.format} is none of {', '.join(formats.NAMES)}"]
 
     @property
     def read_options(self) -> formats.ReadOptions:

@@ -40,15 +40,10 @@ class DPOConfig(RunConfig):
     """Folder of the run."""
     init_from: str = "runs/sft/final"
     """Model folder that training starts from, and the reference."""
-    beta: float = 0.1
+    beta: float = field(default=0.1, metadata={"above": 0})
     """How dearly it costs to leave the reference: reward per nat of log-probability ratio."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation files."""
-
-    def problems(self) -> list[str]:
-        """Those of every stage, and a beta that is none."""
-        beta = [] if self.beta > 0 else [f"beta={self.beta} must be above 0"]
-        return super().problems() + beta
 
 
 def dpo_loss(log_probs: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, MetricSums]:

@@ -22,7 +22,7 @@ arXiv:2302.05442; tied embeddings arXiv:1608.05859.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -34,46 +34,42 @@ from torch import Tensor, nn
 class ModelConfig:
     """Sizes of the decoder, by their Hugging Face names."""
 
-    vocab_size: int = 6400
+    vocab_size: int = field(default=6400, metadata={"above": 0})
     """Entries of the vocabulary."""
-    hidden_size: int = 512
+    hidden_size: int = field(default=512, metadata={"above": 0})
     """Width of the residual stream."""
-    intermediate_size: int = 1408
+    intermediate_size: int = field(default=1408, metadata={"above": 0})
     """Width of the SwiGLU hidden layer."""
-    num_hidden_layers: int = 8
+    num_hidden_layers: int = field(default=8, metadata={"above": 0})
     """Transformer blocks."""
-    num_attention_heads: int = 8
+    num_attention_heads: int = field(default=8, metadata={"above": 0})
     """Query heads."""
-    num_key_value_heads: int = 4
+    num_key_value_heads: int = field(default=4, metadata={"above": 0})
     """Key/value heads; each serves num_attention_heads / num_key_value_heads query heads."""
-    head_dim: int = 64
+    head_dim: int = field(default=64, metadata={"above": 0})
     """Width of one head, even; need not be hidden_size / num_attention_heads."""
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = field(default=2048, metadata={"above": 0})
     """Longest document in tokens that the model is meant for."""
-    rope_theta: float = 10000.0
+    rope_theta: float = field(default=10000.0, metadata={"above": 0})
     """Base of the rotary wavelengths."""
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = field(default=1e-6, metadata={"above": 0})
     """Added to the mean square inside each norm."""
     tie_word_embeddings: bool = True
     """Use the embedding matrix as the output matrix too."""
-    initializer_range: float = 0.02
+    initializer_range: float = field(default=0.02, metadata={"above": 0})
     """Standard deviation of the initial weights, residual projections apart."""
 
-    def __post_init__(self) -> None:
-        problems = [
-            f"model.{name}={getattr(self, name)} must be above 0"
-            for name, kind in self.__annotations__.items()
-            if kind != "bool" and not getattr(self, name) > 0
-        ]
+    def validation_errors(self) -> list[str]:
+        """Return what makes these sizes unusable together, one message each."""
+        errors = []
         if self.head_dim % 2:
-            problems.append(f"model.head_dim={self.head_dim} must be even (rotary pairs)")
+            errors.append(f"model.head_dim={self.head_dim} must be even (rotary pairs)")
         if self.num_key_value_heads > 0 and self.num_attention_heads % self.num_key_value_heads:
-            problems.append(
+            errors.append(
                 f"model.num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"model.num_key_value_heads={self.num_key_value_heads}"
             )
-        if problems:
-            raise ValueError("; ".join(problems))
+        return errors
 
 
 # ---- formulas ------------------------------------------------------------------------------------

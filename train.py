@@ -55,15 +55,15 @@ class PretrainConfig(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation files."""
 
-    def problems(self) -> list[str]:
-        """Those of every stage, a second tokenizer, and rows longer than the model is meant for."""
-        problems, longest = super().problems(), self.model.max_position_embeddings
+    def validation_errors(self) -> list[str]:
+        """Extend the list by a second tokenizer and by rows longer than the model is meant for."""
+        errors, longest = super().validation_errors(), self.model.max_position_embeddings
         if self.tokenizer and self.init_from:
             both = f"tokenizer={self.tokenizer} and init_from={self.init_from}"
-            problems.append(f"{both}: the model has a tokenizer of its own, so keep one")
+            errors.append(f"{both}: the model has a tokenizer of its own, so keep one")
         if not self.init_from:
-            problems += too_long(self.sequence_length, longest, "model.max_position_embeddings")
-        return problems
+            errors += too_long(self.sequence_length, longest, "model.max_position_embeddings")
+        return errors
 
 
 def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, MetricSums]:

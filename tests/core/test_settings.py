@@ -10,40 +10,38 @@ from typing import ClassVar, Literal
 import pytest
 
 from trainlib.core.errors import UserError
-from trainlib.core.settings import keys, load_config, provenance, recipe, write_run_yaml
+from trainlib.core.settings import (
+    bound_errors,
+    keys,
+    load_config,
+    provenance,
+    recipe,
+    write_run_yaml,
+)
 
 
 @dataclass(frozen=True)
 class Inner:
     """A section."""
 
-    rate: float = 0.5
+    rate: float = field(default=0.5, metadata={"above": 0})
     """Peak rate,
     over all steps.
 
     Not shown."""
     kind: Literal["muon", "adamw"] = "muon"
-    fraction: float = 0.25
+    fraction: float = field(default=0.25, metadata={"at_least": 0, "below": 9})
 
-    def __post_init__(self) -> None:
-        problems = []
-        if self.rate <= 0:
-            problems.append(f"inner.rate={self.rate} must be above 0")
-        if self.rate + self.fraction > 9:
-            problems.append("inner.rate + inner.fraction must be at most 9")
-        if problems:
-            raise ValueError("; ".join(problems))
+    def validation_errors(self) -> list[str]:
+        too_much = self.rate + self.fraction > 9
+        return ["inner.rate + inner.fraction must be at most 9"] if too_much else []
 
 
 @dataclass(frozen=True)
 class Look:
     """Another section."""
 
-    rate: int = 2
-
-    def __post_init__(self) -> None:
-        if self.rate < 0:
-            raise ValueError(f"look.rate={self.rate} must be 0 or more")
+    rate: int = field(default=2, metadata={"at_least": 0, "at_most": 100})
 
 
 @dataclass(frozen=True)
@@ -206,7 +204,7 @@ def test_all_problems_are_reported_at_once(tmp_path, monkeypatch):
         assert part in said, part
     count = int(said.split()[0])
     assert count == said.count("\n  ") and count >= 15
-    assert "look.rate=-1 must be 0 or more (look.rate: command line)" in said
+    assert "look.rate=-1 must be at least 0 and at most 100 (look.rate: command line)" in said
 
 
 def test_what_follows_from_another_problem_is_not_reported():
@@ -214,6 +212,18 @@ def test_what_follows_from_another_problem_is_not_reported():
     said = problems("inner.rate=8.9", "inner.fraction=x")
     assert said.startswith("1 problem ") and "at most" not in said
     assert "at most 9" in problems("inner.rate=8.9", "inner.fraction=1")
+
+
+def test_bounds_hold_on_both_sides_up_to_the_limit_itself():
+    for allowed in ("look.rate=0", "look.rate=100", "inner.fraction=0", "inner.fraction=8.5"):
+        load(allowed)
+    for key, value in (("look.rate", 101), ("inner.rate", 0.0), ("inner.fraction", 9.0)):
+        assert f"{key}={value} must be " in problems(f"{key}={value}", "inner.kind=adamw")
+    section = Inner(rate=float("nan"), fraction=-1)
+    assert bound_errors(section, "inner.") == [
+        "inner.rate=nan must be above 0",
+        "inner.fraction=-1 must be at least 0 and below 9",
+    ]
 
 
 def test_one_length_for_a_run(tmp_path):
@@ -249,7 +259,7 @@ def test_files_that_cannot_be_read(tmp_path):
             load_config(Settings, [str(file)], None)
         with pytest.raises(UserError, match=message) as caught:
             load_config(Settings, ["sede=1", "look.rate=-1", str(file)], None)
-        for part in ("did you mean seed?", "look.rate=-1 must be 0 or more"):
+        for part in ("did you mean seed?", "look.rate=-1 must be at least 0"):
             assert part in str(caught.value)
     file.write_bytes(b"\xef\xbb\xbfseed: 4\r\n")
     assert load_config(Settings, [str(file)], None).seed == 4

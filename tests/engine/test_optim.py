@@ -11,6 +11,7 @@ import torch
 
 from model import ModelConfig, Transformer
 from trainlib.core.distributed import Ranks
+from trainlib.core.settings import bound_errors
 from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.loader import StepBatch
 from trainlib.engine.device import Hardware
@@ -81,8 +82,16 @@ def test_schedule_corners():
 
 
 def test_contradictions_are_refused():
-    with pytest.raises(ValueError, match=r"muon_lr=-1.*momentum=2"):
-        OptimConfig(muon_lr=-1, momentum=2)
+    wrong = OptimConfig(muon_lr=-1, momentum=2)
+    assert bound_errors(wrong, "optim.") == [
+        "optim.muon_lr=-1 must be above 0",
+        "optim.momentum=2 must be at least 0 and below 1",
+    ]
+    (both,) = OptimConfig(warmup_fraction=0.6, decay_fraction=0.6).validation_errors()
+    assert "at most 1 together" in both
+    assert not OptimConfig(
+        warmup_fraction=0.6, decay_fraction=0.6, schedule="cosine"
+    ).validation_errors()
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

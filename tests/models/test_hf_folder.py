@@ -142,6 +142,7 @@ def test_vocabularies_must_match(tokenizer):
         ({"hidden_size": None}, "hidden_size"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"hidden_size": "24"}, "hidden_size"),
+        ({"hidden_size": 0, "head_dim": 7}, "hidden_size=0 must be above 0; model.head_dim=7 must"),
     ],
 )
 def test_unsupported_configs_are_refused_by_name(tmp_path, tokenizer, changes, words):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import types
-from dataclasses import MISSING
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -101,8 +100,6 @@ def kind_text(kind: Any) -> str:
 
 def value_text(value: Any) -> str:
     """A value as YAML, in the form that parse reads back."""
-    if value is MISSING:
-        return "(required)"
     if value is None or isinstance(value, bool):
         return {None: "none", True: "on", False: "off"}[value]
     if isinstance(value, (tuple, list)):

@@ -11,12 +11,13 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import operator
 import os
 import re
 import textwrap
 import types
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
@@ -24,7 +25,7 @@ import yaml
 
 from trainlib.core.errors import UserError
 from trainlib.core.files import write_atomically
-from trainlib.core.parsing import kind_text, parse, value_text
+from trainlib.core.parsing import parse, value_text
 
 T = TypeVar("T")
 HARDWARE_KEYS = ("device", "ranks", "micro_batch_size", "precision", "compile", "kernels")
@@ -58,26 +59,24 @@ class Key:
 # ---- 1. which settings a class has ---------------------------------------------------------------
 
 
-def keys(cls: type, prefix: str = "", default: Any = MISSING, recipe: bool = True) -> list[Key]:
-    """All settings of a class and its sections, in the order of their definition."""
-    hints, docs_by_name, found = get_type_hints(cls), _attribute_docs(cls), []
-    for field in fields(cls):
-        if not field.init:
-            continue
-        value = _default(field) if default is MISSING else getattr(default, field.name)
+def keys(cls: type) -> list[Key]:
+    """Return all settings of a class and its sections, in the order of their definition.
+
+    Every field must have a default.
+    """
+    return list(_walk(cls()))
+
+
+def _walk(config: Any, prefix: str = "", recipe: bool = True) -> Iterator[Key]:
+    """Yield the settings of a config and its sections, with their values as defaults."""
+    hints, docs_by_name = get_type_hints(type(config)), _attribute_docs(type(config))
+    for field in fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
         learned = recipe and field.metadata.get("recipe", True)
-        kind, name = hints[field.name], prefix + field.name
-        if is_dataclass(kind):
-            found += keys(kind, name + ".", value, learned)  # type: ignore[arg-type]
+        if is_dataclass(value):
+            yield from _walk(value, name + ".", learned)
         else:
-            found.append(Key(name, kind, value, docs_by_name.get(field.name, ""), learned))
-    return found
-
-
-def _default(field: dataclasses.Field) -> Any:
-    if field.default_factory is not MISSING:
-        return field.default_factory()
-    return field.default
+            yield Key(name, hints[field.name], value, docs_by_name.get(field.name, ""), learned)
 
 
 def _attribute_docs(cls: type) -> dict[str, str]:
@@ -244,12 +243,13 @@ def load_config(cls: type[T], argv: list[str], default_file: Path | None) -> T:
             if name in getattr(cls, "LENGTH_KEYS", ()) and values[name]:
                 lengths.append(name)
         _settle_length(cls, known, lengths, values, sources, problems)
-    cfg = _build(cls, "", MISSING, values, known, sources, failed, problems)
+    config = _replace_values(cls(), values)
+    problems += _config_errors(config, sources, failed)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the settings:"
         raise UserError("\n  ".join([count, *(" ".join(text.split()) for text in problems)]))
-    object.__setattr__(cfg, "_provenance", sources)
-    return cfg
+    object.__setattr__(config, "_provenance", sources)
+    return config
 
 
 def _settle_length(
@@ -274,57 +274,64 @@ def _settle_length(
                 sources[name] = f"replaced by {lengths[0]}"
 
 
-def _build(
-    cls: type,
-    prefix: str,
-    default: Any,
-    values: dict[str, Any],
-    known: dict[str, Key],
-    sources: dict[str, str],
-    failed: set[str],
-    problems: list[str],
-) -> Any:
-    """An instance of a class or section; None where it cannot be made, with the reason noted."""
-    hints, arguments = get_type_hints(cls), {}
-    for field in fields(cls):
-        if not field.init:
-            continue
-        name, kind = prefix + field.name, hints[field.name]
-        fallback = _default(field) if default is MISSING else getattr(default, field.name)
-        if is_dataclass(kind):
-            section = _build(kind, name + ".", fallback, values, known, sources, failed, problems)  # type: ignore[arg-type]
-            if section is None:
-                failed |= {key for key in known if key.startswith(name + ".")}
-            arguments[field.name] = fallback if section is None else section
+def _replace_values(config: T, values: dict[str, Any], prefix: str = "") -> T:
+    """Return a config with the given values, by dotted key, in it and in its sections."""
+    changes = {}
+    for field in fields(config):  # type: ignore[arg-type]
+        name, value = prefix + field.name, getattr(config, field.name)
+        if is_dataclass(value):
+            changes[field.name] = _replace_values(value, values, name + ".")
         else:
-            arguments[field.name] = values.get(name, fallback)
-        if arguments[field.name] is MISSING:
-            if name not in failed and not is_dataclass(kind):
-                cure = f"{name}=VALUE on the command line, or in the config file"
-                problems.append(f"{name}: has no default; give {kind_text(kind)}: {cure}")
-            failed.add(name)
-            return None
-    try:
-        return cls(**arguments)
-    except ValueError as error:
-        for text in str(error).split("; "):
-            mentioned = [word for word in re.findall(r"[\w.]+\w", text) if word in known]
-            # With a default in the place of a value that is wrong, this may be no problem at all.
-            if not failed.intersection(mentioned):
-                places = [f"{name}: {sources[name]}" for name in dict.fromkeys(mentioned)]
-                problems.append(text + (f" ({', '.join(places)})" if places else ""))
-        return None
+            changes[field.name] = values.get(name, value)
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+BOUNDS = {
+    "above": ("above", operator.gt),
+    "at_least": ("at least", operator.ge),
+    "below": ("below", operator.lt),
+    "at_most": ("at most", operator.le),
+}
+"""Bounds that the metadata of a field may hold: their words, and what a value must fulfil."""
+
+
+def bound_errors(config: Any, prefix: str = "") -> list[str]:
+    """Return one message for each value that its field's bounds do not allow, sections excluded."""
+    errors = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        bounds = [(*BOUNDS[key], field.metadata[key]) for key in BOUNDS if key in field.metadata]
+        if not all(holds(value, limit) for _, holds, limit in bounds):
+            allowed = " and ".join(f"{words} {limit}" for words, _, limit in bounds)
+            errors.append(f"{prefix}{field.name}={value} must be {allowed}")
+    return errors
+
+
+def _config_errors(
+    config: Any, sources: dict[str, str], failed: set[str], prefix: str = ""
+) -> list[str]:
+    """Return what is wrong with a config and its sections, with the sources of the keys.
+
+    Messages that mention a key of `failed` are skipped: they may follow from another problem. The
+    keys of a section with errors are added to it.
+    """
+    errors = []
+    for field in fields(config):
+        section = getattr(config, field.name)
+        if is_dataclass(section):
+            errors += _config_errors(section, sources, failed, f"{prefix}{field.name}.")
+    own = bound_errors(config, prefix) + getattr(config, "validation_errors", list)()
+    for text in own:
+        mentioned = [word for word in re.findall(r"[\w.]+\w", text) if word in sources]
+        if not failed.intersection(mentioned):
+            origins = ", ".join(f"{name}: {sources[name]}" for name in dict.fromkeys(mentioned))
+            errors.append(f"{text} ({origins})" if origins else text)
+    if own:
+        failed |= {name for name in sources if name.startswith(prefix)}
+    return errors
 
 
 # ---- 4. what others read of it -------------------------------------------------------------------
-
-
-def _flat(cfg: Any) -> Iterator[tuple[Key, Any]]:
-    for key in keys(type(cfg)):
-        value = cfg
-        for part in key.name.split("."):
-            value = getattr(value, part)
-        yield key, value
 
 
 def with_value(cfg: T, name: str, value: Any, source: str) -> T:
@@ -338,10 +345,10 @@ def with_value(cfg: T, name: str, value: Any, source: str) -> T:
 
 def provenance(cfg: Any) -> dict[str, str]:
     """Where each value came from: file:line, command line, environment X, default."""
-    noted = getattr(cfg, "_provenance", {})
+    noted, defaults = getattr(cfg, "_provenance", {}), keys(type(cfg))
     return {
-        key.name: noted.get(key.name, "default" if value == key.default else "set by the program")
-        for key, value in _flat(cfg)
+        key.name: noted.get(key.name, "default" if key == default else "set by the program")
+        for key, default in zip(_walk(cfg), defaults, strict=True)
     }
 
 
@@ -350,7 +357,7 @@ def recipe(cfg: Any) -> dict[str, Any]:
 
     A field whose metadata says {"recipe": False} is left out, with all of its section.
     """
-    plain = {key.name: value for key, value in _flat(cfg) if key.recipe}
+    plain = {key.name: key.default for key in _walk(cfg) if key.recipe}
     return {
         name: list(value)
         if isinstance(value, tuple)
@@ -373,13 +380,13 @@ def write_run_yaml(cfg: Any, path: Path) -> None:
     """The resolved settings as YAML that load_config reads again, each with its source."""
     lines, section, sources = [], "", provenance(cfg)
     # Keys without a section first: those after one would belong to it.
-    for key, value in sorted(_flat(cfg), key=lambda pair: "." in pair[0].name):
+    for key in sorted(_walk(cfg), key=lambda key: "." in key.name):
         head, _, last = key.name.rpartition(".")
         if head != section:
             lines += _section_lines(section, head)
             section = head
         indent = "  " * key.name.count(".")
-        lines.append(f"{indent}{last}: {value_text(value)}  # {sources[key.name]}")
+        lines.append(f"{indent}{last}: {value_text(key.default)}  # {sources[key.name]}")
     write_atomically(path, "\n".join(lines) + "\n")
 
 

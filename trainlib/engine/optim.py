@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -25,53 +25,38 @@ class OptimConfig:
 
     name: Literal["muon", "adamw"] = "muon"
     """muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all."""
-    muon_lr: float = 0.02
+    muon_lr: float = field(default=0.02, metadata={"above": 0})
     """Peak learning rate of the matrices under Muon, relative to an orthogonal update."""
-    adamw_lr: float = 3e-3
+    adamw_lr: float = field(default=3e-3, metadata={"above": 0})
     """Peak learning rate of the matrices under optim.name=adamw."""
-    embedding_lr: float = 8e-3
+    embedding_lr: float = field(default=8e-3, metadata={"above": 0})
     """Peak learning rate of embeddings and norms, by AdamW in both cases."""
-    weight_decay: float = 0.0
+    weight_decay: float = field(default=0.0, metadata={"at_least": 0})
     """Decoupled decay of the matrices; embeddings and norms have none."""
-    momentum: float = 0.95
+    momentum: float = field(default=0.95, metadata={"at_least": 0, "below": 1})
     """Momentum of Muon (Nesterov)."""
-    beta1: float = 0.9
+    beta1: float = field(default=0.9, metadata={"at_least": 0, "below": 1})
     """First-moment decay of AdamW."""
-    beta2: float = 0.95
+    beta2: float = field(default=0.95, metadata={"at_least": 0, "below": 1})
     """Second-moment decay of AdamW."""
-    grad_clip: float = 1.0
+    grad_clip: float = field(default=1.0, metadata={"at_least": 0})
     """Largest norm of a step's gradient, over all parameters; 0 = no clipping."""
     schedule: Literal["wsd", "cosine"] = "wsd"
     """wsd: warm up, stay, decay linearly; cosine: warm up, then half a cosine."""
-    warmup_fraction: float = 0.01
+    warmup_fraction: float = field(default=0.01, metadata={"at_least": 0, "at_most": 1})
     """Share of the steps in which the rate rises from near 0 to its peak."""
-    decay_fraction: float = 0.5
+    decay_fraction: float = field(default=0.5, metadata={"at_least": 0, "at_most": 1})
     """Share of the steps in which wsd falls."""
-    final_lr_fraction: float = 0.0
+    final_lr_fraction: float = field(default=0.0, metadata={"at_least": 0, "at_most": 1})
     """The rate at the very end, as a share of the peak."""
 
-    def __post_init__(self) -> None:
-        problems = []
-        for key in ("muon_lr", "adamw_lr", "embedding_lr"):
-            if not getattr(self, key) > 0:
-                problems.append(f"optim.{key}={getattr(self, key)} must be above 0")
-        for key in ("momentum", "beta1", "beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                problems.append(f"optim.{key}={getattr(self, key)} must be in [0, 1)")
-        for key in ("warmup_fraction", "decay_fraction", "final_lr_fraction"):
-            if not 0 <= getattr(self, key) <= 1:
-                problems.append(f"optim.{key}={getattr(self, key)} must be in [0, 1]")
-        for key in ("weight_decay", "grad_clip"):
-            if getattr(self, key) < 0:
-                problems.append(f"optim.{key}={getattr(self, key)} must be at least 0")
+    def validation_errors(self) -> list[str]:
+        """Return what makes these settings unusable together, one message each."""
         warmup, decay = self.warmup_fraction, self.decay_fraction
-        if self.schedule == "wsd" and max(warmup, decay) <= 1 < warmup + decay:
-            problems.append(
-                f"optim.warmup_fraction={warmup} and optim.decay_fraction={decay} "
-                "must be at most 1 together"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
+        if self.schedule != "wsd" or max(warmup, decay) > 1 or warmup + decay <= 1:
+            return []
+        both = f"optim.warmup_fraction={warmup} and optim.decay_fraction={decay}"
+        return [f"{both} must be at most 1 together"]
 
 
 def fast_bfloat16(device: torch.device) -> bool:

@@ -42,7 +42,7 @@ class RunConfig:
     """Seed of initial weights and of the order of the data."""
     device: Literal["auto", "cpu", "cuda", "mps"] = field(default="auto", metadata=EXECUTION_ONLY)
     """Where to compute; auto = cuda where there is a card, else cpu."""
-    ranks: int = field(default=0, metadata=EXECUTION_ONLY)
+    ranks: int = field(default=0, metadata={**EXECUTION_ONLY, "at_least": 0})
     """Processes that train together on this host; 0 = one for each visible card, else one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = field(
         default="auto", metadata=EXECUTION_ONLY
@@ -52,52 +52,38 @@ class RunConfig:
     """Compile the layers; auto = on a card, and on a CPU in bf16 for a long run of given steps."""
     kernels: Literal["auto", "plain"] = field(default="auto", metadata=EXECUTION_ONLY)
     """Kernels that replace formulas of model.py; auto = where they agree with them, else plain."""
-    micro_batch_size: int = field(default=0, metadata=EXECUTION_ONLY)
+    micro_batch_size: int = field(default=0, metadata={**EXECUTION_ONLY, "at_least": 0})
     """Most rows of one forward pass; 0 = chosen for the device."""
-    max_steps: int = 0
+    max_steps: int = field(default=0, metadata={"at_least": 0})
     """Length in optimizer steps (0 = not given)."""
-    max_tokens: int = 0
+    max_tokens: int = field(default=0, metadata={"at_least": 0})
     """Length in positions, tokens_per_step each step (0 = not given)."""
-    epochs: int = 0
+    epochs: int = field(default=0, metadata={"at_least": 0})
     """Length in passes over the training data (0 = not given)."""
-    max_hours: float = 0.0
+    max_hours: float = field(default=0.0, metadata={"at_least": 0})
     """Length in hours, those before a resume included (0 = not given)."""
-    tokens_per_step: int = 131072
+    tokens_per_step: int = field(default=131072, metadata={"at_least": 1})
     """Positions of one optimizer step."""
-    sequence_length: int = 512
+    sequence_length: int = field(default=512, metadata={"at_least": 2})
     """Positions of a row; of DPO half of one, which both answers of a pair share."""
-    eval_every_steps: int = field(default=200, metadata=EXECUTION_ONLY)
+    eval_every_steps: int = field(default=200, metadata={**EXECUTION_ONLY, "at_least": 0})
     """Steps between evaluations; 0 = only at the start and the end."""
-    save_every_steps: int = field(default=200, metadata=EXECUTION_ONLY)
+    save_every_steps: int = field(default=200, metadata={**EXECUTION_ONLY, "at_least": 0})
     """Steps between checkpoints; 0 = only when stopped and at the end."""
-    log_every_steps: int = field(default=10, metadata=EXECUTION_ONLY)
+    log_every_steps: int = field(default=10, metadata={**EXECUTION_ONLY, "at_least": 1})
     """Steps between lines of the log."""
-    keep_checkpoints: int = field(default=2, metadata=EXECUTION_ONLY)
+    keep_checkpoints: int = field(default=2, metadata={**EXECUTION_ONLY, "at_least": 1})
     """Newest step folders that are kept."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizers and schedule."""
 
-    def __post_init__(self) -> None:
-        if problems := self.problems():
-            raise ValueError("; ".join(problems))
-
-    def problems(self) -> list[str]:
-        """What no run can be carried out with, one text each; a stage adds its own."""
-        problems = [
-            f"{key}={getattr(self, key)} must be at least {least}"
-            for key, least in (
-                ("tokens_per_step", 1), ("sequence_length", 2), ("log_every_steps", 1),
-                ("keep_checkpoints", 1), ("max_steps", 0), ("max_tokens", 0), ("epochs", 0),
-                ("micro_batch_size", 0), ("ranks", 0), ("max_hours", 0),
-                ("eval_every_steps", 0), ("save_every_steps", 0),
-            )
-            if getattr(self, key) < least
-        ]  # fmt: skip
+    def validation_errors(self) -> list[str]:
+        """Return what makes these settings unusable, one message each; stages extend the list."""
         given = [key for key in self.LENGTH_KEYS if getattr(self, key)]
-        if len(given) != 1:
-            problems.append(f"give the length by one of {', '.join(self.LENGTH_KEYS)}, not "
-                            f"{' and '.join(given) or 'none'}")  # fmt: skip
-        return problems
+        if len(given) == 1:
+            return []
+        keys, found = ", ".join(self.LENGTH_KEYS), " and ".join(given) or "none"
+        return [f"give the length by one of {keys}, not {found}"]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from model import ModelConfig, Transformer
 from tokenizer.bpe import Tokenizer
 from trainlib.core.errors import UserError, as_user_errors
 from trainlib.core.parsing import value_text
-from trainlib.core.settings import COMMAND_LINE, provenance, with_value
+from trainlib.core.settings import COMMAND_LINE, bound_errors, provenance, with_value
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +99,10 @@ def load_config(folder: str | Path, option: str = "init_from=") -> ModelConfig:
         types = {"int": (int,), "float": (int, float), "bool": (bool,)}[kind]
         if type(values[key]) not in types:
             raise UserError(f"{path}: {key} is {values[key]!r}, where {kind} is needed")
-    try:
-        return ModelConfig(**{key: values[key] for key in ModelConfig.__annotations__})
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    config = ModelConfig(**{key: values[key] for key in ModelConfig.__annotations__})
+    if errors := bound_errors(config, "model.") + config.validation_errors():
+        raise UserError(f"{path}: {'; '.join(errors)}")
+    return config
 
 
 @functools.cache
