@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import logging
 import re
@@ -18,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from tokenizer.bpe import Tokenizer
 from trainlib.core.errors import UserError
 from trainlib.data import formats
 from trainlib.data.encode import ENCODERS
-from trainlib.data.packing import Datasets, PackedDataset
+from trainlib.data.packing import Datasets, PackedDataset, Part
 from trainlib.data.readers import COMPRESSED, SUFFIXES
 from trainlib.data.token_cache import OnError, TokenCache, build_cache, counted_tokens
 
@@ -158,28 +159,29 @@ def choose_files(config: DataConfig, kind: str) -> Files:
     val = _groups(config.val_files, "data.val_files")
     if config.files:
         return Files(_groups(config.files, "data.files"), val, "data.files")
-    own, others = [], []
+    own, unused = [], ""
     for path in sorted(DATASET_DIR.glob("*")):
-        if path.is_file() and _may_be_data(path):
-            try:
-                found = formats.detect(path, name=config.format).format.kind
-            except UserError as error:
-                found = f"not usable ({error})"
-            (own if found == kind else others).append((path, found))
-    passed_over = "".join(f"\n  not used: {path} is {found}" for path, found in others)
+        if not (path.is_file() and _may_be_data(path)):
+            continue
+        try:
+            found = formats.detect(path, name=config.format).format.kind
+        except UserError as error:
+            found = f"not usable ({error})"
+        if found == kind:
+            own.append(str(path))
+        else:
+            unused += f"\n  not used: {path} is {found}"
     if own:
-        names = [str(path) for path, _ in own]
-        return Files(_groups(names), val, f"{kind} files in dataset/{passed_over}")
+        return Files(_groups(own), val, f"{kind} files in dataset/{unused}")
     sample = DATASET_DIR / "sample" / f"{kind}.jsonl"
     if sample.is_file():
         held_out = sorted((DATASET_DIR / "sample" / "val" / kind).glob("*.jsonl"))
         val = val or _groups([str(path) for path in held_out])
-        return Files(
-            _groups([str(sample)]), val, f"the sample, as dataset/ has no {kind} file{passed_over}"
-        )
+        reason = f"the sample, as dataset/ has no {kind} file{unused}"
+        return Files(_groups([str(sample)]), val, reason)
     raise UserError(
         f"no {kind} data: looked for JSONL files of rows like {formats.EXPECTED[kind]} in "
-        f"{DATASET_DIR.resolve()} and for {sample}.{passed_over}\n"
+        f"{DATASET_DIR.resolve()} and for {sample}.{unused}\n"
         "Either fetch the sample:      python -m tools.prepare_data\n"
         "or name a file of your own:   data.files=PATH (or put it into dataset/)"
     )
@@ -196,7 +198,7 @@ def hold_out(cache: TokenCache, fraction: float) -> np.ndarray:
     """
     order = np.argsort(cache.hashes, kind="stable")
     below = cache.hashes[order] < np.uint64(fraction * 2.0**64)
-    sizes = np.diff(cache.offsets).reshape(cache.num_records, -1).sum(1)[order]
+    sizes = cache.record_lengths[order]
     # Tokens are at least a byte each and about four: a bound in bytes needs no decoding.
     chosen = below & (np.cumsum(sizes) * 4 <= MAX_HELD_OUT_BYTES)
     limit = cache.hashes[order][max(1, int(chosen.sum())) - 1]
@@ -216,52 +218,48 @@ def load_datasets(
     files = choose_files(config, kind)
     log.info("data: %s", files.why)
 
+    keys: list[str] = []
+
     def tokenized(group: Group) -> list[TokenCache]:
-        options = config.read_options
-        return [
-            build_cache(path, kind, tokenizer, ENCODERS[kind], options, config.on_error)
-            for path in group.paths
+        options, encode = config.read_options, ENCODERS[kind]
+        caches = [build_cache(path, kind, tokenizer, encode, options, config.on_error)
+                  for path in group.paths]  # fmt: skip
+        keys.extend(cache.key for cache in caches)
+        return caches
+
+    train_parts: list[list[Part]] = []
+    val_parts: dict[str, list[Part]] = {}
+    for group in files.train:
+        caches = tokenized(group)
+        masks = [
+            np.zeros(cache.num_records, bool) if files.val else hold_out(cache, config.val_fraction)
+            for cache in caches
         ]
-
-    train = [tokenized(group) for group in files.train]
-    val = {group.name: tokenized(group) for group in files.val}
-    if val:
-        held_out = {name: [_all_of(cache) for cache in caches] for name, caches in val.items()}
-        selected = [[_all_of(cache) for cache in caches] for caches in train]
-    else:
-        masks = [[hold_out(cache, config.val_fraction) for cache in caches] for caches in train]
-        pairs = [list(zip(*both, strict=True)) for both in zip(train, masks, strict=True)]
-        held_out = {g.name: parts for g, parts in zip(files.train, pairs, strict=True)}
-        selected = [[(cache, ~mask) for cache, mask in parts] for parts in pairs]
-    row_length = 2 * sequence_length if kind == "dpo" else sequence_length
-    byte_lengths = np.array([len(text) for text in tokenizer.id_to_bytes], np.int64)
-
-    def pack(parts: list, first: int, max_rows: int, seed: int, passes: Any = None) -> Any:
-        return PackedDataset(
-            parts, kind, row_length, byte_lengths, seed, first_sequence_id=first,
-            max_rows=max_rows, too_long=config.too_long, passes=passes,
-        )  # fmt: skip
-
-    passes = _passes(files.train, selected)
-    packed = pack([part for parts in selected for part in parts], 0, 0, seed, passes)
-    _describe("train", packed)
-    first, val_sets = packed.num_sequences, {}
-    for name, parts in held_out.items():
+        train_parts.append([(cache, ~mask) for cache, mask in zip(caches, masks, strict=True)])
+        if not files.val:
+            val_parts[group.name] = list(zip(caches, masks, strict=True))
+    for group in files.val:
+        val_parts[group.name] = [(c, np.ones(c.num_records, bool)) for c in tokenized(group)]
+    pack = functools.partial(
+        PackedDataset,
+        kind=kind,
+        row_length=2 * sequence_length if kind == "dpo" else sequence_length,
+        byte_lengths=np.array([len(text) for text in tokenizer.id_to_bytes], np.int64),
+        too_long=config.too_long,
+    )
+    passes = _passes(files.train, train_parts)
+    train = pack([part for parts in train_parts for part in parts], seed=seed, passes=passes)
+    _describe("train", train)
+    next_id, val = train.num_sequences, {}
+    for name, parts in val_parts.items():
         # A fixed seed: what is measured does not change with the seed of the run.
-        val_sets[name] = pack(parts, first, config.val_max_rows, 0)
-        first += val_sets[name].num_sequences
-        _describe(f"val/{name}", val_sets[name])
-    caches = [cache for group in (*train, *val.values()) for cache in group]
-    return Datasets(packed, val_sets, " ".join(cache.key for cache in caches))
+        val[name] = pack(parts, seed=0, first_sequence_id=next_id, max_rows=config.val_max_rows)
+        next_id += val[name].num_sequences
+        _describe(f"val/{name}", val[name])
+    return Datasets(train, val, " ".join(keys))
 
 
-def _all_of(cache: TokenCache) -> tuple[TokenCache, np.ndarray]:
-    return cache, np.ones(cache.num_records, bool)
-
-
-def _passes(
-    groups: list[Group], selected: list[list[tuple[TokenCache, np.ndarray]]]
-) -> list[float] | None:
+def _passes(groups: list[Group], selected: list[list[Part]]) -> list[float] | None:
     """How often each file is gone through in an epoch, so that shares of tokens are as weighted.
 
     An epoch is as short as it can be with every row of every file in the first one: the group that
@@ -270,10 +268,8 @@ def _passes(
     if not any(group.weight for group in groups):
         return None
     sizes = [
-        sum(int((np.diff(cache.offsets).reshape(len(mask), -1).sum(1) * mask).sum())
-            for cache, mask in parts)
-        for parts in selected
-    ]  # fmt: skip
+        sum(int(cache.record_lengths[mask].sum()) for cache, mask in parts) for parts in selected
+    ]
     total = sum(group.weight for group in groups)
     epoch = max(size * total / g.weight for g, size in zip(groups, sizes, strict=True))
     passes: list[float] = []
@@ -294,10 +290,8 @@ def _groups(names: SequenceABC[str], key: str = "") -> list[Group]:
         if found and not Path(name).exists():
             name, weight = found[1], float(found[2])
             if not weight or key == "data.val_files":
-                raise UserError(
-                    f"{key}: {name}:{found[2]}: a weight must be above 0"
-                    if not weight else f"{key}: {name}:{found[2]}: only data.files takes weights"
-                )  # fmt: skip
+                reason = "only data.files takes weights" if weight else "a weight must be above 0"
+                raise UserError(f"{key}: {name}:{found[2]}: {reason}")
         groups.append(Group(_short_name(name), expand(name), weight))
     if 0 < sum(not group.weight for group in groups) < len(groups):
         unweighted = next(name for name, g in zip(names, groups, strict=True) if not g.weight)
@@ -327,11 +321,11 @@ def _describe(name: str, packed: PackedDataset) -> None:
         "%s: %s of %d, %.1f %% padding  (%s)", name, size, packed.row_length,
         100 * packed.padding(), ", ".join(str(cache.path) for cache in packed.caches),
     )  # fmt: skip
-    for what, counts in (("left out", packed.num_dropped), ("cut", packed.num_cut)):
+    for action, counts in (("left out", packed.num_dropped), ("cut", packed.num_cut)):
         if counts:
-            kinds = ", ".join(f"{source} {n:,}" for source, n in sorted(counts.items()))
+            sources = ", ".join(f"{source} {n:,}" for source, n in sorted(counts.items()))
             log.warning(
                 "%s: %s rows longer than %d positions were %s: %s (sequence_length and "
                 "data.too_long decide)",
-                name, f"{sum(counts.values()):,}", packed.row_length, what, kinds,
+                name, f"{sum(counts.values()):,}", packed.row_length, action, sources,
             )  # fmt: skip

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
@@ -69,6 +68,7 @@ class Tokenizer:
         # object that tokenizer.json does not carry, so it is set here, once, for every use.
         self._bpe.encode_special_tokens = True
         self._byte_level = isinstance(self._bpe.decoder, decoders.ByteLevel)
+        self._added_tokens = self._bpe.get_added_tokens_decoder()
         self.end_of_text_id, self.im_start_id, self.im_end_id = (
             self._required_id(token, path) for token in NEEDED
         )
@@ -116,9 +116,7 @@ class Tokenizer:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids that stand for structure, not text."""
-        return frozenset(
-            id_ for id_, t in self._bpe.get_added_tokens_decoder().items() if t.special
-        )
+        return frozenset(id_ for id_, token in self._added_tokens.items() if token.special)
 
     @cached_property
     def id_to_bytes(self) -> tuple[bytes, ...]:
@@ -129,7 +127,7 @@ class Tokenizer:
         token = self._bpe.id_to_token(id_)
         if token is None or id_ in self.special_ids:
             return b""
-        if id_ in self._literal_ids:
+        if id_ in self._added_tokens:
             return token.encode()
         if self._byte_level:
             # Every byte is written as one printable character, so that entries are readable.
@@ -137,10 +135,6 @@ class Tokenizer:
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
             return bytes.fromhex(byte[1])
         return token.replace("\u2581", " ").encode()
-
-    @cached_property
-    def _literal_ids(self) -> frozenset[int]:
-        return frozenset(self._bpe.get_added_tokens_decoder())
 
     def encode(self, text: str) -> list[int]:
         """Ids of text; a special token that is spelled out in it stays text."""
@@ -150,11 +144,6 @@ class Tokenizer:
         """The one id of a special token; the ids of its spelling where the vocabulary lacks it."""
         id_ = self._bpe.token_to_id(tag)
         return self.encode(tag) if id_ is None else [id_]
-
-    def encode_batch(self, texts: SequenceABC[str]) -> list[list[int]]:
-        """Ids of several texts, on all cores."""
-        encoded = self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encoded]
 
     def decode_bytes(self, ids: SequenceABC[int]) -> bytes:
         """The bytes of ids; special tokens, and rows of a model that no token has, give none."""
@@ -189,7 +178,7 @@ class Tokenizer:
 
 def default_folder() -> Path:
     """The folder of the tokenizer that comes with the project."""
-    return Path(os.path.dirname(os.path.abspath(__file__)))
+    return Path(__file__).absolute().parent
 
 
 def read_json(path: Path) -> str:
@@ -216,18 +205,17 @@ def load_bpe(text: str, path: Path) -> Bpe:
         raise ValueError(f"{path}: the `tokenizers` library cannot load it: {error}") from error
 
 
-def _byte_alphabet() -> dict[int, str]:
-    """The printable character that byte-level BPE writes for each byte.
+def _byte_of_character() -> dict[str, bytes]:
+    """Return the byte that each printable character of a byte-level BPE stands for.
 
     Printable Latin-1 stands for itself; the other bytes take the characters from U+0100 on.
     """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {byte: chr(byte) for byte in printable}
-    alphabet.update({byte: chr(0x100 + i) for i, byte in enumerate(others)})
-    return alphabet
+    characters = [*map(chr, printable), *(chr(0x100 + i) for i in range(len(others)))]
+    return {c: bytes([byte]) for c, byte in zip(characters, printable + others, strict=True)}
 
 
-BYTE_OF = {character: bytes([byte]) for byte, character in _byte_alphabet().items()}
+BYTE_OF = _byte_of_character()
 PROBE = "A b  c\n\t 1.5% 中文 \u00e9 \u0416 😀\r\n x"
 """A text that a vocabulary which loses anything does not give back."""

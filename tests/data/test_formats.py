@@ -54,7 +54,8 @@ def test_bad_rows(kind, content, message, tmp_path, monkeypatch, tokenizer):
     assert path.read_text() == content
 
 
-def test_bytes_that_are_no_utf8(tmp_path):
+def test_bytes_that_are_no_utf8(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
     rows = {
         "gbk.jsonl": '{"text": "one"}\n{"text": "中文"}\n', "first.jsonl": '{"text": "中文"}\n',
         "gbk.txt": "one\n今天天气很好\n", "gbk.json": '[{"text": "中文"}]',
@@ -64,7 +65,7 @@ def test_bytes_that_are_no_utf8(tmp_path):
         path = tmp_path / name
         path.write_bytes(text.encode("gbk"))
         with pytest.raises(UserError, match=f"{name}, line .*iconv -f gb18030") as caught:
-            list(formats.read_records(path, "pretrain"))
+            build_cache(path, "pretrain", tokenizer, ENCODERS["pretrain"])
         assert "Known" not in str(caught.value) and "on_error" not in str(caught.value)
     for raw in ('{"text": "déjà"}'.encode("latin-1"), '{"text": "中文"}'.encode()[:-4] + b'"}'):
         path.write_bytes(raw)
@@ -77,7 +78,7 @@ def test_bytes_that_are_no_utf8(tmp_path):
 def test_bom_and_windows_line_ends(tmp_path):
     path = tmp_path / "w.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
-    assert [r.value for r in formats.read_records(path, "pretrain")] == ["a", "b"]
+    assert [row["value"] for row in read(path)["rows"]] == ["a", "b"]
     assert formats.detect(path).format.kind == "pretrain"
 
 
@@ -179,7 +180,7 @@ def test_a_stream_that_is_cut_short_stops(suffix, tmp_path):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(raw[:-20])
     with pytest.raises(UserError, match="damaged or cut short"):
-        list(formats.read_records(path, "pretrain"))
+        read(path)
 
 
 def test_wyf3_joins_instruction_and_input_directly():

@@ -50,26 +50,26 @@ def are_messages(value: Any) -> bool:
     )
 
 
+def row_of(value: Any) -> Row | Broken:
+    """Return a JSON value as a row: an object, or a list of messages under "messages"."""
+    if isinstance(value, dict):
+        return value
+    if are_messages(value):
+        return {"messages": value}
+    return Broken(f"a JSON {json_type(value)}, where an object is needed")
+
+
 def json_type(value: Any) -> str:
     """What JSON calls the type of a value."""
-    for name, types in _JSON_TYPES.items():
-        if isinstance(value, types):
-            return name
-    return type(value).__name__
-
-
-_JSON_TYPES = {
-    "null": type(None), "boolean": bool, "number": (int, float), "string": str, "array": list,
-    "object": dict,
-}  # fmt: skip
+    types = {"null": type(None), "boolean": bool, "number": (int, float), "string": str,
+             "array": list, "object": dict}  # fmt: skip
+    return next((n for n, type_ in types.items() if isinstance(value, type_)), type(value).__name__)
 
 
 def not_utf8(raw: bytes, place: int) -> str:
     """Why bytes with a wrong one at `place` are no text, and how they become one."""
-    reason = f"{NOT_UTF8} (byte {raw[place]:#04x} at {place})"
-    if looks_like_gbk(raw):
-        return f"{reason}, which {GBK_CURE}"
-    return f"{reason}. Save the file as UTF-8"
+    fix = f", which {GBK_CURE}" if looks_like_gbk(raw) else ". Save the file as UTF-8"
+    return f"{NOT_UTF8} (byte {raw[place]:#04x} at {place}){fix}"
 
 
 def looks_like_gbk(raw: bytes) -> bool:
@@ -127,15 +127,11 @@ def read_array(stream: BinaryIO) -> Iterator[Item]:
             if not text.skip_past(alike):
                 return
             continue
-        if isinstance(value, dict):
-            if alike.groups == 0 and value:  # Nested objects begin with other keys.
-                key = re.escape(json.dumps(next(iter(value)), ensure_ascii=False))
-                alike = re.compile(r"(\})\s*,\s*(?=\{\s*" + key + ")")
-            yield Item(line, value)
-        elif are_messages(value):
-            yield Item(line, {"messages": value})
-        else:
-            yield Item(line, Broken(f"a JSON {json_type(value)}, where an object is needed"))
+        if isinstance(value, dict) and value and alike.groups == 0:
+            # Nested objects begin with other keys.
+            key = re.escape(json.dumps(next(iter(value)), ensure_ascii=False))
+            alike = re.compile(r"(\})\s*,\s*(?=\{\s*" + key + ")")
+        yield Item(line, row_of(value))
         text.advance(end)
         text.skip(r"\s*")
         if text.starts_with(","):
@@ -225,11 +221,9 @@ def read_csv(stream: BinaryIO) -> Iterator[Item]:
             before += reader.line_num
             reader = csv.reader(lines, delimiter=delimiter)
             continue
-        if not cells:
-            continue
-        if len(cells) != len(columns):
+        if cells and len(cells) != len(columns):
             yield Item(line, Broken(f"{len(cells)} cells, where the header names {len(columns)}"))
-        else:
+        elif cells:
             yield Item(line, dict(zip(columns, cells, strict=True)))
 
 
@@ -261,8 +255,8 @@ def read_txt(stream: BinaryIO) -> Iterator[Item]:
         if not separator:
             parts.append(raw)
             size += len(raw)
-        blank = not raw.strip()
-        if separator or size >= MAX_DOCUMENT_BYTES or (size >= DOCUMENT_BYTES and blank):
+        limit = MAX_DOCUMENT_BYTES if raw.strip() else DOCUMENT_BYTES
+        if separator or size >= limit:
             yield from document()
             begin, size, parts = number + 1, 0, []
     yield from document()

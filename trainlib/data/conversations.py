@@ -8,7 +8,9 @@ The normal form is a list of messages, each {"role", "content"} with "reasoning_
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
+import os
 import re
 from typing import Any
 
@@ -67,12 +69,8 @@ def read_messages(turns: Any, place: str, tools: Any = None, system: Any = None)
     """Turns of role and content, or from and value, in the normal form."""
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{place} must be a list of messages with at least one")
-    messages: Messages = []
-    for number, turn in enumerate(turns, 1):
-        messages.append(_message(turn, f"{place} message {number}"))
-    first = turns[0]
-    if isinstance(first, dict) and first.get("tools") and not tools:
-        tools = first["tools"]
+    messages = [_message(turn, f"{place} message {n}") for n, turn in enumerate(turns, 1)]
+    tools = tools or turns[0].get("tools")
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": check_text(system, '"system"')})
     functions = _decode(tools, '"tools"') if tools else []
@@ -114,11 +112,10 @@ def _message(turn: Any, place: str) -> dict[str, Any]:
     content = check_text(content, f'{place}: "content"')
     if role != "assistant":
         return {"role": role, "content": content}
+    message: dict[str, Any] = assistant(content)
     if thoughts:
-        message: dict[str, Any] = {"role": role, "content": content}
-        message["reasoning_content"] = check_text(thoughts, f'{place}: "reasoning_content"')
-    else:
-        message = assistant(content)
+        thoughts = check_text(thoughts, f'{place}: "reasoning_content"')
+        message = {"role": role, "content": content, "reasoning_content": thoughts}
     if calls and (read := _read_calls(calls, place)):
         message["tool_calls"] = read
     return message
@@ -145,10 +142,8 @@ def _read_calls(calls: Any, place: str) -> list[dict[str, Any]]:
             raise ValueError(f'{place}: a tool call must be an object with "name" and "arguments"')
         arguments = call.get("arguments")
         if isinstance(arguments, str):
-            try:
+            with contextlib.suppress(ValueError, RecursionError):  # No JSON stays a text.
                 arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                pass  # What the model once wrote; it stays as it is.
         call = {"name": call["name"], "arguments": {} if arguments is None else arguments}
         check_text(json.dumps(call, ensure_ascii=False), f"{place}: a tool call")
         read.append(call)
@@ -172,8 +167,11 @@ def _decode(value: Any, place: str) -> Any:
 
 def read_chat(row: Row, key: str) -> Messages:
     """A list of messages under `key`, with "tools" and "system" beside it."""
-    return answered(read_messages(row[key], f'"{key}"', row.get("tools"), row.get("system")),
-                    f'"{key}"')  # fmt: skip
+    return answered(_list(row, key), f'"{key}"')
+
+
+def _list(row: Row, key: str) -> Messages:
+    return read_messages(row[key], f'"{key}"', row.get("tools"), row.get("system"))
 
 
 def read_alpaca(row: Row, join: str) -> Messages:
@@ -184,13 +182,16 @@ def read_alpaca(row: Row, join: str) -> Messages:
 
 def alpaca_prompt(row: Row, join: str) -> Messages:
     """All of an Alpaca row but its answer."""
-    messages: Messages = []
-    if row.get("system"):
-        messages.append({"role": "system", "content": check_text(row["system"], '"system"')})
-    messages += _history(row.get("history"))
+    messages = [*_system(row), *_history(row.get("history"))]
     question = check_text(row["instruction"], '"instruction"')
     more = check_text(row.get("input") or "", '"input"')
     return [*messages, user(question + (join if question and more else "") + more)]
+
+
+def _system(row: Row) -> Messages:
+    """Return the system message of a row as a list, empty without one."""
+    text = row.get("system")
+    return [{"role": "system", "content": check_text(text, '"system"')}] if text else []
 
 
 def read_question_answer(row: Row) -> Messages:
@@ -218,24 +219,20 @@ def _history(history: Any) -> Messages:
 
 def read_prompt_completion(row: Row) -> Messages:
     """prompt and completion, each a text or a list of messages."""
-    completion = _answer(row["completion"], '"completion"')
-    return answered([*_prompt(row), *completion], '"completion"')
+    return answered([*_prompt(row), *_answer(row, "completion")], '"completion"')
 
 
 def _prompt(row: Row) -> Messages:
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        messages = [user(check_text(prompt, '"prompt"'))]
-        if row.get("system"):
-            messages.insert(0, {"role": "system", "content": check_text(row["system"], '"system"')})
-        return messages
-    return read_messages(prompt, '"prompt"', row.get("tools"), row.get("system"))
+    if isinstance(row["prompt"], str):
+        return [*_system(row), user(check_text(row["prompt"], '"prompt"'))]
+    return _list(row, "prompt")
 
 
-def _answer(value: Any, place: str) -> Messages:
+def _answer(row: Row, key: str) -> Messages:
+    value = row[key]
     if isinstance(value, str):
-        return [assistant(check_text(value, place))]
-    return read_messages([value] if isinstance(value, dict) else value, place)
+        return [assistant(check_text(value, f'"{key}"'))]
+    return read_messages([value] if isinstance(value, dict) else value, f'"{key}"')
 
 
 # ---- preferences ---------------------------------------------------------------------------------
@@ -255,24 +252,23 @@ def read_preference(row: Row) -> tuple[Messages, Messages]:
 
 def read_prompt_preference(row: Row) -> tuple[Messages, Messages]:
     """prompt, and chosen and rejected as texts."""
-    prompt = _prompt(row)
-    return compare([*prompt, *_answer(row["chosen"], '"chosen"')],
-                   [*prompt, *_answer(row["rejected"], '"rejected"')])  # fmt: skip
+    return _answer_both(_prompt(row), row)
 
 
 def read_alpaca_preference(row: Row, join: str) -> tuple[Messages, Messages]:
     """instruction, input, and chosen and rejected as texts."""
-    prompt = alpaca_prompt(row, join)
-    return compare([*prompt, *_answer(row["chosen"], '"chosen"')],
-                   [*prompt, *_answer(row["rejected"], '"rejected"')])  # fmt: skip
+    return _answer_both(alpaca_prompt(row, join), row)
 
 
 def read_sharegpt_preference(row: Row) -> tuple[Messages, Messages]:
     """conversations, and chosen and rejected as single messages that answer them."""
     key = "conversations" if "conversations" in row else "messages"
-    prompt = read_messages(row[key], f'"{key}"', row.get("tools"), row.get("system"))
-    return compare([*prompt, *_answer(row["chosen"], '"chosen"')],
-                   [*prompt, *_answer(row["rejected"], '"rejected"')])  # fmt: skip
+    return _answer_both(_list(row, key), row)
+
+
+def _answer_both(prompt: Messages, row: Row) -> tuple[Messages, Messages]:
+    """Return the prompt with each of its answers, chosen and rejected."""
+    return compare([*prompt, *_answer(row, "chosen")], [*prompt, *_answer(row, "rejected")])
 
 
 def read_text_preference(row: Row) -> tuple[Messages, Messages]:
@@ -285,11 +281,7 @@ def read_text_preference(row: Row) -> tuple[Messages, Messages]:
             user(text.strip()) if speaker == "Human" else assistant(text.strip())
             for speaker, text in zip(parts[1::2], parts[2::2], strict=True)
         ] for parts in (marks.split(chosen), marks.split(rejected))))  # fmt: skip
-    shared = 0
-    for one, other in zip(chosen, rejected, strict=False):
-        if one != other:
-            break
-        shared += 1
+    shared = len(os.path.commonprefix([chosen, rejected]))
     while shared and not chosen[shared - 1].isspace():
         shared -= 1  # Back to the end of a word.
     if not chosen[:shared].strip():

@@ -3,7 +3,6 @@
     Source (readers.py)   file -> items: JSON lines, array, CSV, text, Parquet; .gz and .zst
     detect                the format, by the content of the first rows, and why
     check_items           items -> Record, or Broken with the reason
-    read_records          all of a file; stops at the first broken row
 
 FORMATS is the list of all formats, in the order in which they are tried. "source", where a row
 has one, names its kind in reports; other keys are left alone. Nothing is skipped silently.
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,27 +169,22 @@ def detect(path: Path, kind: str | None = None, name: str = "auto") -> Detection
     for format_ in FORMATS:
         if format_.name == name:
             return Detection(format_, source, f"data.format={name}, in {source.container}")
-    reason = line = None
-    for number, item in enumerate(source.items(), 1):
-        line = item.line if line is None else line
+    reason, line = "", 0
+    for item in islice(source.items(), ROWS_LOOKED_AT):
+        line = line or item.line
         try:
             row = parse(item.content)
         except ValueError as error:
             reason = reason or str(error)
-        else:
-            fitting = [f for f in FORMATS if f.matches(row)]
-            if fitting:
-                format_ = next((f for f in fitting if f.kind == kind), fitting[0])
-                shown = source.container + (
-                    f" in {source.compression}" if source.compression else ""
-                )
-                keys = ", ".join(map(str, row))
-                why = f"{shown} ({source.why}); line {item.line} has {keys}"
-                return Detection(format_, source, why, item.line)
-            reason = reason or f"no known kind of row (its keys: {keys_of(row)})"
-        if number == ROWS_LOOKED_AT:
-            break
-    if reason is None:
+            continue
+        fitting = [f for f in FORMATS if f.matches(row)]
+        if fitting:
+            format_ = next((f for f in fitting if f.kind == kind), fitting[0])
+            compression = f" in {source.compression}" if source.compression else ""
+            why = f"{source.container}{compression} ({source.why}); line {item.line} has "
+            return Detection(format_, source, why + ", ".join(map(str, row)), item.line)
+        reason = reason or f"no known kind of row (its keys: {keys_of(row)})"
+    if not reason:
         raise EmptyFileError(f"{path} is empty: it needs at least one row")
     if reason.startswith(NOT_UTF8):  # Of its rows nothing is known, so no format is the cure.
         raise UserError(f"{path}, line {line}: {reason}")
@@ -247,22 +242,12 @@ def find_format(path: Path, kind: str, options: ReadOptions) -> Detection:
     return found
 
 
-def read_records(path: Path, kind: str, options: ReadOptions | None = None) -> Iterator[Record]:
-    """Every record of a file of the given kind, in order; raises UserError at the first bad row."""
-    options = options or ReadOptions()
-    found = find_format(path, kind, options)
-    for line, record in check_items(found.source.items(), path, found.format, options):
-        if isinstance(record, Broken):
-            raise broken_row(path, line, record)
-        yield record
-
-
-def broken_row(path: Path, line: int, broken: Broken) -> UserError:
+def broken_row(path: Path, line: int, reason: str) -> UserError:
     """The error that names a broken row."""
-    if GBK_CURE in broken.reason:  # One row of many, so that leaving it out is no cure.
-        return UserError(f"{path}, line {line}: {broken.reason} (nothing was written)")
+    if GBK_CURE in reason:  # One row of many, so that leaving it out is no cure.
+        return UserError(f"{path}, line {line}: {reason} (nothing was written)")
     return UserError(
-        f"{path}, line {line}: {broken.reason}. Mend or remove the line (nothing was written), or "
+        f"{path}, line {line}: {reason}. Mend or remove the line (nothing was written), or "
         "leave such rows out with data.on_error=skip."
     )
 

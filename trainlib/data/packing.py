@@ -20,6 +20,8 @@ from trainlib.data.batch import IGNORE_INDEX, Batch
 from trainlib.data.epoch_plan import PLAN_LAYOUT, DataPosition, Plan, Row
 from trainlib.data.token_cache import TokenCache
 
+Part = tuple[TokenCache, np.ndarray]
+"""A cache, and which of its records are used."""
 WINDOW = 8192
 """Units that are packed together: so the cost is linear, and long data stays shuffled."""
 STORED_UNITS = 500_000
@@ -57,7 +59,7 @@ class PackedDataset:
 
     def __init__(
         self,
-        parts: list[tuple[TokenCache, np.ndarray]],
+        parts: list[Part],
         kind: str,
         row_length: int,
         byte_lengths: np.ndarray,
@@ -74,6 +76,7 @@ class PackedDataset:
         self.num_dropped: Counter[str] = Counter()
         self.num_cut: Counter[str] = Counter()
         self._passes, self._byte_lengths = passes, byte_lengths
+        self._per_record = 2 if kind == "dpo" else 1  # Sequences that a record makes.
         self._plans: dict[int, Plan] = {}
         units: list[list[np.ndarray]] = []
         count = first_sequence_id
@@ -86,11 +89,16 @@ class PackedDataset:
             for arrays in zip(*units, strict=True)
         )
         if not len(self._length):
-            raise UserError(self._nothing_left())
-
-    @property
-    def _per_record(self) -> int:
-        return 2 if self.kind == "dpo" else 1
+            names = ", ".join(str(cache.path) for cache in self.caches)
+            if dropped := sum(self.num_dropped.values()):
+                raise UserError(
+                    f"{names}: none of {dropped} rows fits {row_length} positions. "
+                    "Raise sequence_length."
+                )
+            raise UserError(
+                f"{names}: all rows are held out for validation, as too few of them differ. "
+                "Add rows, or name other files by data.val_files."
+            )
 
     def _units_of(
         self, number: int, cache: TokenCache, index: np.ndarray, first_id: int, too_long: str
@@ -124,18 +132,6 @@ class PackedDataset:
             self.num_dropped.update(self._source(cache, record) for record in index[~fits])
             start, length, ids, index = start[fits], length[fits], ids[fits], index[fits]
         return [np.full(len(start), number, np.int32), start, length, ids, index]
-
-    def _nothing_left(self) -> str:
-        names = ", ".join(str(cache.path) for cache in self.caches)
-        if not self.num_dropped:
-            return (
-                f"{names}: all rows are held out for validation, as too few of them differ. "
-                "Add rows, or name other files by data.val_files."
-            )
-        return (
-            f"{names}: none of {sum(self.num_dropped.values())} rows fits "
-            f"{self.row_length} positions. Raise sequence_length."
-        )
 
     def _cut_long(
         self, cache: TokenCache, index: np.ndarray, start: np.ndarray, length: np.ndarray
@@ -171,7 +167,7 @@ class PackedDataset:
     def mean_attended(self) -> float:
         """Positions that a position attends to, on average; a pair's answers count as alike."""
         counts = np.bincount(self._length)  # By length: there are at most row_length of them.
-        lengths = np.arange(len(counts)) / (2 if self.kind == "dpo" else 1)
+        lengths = np.arange(len(counts)) / self._per_record
         return float(counts @ (lengths * (lengths + 1) / 2) / (counts @ lengths))
 
     def num_rows(self, epoch: int = 0) -> int:
@@ -181,9 +177,8 @@ class PackedDataset:
     def padding(self, epoch: int = 0) -> float:
         """Share of an epoch's positions that is padding."""
         plan = self._plan(epoch)
-        return 1 - int(self._length[plan.used()].sum(dtype=np.int64)) / (
-            len(plan) * self.row_length
-        )
+        num_tokens = int(self._length[plan.used()].sum(dtype=np.int64))
+        return 1 - num_tokens / (len(plan) * self.row_length)
 
     def rows(self, position: DataPosition) -> Iterator[tuple[Row, DataPosition]]:
         """Rows from a position to the end of its epoch, each with the position after it."""

@@ -28,12 +28,12 @@ from trainlib.data.containers import (
     Row,
     are_messages,
     invalid_json,
-    json_type,
     not_utf8,
     read_array,
     read_csv,
     read_jsonl,
     read_txt,
+    row_of,
 )
 
 CONTAINERS = ("jsonl", "array", "csv", "txt", "parquet")
@@ -58,7 +58,7 @@ class Source:
             self.size = path.stat().st_size
             with path.open("rb") as file:
                 start = file.read(4)
-            self.compression = _compression(start)
+            self.compression = next((name for m, name in _MAGIC.items() if start.startswith(m)), "")
             if start == b"PAR1":
                 self.container, self.why = "parquet", "begins with PAR1"
             else:
@@ -151,27 +151,20 @@ class Source:
 
 def parse(content: bytes | str | Row | Broken) -> Row:
     """The row of an item; raises ValueError with the reason where it is none."""
+    if isinstance(content, bytes):
+        try:
+            content = row_of(json.loads(content.decode("utf-8")))
+        except UnicodeDecodeError as error:
+            raise ValueError(not_utf8(content, error.start)) from error
+        except (ValueError, RecursionError) as error:
+            reason = invalid_json(error)
+            start = content[:60].decode("utf-8", "replace").strip()
+            raise ValueError(
+                f"not JSON ({reason}): {start!r}. Each line must hold one whole JSON object"
+            ) from error
     if isinstance(content, Broken):
         raise ValueError(content.reason)
-    if isinstance(content, str):
-        return {"text": content}
-    if isinstance(content, dict):
-        return content
-    try:
-        row = json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(not_utf8(content, error.start)) from error
-    except (ValueError, RecursionError) as error:
-        reason = invalid_json(error)
-        start = content[:60].decode("utf-8", "replace").strip()
-        raise ValueError(
-            f"not JSON ({reason}): {start!r}. Each line must hold one whole JSON object"
-        ) from error
-    if are_messages(row):
-        return {"messages": row}
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON {json_type(row)}, where an object is needed")
-    return row
+    return {"text": content} if isinstance(content, str) else content
 
 
 def need(module: str, path: Path) -> Any:
@@ -229,12 +222,7 @@ class _Zstd(io.RawIOBase):
 _STREAM_ERRORS = (OSError, EOFError, zlib.error)
 
 
-def _compression(start: bytes) -> str:
-    if start[:2] == b"\x1f\x8b":
-        return "gzip"
-    return "zstd" if start == b"\x28\xb5\x2f\xfd" else ""
-
-
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _READERS = {"jsonl": read_jsonl, "array": read_array, "csv": read_csv, "txt": read_txt}
 _KNOWN_COLUMNS = (
     {"instruction", "output"}, {"prompt", "completion"}, {"chosen", "rejected"}, {"q", "a"},

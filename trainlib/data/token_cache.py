@@ -27,7 +27,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +76,11 @@ class TokenCache:
     def num_records(self) -> int:
         """Rows of the file that are used."""
         return len(self.lines)
+
+    @property
+    def record_lengths(self) -> np.ndarray:
+        """Ids of each record, of a pair those of both sequences."""
+        return np.diff(self.offsets).reshape(self.num_records, -1).sum(1)
 
     def source(self, record: int) -> str:
         """The kind that a row names in its "source" field, empty without one."""
@@ -171,7 +176,7 @@ def _make(
                 "TRAIN_LLM_CACHE_DIR name a folder on another disk."
             )
         log.info("tokenizing %s, %s: %s", task.path, found.format.name, found.why)
-        with Writer(making, task, on_error) as writer:
+        with contextlib.closing(Writer(making, task, on_error)) as writer:
             writer.write_all(found)
         shutil.rmtree(folder, ignore_errors=True)
         making.rename(folder)
@@ -185,14 +190,14 @@ def _make(
 class Progress:
     """How much of a file is written: enough to go on after a kill."""
 
-    chunks: int
     sizes: dict[str, int]
-    rows: int
-    records: int
-    skipped: int
-    tokens: int
-    names: list[str]
-    first_broken: list[Any]
+    chunks: int = 0
+    rows: int = 0
+    records: int = 0
+    skipped: int = 0
+    tokens: int = 0
+    names: list[str] = field(default_factory=list)
+    first_broken: list[Any] = field(default_factory=list)
 
 
 class Writer:
@@ -207,7 +212,7 @@ class Writer:
             saved = json.loads((making / "progress.json").read_text(encoding="utf-8"))
             self.progress = Progress(**saved)
         except (OSError, ValueError, TypeError):
-            self.progress = Progress(0, dict.fromkeys(names, 0), 0, 0, 0, 0, [], [])
+            self.progress = Progress(dict.fromkeys(names, 0))
         self.files = {name: (making / name).open("ab") for name in names}
         for name, file in self.files.items():
             file.truncate(self.progress.sizes[name])
@@ -218,10 +223,8 @@ class Writer:
         self._names = {name: number for number, name in enumerate(self.progress.names)}
         self._saved = time.monotonic()
 
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the files; without meta.json they are no cache yet."""
         for file in self.files.values():
             file.close()
 
@@ -257,8 +260,7 @@ class Writer:
     def _write(self, done: Tokenized) -> None:
         progress = self.progress
         if done.broken and self.on_error == "stop":
-            line, reason = done.broken[0]
-            raise formats.broken_row(self.task.path, line, formats.Broken(reason))
+            raise formats.broken_row(self.task.path, *done.broken[0])
         for line, reason in done.broken:
             row = {"path": str(self.task.path), "line": line, "reason": reason}
             text = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")
@@ -268,10 +270,10 @@ class Writer:
         sources = np.array(numbers, np.uint16)[done.sources]
         offsets = progress.tokens + np.cumsum(done.lengths)
         for name, values in (
-            ("ids", done.ids), ("supervised", done.supervised), ("offsets", offsets),
-            ("lines", done.lines), ("hashes", done.hashes), ("sources", sources),
+            ("ids", done.ids.astype(self.dtype, copy=False)), ("supervised", done.supervised),
+            ("offsets", offsets), ("lines", done.lines), ("hashes", done.hashes),
+            ("sources", sources),
         ):  # fmt: skip
-            values = values.astype(self.dtype if name == "ids" else values.dtype, copy=False)
             self._append(f"{name}.bin", values)
         progress.chunks += 1
         progress.records += len(done.lines)
@@ -287,7 +289,7 @@ class Writer:
 
     def _number(self, name: str) -> int:
         if name not in self._names:
-            if len(self._names) >= MAX_SOURCES:
+            if name and len(self._names) >= MAX_SOURCES:
                 return self._number("")
             self._names[name] = len(self._names)
             self.progress.names.append(name)
@@ -324,34 +326,37 @@ def _alone(lock: Path) -> Iterator[str]:
     A lock ends with its process, however that ends. Where the system or the file system knows no
     locks, each process makes a cache of its own, and the last one stays.
     """
+    handle = _acquire(lock)
+    if handle is None:
+        yield f"-{os.getpid()}"
+        return
+    try:
+        yield ""
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _acquire(lock: Path) -> int | None:
+    """Wait for a lock file and return a descriptor that holds it, None where no lock works."""
     try:
         import fcntl
     except ImportError:  # Windows
-        yield f"-{os.getpid()}"
-        return
-    waiting = False
+        return None
     while True:
         handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not waiting:
-                    log.info("another process is making %s: waiting for it", lock.name[1:-5])
-                    waiting = True
+                log.info("another process is making %s: waiting for it", lock.name[1:-5])
                 fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:
             os.close(handle)
-            yield f"-{os.getpid()}"
-            return
-        # The one before removes the file when it is done: then this is no lock any more.
+            return None
+        # The process that held it before has removed the file: then this is no lock any more.
         if lock.exists() and os.stat(lock).st_ino == os.fstat(handle).st_ino:
-            break
-        os.close(handle)
-    try:
-        yield ""
-    finally:
-        lock.unlink(missing_ok=True)
+            return handle
         os.close(handle)
 
 
@@ -360,14 +365,10 @@ def _tell_skipped(cache: TokenCache, on_error: OnError) -> None:
     if on_error == "stop":
         with listed.open(encoding="utf-8") as file:
             first = json.loads(file.readline())
-        raise formats.broken_row(cache.path, first["line"], formats.Broken(first["reason"]))
-    log.warning(
-        "%s: %s of %s rows are broken and left out; they are listed in %s",
-        cache.path,
-        f"{cache.num_skipped:,}",
-        f"{cache.num_records + cache.num_skipped:,}",
-        listed,
-    )
+        raise formats.broken_row(cache.path, first["line"], first["reason"])
+    num_rows = f"{cache.num_records + cache.num_skipped:,}"
+    log.warning("%s: %s of %s rows are broken and left out; they are listed in %s",
+                cache.path, f"{cache.num_skipped:,}", num_rows, listed)  # fmt: skip
 
 
 def _open(folder: Path, path: Path, encoding: str) -> TokenCache:
@@ -377,11 +378,5 @@ def _open(folder: Path, path: Path, encoding: str) -> TokenCache:
         for name, dtype in {"ids": meta["dtype"], "supervised": np.uint8, **ARRAYS}.items()
     }
     key = hashlib.sha256(f"{LAYOUT} {encoding} {meta['content']}".encode()).hexdigest()[:16]
-    return TokenCache(
-        path,
-        key,
-        source_names=meta["sources"],
-        folder=folder,
-        num_skipped=meta["skipped"],
-        **arrays,
-    )
+    return TokenCache(path, key, source_names=meta["sources"], folder=folder,
+                      num_skipped=meta["skipped"], **arrays)  # fmt: skip
