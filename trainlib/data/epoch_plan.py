@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainlib.core.errors import UserError
-from trainlib.core.files import cache_dir
+from trainlib.core.files import cache_dir, replacing
 
 PLAN_LAYOUT = 1  # Counts up when the same data are packed in another way.
 KEPT_PLANS = 20
@@ -58,9 +58,8 @@ class Plan:
                     old.unlink(missing_ok=True)
                 plan = make()
                 for name, path in zip(names, paths, strict=True):
-                    partial = path.with_name(f".{path.stem}.{os.getpid()}.npy")
-                    np.save(partial, getattr(plan, name))
-                    partial.replace(path)
+                    with replacing(path) as temporary:
+                        np.save(temporary, getattr(plan, name))
             return cls(*(np.load(path, mmap_mode="r") for path in paths))
         except OSError as error:
             raise UserError(

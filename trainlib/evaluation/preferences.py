@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 import time
 from collections import defaultdict
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainlib.core.files import cache_dir
+from trainlib.core.files import cache_dir, replacing
 from trainlib.data.batch import Batch
 from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.packing import Datasets, PackedDataset
@@ -83,9 +82,8 @@ def reference_log_probs(training: Training) -> Tensor:
              time.perf_counter() - begin, before)  # fmt: skip
     if known > before and run.ranks.first:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.npy")
-        np.save(partial, values)
-        partial.replace(path)
+        with replacing(path) as temporary:
+            np.save(temporary, values)
     return torch.from_numpy(values).to(run.hardware.device)
 
 
