@@ -64,9 +64,8 @@ class Settings(Base):
     max_tokens: int = 0
     epochs: int = 3
     start: str = ""
-    limit: int | None = 7
-    share: float | None = None
-    name: str | None = None
+    limit: int = 7
+    share: float = 0.5
     switch: bool = False
     mode: Literal["auto", "on", "off"] = "auto"
     files: tuple[str, ...] = ()
@@ -102,8 +101,7 @@ VALUES = [
     ("switch", "on", True), ("switch", "Yes", True), ("switch", "TRUE", True),
     ("switch", "off", False), ("switch", "no", False), ("switch", "false", False),
     ("start", "23:30", "23:30"), ("start", "on", "on"), ("start", "1e3", "1e3"),
-    ("start", "none", "none"), ("limit", "none", None), ("limit", "", None), ("limit", "5", 5),
-    ("share", "null", None), ("share", ".5", 0.5), ("name", "none", None), ("name", "12", "12"),
+    ("start", "none", "none"), ("start", "12", "12"), ("share", ".5", 0.5),
     ("mode", "on", "on"), ("mode", "true", "on"), ("inner.kind", "adamw", "adamw"),
     ("files", "a.jsonl", ("a.jsonl",)), ("files", "[a b, '小,c']", ("a b", "小,c")),
     ("files", "[]", ()), ("files", "", ()), ("sizes", "[1e2, 3]", (100, 3)),
@@ -127,7 +125,7 @@ WRONG = [
     ("inner.rate", "nan", "a number"), ("inner.rate", "snan", "a number"),
     ("inner.rate", "1e400", "a number"),
     ("inner.rate", "0.1x", "a number"), ("switch", "maybe", "on or off"),
-    ("inner.kind", "sgd", "muon or adamw"), ("limit", "x", "a whole number or none"),
+    ("inner.kind", "sgd", "muon or adamw"), ("share", "", "a number"),
     ("sizes", "[1, x]", "each a whole number"), ("files", "[a, [b]]", "a list like"),
 ]  # fmt: skip
 
@@ -261,6 +259,18 @@ def test_files_that_cannot_be_read(tmp_path):
             load_config(Settings, ["sede=1", "look.rate=-1", str(file)], None)
         for part in ("did you mean seed?", "look.rate=-1 must be at least 0"):
             assert part in str(caught.value)
+    for content, message in (
+        ("{seed: 1, seed: 2}", r"seed \(.*:1\): given twice, first in line 1"),
+        (
+            "inner:\n  rate: 1\ninner.rate: 2\n",
+            r"inner.rate \(.*:3\): given twice, first in line 2",
+        ),
+        ("? [a]\n: 1\n", "bad.yaml:1: expected `key: value`"),
+        ("inner: [1]\n", "inner .*a section; expected"),
+    ):
+        file.write_text(content)
+        with pytest.raises(UserError, match=message):
+            load_config(Settings, [str(file)], None)
     file.write_bytes(b"\xef\xbb\xbfseed: 4\r\n")
     assert load_config(Settings, [str(file)], None).seed == 4
 
@@ -268,7 +278,7 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_run_yaml_gives_the_same_settings(tmp_path):
     strange = 'a: "b" # \\ \u0085 \u2028 小\n\t😀'
     cfg = load(
-        "seed=5", f"start={strange}", "limit=none", "switch=on", "max_steps=4", "inner.rate=1e-07",
+        "seed=5", f"start={strange}", "limit=-3", "switch=on", "max_steps=4", "inner.rate=1e-07",
         "files=[' a', 'x, y', '']", "sizes=[]",
     )  # fmt: skip
     path = tmp_path / "run.yaml"

@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, files, settings, hardware, ranks."""
+"""The base of all other packages: errors, files, settings, hardware, distributed processes."""

@@ -1,4 +1,4 @@
-"""The one exception for what a user can cause and fix."""
+"""UserError, the one exception for problems that a user can cause and fix."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """A problem of settings, files or folders; its text names the place, the value and the cure.
+    """A problem of settings, files or folders; its text says where, the value and what to do.
 
     Entry points print it without a traceback and exit with code 1.
     """
 
     told = False
-    """Whether the first of several ranks prints it, so that the others need not."""
+    """True once rank 0 prints this error, so that the other ranks stay silent."""
 
 
 @contextlib.contextmanager
 def as_user_errors() -> Iterator[None]:
-    """Turn a ValueError or OSError of code that knows no UserError into one, with the same text."""
+    """Turn ValueError and OSError into UserError with the same text."""
     try:
         yield
     except UserError:

@@ -1,11 +1,12 @@
-"""What this machine has, and what follows from it: one pure function over one table.
+"""Hardware of this machine, and how to compute on it: one pure function over one table.
 
 configs/hardware.tsv has a row for each class of card; build.sh reads the same table for the
-container. What a person sets is stronger than what is chosen here.
+container. A setting overrides what is chosen here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -15,7 +16,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,39 +33,40 @@ log = logging.getLogger(__name__)
 TABLE = ROOT / "configs" / "hardware.tsv"
 CARDS = TABLE.with_name("cards.tsv")
 TABLE_ROW_LENGTH = 512
-"""Positions of the rows that the table's micro batches count."""
+"""Length of the rows that the table's micro-batch sizes count."""
 FEW_THREADS = 4
-"""Up to which attention takes blocks. Measured on two: 1.5 to 2.7 times as fast as a mask of the
-row for 8 heads, as fast for 3. A block's product is below a millisecond: too little for many."""
+"""Most threads with which attention uses blocks. Measured on two: 1.5 to 2.7 times as fast as a
+mask of the row for 8 heads, as fast for 3. The product of a block takes less than a millisecond,
+too little for many threads."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What can be found out about a machine before anything is computed on it."""
+    """Properties of a machine that are known before anything is computed on it."""
 
     cuda: tuple[int, int] | None = None
-    """Compute capability of the weakest visible card; None without one."""
+    """Lowest compute capability of the visible cards; None without one."""
     memory_mib: int = 0
-    """Memory of the smallest visible card, in MiB."""
+    """MiB of the smallest visible card."""
     mps: bool = False
     """Whether torch has a Metal device."""
     varlen: bool = False
     """Whether this torch has variable-length attention."""
     amx: bool = False
-    """Whether the CPU has matrix tiles, with which "medium" products would round to bf16."""
+    """Whether the CPU has matrix tiles, with which "medium" products round to bf16."""
     threads: int = 1
-    """Threads that a product on the CPU is spread over."""
+    """Threads of a matrix product on the CPU."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How to compute; nothing here changes what is learned, but for rounding."""
+    """How to compute; except for rounding, nothing here changes what is learned."""
 
     device: str
     precision: str
-    """fp32, bf16, fp16; "measure" = whichever of fp32 and bf16 a measurement finds faster."""
+    """fp32, bf16 or fp16; "measure" = the faster one of fp32 and bf16."""
     matmul: str
-    """torch.set_float32_matmul_precision's word for products of fp32 numbers."""
+    """Argument of torch.set_float32_matmul_precision."""
     attention: str
     """masked (model.py), or a kernel of kernels/: varlen, blocks."""
     compile: bool
@@ -74,7 +76,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class HardwareRow:
-    """A line of configs/hardware.tsv, as far as training reads it."""
+    """The columns of configs/hardware.tsv that training reads."""
 
     profile: str
     lowest: tuple[int, int] | None
@@ -85,9 +87,13 @@ class HardwareRow:
     compile: bool
 
 
+def _read_tsv(path: Path) -> Iterator[dict[str, str]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return csv.DictReader((line for line in lines if line[:1] != "#"), delimiter="\t")
+
+
 def read_table(path: Path = TABLE) -> list[HardwareRow]:
-    """The table of hardware, in its order."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+    """Return the table of hardware, in its order."""
     return [
         HardwareRow(
             row["profile"],
@@ -98,16 +104,14 @@ def read_table(path: Path = TABLE) -> list[HardwareRow]:
             row["precision"],
             row["compile"] == "on",
         )
-        for row in csv.DictReader(lines, delimiter="\t")
+        for row in _read_tsv(path)
     ]
 
 
 def capability(text: str) -> tuple[int, int] | None:
-    """A compute capability as the tables write it; "-" is none."""
-    if text == "-":
-        return None
-    major, minor = text.split(".")
-    return int(major), int(minor)
+    """Parse a compute capability of the tables; "-" is none."""
+    major, _, minor = text.partition(".")
+    return None if text == "-" else (int(major), int(minor))
 
 
 class Card(NamedTuple):
@@ -132,9 +136,8 @@ class Card(NamedTuple):
 
 def read_cards() -> dict[str, Card]:
     """Return the table of cards by name, in its order."""
-    lines = [line for line in CARDS.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
     cards = {}
-    for row in csv.DictReader(lines, delimiter="\t"):
+    for row in _read_tsv(CARDS):
         numbers = {key: float(row[key]) for key in ("tflops", "gbs", "gemm", "link")}
         compute = capability(row["capability"]) or (0, 0)
         cards[row["card"]] = Card(row["card"], mib=int(row["mib"]), capability=compute, **numbers)
@@ -152,16 +155,13 @@ def find_card(name: str) -> Card:
 
 
 def find_row(facts: Facts, device: str, table: list[HardwareRow]) -> HardwareRow:
-    """The first row that holds a device; a card beyond the table is treated as its newest."""
+    """Return the first row that fits a device; an unknown card is treated as the newest class."""
     if device != "cuda" or facts.cuda is None:
         return next(row for row in table if row.profile == ("mps" if device == "mps" else "cpu"))
-    cards = [row for row in table if row.lowest and row.highest]
-    for row in cards:
-        if row.lowest <= facts.cuda <= row.highest and row.min_mib <= facts.memory_mib:  # type: ignore[operator]
-            return row
-    newest = max(row.highest for row in cards if row.highest)
-    known = [row for row in cards if row.highest == newest and row.min_mib <= facts.memory_mib]
-    return known[0]
+    cards = [row for row in table if row.highest and row.min_mib <= facts.memory_mib]
+    newest = max(row.highest for row in table if row.highest)
+    fitting = [row for row in cards if row.lowest <= facts.cuda <= row.highest]  # type: ignore[operator]
+    return (fitting or [row for row in cards if row.highest == newest])[0]
 
 
 def choose_hardware(
@@ -174,12 +174,12 @@ def choose_hardware(
     micro_batch_size: int = 0,
     row_length: int = TABLE_ROW_LENGTH,
 ) -> Choice:
-    """Turn "auto" into what fits a machine; pure.
+    """Return what "auto" stands for on a machine; a pure function.
 
-    Raises UserError for what the machine does not have.
+    Raises UserError for a device or precision that the machine does not have.
     """
     if device == "auto":
-        device = "cuda" if facts.cuda else "cpu"  # On a Mac the CPU, unless mps is asked for.
+        device = "cuda" if facts.cuda else "cpu"  # mps only if a setting names it.
     if device == "cuda" and not facts.cuda:
         raise UserError(
             "device=cuda, but torch sees no CUDA device here. Use device=cpu, or check "
@@ -195,33 +195,30 @@ def choose_hardware(
         )
     if precision == "auto":
         precision = "measure" if device == "cpu" else row.precision
-    # On a CPU "medium" is oneDNN: exact fp32, up to 1.6 times faster than "highest"; only with AMX
-    # it would round to bf16. On CUDA "high" is TF32.
+    # On a CPU "medium" is oneDNN: exact fp32, up to 1.6 times as fast as "highest". With AMX it
+    # rounds to bf16. On CUDA "high" is TF32.
     matmul = {"cuda": "high", "cpu": "highest" if facts.amx else "medium"}.get(device, "highest")
     if not micro_batch_size:
         micro_batch_size = max(1, row.micro_batch_size * TABLE_ROW_LENGTH // row_length)
     compiled = compile_ == "on" or (compile_ == "auto" and row.compile)
-    # The kernel is there from capability 8.0 on, for 16-bit numbers alone.
+    attention = "blocks" if device == "cpu" and facts.threads <= FEW_THREADS else "masked"
+    # The varlen kernel needs capability 8.0 and 16-bit numbers.
     modern = device == "cuda" and facts.cuda is not None and facts.cuda >= (8, 0)
-    varlen = facts.varlen and modern and precision in ("bf16", "fp16")
-    attention = "varlen" if varlen else "masked"
-    if device == "cpu" and facts.threads <= FEW_THREADS:
-        attention = "blocks"
+    if facts.varlen and modern and precision in ("bf16", "fp16"):
+        attention = "varlen"
     return Choice(device, precision, matmul, attention, compiled, micro_batch_size)
 
 
-# ---- asking the machine --------------------------------------------------------------------------
+# ---- queries and measurements --------------------------------------------------------------------
 
 
 def find_facts() -> Facts:
-    """What this machine has; of several visible cards the weakest and the smallest count."""
-    cards = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    """Return the facts of this machine, for several cards their lowest values."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cards = [torch.cuda.get_device_properties(card) for card in range(count)]
     return Facts(
-        cuda=min((torch.cuda.get_device_capability(card) for card in cards), default=None),
-        memory_mib=min(
-            (torch.cuda.get_device_properties(card).total_memory // 2**20 for card in cards),
-            default=0,
-        ),
+        cuda=min(((card.major, card.minor) for card in cards), default=None),
+        memory_mib=min((card.total_memory // 2**20 for card in cards), default=0),
         varlen=importlib.util.find_spec("torch.nn.attention.varlen") is not None,
         mps=torch.backends.mps.is_available(),
         amx=bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()),
@@ -230,12 +227,12 @@ def find_facts() -> Facts:
 
 
 def unseen_card() -> str:
-    """What to say where this machine seems to have an NVIDIA card, and torch sees none; else ""."""
+    """Return a warning if there seems to be an NVIDIA card that torch does not see, else ""."""
     in_container = os.environ.get("GPU_PROFILE", "cpu") != "cpu"
     if torch.cuda.is_available() or not (in_container or shutil.which("nvidia-smi")):
         return ""
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
-    cure = (
+    hint = (
         "On the host: docker compose up -d --force-recreate train"
         if in_container
         else "CUDA 13 wants NVIDIA's driver 580 or newer; for 525 and newer: "
@@ -243,23 +240,21 @@ def unseen_card() -> str:
     )
     return (
         f"torch {torch.__version__}, built for {built}, sees no card, so this runs on the CPU. "
-        f"{cure}. If the CPU is meant: device=cpu"
+        f"{hint}. If the CPU is meant: device=cpu"
     )
 
 
 def measured_precision(cache_file: Path, matmul: str) -> str:
-    """fp32 or bf16, whichever is faster on this CPU; measured once a machine and kept in a file.
+    """Return fp32 or bf16, whichever is faster on this CPU.
 
-    Kept, so that two runs on a machine agree. The key is what can change the answer.
+    The result is cached in a file, so that two runs on a machine agree. The key of the cache names
+    everything that can change the result.
     """
-    threads = torch.get_num_threads()
-    cpu = f"{cpu_name()} {instructions()}"
-    key = f"{cpu} torch {torch.__version__} threads {threads} matmul {matmul}"
+    software = f"torch {torch.__version__} threads {torch.get_num_threads()} matmul {matmul}"
+    key = f"{cpu_name()} {instructions()} {software}"
     try:
-        known = json.loads(cache_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    if not isinstance(known, dict):
+        known = dict(json.loads(cache_file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         known = {}
     if known.get(key) not in ("fp32", "bf16"):
         before = torch.get_float32_matmul_precision()
@@ -279,13 +274,13 @@ def measured_precision(cache_file: Path, matmul: str) -> str:
 
 
 def _seconds(dtype: torch.dtype, budget: float = 0.15) -> float:
-    """Best time of the product of a layer, within a budget of seconds."""
+    """Return the shortest time of the matrix product of a layer, within a budget of seconds."""
     x, w = torch.ones(512, 512, dtype=dtype), torch.ones(512, 1408, dtype=dtype)
     return best_time(lambda: x @ w, budget)
 
 
 def best_time(action: Callable[[], object], budget: float) -> float:
-    """Shortest of the times that an action takes, called at least twice and within a budget."""
+    """Return the shortest time of an action, in seconds; it is repeated within a budget."""
     times: list[float] = []
     while len(times) < 2 or sum(times) < budget:
         begin = time.perf_counter()
@@ -297,21 +292,20 @@ def best_time(action: Callable[[], object], budget: float) -> float:
 
 
 def cpu_name() -> str:
-    """The processor as its maker calls it, with the number of cores."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()} x {os.cpu_count()}"
-    except OSError:
-        pass
-    return f"{platform.processor() or platform.machine()} x {os.cpu_count()}"
+    """Return the vendor's name of the processor, and the number of cores."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        if found := re.search(r"^model name\s*: *(.*\S)", text, re.M):
+            name = found[1]
+    return f"{name} x {os.cpu_count()}"
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16."""
+    """Return whether this CPU has instructions for bfloat16 products."""
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 def instructions() -> str:
-    """What this CPU's products are made with, which its name need not tell: AVX2, AVX512 bf16."""
+    """Return the instruction set of this CPU's matrix products, such as AVX2 or AVX512 bf16."""
     return f"{torch.backends.cpu.get_cpu_capability()}{' bf16' if cpu_has_bf16() else ''}"

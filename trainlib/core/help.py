@@ -1,4 +1,4 @@
-"""What --help prints: every setting of a stage, by group, from what its field says."""
+"""The text of --help: every setting of a stage, by group, from the metadata of its field."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import get_type_hints
 from trainlib.core.parsing import kind_text, parse, value_text
 from trainlib.core.settings import HARDWARE_KEYS, Given, Key, keys, read_file
 
-WIDTH = 79  # Of a terminal of 80 columns, whose last one some of them wrap.
+WIDTH = 79  # Some terminals of 80 columns wrap after the last one.
 FLAGS = {
     "--help": "print this and end",
     "--prepare-only": "make the token caches and end",
@@ -17,21 +17,19 @@ FLAGS = {
     "--gpu NAME[:N]": "plan for N of one card of configs/cards.tsv, in detail",
     "--budget TIME": "plan how many tokens a time holds: 45m, 2h, 1.5d",
 }
-"""The words of a stage's command line that begin with dashes."""
+"""Options of a stage's command line."""
 
 
 def help_text(cls: type, script: str, stage: str, file: Path) -> str:
-    """The usage, two examples, and every key with its default, type and meaning.
+    """Return the usage, two examples, and every key with its default, type and meaning.
 
-    `file` is the config file that counts; where it sets a key, its value stands beside the default.
+    `file` is the config file of the run; its values are shown next to the defaults.
     """
-    values = {}
-    if file.is_file():
-        values = read_file(file, [key.name for key in keys(cls)], []) or {}
+    values = read_file(file, [key.name for key in keys(cls)], []) or {}
     command = f"python {script}"
     lines = [
         f"usage: {command} [config.yaml] [section.key=value ...]",
-        *("       " + " ".join(f"[{flag}]" for flag in FLAGS),),
+        "       " + " ".join(f"[{flag}]" for flag in FLAGS),
         "",
         *_wrap(cls.__doc__ or "", ""),
         "",
@@ -51,8 +49,8 @@ def help_text(cls: type, script: str, stage: str, file: Path) -> str:
     for title, members in groups(cls).items():
         lines += ["", f"{title}:"]
         for key in members:
-            there = _there(key, values.get(key.name), file)
-            lines += _wrap(f"{key.name}={value_text(key.default)}  ({kind_text(key.kind)}{there})")
+            kind = kind_text(key.kind) + _override(key, values.get(key.name), file)
+            lines += _wrap(f"{key.name}={value_text(key.default)}  ({kind})")
             lines += _wrap(key.doc, " " * 6)
     variables = [f"TRAIN_LLM_{name.upper()}" for name in HARDWARE_KEYS if hasattr(cls, name)]
     if variables:
@@ -61,7 +59,7 @@ def help_text(cls: type, script: str, stage: str, file: Path) -> str:
 
 
 def groups(cls: type) -> dict[str, list[Key]]:
-    """The settings by title: those the class's GROUPS name, the others under "run", sections."""
+    """Return the settings by title: those in the class's GROUPS, other ones ("run"), sections."""
     titles = {name: title for title, names in getattr(cls, "GROUPS", {}).items() for name in names}
     grouped: dict[str, list[Key]] = {"run": [], **{title: [] for title in titles.values()}}
     hints = get_type_hints(cls)
@@ -75,8 +73,8 @@ def groups(cls: type) -> dict[str, list[Key]]:
     return {title: members for title, members in grouped.items() if members}
 
 
-def _there(key: Key, given: Given | None, file: Path) -> str:
-    """What the config file says of a key, where that is another value than the default."""
+def _override(key: Key, given: Given | None, file: Path) -> str:
+    """Return the config file's value of a key if it is not the default."""
     if given is None:
         return ""
     try:
@@ -87,13 +85,8 @@ def _there(key: Key, given: Given | None, file: Path) -> str:
 
 
 def _wrap(text: str, indent: str = "  ") -> list[str]:
-    """Lines of text within WIDTH; the first of a setting begins with its key, the next deeper."""
-    deeper = indent + "    " if indent == "  " else indent
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=indent,
-        subsequent_indent=deeper,
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
+    """Return lines of at most WIDTH; those after the first line of a setting are indented more."""
+    hanging = indent + "    " if indent == "  " else indent
+    wrapper = textwrap.TextWrapper(WIDTH, indent, hanging)
+    wrapper.break_on_hyphens = wrapper.break_long_words = False
+    return wrapper.wrap(text)

@@ -1,13 +1,11 @@
-"""Texts to values and back: a setting is read by the type of its field, never by a guess."""
+"""Parse setting strings by the type of their field, and format values back to YAML."""
 
 from __future__ import annotations
 
 import math
 import re
-import types
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
@@ -16,16 +14,11 @@ SWITCHES |= {"off": False, "false": False, "no": False, "0": False}
 
 
 def parse(kind: Any, value: str | list[str]) -> Any:
-    """Read a text, or the texts of a list, as a type; a ValueError says what is expected."""
+    """Parse a text, or the texts of a list, as a type.
+
+    Raises ValueError, whose text says what is expected.
+    """
     origin, options = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        # None first and free text last, so that each text has one meaning.
-        for option in sorted(options, key=lambda k: (k is str) - (k is types.NoneType)):
-            try:
-                return parse(option, value)
-            except ValueError:
-                continue
-        raise ValueError(kind_text(kind))
     if origin is tuple:
         try:
             return tuple(parse(options[0], item) for item in _items(value))
@@ -33,44 +26,40 @@ def parse(kind: Any, value: str | list[str]) -> Any:
             raise ValueError(kind_text(kind)) from None
     if isinstance(value, list):
         raise ValueError(f"{kind_text(kind)}, not a list")
+    if kind is str:
+        return value
     text = value.strip()
-    if kind is types.NoneType:
-        if text.lower() in ("", "none", "null", "~"):
-            return None
-    elif origin is Literal:
-        for choice in options:
-            if str(choice) == text:
-                return choice
-        spelling = {True: "on", False: "off"}.get(SWITCHES.get(text.lower()))  # type: ignore
-        if spelling in options:
-            return spelling
+    switch = SWITCHES.get(text.lower())
+    if origin is Literal:
+        # YAML's other words for on and off count where these two are choices.
+        spelling = {True: "on", False: "off", None: text}[switch]
+        found = text if text in options else spelling if spelling in options else None
     elif kind is bool:
-        if text.lower() in SWITCHES:
-            return SWITCHES[text.lower()]
+        found = switch
     elif kind in (int, float):
-        return _number(kind, text)
-    elif kind in (str, Path):
-        return kind(value)
+        found = _number(kind, text)
     else:
         raise TypeError(f"settings of type {kind} cannot be read")
-    raise ValueError(kind_text(kind))
+    if found is None:
+        raise ValueError(kind_text(kind))
+    return found
 
 
-def _number(kind: type, text: str) -> int | float:
+def _number(kind: type, text: str) -> int | float | None:
+    """Return a finite number, whole for int; None if the text is none."""
     try:
         number = Decimal(text)
         value = float(number)
     except (InvalidOperation, ValueError):
-        raise ValueError(kind_text(kind)) from None
+        return None
+    if kind is float:
+        return value if math.isfinite(value) else None
     # The bound comes first: as an int, 1e999999999 would fill the memory.
-    whole = abs(value) < 2**63 and number == int(number)
-    if not math.isfinite(value) or (kind is int and not whole):
-        raise ValueError(kind_text(kind))
-    return int(number) if kind is int else value
+    return int(number) if abs(value) < 2**63 and number == int(number) else None
 
 
 def _items(value: str | list[str]) -> list[str]:
-    """The texts of a list: [a, b] or one text alone; nothing is the empty list."""
+    """Return the texts of a list: [a, b], or one text alone; an empty text is the empty list."""
     if isinstance(value, list):
         return value
     text = value.strip()
@@ -86,22 +75,20 @@ def _items(value: str | list[str]) -> list[str]:
 
 
 def kind_text(kind: Any) -> str:
-    """A type in words."""
+    """Return a type in words."""
     origin, options = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return " or ".join(kind_text(option) for option in options)
     if origin is tuple:
         return f"a list like [a, b], each {kind_text(options[0])}"
     if origin is Literal:
-        return " or ".join(str(choice) for choice in options)
+        return " or ".join(options)
     names = {int: "a whole number", float: "a number", bool: "on or off", str: "a text"}
-    return {**names, Path: "a path", types.NoneType: "none"}.get(kind, str(kind))
+    return names.get(kind, str(kind))
 
 
 def value_text(value: Any) -> str:
-    """A value as YAML, in the form that parse reads back."""
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "on", False: "off"}[value]
+    """Return a value as YAML, in the form that parse reads back."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(value_text(item) for item in value) + "]"
     text = repr(value) if isinstance(value, float) else str(value)

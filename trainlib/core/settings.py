@@ -1,8 +1,8 @@
 """Settings: frozen dataclasses filled from a YAML file, the environment and the command line.
 
-Sections are dataclass fields of the stage's class. Precedence: command line, then environment
-(hardware keys only), then YAML, then default. A value is read by the type of its field, never by
-YAML's guess, so `1e-3` is a number, `off` a switch and `23:30` a text, wherever they are written.
+Sections are dataclass fields of the stage's class. Precedence: command line, environment
+(hardware keys only), YAML, default. A value is parsed by the type of its field, never by YAML's
+guess: `1e-3` is a number, `off` a switch and `23:30` a text, in a file and on the command line.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import operator
 import os
 import re
 import textwrap
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import yaml
 
@@ -29,25 +28,25 @@ from trainlib.core.parsing import parse, value_text
 
 T = TypeVar("T")
 HARDWARE_KEYS = ("device", "ranks", "micro_batch_size", "precision", "compile", "kernels")
-"""What TRAIN_LLM_<KEY> in the environment may set."""
+"""Keys that TRAIN_LLM_<KEY> in the environment may set."""
 COMMAND_LINE = "command line"
 
 
 class Given(NamedTuple):
-    """A value as somebody wrote it: a text, or the texts of a list, and where it stands."""
+    """A value as it was written, one text or a list of texts, and its source."""
 
     value: str | list[str]
     source: str
 
     @property
     def shown(self) -> str:
-        """The value in one text."""
+        """The value as one text."""
         return self.value if isinstance(self.value, str) else "[" + ", ".join(self.value) + "]"
 
 
 @dataclass(frozen=True)
 class Key:
-    """One setting of a class: its dotted name and what its field says."""
+    """One setting of a class: its dotted name, and its field's type, default and docstring."""
 
     name: str
     kind: Any
@@ -56,7 +55,7 @@ class Key:
     recipe: bool
 
 
-# ---- 1. which settings a class has ---------------------------------------------------------------
+# ---- 1. the settings of a class ------------------------------------------------------------------
 
 
 def keys(cls: type) -> list[Key]:
@@ -80,14 +79,14 @@ def _walk(config: Any, prefix: str = "", recipe: bool = True) -> Iterator[Key]:
 
 
 def _attribute_docs(cls: type) -> dict[str, str]:
-    """The first paragraph of the text literal under each field, base classes included."""
+    """Return the first paragraph of the literal under each field, base classes included."""
     docs_by_name: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         if not is_dataclass(owner):
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-        except (OSError, TypeError, SyntaxError):
+        except OSError:  # Without its source a class has no docs.
             continue
         body = tree.body[0].body  # type: ignore[attr-defined]
         for statement, after in zip(body, body[1:], strict=False):
@@ -100,76 +99,75 @@ def _attribute_docs(cls: type) -> dict[str, str]:
     return docs_by_name
 
 
-# ---- 2. where values are given -------------------------------------------------------------------
+# ---- 2. given values -----------------------------------------------------------------------------
 
 
-def read_file(path: Path, names: list[str], problems: list[str]) -> dict[str, Given] | None:
-    """Dotted keys of a YAML file; None where it cannot be read at all, with the reason noted."""
+def read_file(path: Path, names: list[str], errors: list[str]) -> dict[str, Given] | None:
+    """Return the dotted keys of a YAML file; None, and an error, if it cannot be read at all."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        root = yaml.compose(text, yaml.BaseLoader)
+        root = yaml.compose(path.read_bytes().decode("utf-8-sig"), yaml.BaseLoader)
     except OSError as error:
-        cure = "name another as the first argument, like configs/NAME.yaml"
-        problems.append(f"{path}: cannot read the config file ({error.strerror}); {cure}")
+        hint = "name another as the first argument, like configs/NAME.yaml"
+        errors.append(f"{path}: cannot read the config file ({error.strerror}); {hint}")
         return None
     except UnicodeDecodeError as error:
-        problems.append(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8")
+        errors.append(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8")
         return None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        problems.append(f"{path}{line}: not valid YAML: {problem}")
+        errors.append(f"{path}{line}: not valid YAML: {problem}")
         return None
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        errors.append(f"{path}:1: expected `key: value` lines")
+        return {}
     given: dict[str, Given] = {}
-    if isinstance(root, yaml.MappingNode):
-        _read_mapping(root, "", path, names, given, problems)
-    elif root is not None:
-        problems.append(f"{path}:1: expected `key: value` lines")
+    lines: dict[str, int] = {}
+    for name, line, node in _entries(root, names):
+        source = f"{path}:{line}"
+        if not name:
+            errors.append(f"{source}: expected `key: value`")
+        elif name in lines:
+            errors.append(f"{name} ({source}): given twice, first in line {lines[name]}; keep one")
+        elif _is_section(name, names):
+            if not isinstance(node, yaml.MappingNode) and node.value != "":
+                errors.append(f"{name} ({source}): a section; expected `key: value` lines in it")
+        elif name not in names:
+            errors.append(f"{name} ({source}): {_unknown(name, names)}")
+        elif isinstance(node, yaml.ScalarNode):
+            given[name] = Given(node.value, source)
+        elif isinstance(node, yaml.SequenceNode) and all(
+            isinstance(item, yaml.ScalarNode) for item in node.value
+        ):
+            given[name] = Given([item.value for item in node.value], source)
+        else:
+            errors.append(f"{name} ({source}): expected one value, or a list of values")
+        lines.setdefault(name, line)
     return given
 
 
-def _read_mapping(
-    node: yaml.MappingNode,
-    prefix: str,
-    path: Path,
-    names: list[str],
-    given: dict[str, Given],
-    problems: list[str],
-) -> None:
-    seen: dict[str, int] = {}
-    for key_node, value_node in node.value:
-        line = key_node.start_mark.line + 1
-        source = f"{path}:{line}"
-        if not isinstance(key_node, yaml.ScalarNode):
-            problems.append(f"{source}: expected `key: value`")
-            continue
-        name = prefix + key_node.value
-        is_section = any(known.startswith(name + ".") for known in names)
-        if name in seen or name in given:
-            first = seen.get(name) or given[name].source.rpartition(":")[2]
-            problems.append(f"{name} ({source}): given twice, first in line {first}; keep one")
-            continue
-        seen[name] = line
-        if is_section and isinstance(value_node, yaml.MappingNode):
-            _read_mapping(value_node, name + ".", path, names, given, problems)
-        elif is_section:
-            if value_node.value != "":
-                problems.append(f"{name} ({source}): a section; expected `key: value` lines in it")
-        elif name not in names:
-            problems.append(f"{name} ({source}): {_unknown(name, names)}")
-        elif isinstance(value_node, yaml.ScalarNode):
-            given[name] = Given(value_node.value, source)
-        elif isinstance(value_node, yaml.SequenceNode) and all(
-            isinstance(item, yaml.ScalarNode) for item in value_node.value
-        ):
-            given[name] = Given([item.value for item in value_node.value], source)
-        else:
-            problems.append(f"{name} ({source}): expected one value, or a list of values")
+def _entries(
+    node: yaml.MappingNode | None, names: list[str], prefix: str = ""
+) -> Iterator[tuple[str, int, yaml.Node]]:
+    """Yield dotted key, line and value of each entry of a mapping and of the sections in it.
+
+    A key that is a list or a mapping becomes the empty text.
+    """
+    for key, value in node.value if node else ():
+        name = prefix + key.value if isinstance(key, yaml.ScalarNode) else ""
+        yield name, key.start_mark.line + 1, value
+        if _is_section(name, names) and isinstance(value, yaml.MappingNode):
+            yield from _entries(value, names, name + ".")
+
+
+def _is_section(name: str, names: list[str]) -> bool:
+    return any(known.startswith(name + ".") for known in names)
 
 
 def _unknown(name: str, names: list[str]) -> str:
-    if any(known.startswith(name + ".") for known in names):
+    """Return the message for a name that is no key, with the nearest key."""
+    if _is_section(name, names):
         return f"a section; set a key in it, like {name}.KEY=value"
     last = name.rpartition(".")[2]
     by_last = {known.rpartition(".")[2]: known for known in reversed(names)}
@@ -179,99 +177,94 @@ def _unknown(name: str, names: list[str]) -> str:
 
 
 def _read_arguments(
-    argv: list[str], names: list[str], problems: list[str]
+    argv: list[str], names: list[str], errors: list[str]
 ) -> tuple[Path | None, dict[str, Given]]:
-    """The config file, if one is named, and the keys of the command line; the last one counts."""
+    """Return the config file, if one is named, and the keys; of equal keys the last one counts."""
     file: Path | None = None
     given: dict[str, Given] = {}
     for argument in argv:
         name, equals, value = argument.partition("=")
+        bare, error = name.lstrip("-").replace("-", "_"), ""
         if argument.endswith((".yaml", ".yml")) and (not equals or "/" in name):
-            if file:
-                problems.append(f"{argument} ({COMMAND_LINE}): a second config file after {file}")
+            error = f"a second config file after {file}" if file else ""
             file = file or Path(argument)
-        elif (bare := name.lstrip("-").replace("-", "_")) in names and name.startswith("-"):
-            cure = f"write it without dashes: {bare}={value or 'VALUE'}"
-            problems.append(f"{argument} ({COMMAND_LINE}): {cure}")
+        elif name.startswith("-") and bare in names:
+            error = f"write it without dashes: {bare}={value or 'VALUE'}"
         elif not equals:
-            expected = "expected a config file (.yaml) or section.key=value"
-            problems.append(f"{argument} ({COMMAND_LINE}): {expected}")
+            error = "expected a config file (.yaml) or section.key=value"
         elif name not in names:
-            problems.append(f"{argument} ({COMMAND_LINE}): {_unknown(name, names)}")
+            error = _unknown(name, names)
         else:
             given[name] = Given(value, COMMAND_LINE)
+        if error:
+            errors.append(f"{argument} ({COMMAND_LINE}): {error}")
     return file, given
 
 
 def _read_environment(names: list[str]) -> dict[str, Given]:
-    given = {}
-    for name in names:
-        variable = f"TRAIN_LLM_{name.rpartition('.')[2].upper()}"
-        if name.rpartition(".")[2] in HARDWARE_KEYS and os.environ.get(variable):
-            given[name] = Given(os.environ[variable], f"environment {variable}")
-    return given
+    """Return the hardware keys that the environment sets."""
+    variables = {name: f"TRAIN_LLM_{name.upper()}" for name in HARDWARE_KEYS if name in names}
+    return {
+        name: Given(os.environ[variable], f"environment {variable}")
+        for name, variable in variables.items()
+        if os.environ.get(variable)
+    }
 
 
-# ---- 3. all together -----------------------------------------------------------------------------
+# ---- 3. a checked config -------------------------------------------------------------------------
 
 
 def load_config(cls: type[T], argv: list[str], default_file: Path | None) -> T:
-    """The settings of a run from `[config.yaml] [section.key=value ...]`.
+    """Return the settings of a run from `[config.yaml] [section.key=value ...]`.
 
-    Raises UserError with every problem at once: key, value, where it stands, what is expected.
+    Raises UserError with every problem at once: key, value, source, and what is expected.
     """
     known = {key.name: key for key in keys(cls)}
-    problems: list[str] = []
-    named_file, arguments = _read_arguments(argv, list(known), problems)
+    errors: list[str] = []
+    named_file, arguments = _read_arguments(argv, list(known), errors)
     file = named_file or default_file
-    in_file = read_file(file, list(known), problems) if file else {}
+    in_file = read_file(file, list(known), errors) if file else {}
     values: dict[str, Any] = {}
-    sources = {name: "default" for name in known}
-    # Keys whose value is not known: what is said of them may follow from another problem.
+    sources = dict.fromkeys(known, "default")
+    length_keys = [known[name] for name in getattr(cls, "LENGTH_KEYS", ())]
+    # Keys whose value is not known: an error that mentions one may follow from another error.
     failed = set(known) if in_file is None else set()
     for given in (in_file or {}, _read_environment(list(known)), arguments):
-        lengths = []
         for name, value in given.items():
             sources[name] = value.source
             try:
                 values[name] = parse(known[name].kind, value.value)
+                failed.discard(name)
             except ValueError as error:
-                problems.append(f"{name}={value.shown} ({value.source}): expected {error}")
+                errors.append(f"{name}={value.shown} ({value.source}): expected {error}")
                 failed.add(name)
-                continue
-            failed.discard(name)
-            if name in getattr(cls, "LENGTH_KEYS", ()) and values[name]:
-                lengths.append(name)
-        _settle_length(cls, known, lengths, values, sources, problems)
+        _keep_one_length(length_keys, set(given) - failed, values, sources, errors)
     config = _replace_values(cls(), values)
-    problems += _config_errors(config, sources, failed)
-    if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the settings:"
-        raise UserError("\n  ".join([count, *(" ".join(text.split()) for text in problems)]))
+    errors += _config_errors(config, sources, failed)
+    if errors:
+        count = f"{len(errors)} problem{'s' if len(errors) > 1 else ''} in the settings:"
+        raise UserError("\n  ".join([count, *(" ".join(text.split()) for text in errors)]))
     object.__setattr__(config, "_provenance", sources)
     return config
 
 
-def _settle_length(
-    cls: type,
-    known: dict[str, Key],
-    lengths: list[str],
+def _keep_one_length(
+    length_keys: list[Key],
+    given: set[str],
     values: dict[str, Any],
     sources: dict[str, str],
-    problems: list[str],
+    errors: list[str],
 ) -> None:
-    """One length a source; it replaces those of the weaker sources, the defaults included."""
+    """Let the length that a source gives replace those of weaker sources and of defaults."""
+    lengths = [key.name for key in length_keys if key.name in given and values[key.name]]
     if len(lengths) > 1:
         both = " and ".join(f"{name}={value_text(values[name])}" for name in lengths)
-        places = ", ".join(dict.fromkeys(sources[name] for name in lengths))
-        problems.append(f"{both} ({places}): two lengths of one run; keep one")
-        lengths = lengths[-1:]  # As if that one were kept, so that nothing else is said of it.
-    if lengths:
-        for name in set(getattr(cls, "LENGTH_KEYS", ())) & set(known) - set(lengths):
-            # `max_steps=0` beside the new length was said by the same source: it keeps its place.
-            if values.get(name, known[name].default):
-                values[name] = None if types.NoneType in get_args(known[name].kind) else 0
-                sources[name] = f"replaced by {lengths[0]}"
+        origins = ", ".join(dict.fromkeys(sources[name] for name in lengths))
+        errors.append(f"{both} ({origins}): two lengths of one run; keep one")
+    for key in length_keys:
+        # `max_steps=0` next to the new length is of the same source, and stays.
+        if lengths and key.name != lengths[-1] and values.get(key.name, key.default):
+            values[key.name], sources[key.name] = 0, f"replaced by {lengths[-1]}"
 
 
 def _replace_values(config: T, values: dict[str, Any], prefix: str = "") -> T:
@@ -315,7 +308,7 @@ def _config_errors(
     Messages that mention a key of `failed` are skipped: they may follow from another problem. The
     keys of a section with errors are added to it.
     """
-    errors = []
+    errors: list[str] = []
     for field in fields(config):
         section = getattr(config, field.name)
         if is_dataclass(section):
@@ -331,11 +324,11 @@ def _config_errors(
     return errors
 
 
-# ---- 4. what others read of it -------------------------------------------------------------------
+# ---- 4. a finished config ------------------------------------------------------------------------
 
 
 def with_value(cfg: T, name: str, value: Any, source: str) -> T:
-    """The settings with one dotted key set by the program, and why: what provenance tells of it."""
+    """Return the settings with one dotted key set by the program; provenance gives the source."""
     head, _, rest = name.partition(".")
     inner = with_value(getattr(cfg, head), rest, value, source) if rest else value
     changed = dataclasses.replace(cfg, **{head: inner})  # type: ignore[type-var]
@@ -343,8 +336,16 @@ def with_value(cfg: T, name: str, value: Any, source: str) -> T:
     return changed
 
 
+def resolved(cfg: T, **values: Any) -> T:
+    """Return the settings with the values that "auto" stands for; their source says so."""
+    for name, value in values.items():
+        if value != getattr(cfg, name):
+            cfg = with_value(cfg, name, value, "auto")
+    return cfg
+
+
 def provenance(cfg: Any) -> dict[str, str]:
-    """Where each value came from: file:line, command line, environment X, default."""
+    """Return the source of each value: file:line, command line, environment X, default."""
     noted, defaults = getattr(cfg, "_provenance", {}), keys(type(cfg))
     return {
         key.name: noted.get(key.name, "default" if key == default else "set by the program")
@@ -353,46 +354,23 @@ def provenance(cfg: Any) -> dict[str, str]:
 
 
 def recipe(cfg: Any) -> dict[str, Any]:
-    """Flat dotted keys of what decides what is learned, in values that JSON keeps.
+    """Return the settings that decide what is learned, by dotted key, in values of JSON.
 
-    A field whose metadata says {"recipe": False} is left out, with all of its section.
+    A field whose metadata says {"recipe": False} is skipped, with all of its section.
     """
-    plain = {key.name: key.default for key in _walk(cfg) if key.recipe}
-    return {
-        name: list(value)
-        if isinstance(value, tuple)
-        else str(value)
-        if isinstance(value, Path)
-        else value
-        for name, value in plain.items()
-    }
-
-
-def resolved(cfg: T, **values: Any) -> T:
-    """The settings with what "auto" turned into in its place; its source says so."""
-    for name, value in values.items():
-        if value != getattr(cfg, name):
-            cfg = with_value(cfg, name, value, "auto")
-    return cfg
+    values = {key.name: key.default for key in _walk(cfg) if key.recipe}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 def write_run_yaml(cfg: Any, path: Path) -> None:
-    """The resolved settings as YAML that load_config reads again, each with its source."""
+    """Write the resolved settings as YAML that load_config can read, each with its source."""
     lines, section, sources = [], "", provenance(cfg)
     # Keys without a section first: those after one would belong to it.
-    for key in sorted(_walk(cfg), key=lambda key: "." in key.name):
+    for key in sorted(_walk(cfg), key=lambda key: key.name.count(".")):
         head, _, last = key.name.rpartition(".")
         if head != section:
-            lines += _section_lines(section, head)
+            lines.append(f"{head}:")
             section = head
-        indent = "  " * key.name.count(".")
+        indent = "  " if head else ""
         lines.append(f"{indent}{last}: {value_text(key.default)}  # {sources[key.name]}")
     write_atomically(path, "\n".join(lines) + "\n")
-
-
-def _section_lines(before: str, after: str) -> list[str]:
-    old, new = before.split("."), after.split(".")
-    shared = 0
-    while shared < min(len(old), len(new)) and old[shared] == new[shared]:
-        shared += 1
-    return ["  " * depth + new[depth] + ":" for depth in range(shared, len(new))]
