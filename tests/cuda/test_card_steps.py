@@ -97,5 +97,5 @@ def test_speed_of_steps(share, how, machine, report):
     trainer.synchronize()
     speed = (trainer.tokens - before) / (time.perf_counter() - begin)
     peak = matmul_peak(trainer.hardware.device, trainer.hardware.precision)
-    used = speed * flops_per_token(trainer.model, machine.data.mean_attended()) / peak
+    used = speed * flops_per_token(trainer.model, machine.data.mean_context_length()) / peak
     report(f"{rows} rows, {how}", f"{speed:,.0f} tokens/s, MFU {used:.0%}")

@@ -103,7 +103,7 @@ def test_a_step_folder_is_a_model_folder(tmp_path):
     (tmp_path / "run.yaml").write_text("seed: 1\n")
     tied = new_model()
     checkpoints = Checkpoints(tmp_path, 2)
-    checkpoints.companions = {"config.json": '{"name": "小"}'}
+    checkpoints.extra_files = {"config.json": '{"name": "小"}'}
     checkpoints.save(7, tied, {"rng/cpu": torch.get_rng_state()}, {"a": [1, (2, 3)]})
     checkpoints.join()
     checkpoints.write_final(tied)

@@ -16,7 +16,7 @@ from trainlib.core.errors import UserError
 from trainlib.core.hardware import CARDS, Card, find_card, read_cards
 from trainlib.data.loader import micro_batch_shape
 from trainlib.engine.checkpoint import Checkpoints
-from trainlib.engine.flops import Sizes, flops_per_token, update_flops
+from trainlib.engine.flops import Sizes, flops_per_token
 from trainlib.engine.optim import OptimConfig, build_optimizers
 from trainlib.engine.plan import parse_seconds, plan_request, step_time
 from trainlib.models.hf_folder import model_files
@@ -28,6 +28,16 @@ SMALL = [
 
 
 # ---- sizes and time ------------------------------------------------------------------------------
+
+
+def update_flops(optimizers: list[torch.optim.Optimizer]) -> float:
+    """Return the operations of Muon's Newton-Schulz in one step: two products of 2 m m n, 2 m^3."""
+    muons = [o for o in optimizers if isinstance(o, torch.optim.Muon)]
+    total = 0.0
+    for group in (group for muon in muons for group in muon.param_groups):
+        for small, large in (sorted(p.shape) for p in group["params"]):
+            total += group["ns_steps"] * (4 * small**2 * large + 2 * small**3)
+    return total
 
 
 def hold(sizes: Sizes, optim: OptimConfig) -> None:
@@ -164,7 +174,7 @@ def data(tmp_path_factory, tokenizer):
     (path / "short.yaml").write_text("epochs: 1")
     model = Transformer(ModelConfig(tokenizer.vocab_size, 32, 48, 2, 2, 1, 16))
     checkpoints = Checkpoints(path / "run", 1)
-    checkpoints.companions = model_files(model.config, tokenizer)
+    checkpoints.extra_files = model_files(model.config, tokenizer)
     checkpoints.write_final(model)
     return path
 

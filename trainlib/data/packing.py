@@ -164,8 +164,8 @@ class PackedDataset:
         sums = np.bincount(self._file, self._length, len(self._passes))
         return round(float(sums @ np.array(self._passes)))
 
-    def mean_attended(self) -> float:
-        """Positions that a position attends to, on average; a pair's answers count as alike."""
+    def mean_context_length(self) -> float:
+        """Return how many positions a position attends to on average, answers of a pair alike."""
         counts = np.bincount(self._length)  # By length: there are at most row_length of them.
         lengths = np.arange(len(counts)) / self._per_record
         return float(counts @ (lengths * (lengths + 1) / 2) / (counts @ lengths))

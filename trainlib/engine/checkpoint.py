@@ -1,18 +1,20 @@
-"""Step folders: each a Hugging Face model folder with the training state beside it.
+"""Step folders: each is a Hugging Face model folder with the training state next to it.
 
-    step_000200/   model.safetensors and the companions (config.json, tokenizer.json, ...)
-                   optimizer.safetensors   tensors by parameter name, random states
-                   train_state.json        everything that is no tensor
-    latest         the name of the newest complete one
+    step_000200/   model.safetensors and extra_files (config.json, tokenizer.json, ...)
+                   optimizer.safetensors   tensors by parameter name, RNG states
+                   train_state.json        everything else
+    latest         the name of the newest complete step folder
 
-Nothing is pickled, so nothing that is loaded can run code. A folder is written under another
-name, brought to the disk, and renamed when it is complete.
+Nothing is pickled, so loading cannot run code. A folder is written under another name, synced to
+the disk, and renamed when it is complete.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,24 +30,29 @@ from trainlib.core.files import sync, write_atomically
 
 
 class Checkpoints:
-    """The step folders of a run; writing happens in a thread, from a snapshot."""
+    """The step folders of a run; a thread writes them from snapshots."""
 
     def __init__(
-        self, folder: Path, keep: int, writes: bool = True, companions: dict[str, str] | None = None
+        self,
+        folder: Path,
+        keep: int,
+        writes: bool = True,
+        extra_files: dict[str, str] | None = None,
     ) -> None:
         self.folder, self.keep = folder, keep
         self.writes = writes
-        """Whether this process writes at all: of several ranks only the first does."""
-        self.companions = companions or {}
+        """Whether this process writes; only rank 0 does."""
+        self.extra_files = extra_files or {}
+        """Files that make a checkpoint a model folder: file name to content."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
     def save(
         self, step: int, model: nn.Module, tensors: dict[str, Tensor], state: dict[str, Any]
     ) -> None:
-        """Take a snapshot now and write it meanwhile.
+        """Take a snapshot and write it in the background.
 
-        Raises UserError where the one before could not be written.
+        Raises UserError if the previous one could not be written.
         """
         self.join()
         if not self.writes:
@@ -55,7 +62,7 @@ class Checkpoints:
         self._writing = self._thread.submit(self._write, step, weights, _snapshot(tensors), state)
 
     def join(self) -> None:
-        """Wait until the last snapshot is on disk; raises UserError where it could not be."""
+        """Wait until the last snapshot is on disk. Raises UserError if it cannot be written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             try:
@@ -69,70 +76,73 @@ class Checkpoints:
     def _write(
         self, step: int, weights: dict[str, Tensor], tensors: dict[str, Tensor], state: Any
     ) -> None:
+        """Write a step folder, make it the newest one, and remove the oldest ones."""
         name = f"step_{step:06d}"
-        # What a kill left in the middle of writing; only one thread writes here.
-        for left in self.folder.glob(".writing-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        partial = self.folder / f".writing-{name}"
-        try:
-            self._model_folder(partial, weights)
+        # A killed process may have left some; only one thread writes here.
+        for partial in self.folder.glob(".writing-*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        with self._new_folder(name, weights) as partial:
             save_file(tensors, partial / "optimizer.safetensors")
             (partial / "train_state.json").write_text(json.dumps(state), encoding="utf-8")
-            _rename(partial, self.folder / name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         write_atomically(self.folder / "latest", name)
-        # Later ones can lie there when training went on from an earlier one; they do not count.
+        # Later ones exist if the run was resumed from an earlier one; they do not count.
         up_to_here = [path for path in self._step_folders() if _step(path) <= step]
         for old in up_to_here[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def _step_folders(self) -> list[Path]:
-        """Complete step folders, the oldest first; by number, for the names have no fixed width."""
+        """Return the complete step folders, the oldest first; by number, as widths differ."""
         names = (path for path in self.folder.glob("step_*") if path.name[5:].isdigit())
         return sorted(names, key=_step)
 
-    def _model_folder(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        for name, content in self.companions.items():
-            (folder / name).write_text(content, encoding="utf-8")
-        if (self.folder / "run.yaml").is_file():
-            shutil.copy(self.folder / "run.yaml", folder / "run.yaml")
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    @contextlib.contextmanager
+    def _new_folder(self, name: str, weights: dict[str, Tensor]) -> Iterator[Path]:
+        """Yield a hidden model folder to add files to; sync and rename it on exit."""
+        partial, folder = self.folder / f".writing-{name}", self.folder / name
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for file_name, content in self.extra_files.items():
+                (partial / file_name).write_text(content, encoding="utf-8")
+            if (self.folder / "run.yaml").is_file():
+                shutil.copy(self.folder / "run.yaml", partial)
+            save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+            yield partial
+            for path in (*partial.iterdir(), partial):
+                sync(path)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            sync(self.folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def write_final(self, model: nn.Module) -> None:
         """Write final/, the model folder that the next stage starts from.
 
-        Raises UserError where it cannot be written; the step folders are whole.
+        Raises UserError if it cannot be written.
         """
         if not self.writes:
             return
-        partial = self.folder / ".writing-final"
         try:
-            self._model_folder(partial, _snapshot(dict(model.named_parameters())))
-            _rename(partial, self.folder / "final")
+            with self._new_folder("final", _snapshot(dict(model.named_parameters()))):
+                pass
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
                 f"{self.folder / 'final'}: could not be written ({error}). The last step folder is"
                 " whole; free some space and start again to go on from it."
             ) from error
 
     def newest(self) -> Path | None:
-        """The newest complete step folder: the one that `latest` names, else the last one."""
-        latest = self.folder / "latest"
-        name = latest.read_text(encoding="utf-8", errors="replace") if latest.is_file() else ""
-        for folder in self._step_folders()[::-1]:
-            if folder.name == name.strip():
-                return folder
-        return next(iter(self._step_folders()[::-1]), None)
+        """Return the step folder that `latest` names, or else the last one."""
+        folders, latest = self._step_folders(), self.folder / "latest"
+        text = latest.read_text(encoding="utf-8", errors="replace") if latest.is_file() else ""
+        named = [folder for folder in folders if folder.name == text.strip()]
+        return next(reversed(named or folders), None)
 
     def restore(self, model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Load a step folder into a model; returns tensors and state.
+        """Load a step folder into a model; return tensors and state.
 
-        Raises UserError where the folder does not fit the model or is damaged; the model is as
-        before then.
+        Raises UserError, and leaves the model unchanged, if the folder is damaged or does not fit.
         """
         try:
             weights = load_file(folder / "model.safetensors")
@@ -144,14 +154,8 @@ class Checkpoints:
                 " anew with resume=never."
             ) from error
         parameters = dict(model.named_parameters())
-        wrong = sorted(
-            name
-            for name in {*weights, *parameters}
-            if name not in weights
-            or name not in parameters
-            or weights[name].shape != parameters[name].shape
-        )
-        if wrong:
+        saved, needed = ({(n, t.shape) for n, t in d.items()} for d in (weights, parameters))
+        if wrong := sorted({name for name, _ in saved ^ needed}):
             raise UserError(f"{folder} does not fit the model: {', '.join(wrong[:5])}")
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -160,27 +164,19 @@ class Checkpoints:
 
 
 def _step(folder: Path) -> int:
+    """Return the step of a step folder."""
     return int(folder.name.removeprefix("step_"))
 
 
-def _rename(partial: Path, folder: Path) -> None:
-    """Give a complete folder its name, its files brought to the disk before."""
-    for path in partial.iterdir():
-        sync(path)
-    sync(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    sync(folder.parent)
-
-
 def _snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to the CPU."""
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
 
 def optimizer_tensors(
     optimizers: list[Optimizer], model: nn.Module
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizers' state by parameter name: tensors, and plain numbers apart."""
+    """Return the optimizers' state by parameter name: tensors, and other values."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
@@ -198,10 +194,10 @@ def load_optimizer_tensors(
     tensors: dict[str, Tensor],
     scalars: dict[str, Any],
 ) -> None:
-    """Give the optimizers their state back, whatever the order of their parameters."""
+    """Restore the optimizers' state by parameter name, in any order of the parameters."""
     parameters = dict(model.named_parameters())
-    # A fused or capturable optimizer counts its steps on the device, others on the CPU, as torch's
-    # own load_state_dict does.
+    # As in torch's load_state_dict: fused and capturable optimizers count steps on the device,
+    # others on the CPU.
     counts_on_device = {
         parameter
         for optimizer in optimizers

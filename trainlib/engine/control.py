@@ -1,4 +1,4 @@
-"""What the outside asks of a run: stop, save, or finish in time. Read in one place, once a step."""
+"""External requests to a run (signals, FINISH file, time limit), polled once per step."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from trainlib.engine.optim import Schedule
 log = logging.getLogger(__name__)
 
 MARGIN = 0.98
-"""Share of the time left that is planned with: steps are not all equally long."""
+"""Share of the remaining time that a plan uses, because steps differ in length."""
 
 
 @dataclass(frozen=True)
 class Requests:
-    """What was asked for since the last step."""
+    """Requests since the last step."""
 
     save: bool = False
     stop: bool = False
     finish: int | None = None
-    """The step with which the run shall end, its rate falling from now on."""
+    """The last step, if the learning rate is to decay from now on."""
 
 
 class Clock:
-    """Seconds that a run has taken, resumed ones included, and those it may still take."""
+    """The time that a run has taken, before resumes too, and the time that it has left."""
 
     def __init__(self, max_hours: float = 0) -> None:
         self._begin, self.earlier = time.monotonic(), 0.0
@@ -37,18 +37,18 @@ class Clock:
         self._first: tuple[int, float] | None = None
 
     def seconds(self) -> float:
-        """Seconds of this run so far, those before a resume included."""
+        """Return the seconds of this run so far, those before a resume included."""
         return self.earlier + time.monotonic() - self._begin
 
     def left(self) -> float | None:
-        """Seconds to the end; None for a run whose length is no time."""
+        """Return the seconds left; None for a run whose length is not a time."""
         return self._max_seconds - self.seconds() if self._max_seconds else None
 
     def plan(self, step: int, schedule: Schedule) -> int | None:
-        """The step to end with, when the rate has to fall from now on (or faster than planned).
+        """Return the last step, if the decay has to begin now or to end earlier than planned.
 
-        The decay takes its usual share of all steps. As much time is kept back as the start took,
-        for it held an evaluation and a compilation, and the end holds an evaluation and final/.
+        The decay takes decay_fraction of all steps. As much time is reserved for the end, which
+        has an evaluation and final/, as the start took, which had an evaluation and a compilation.
         """
         left, now = self.left(), time.monotonic()
         if left is None:
@@ -63,7 +63,7 @@ class Clock:
             steps_left = max(0, int(MARGIN * left / per_step))
             due = steps_left <= schedule.config.decay_fraction * (step + steps_left)
             return step + steps_left if due else None
-        # The decay has begun. Margin and all, only a run that became slower is cut short.
+        # The decay has begun with a margin, so only a run that became slower ends earlier.
         steps_left = max(0, int(left / per_step))
         return step + steps_left if step + steps_left < schedule.num_steps else None
 
@@ -71,10 +71,10 @@ class Clock:
 class Control:
     """Signals, the file FINISH in the run's folder, and the clock.
 
-    SIGTERM and SIGINT: checkpoint and stop. SIGUSR1: checkpoint and go on. SIGHUP, which a closed
-    terminal sends, is ignored (trainlib.engine.launch). FINISH: the rate falls from now on, over
-    decay_fraction of the steps done so far, and the run ends with a finished model. Of several
-    ranks the first one decides for all.
+    SIGTERM and SIGINT: save a checkpoint and stop. SIGUSR1: save a checkpoint and continue. SIGHUP,
+    which a closed terminal sends, is ignored (trainlib.engine.launch). FINISH: decay the learning
+    rate from now on, over decay_fraction of the steps done so far, then finish. Rank 0 decides for
+    all ranks.
     """
 
     def __init__(self, folder: Path, clock: Clock, ranks: Ranks) -> None:
@@ -94,6 +94,7 @@ class Control:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: object) -> None:
+        """Note a signal; a second SIGINT interrupts at once."""
         if number == getattr(signal, "SIGUSR1", None):
             self._save = True
         elif self._stop and number == signal.SIGINT:
@@ -102,7 +103,7 @@ class Control:
             self._stop = True
 
     def poll(self, step: int, schedule: Schedule) -> Requests:
-        """What is asked for now; a request to save or to finish is answered once."""
+        """Return the requests of now; a request to save or to finish is returned once."""
         requests = Requests()
         if self._ranks.first:
             requests = Requests(self._save, self._stop, self._finish(step, schedule))
@@ -113,8 +114,9 @@ class Control:
         return requests
 
     def _finish(self, step: int, schedule: Schedule) -> int | None:
+        """Return the last step, if the FINISH file or the clock asks for one."""
         if self._finish_file.exists() and schedule.decay is None:
-            # The file stays: killed before the next checkpoint, the run reads it again.
+            # The file stays: a run that is killed before its next checkpoint needs it again.
             end = step + max(1, round(schedule.config.decay_fraction * step))
             if schedule.num_steps is not None and end >= schedule.num_steps:
                 log.info("FINISH: the run ends at step %d anyway", schedule.num_steps)

@@ -1,7 +1,7 @@
-"""Model FLOPs utilization: what training needs, over what this device reaches in a matmul.
+"""Model FLOPs utilization: the operations that training needs, relative to the device's peak.
 
-The peak is measured, not read from a data sheet: no table goes stale, and a throttled or shared
-device is compared with itself.
+The peak is measured with matrix products instead of read from a data sheet, so a throttled or
+shared device is compared with itself.
 
 Source: Chowdhery et al., PaLM, arXiv:2204.02311, appendix B.
 """
@@ -14,20 +14,19 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from trainlib.core.hardware import DTYPES, best_time
 
-PEAK_SECONDS = 0.25  # What the measurement takes, about.
+PEAK_SECONDS = 0.25  # About how long the measurement takes.
 
 
-def flops_per_token(model: nn.Module, attended: float) -> float:
-    """Floating-point operations of training on one token: 6 M + 12 W S.
+def flops_per_token(model: nn.Module, context_length: float) -> float:
+    """Return the floating-point operations of training on one token: 6 M + 12 W S.
 
     M    entries of all matrices that a token is multiplied with: every linear layer, the output
-         matrix too where it is tied; looking up an embedding costs none
+         matrix too if it is tied; an embedding lookup has no operations
     W    query values of all layers: num_hidden_layers * num_attention_heads * head_dim
-    S    attended = mean number of positions that a position attends to, itself included
+    S    context_length: mean number of positions that a position attends to, itself included
 
     A multiply-add is two operations, scores and weighted values are two products of W S, and
     backward costs twice forward: 6 = 2 * 3, 12 = 2 * 2 * 3.
@@ -35,20 +34,7 @@ def flops_per_token(model: nn.Module, attended: float) -> float:
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     matrices = sum(m.in_features * m.out_features for m in linear.values())
     queries = sum(m.out_features for name, m in linear.items() if name.endswith("q_proj"))
-    return 6 * matrices + 12 * queries * attended
-
-
-def update_flops(optimizers: list[Optimizer]) -> float:
-    """Floating-point operations of Muon's Newton-Schulz in one step; AdamW's are no products.
-
-    Each of its steps on a matrix of m x n, m <= n, takes two products of 2 m m n and one of 2 m^3.
-    """
-    muons = [o for o in optimizers if isinstance(o, torch.optim.Muon)]
-    total = 0.0
-    for group in (group for muon in muons for group in muon.param_groups):
-        for small, large in (sorted(p.shape) for p in group["params"]):
-            total += group["ns_steps"] * (4 * small**2 * large + 2 * small**3)
-    return total
+    return 6 * matrices + 12 * queries * context_length
 
 
 class Sizes(NamedTuple):
@@ -88,13 +74,16 @@ class Sizes(NamedTuple):
         norms = self.num_hidden_layers * 2 * (d + self.head_dim) + d
         return self.matrix_values + embeddings * self.vocab_size * d + norms
 
-    def flops(self, attended: float) -> tuple[float, float]:
-        """Return the operations of training on a token: products, and attention to `attended`."""
+    def flops(self, context_length: float) -> tuple[float, float]:
+        """Return the operations of training on a token: those of matrices, those of attention."""
         products = 6.0 * (self.matrix_values + self.vocab_size * self.hidden_size)
-        return products, 12.0 * self.num_hidden_layers * self.widths[1] * attended
+        return products, 12.0 * self.num_hidden_layers * self.widths[1] * context_length
 
     def update_flops(self, optimizer: str) -> float:
-        """Return the operations of an update: Muon's five steps of Newton-Schulz."""
+        """Return the operations of an update: Muon's five steps of Newton-Schulz.
+
+        A step on a matrix of m x n, m <= n, is two products of 2 m m n and one of 2 m^3.
+        """
         pairs = [(*sorted(shape), count) for shape, count in self.matrices.items()]
         total = sum(count * (4.0 * m * m * n + 2.0 * m**3) for m, n, count in pairs)
         return 5 * total if optimizer == "muon" else 0.0
@@ -102,9 +91,9 @@ class Sizes(NamedTuple):
 
 @functools.cache
 def matmul_peak(device: torch.device, precision: str) -> float:
-    """Operations a second of the best of many square matrix products; measured once a process.
+    """Measure the operations per second of the best of many square matrix products.
 
-    Leaves torch's random state alone. Sizes that would take too long here are left out.
+    Measured once per process, without changing torch's RNG state. Skips sizes that take too long.
     """
     dtype = DTYPES.get(precision, torch.float32)
     synchronize = getattr(torch, device.type).synchronize
@@ -118,7 +107,7 @@ def matmul_peak(device: torch.device, precision: str) -> float:
             torch.mm(matrix, matrix, out=product)
             synchronize()
 
-        return best_time(multiply, PEAK_SECONDS / 4)  # The best, as others may use it too.
+        return best_time(multiply, PEAK_SECONDS / 4)  # The best: others may use the device.
 
     seconds(512)  # The first product on a card loads the library, which takes far longer.
     best = 0.0

@@ -1,7 +1,7 @@
-"""The ingredients of the losses: functions of logits, which they leave unchanged.
+"""Parts of the losses: functions of logits, which they leave unchanged.
 
-Everything is a sum; the training loop divides once, by the targets of the whole step. So a
-micro-batch with few targets never weighs as much as one with many.
+All are sums; the training loop divides once, by the targets of the whole step. So micro-batches
+weigh by their number of targets.
 
 Shapes: B rows, T positions, V vocab_size, C documents of a micro-batch.
 """
@@ -85,7 +85,7 @@ def sequence_log_probs(
 
 
 def batch_log_probs(model: nn.Module, batch: Batch) -> Tensor:
-    """Log-probability of the last answer of each document of a batch, in nats; shape (C,)."""
+    """Return the log-probability of each document's supervised tokens, in nats; shape (C,)."""
     logits = model(**batch.inputs)
     labels, documents = batch.selected(batch.labels), batch.selected(batch.document_ids)
     return sequence_log_probs(logits, labels, documents, len(batch.sequence_ids))

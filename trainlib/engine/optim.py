@@ -1,8 +1,8 @@
-"""Optimizers and the one curve of run length and learning rate.
+"""Optimizers, and the schedule: the length of a run and its learning rate.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices inside the blocks,
-AdamW (arXiv:1711.05101) for embeddings and norms; or AdamW for everything. So there is always a
-list of optimizers, and the loop, the schedule and the checkpoint know nothing of which.
+AdamW (arXiv:1711.05101) for embeddings and norms; or AdamW for everything. The loop, the schedule
+and the checkpoint take a list of optimizers of any class.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainlib.core.hardware import cpu_has_bf16
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How the weights are moved."""
+    """Settings of the optimizers and the schedule."""
 
     name: Literal["muon", "adamw"] = "muon"
     """muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all."""
@@ -60,7 +60,7 @@ class OptimConfig:
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 beat fp32 on this device."""
+    """Return whether matrix products in bfloat16 are faster than in fp32 on this device."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
@@ -88,16 +88,16 @@ def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.f
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon, with matrices of one shape orthogonalized together, in a fitting dtype.
+    """torch.optim.Muon that orthogonalizes matrices of one shape together, in the faster dtype.
 
-    torch's own step takes one matrix after the other, always in bfloat16: 40 to 70 times slower
-    than fp32 on a CPU without bfloat16 instructions. Settings, state and update rule are torch's;
-    a test holds the two together.
+    torch's own step orthogonalizes one matrix at a time, always in bfloat16: 40 to 70 times slower
+    than fp32 on a CPU without bfloat16 instructions. Settings, state and update rule are torch's,
+    which a test checks.
     """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         assert closure is None, "closures are not supported"
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
@@ -108,6 +108,7 @@ class Muon(torch.optim.Muon):
                 self._step_shape(group, parameters, math.sqrt(max(1.0, rows / columns)))
 
     def _step_shape(self, group: dict[str, Any], parameters: list, lr_ratio: float) -> None:
+        """Update the parameters of one shape."""
         momentum, gradients = group["momentum"], [p.grad for p in parameters]
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
@@ -124,30 +125,29 @@ class Muon(torch.optim.Muon):
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
-    """The optimizers of a model: matrices inside the blocks apart from embeddings and norms.
+    """Build the optimizers: matrices inside the blocks apart from embeddings and norms.
 
-    Each parameter group remembers its peak rate as "peak_lr"; the loop sets "lr" from it.
+    Each parameter group keeps its peak rate as "peak_lr"; Schedule.set_rates sets "lr" from it.
     """
-    matrices, rest = [], []
+    matrices, others = [], []
     for name, parameter in model.named_parameters():
         inside = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
-        (matrices if inside else rest).append(parameter)
-    betas = (config.beta1, config.beta2)
-    gentle = {"params": rest, "lr": config.embedding_lr, "weight_decay": 0.0}
+        (matrices if inside else others).append(parameter)
+    decay, betas = config.weight_decay, (config.beta1, config.beta2)
+    optimizers: list[Optimizer] = []
+    groups = [{"params": others, "lr": config.embedding_lr, "weight_decay": 0.0}]
     if config.name == "muon":
-        optimizers: list[Optimizer] = [
-            Muon(
-                matrices,
-                lr=config.muon_lr,
-                weight_decay=config.weight_decay,
-                momentum=config.momentum,
-                adjust_lr_fn="original",
-            ),
-            AdamW([gentle], betas=betas, fused=True),
-        ]
+        muon = Muon(
+            matrices,
+            lr=config.muon_lr,
+            weight_decay=decay,
+            momentum=config.momentum,
+            adjust_lr_fn="original",
+        )
+        optimizers.append(muon)
     else:
-        strong = {"params": matrices, "lr": config.adamw_lr, "weight_decay": config.weight_decay}
-        optimizers = [AdamW([strong, gentle], betas=betas, fused=True)]
+        groups.insert(0, {"params": matrices, "lr": config.adamw_lr, "weight_decay": decay})
+    optimizers.append(AdamW(groups, betas=betas, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -155,35 +155,34 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
 
 
 OPEN_WARMUP_STEPS = 20
-"""Warm-up of a run whose length is a time, so that the number of its steps is not known."""
+"""Warmup of a run whose length is a time: its number of steps is not known."""
 
 
 class Schedule:
-    """Length and learning rate of a run, one curve over optimizer steps.
+    """Length and learning rate of a run, as a function of the optimizer step.
 
-    With num_steps None the run is open: the rate stays at its peak until `begin_decay` says when
-    it shall end.
+    With num_steps None the run is open: the rate stays at its peak until `begin_decay` is called.
     """
 
     def __init__(self, config: OptimConfig, num_steps: int | None) -> None:
         self.config, self.num_steps = config, num_steps
         self.decay: tuple[int, float, int] | None = None
-        """Where begin_decay was asked for: (first step, factor there, last step)."""
+        """The decay that begin_decay started: (first step, factor there, last step)."""
         self.warmup = OPEN_WARMUP_STEPS
         if num_steps is not None:
             self.warmup = max(1, round(config.warmup_fraction * num_steps))
 
     def begin_decay(self, step: int, num_steps: int) -> None:
-        """Fall linearly from the present rate to the final one, which num_steps reaches."""
+        """Decay linearly from the present rate to the final one, and end at num_steps."""
         self.restore((step, self.factor(step), num_steps))
 
     def restore(self, decay: tuple[int, float, int] | None) -> None:
-        """Take over a decay that was begun before."""
+        """Restore a decay that began before a resume."""
         if decay is not None:
             self.decay, self.num_steps = decay, decay[2]
 
     def factor(self, step: int) -> float:
-        """Share of the peak rate in a step, counted from 0."""
+        """Return the share of the peak rate in a step, counted from 0."""
         c = self.config
         if self.decay is not None:
             begin, high, end = self.decay
@@ -202,11 +201,11 @@ class Schedule:
         return c.final_lr_fraction + (1 - c.final_lr_fraction) * left
 
     def reached(self, step: int) -> bool:
-        """Whether that many steps are the whole run."""
+        """Return whether that many steps are the whole run."""
         return self.num_steps is not None and step >= self.num_steps
 
     def set_rates(self, optimizers: list[Optimizer], step: int) -> float:
-        """Give every parameter group its rate for a step and return the first one's."""
+        """Set the rate of every parameter group for a step; return that of the first group."""
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * self.factor(step)

@@ -73,7 +73,7 @@ class Training:
             datasets.train, c.tokens_per_step, hardware.micro_batch_size, c.epochs, run.ranks, pin
         )
         schedule = make_schedule(c, loader)
-        flops = flops_per_token(model, datasets.train.mean_attended())
+        flops = flops_per_token(model, datasets.train.mean_context_length())
         run = replace(run, hardware=warm_up(run, model, loader, schedule.num_steps, flops))
         checkpoints = Checkpoints(run.folder, c.keep_checkpoints, run.ranks.first, files)
         optimizers = build_optimizers(model, c.optim)

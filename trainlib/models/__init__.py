@@ -1,1 +1,1 @@
-"""A model on disk (hf_folder.py), and text that it writes (generate.py)."""
+"""Model folders (hf_folder.py) and text generation (generate.py)."""

@@ -1,6 +1,6 @@
 """Generation: prefill once, then decode token by token with a key/value cache.
 
-Ids in, ids out. Nothing here touches torch's global random state.
+Input and output are ids. Nothing here changes torch's global RNG state.
 Shapes: B batch  T new positions  S positions so far  G key/value heads  H head_dim  V vocab_size.
 """
 
@@ -35,7 +35,7 @@ class Sampling:
     max_new_tokens: int = 512
     """Most tokens of an answer."""
     seed: int | None = None
-    """Seed of the draw; none = another answer each time."""
+    """Seed of the draw; None = a different answer each time."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -107,7 +107,7 @@ def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
 
 
 def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
-    """A random state of its own, from a seed or, without one, from the system."""
+    """Return a generator seeded with `seed`, or by the system if there is none."""
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()
@@ -116,45 +116,24 @@ def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
     return generator
 
 
-def check_length(model: Transformer, prompt: Sequence[int]) -> int:
-    """The model's context in tokens; raises ValueError for a prompt that has no room in it."""
+def check_length(model: Transformer, prompt: Sequence[int]) -> None:
+    """Raise ValueError for a prompt that is empty or fills the model's context."""
     limit = model.config.max_position_embeddings
     if not 0 < len(prompt) < limit:
         raise ValueError(f"a prompt of {len(prompt)} tokens; the model takes 1 to {limit - 1}")
-    return limit
 
 
 def generate(
     model: Transformer, ids: Sequence[int], sampling: Sampling, stop_ids: Sequence[int] = ()
 ) -> Iterator[int]:
-    """Yield new ids until a stop id (which is the last one yielded) or a limit.
+    """Yield new ids until a stop id, which is yielded too, or a limit.
 
-    Raises ValueError for a prompt that is empty or leaves no room in the model's context.
+    Raises ValueError for a prompt that is empty or fills the model's context.
     """
-    limit = check_length(model, ids)
-    device = next(model.parameters()).device
-    generator = seeded_generator(sampling.seed, device)
-    length = min(limit, len(ids) + sampling.max_new_tokens)
-    cache = KVCache(model.config, 1, length, device)
-    was_training = model.training
-    model.eval()
-    try:
-        new, position = list(ids), 0
-        while position + len(new) <= length:
-            with torch.inference_mode():
-                positions = torch.arange(position, position + len(new), device=device)[None]
-                inputs = torch.tensor([new], device=device)
-                logits = model(inputs, positions, cache=cache, last_only=True)[0, -1]
-                token = sample(logits, sampling, generator)
-            position += len(new)
-            if position == length:
-                return
-            yield token
-            if token in stop_ids:
-                return
-            new = [token]
-    finally:
-        model.train(was_training)
+    check_length(model, ids)
+    generator = seeded_generator(sampling.seed, next(model.parameters()).device)
+    for new in _decode(model, [ids], sampling, stop_ids, generator):
+        yield new[0]
 
 
 def generate_batch(
@@ -163,70 +142,65 @@ def generate_batch(
     sampling: Sampling,
     stop_ids: Sequence[int] = (),
 ) -> list[list[int]]:
-    """New ids of many prompts decoded together, each up to a stop id (its last) or a limit.
+    """Return the new ids of each prompt, up to a stop id (included) or a limit.
 
-    At temperature 0 the ids that `generate` yields. Raises ValueError as it does.
+    Prompts are decoded together. At temperature 0 the ids are those of `generate`.
+    Raises ValueError as `generate` does.
     """
     for prompt in prompts:
         check_length(model, prompt)
-    device = next(model.parameters()).device
-    generator = seeded_generator(sampling.seed, device)
+    generator = seeded_generator(sampling.seed, next(model.parameters()).device)
     answers: list[list[int]] = [[] for _ in prompts]
-    # Prompts of like length share a batch, so little of it is padding.
+    # Prompts of similar length share a batch, so little of it is padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for begin in range(0, len(order), MAX_BATCH):
-                rows = order[begin : begin + MAX_BATCH]
-                batch = [prompts[i] for i in rows]
-                new = _decode_batch(model, batch, sampling, frozenset(stop_ids), generator)
-                for i, answer in zip(rows, new, strict=True):
-                    answers[i] = answer
-    finally:
-        model.train(was_training)
+    for begin in range(0, len(order), MAX_BATCH):
+        rows = order[begin : begin + MAX_BATCH]
+        for new in _decode(model, [prompts[i] for i in rows], sampling, stop_ids, generator):
+            for row, token in new.items():
+                answers[rows[row]].append(token)
     return answers
 
 
-def _decode_batch(
+def _decode(
     model: Transformer,
-    prompts: list[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
     sampling: Sampling,
-    stop_ids: frozenset[int],
+    stop_ids: Sequence[int],
     generator: torch.Generator,
-) -> list[list[int]]:
-    """The new ids of prompts that end in the same column, padded in front.
+) -> Iterator[dict[int, int]]:
+    """Yield the next id of each unfinished prompt, by its row in the batch.
 
-    Two prompts, 7 8 9 and 5, as the model sees them (padding is a document of its own):
+    Prompts end in the same column. Two of them, 7 8 9 and 5, as the model sees them (padding is a
+    document of its own):
 
         input_ids    7 8 9     position_ids   0 1 2     document_ids   1 1 1
                      0 0 5                    0 0 0                    0 0 1
     """
     device = next(model.parameters()).device
-    limit = model.config.max_position_embeddings
-    rooms = [min(sampling.max_new_tokens, limit - len(prompt)) for prompt in prompts]
-    length = max(map(len, prompts))
+    limit, length = model.config.max_position_embeddings, max(map(len, prompts))
+    remaining = {i: min(sampling.max_new_tokens, limit - len(p)) for i, p in enumerate(prompts)}
     padding = torch.tensor([[length - len(prompt)] for prompt in prompts], device=device)
     new_BT = torch.tensor([[0] * (length - len(p)) + list(p) for p in prompts], device=device)
     positions_BT = (torch.arange(length, device=device) - padding).clamp(min=0)
     documents_BT = (torch.arange(length, device=device) >= padding).long()
-    cache = KVCache(model.config, len(prompts), length + max(rooms), device)
-    logits = model(new_BT, positions_BT, documents_BT, cache=cache, last_only=True)
-
-    answers: list[list[int]] = [[] for _ in prompts]
-    going = set(range(len(prompts)))  # Finished rows are decoded on, and their ids left out.
-    while True:
-        ids = [sample(logits_V, sampling, generator) for logits_V in logits[:, -1]]
-        for row in sorted(going):
-            answers[row].append(ids[row])
-            if ids[row] in stop_ids or len(answers[row]) == rooms[row]:
-                going.discard(row)
-        if not going:
-            return answers
-        positions_BT, documents_BT = positions_BT[:, -1:] + 1, documents_BT[:, -1:]
-        new_BT = torch.tensor(ids, device=device)[:, None]
-        logits = model(new_BT, positions_BT, documents_BT, cache=cache, last_only=True)
+    cache = KVCache(model.config, len(prompts), length + max(remaining.values()), device)
+    was_training = model.training
+    model.eval()
+    try:
+        while remaining:
+            with torch.inference_mode():
+                logits = model(new_BT, positions_BT, documents_BT, cache=cache, last_only=True)
+                ids = [sample(logits_V, sampling, generator) for logits_V in logits[:, -1]]
+                new_BT = torch.tensor(ids, device=device)[:, None]
+                positions_BT, documents_BT = positions_BT[:, -1:] + 1, documents_BT[:, -1:]
+            new = {row: ids[row] for row in remaining}  # Finished rows are decoded, but not used.
+            for row, token in new.items():
+                remaining[row] -= 1
+                if token in stop_ids or not remaining[row]:
+                    del remaining[row]
+            yield new
+    finally:
+        model.train(was_training)
 
 
 def sample_texts(
@@ -243,7 +217,7 @@ def sample_texts(
 def sample_answers(
     model: Transformer, tokenizer: Tokenizer, questions: Sequence[str], sampling: Sampling
 ) -> list[str]:
-    """Each question with the model's answer to it, as a conversation of its own."""
+    """Return each question with the model's answer, each as a separate conversation."""
     ids = [render_prompt(tokenizer, [{"role": "user", "content": q}]) for q in questions]
     return [
         f"{question}\n{tokenizer.decode(new)}"
@@ -254,16 +228,16 @@ def sample_answers(
 def _samples(
     model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], sampling: Sampling
 ) -> list[list[int]]:
-    """What a model that may be in training, and compiled, goes on with."""
-    # A compiled layer would be compiled anew for each length of the cache, and give up at eight.
-    # Where torch's compiler is not even imported, which takes a second, nothing is compiled.
+    """Generate without compilation, in a run whose layers may be compiled."""
+    # A compiled layer would be recompiled for each length of the cache, and fail after eight.
+    # If torch's compiler is not imported, which would take a second, no layer is compiled.
     compiler = "torch._dynamo" in sys.modules
     with torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext():
         return generate_batch(model, prompts, sampling, tokenizer.stop_ids)
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
-    """Text of ids as they come, never half a character; broken UTF-8 becomes U+FFFD."""
+    """Yield the text of ids as they arrive, in whole characters; broken UTF-8 becomes U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for id_ in ids:
         if text := decoder.decode(tokenizer.decode_bytes([id_])):
