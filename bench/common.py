@@ -64,7 +64,9 @@ def run(script: str, data: Path, name: str, more: list[str], config: str = "") -
     if done.returncode:
         sys.exit(f"{script} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     (out_dir / "stdout.txt").write_text(done.stdout + done.stderr)
-    return [json.loads(line) for line in (out_dir / "metrics.jsonl").open()]
+    from trainlib.engine.metrics import read_metrics  # Here: peers need torch alone.
+
+    return read_metrics(out_dir)
 
 
 def seconds_to_first_figure(words: list[str], folder: Path, env: dict[str, str]) -> float:

@@ -259,13 +259,38 @@ def test_an_unfinished_run_offers_what_is_there_and_works(run, place, tmp_path):
     ):
         code, out = run("pretrain", f"out_dir={out_dir}", setting)
         assert code == 1 and "unfinished run of another recipe" in out
-        ways = out[out.index("Ways on:") :].splitlines()[1:]
+        ways = out[out.index("Options:") :].splitlines()[1:]
         names = ["out_dir=NEW", "resume=never", *(f"{key}={step}" for key in offered)]
         assert [way.split()[0] for way in ways] == names
         assert len({len(re.match(r" +\S+ +", way)[0]) for way in ways}) == 1  # Aligned.
     assert run("pretrain", f"out_dir={out_dir}", "optim.muon_lr=0.5", f"resume={step}")[0] == 0
     words = (f"out_dir={tmp_path}/new", "optim.name=adamw", f"init_from={step}")
     assert run("pretrain", *words)[0] == 0
+
+
+def test_a_run_of_another_stage_is_refused_by_name(run, tmp_path):
+    """Also where resume= names its step folder; a run that says no stage is told by its recipe."""
+    folder, step = tmp_path / "run", tmp_path / "run/step_000002"
+    assert run("pretrain", f"out_dir={folder}")[0] == 0
+    identity = json.loads((folder / "identity.json").read_text())
+    assert identity["stage"] == "pretrain"
+    before = contents(folder)
+    code, out = run("sft", f"out_dir={folder}")
+    assert code == 1 and f"{folder} holds a run of pretrain, but this is sft" in out
+    assert f"init_from={folder}/final" in out
+    for out_dir in (folder, tmp_path / "new"):
+        code, out = run("sft", f"out_dir={out_dir}", f"resume={step}")
+        assert code == 1 and f"resume={step} is of a run of pretrain, but this is sft" in out
+    assert contents(folder) == before
+    (folder / "final").rename(tmp_path / "final")
+    code, out = run("sft", f"out_dir={folder}")
+    assert code == 1 and "holds a run of pretrain" in out and "init_from=" not in out
+    del identity["stage"]
+    (folder / "identity.json").write_text(json.dumps(identity))
+    code, out = run("sft", f"out_dir={folder}")
+    assert code == 1 and "unfinished run of another recipe" in out
+    code, out = run("pretrain", f"out_dir={folder}")
+    assert code == 0 and "resuming from" in out
 
 
 def test_a_touched_file_resumes_and_a_changed_one_does_not(run, place, tmp_path):

@@ -77,14 +77,13 @@ def test_a_file_of_another_kind_or_none_is_broken_throughout(tmp_path, capsys):
 def test_hours_are_those_of_the_newest_run_of_the_stage(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{"text": "a"}])
     assert doctor(capsys, path)[1][0]["tokens_per_second"] is None
-    of_pretrain, of_sft = "data: {}\nmodel: {}\n", "data: {}\n"
-    runs = {"pretrain_old": (of_pretrain, 10.0), "mine": (of_pretrain, 20.0),
-            "not_pretrain": (of_sft, 30.0)}  # fmt: skip
-    for age, (name, (settings, speed)) in enumerate(runs.items()):
+    runs = {"pretrain_old": ("pretrain", 10.0), "mine": ("pretrain", 20.0),
+            "not_pretrain": ("sft", 30.0), "says_no_stage": (None, 40.0)}  # fmt: skip
+    for age, (name, (stage, speed)) in enumerate(runs.items()):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        (folder / "run.yaml").write_text(settings)
-        write(folder / "metrics.jsonl", [{"train/tokens_per_second": speed}, '{"step'])
+        (folder / "identity.json").write_text(json.dumps({"stage": stage} if stage else {}))
+        write(folder / "metrics.jsonl", [{"step": 1, "train/tokens_per_second": speed}, '{"step'])
         os.utime(folder / "metrics.jsonl", (age, age))
     [report] = doctor(capsys, path)[1]
     assert (report["tokens_per_second"], report["speed_of"]) == (20.0, "runs/mine")

@@ -48,7 +48,7 @@ from trainlib.engine.device import use_hardware
 from trainlib.engine.loop import fit
 from trainlib.engine.plan import CONFIGS, plan_request, print_plan
 from trainlib.engine.run import STAGES, Run, RunConfig
-from trainlib.engine.run_folder import IDENTITY, take_folder
+from trainlib.engine.run_folder import IDENTITY, acquire_run_folder
 from trainlib.engine.training import Training
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
     recipe or other data.
     """
     folder = Path(config.out_dir)
-    identity = {"recipe": recipe(config), "data": data_key}
+    identity = {"stage": stage, "recipe": recipe(config), "data": data_key}
     ranks = join_ranks(config.device)
     if config.tokens_per_step < row_length and ranks.first:
         log.warning("tokens_per_step=%s is less than a row, so a step has one row of %s positions",
@@ -163,7 +163,7 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
     )
 
     def take() -> Path | None:
-        return take_folder(folder, config.resume, identity)
+        return acquire_run_folder(folder, config.resume, identity)
 
     lost = config.device == "auto" and choice.device == "cpu" and ranks.first
     if lost and (warning := unseen_card()):

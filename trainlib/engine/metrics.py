@@ -1,11 +1,14 @@
-"""Figures of a run on disk: metrics.jsonl, train.log and TensorBoard, one name each."""
+"""Metrics of a run on disk: metrics.jsonl, train.log and TensorBoard, with the same names."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -28,11 +31,11 @@ PAGE = "is it going well?"
 
 
 def charts(validation: list[str], baselines: list[str]) -> dict[str, list[str]]:
-    """The names in each chart of the page, by title; no chart that the stage has no figures for.
+    """Return the metric names of each chart, by title, without charts of other stages.
 
-    Of `validation`, the names that an evaluation gives, only those that all sets share are used.
+    `validation` are the names that an evaluation returns.
     """
-    lines = {
+    charts = {
         "loss": [TRAIN_LOSS, VAL_LOSS],
         "bits per byte": [VAL_BITS_PER_BYTE, *(BASELINE + name for name in baselines)],
         "reward accuracy": [VAL_REWARD_ACCURACY],
@@ -43,16 +46,15 @@ def charts(validation: list[str], baselines: list[str]) -> dict[str, list[str]]:
         "MFU": [TRAIN_MFU],
         "share of time waiting for data": [TRAIN_DATA_WAIT],
     }
-    return {title: names for title, names in lines.items()
+    return {title: names for title, names in charts.items()
             if not names[0].startswith("val/") or names[0] in validation}  # fmt: skip
 
 
 class MetricsLog:
-    """The three records of a run.
+    """Writer of metrics.jsonl, train.log and TensorBoard; only rank 0 has `writes`.
 
-    On resume from a step, metrics.jsonl loses what came after it (and a torn last line), so that
-    each step has one training line and one validation line at most. Of several ranks only the
-    first has `writes`.
+    A resume from a step removes later lines of metrics.jsonl, and a torn last one. So each step has
+    at most one training line and one validation line.
     """
 
     def __init__(self, folder: Path, resume_step: int | None, writes: bool = True) -> None:
@@ -78,22 +80,19 @@ class MetricsLog:
             write_atomically(self._folder / "baselines.json", json.dumps(baselines, indent=2))
 
     def write_step(self, step: int, values: dict[str, float], text: str) -> None:
-        """Record a training step, with its line for people."""
+        """Record a training step, and its line of train.log."""
         if self.writes:
             self.write(step, values)
             self._line(text)
 
     def write_evaluation(
-        self, step: int, values: dict[str, float], samples: list[str], words: list[str]
+        self, step: int, values: dict[str, float], samples: list[str], log_lines: list[str]
     ) -> None:
-        """Record an evaluation: its figures, the baselines at this step, what the model wrote.
-
-        `words` are lines for people about it.
-        """
+        """Record an evaluation: its metrics, the baselines, samples, and lines of train.log."""
         if not self.writes:
             return
         self.write(step, values)
-        for line in words:
+        for line in log_lines:
             self._line(line)
         for name, value in self._baselines.items():
             self._board.add_scalar(BASELINE + name, value, step)
@@ -101,10 +100,10 @@ class MetricsLog:
             self._board.add_text("samples", as_markdown(samples), step)
         if not self._has_page:
             self._add_page(list(values))
-        self._board.flush()  # A chart with its last point missing would mislead who looks now.
+        self._board.flush()  # Otherwise the charts would lack their last point.
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Record figures of a step; one that is not finite becomes null."""
+        """Record metrics of a step; values that are not finite become null."""
         if not self.writes:
             return
         plain = {name: v if math.isfinite(v) else None for name, v in values.items()}
@@ -122,9 +121,11 @@ class MetricsLog:
         self._board.close()
 
     def _add_page(self, validation: list[str]) -> None:
-        # TensorBoard takes the names for regular expressions and matches their beginnings.
-        lines = charts(validation, list(self._baselines))
-        page = {title: ["Multiline", [f"{n}$" for n in names]] for title, names in lines.items()}
+        # TensorBoard matches names as regular expressions, from their beginning.
+        page = {
+            title: ["Multiline", [f"{name}$" for name in names]]
+            for title, names in charts(validation, list(self._baselines)).items()
+        }
         self._board.add_custom_scalars({PAGE: page})
         self._has_page = True
 
@@ -134,13 +135,22 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; figures that were not finite are left out of theirs."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{name: v for name, v in json.loads(line).items() if v is not None} for line in lines]
+    """Read the rows of a run's metrics.jsonl, without values that were not finite."""
+    rows = _complete_rows(folder / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+
+def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a metrics file; skip one that is being written, or that a kill tore."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and "step" in row:
+                yield row
 
 
 def minutes_trained(rows: list[dict[str, float]]) -> list[float]:
-    """Minutes of training at each line of read_metrics, start, evaluations and writing apart."""
+    """Return the minutes of training at each row, without start, evaluations and checkpoints."""
     minutes, tokens, found = 0.0, 0.0, []
     for row in rows:
         if TRAIN_SPEED in row:
@@ -151,9 +161,9 @@ def minutes_trained(rows: list[dict[str, float]]) -> list[float]:
 
 
 def newly_passed(value: float, baselines: dict[str, float], passed: list[str]) -> dict[str, str]:
-    """Baselines that a value lies below for the first time, with the words for it.
+    """Return the baselines that a value is below for the first time, with a text for each.
 
-    None for uniform: a model that has learned nothing lies now above it, now below.
+    Without uniform, which a model that has learned nothing may be above or below.
     """
     return {
         name: f"below the {name} line"
@@ -163,9 +173,9 @@ def newly_passed(value: float, baselines: dict[str, float], passed: list[str]) -
 
 
 def as_markdown(samples: list[str]) -> str:
-    """Texts one below the other, in which nothing is taken for markup and no line break is lost.
+    """Join texts, with their markup escaped and their line breaks kept.
 
-    Not as code blocks: TensorBoard does not wrap their lines.
+    Code blocks are not used, because TensorBoard does not wrap their lines.
     """
 
     def plain(line: str) -> str:
@@ -179,14 +189,7 @@ def as_markdown(samples: list[str]) -> str:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Keep the lines of a metrics file up to a step, whole ones only."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # Torn by a kill in the middle of a line, or by a power cut.
-    write_atomically(path, "".join(kept))
+    """Keep the rows of a metrics file up to a step."""
+    if path.exists():
+        kept = [json.dumps(row) + "\n" for row in _complete_rows(path) if row["step"] <= step]
+        write_atomically(path, "".join(kept))

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, whether to go on there, and that nothing in it is lost."""
+"""Decide whether to start, resume or refuse a run, and never overwrite one."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from trainlib.engine.checkpoint import Checkpoints
 log = logging.getLogger(__name__)
 
 IDENTITY = "identity.json"
-"""What a run is, by its recipe and its data; a folder with this file holds a run."""
+"""What a run is: its stage, recipe and data. A folder with this file holds a run."""
 
 
-def take_folder(folder: Path, resume: str, identity: dict[str, Any]) -> Path | None:
-    """Claim a run's folder, make it and lock it; returns the step folder to go on from.
+def acquire_run_folder(folder: Path, resume: str, identity: dict[str, Any]) -> Path | None:
+    """Create and lock a run's folder; return the step folder to resume from, if any.
 
-    Raises UserError where it is another's, holds what a run would overwrite or cannot be made.
+    Raises UserError if another process uses it, if the run would overwrite something in it, or if
+    it cannot be created.
     """
     try:
         refuse_if_locked(folder)
-        step_folder = claim(folder, resume, identity)
+        step_folder = resolve_resume(folder, resume, identity)
         folder.mkdir(parents=True, exist_ok=True)
         lock_folder(folder)
     except OSError as error:
-        # Of a path through a file, Python says that the file exists.
+        # If a part of the path is a file, Python only says that the file exists.
         file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
         reason = f"{file} is a file" if file else error.strerror
         raise UserError(
@@ -37,37 +38,55 @@ def take_folder(folder: Path, resume: str, identity: dict[str, Any]) -> Path | N
     return step_folder
 
 
-def claim(folder: Path, resume: str, identity: dict[str, Any]) -> Path | None:
-    """The step folder to go on from, or None for a fresh start in a free folder.
+def resolve_resume(folder: Path, resume: str, identity: dict[str, Any]) -> Path | None:
+    """Return the step folder to resume from, or None to start in an empty folder.
 
-    Raises UserError where the folder holds what a run would overwrite.
+    Raises UserError if the run would overwrite something in the folder.
     """
     if resume not in ("auto", "never"):
-        return _named(folder, Path(resume))
+        return _named_step_folder(folder, Path(resume), identity["stage"])
     if not _occupied(folder):
         return None
     if not (folder / IDENTITY).is_file():
-        # It may be anything, data too: it is not for this program to move.
-        cure = "give another folder by out_dir=NEW"
-        raise UserError(f"{folder} holds files, but no run of this program: {cure}")
+        # These may be any files, data too, so they are not moved.
+        raise UserError(
+            f"{folder} holds files, but no run of this program: give another folder by out_dir=NEW"
+        )
     if resume == "never":
         log.info("moved the run that was in %s to %s", folder, _moved(folder))
         return None
-    if (folder / "final").is_dir():
-        raise UserError(f"{folder} holds a finished run. {_ways(folder, {'init_from': 'final'})}")
+    finished = {"init_from": "final"} if (folder / "final").is_dir() else {}
+    if (stage := stage_of(folder)) not in ("", identity["stage"]):
+        text = f"{folder} holds a run of {stage}, but this is {identity['stage']}."
+        raise UserError(f"{text} {_options(folder, finished)}")
+    if finished:
+        raise UserError(f"{folder} holds a finished run. {_options(folder, finished)}")
     newest = Checkpoints(folder, 1).newest()
-    was = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
-    if differing := _differing(was, json.loads(json.dumps(identity))):
+    if differing := _differences(_read_identity(folder), json.loads(json.dumps(identity))):
         lines = "".join(f"\n  {text}" for text in differing.values())
-        ways = _ways(folder, _uses(newest, set(differing)))
-        raise UserError(f"{folder} holds an unfinished run of another recipe:{lines}\n{ways}")
+        options = _options(folder, _uses(newest, set(differing)))
+        raise UserError(f"{folder} holds an unfinished run of another recipe:{lines}\n{options}")
     return newest
 
 
-def _named(folder: Path, step_folder: Path) -> Path:
-    """A step folder that resume= names, where going on from it overwrites nothing."""
+def stage_of(folder: Path) -> str:
+    """Return the stage of the run in a folder; empty if there is no run, or one that has none."""
+    return _read_identity(folder).get("stage", "") if (folder / IDENTITY).is_file() else ""
+
+
+def _read_identity(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+
+
+def _named_step_folder(folder: Path, step_folder: Path, stage: str) -> Path:
+    """Return the step folder of resume=; raise UserError if a resume would overwrite something."""
     if not (step_folder / "train_state.json").is_file():
         raise UserError(f"resume={step_folder} is no step folder (it has no train_state.json)")
+    if (other := stage_of(step_folder.parent)) not in ("", stage):
+        raise UserError(
+            f"resume={step_folder} is of a run of {other}, but this is {stage}; "
+            f"start a new run from its model by init_from={step_folder}"
+        )
     inside = step_folder.resolve().parent == folder.resolve()
     if (folder / "final").is_dir() or not inside and _occupied(folder):
         raise UserError(
@@ -78,12 +97,12 @@ def _named(folder: Path, step_folder: Path) -> Path:
 
 
 def _occupied(folder: Path) -> bool:
-    """Whether a folder holds more than a lock."""
+    """Return whether a folder holds more than a lock."""
     return folder.exists() and any(path.name != LOCK for path in folder.iterdir())
 
 
 def _moved(folder: Path) -> Path:
-    """Where a run was moved to; raises UserError where the system does not let go of its folder."""
+    """Move a run aside and return its new folder. Raises UserError if the system refuses."""
     try:
         return move_aside(folder)
     except OSError as error:
@@ -93,38 +112,38 @@ def _moved(folder: Path) -> Path:
         ) from error
 
 
-def _differing(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """What two runs do not share, key to words."""
-    before, after = was["recipe"], now["recipe"]
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Return what differs between the identities of two runs: key to text."""
+    old, new = before["recipe"], now["recipe"]
     differing = {
-        key: f"{key}: {before.get(key)!r} there, {after.get(key)!r} now"
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key)
+        key: f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
     }
-    if was["data"] != now["data"]:
+    if before["data"] != now["data"]:
         differing["data"] = "the data files or the tokenizer have changed"
     return differing
 
 
 def _uses(step_folder: Path | None, differing: set[str]) -> dict[str, str]:
-    """What a step folder is good for under other settings: key to the folder's name."""
-    # Another model has no use for its weights, another optimizer none for its state.
+    """Return the settings that can use a step folder despite these differences."""
+    # Another model cannot use its weights, another optimizer not its optimizer state.
     if step_folder is None or any(key.startswith(("model.", "tokenizer")) for key in differing):
         return {}
     keys = ("init_from",) if "optim.name" in differing else ("resume", "init_from")
     return dict.fromkeys(keys, step_folder.name)
 
 
-def _ways(folder: Path, uses: dict[str, str]) -> str:
-    """What can be done about a folder that holds a run, a line each."""
-    ways = {
-        "out_dir=NEW": "train into another folder",
-        "resume=never": f"move {folder} to {folder}.1 (or .2, ...) first",
-    }
-    what = {
+def _options(folder: Path, uses: dict[str, str]) -> str:
+    """Return the settings that a user can choose from, one a line."""
+    texts = {
         "resume": "go on from there with the settings of now",
         "init_from": "start a new run from its model (with out_dir=NEW)",
     }
-    ways |= {f"{key}={folder / name}": what[key] for key, name in uses.items()}
-    width = max(map(len, ways))
-    return "Ways on:" + "".join(f"\n  {way:{width}}   {does}" for way, does in ways.items())
+    options = {
+        "out_dir=NEW": "train into another folder",
+        "resume=never": f"move {folder} to {folder}.1 (or .2, ...) first",
+        **{f"{key}={folder / name}": texts[key] for key, name in uses.items()},
+    }
+    width = max(map(len, options))
+    return "Options:" + "".join(f"\n  {key:{width}}   {text}" for key, text in options.items())
