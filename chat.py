@@ -20,16 +20,15 @@ NEWEST = ("runs/dpo/final", "runs/sft/final", "runs/demo/dpo/final")
 def answer(
     model: Transformer, tokenizer: Tokenizer, messages: list[Message], sampling: Sampling
 ) -> str:
-    """Print the assistant's answer as it comes, and return it; Ctrl-C ends it early.
+    """Print the assistant's answer as it is generated, and return it; Ctrl-C ends it early.
 
-    The oldest exchanges are taken out of messages where the context has no room for them and the
-    answer (of which half the context is kept at most). Raises UserError where the last message
-    alone leaves no room.
+    Removes the oldest exchanges from messages if they and the answer do not fit the context, of
+    which the answer takes at most half. Raises UserError if the last message alone does not fit.
     """
     limit = model.config.max_position_embeddings
-    room = limit - min(sampling.max_new_tokens, limit // 2)
+    longest = limit - min(sampling.max_new_tokens, limit // 2)
     first = 1 if messages[0]["role"] == "system" else 0
-    while len(ids := render_prompt(tokenizer, messages)) > room and len(messages) > first + 2:
+    while len(ids := render_prompt(tokenizer, messages)) > longest and len(messages) > first + 2:
         del messages[first : first + 2]
         print("(the oldest exchange no longer fits the context)", file=sys.stderr)
     if len(ids) >= limit:
@@ -47,7 +46,7 @@ def answer(
 def converse(
     model: Transformer, tokenizer: Tokenizer, system: list[Message], sampling: Sampling
 ) -> None:
-    """Read questions until the input ends; /new starts over, /quit leaves."""
+    """Answer questions until the input ends; /new starts a new conversation, /quit exits."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # Gives input() a history.
     print("/new starts over, /quit leaves", file=sys.stderr)
@@ -73,7 +72,7 @@ def converse(
 
 
 def main() -> None:
-    """Parse the command line and talk."""
+    """Parse the command line, and chat or answer once."""
     parser = argparse.ArgumentParser(description=__doc__)
     default = next((name for name in NEWEST if Path(name).is_dir()), None)
     parser.add_argument("--model", default=default, help=f"model folder (default: {default})")
@@ -94,15 +93,14 @@ def main() -> None:
             options.temperature, options.top_p, options.top_k, options.max_new_tokens, options.seed
         )
         model, tokenizer = load_model(options.model, "--model "), load_tokenizer(options.model)
-        system: list[Message] = (
-            [{"role": "system", "content": options.system}] if options.system else []
-        )
-        if options.prompt is not None:
-            answer(
-                model, tokenizer, [*system, {"role": "user", "content": options.prompt}], sampling
-            )
+        messages: list[Message] = []
+        if options.system:
+            messages.append({"role": "system", "content": options.system})
+        if options.prompt is None:
+            converse(model, tokenizer, messages, sampling)
         else:
-            converse(model, tokenizer, system, sampling)
+            messages.append({"role": "user", "content": options.prompt})
+            answer(model, tokenizer, messages, sampling)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -34,7 +34,8 @@ from bench.common import (
 )
 from bench.step import own_step
 from bench.training import AS_LONG, LENGTH, ROWS
-from trainlib.engine.metrics import TRAIN_MFU, minutes_trained
+from tools.past_runs import minutes_trained
+from trainlib.engine.metrics import TRAIN_MFU
 
 DATA = SAMPLE / "pretrain.jsonl"
 STEP = [f"tokens_per_step={ROWS * LENGTH}"]

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tools.past_runs import minutes_trained
 from trainlib.engine.metrics import (
     VAL_BITS_PER_BYTE,
     VAL_REWARD_ACCURACY,
-    minutes_trained,
     read_metrics,
 )
 

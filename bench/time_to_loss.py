@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 
 from bench.common import PEERS, PLACE, SAMPLE, base, peer, record, run
-from trainlib.engine.metrics import VAL_BITS_PER_BYTE, minutes_trained, read_metrics
+from tools.past_runs import minutes_trained
+from trainlib.engine.metrics import VAL_BITS_PER_BYTE, read_metrics
 from trainlib.engine.optim import fast_bfloat16
 
 VAL_BYTES = 30_000

@@ -38,8 +38,9 @@ import torch
 from bench.common import PLACE, SAMPLE, base, parser_of, peer, record, run
 from bench.step import chosen
 from dataset import DataConfig, load_datasets
+from tools.past_runs import minutes_trained
 from trainlib.data.loader import StepLoader
-from trainlib.engine.metrics import TRAIN_SPEED, TRAIN_TOKENS, minutes_trained
+from trainlib.engine.metrics import TRAIN_SPEED, TRAIN_TOKENS
 from trainlib.engine.optim import fast_bfloat16
 from trainlib.models.hf_folder import load_tokenizer
 

@@ -20,10 +20,11 @@ import torch
 from model import Transformer, count_parameters
 from tokenizer.bpe import Tokenizer
 from tokenizer.chat_format import render_prompt
+from tools.past_runs import minutes_trained
 from trainlib.core.errors import UserError
 from trainlib.core.files import move_aside, write_atomically
 from trainlib.core.hardware import cpu_name
-from trainlib.engine.metrics import VAL_LOSS, minutes_trained, read_metrics
+from trainlib.engine.metrics import VAL_LOSS, read_metrics
 from trainlib.models.generate import Sampling, generate_batch
 from trainlib.models.hf_folder import load_model, load_tokenizer
 

@@ -1,4 +1,4 @@
-"""What training takes here: a stage's settings, and the speed of the newest run of it."""
+"""The time that past runs took: minutes of training, and the speed of the newest run of a stage."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import yaml
 
 from trainlib.core.files import ROOT
-from trainlib.engine.metrics import TRAIN_SPEED, read_metrics
-from trainlib.engine.run_folder import stage_of
+from trainlib.engine.metrics import TRAIN_SPEED, TRAIN_TOKENS, read_metrics
+from trainlib.engine.run_folder import read_identity
 
 RUNS = Path("runs")
 
@@ -23,9 +23,24 @@ def stage_settings(kind: str) -> dict[str, int]:
 
 def newest_speed(kind: str) -> tuple[float | None, str]:
     """Return the tokens per second of the newest run of a stage that has some, and its folder."""
-    logs = [path for path in RUNS.rglob("metrics.jsonl") if stage_of(path.parent) == kind]
+    logs = [
+        path
+        for path in RUNS.rglob("metrics.jsonl")
+        if read_identity(path.parent).get("stage", "") == kind
+    ]
     for log in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True):
         rows = read_metrics(log.parent)
         if speeds := [row[TRAIN_SPEED] for row in rows if TRAIN_SPEED in row]:
             return speeds[-1], str(log.parent)
     return None, ""
+
+
+def minutes_trained(rows: list[dict[str, float]]) -> list[float]:
+    """Return the minutes of training at each row, without start, evaluations and checkpoints."""
+    minutes, tokens, found = 0.0, 0.0, []
+    for row in rows:
+        if TRAIN_SPEED in row:
+            minutes += (row[TRAIN_TOKENS] - tokens) / row[TRAIN_SPEED] / 60
+            tokens = row[TRAIN_TOKENS]
+        found.append(minutes)
+    return found

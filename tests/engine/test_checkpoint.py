@@ -99,6 +99,16 @@ def test_the_count_of_steps_goes_where_the_optimizer_wants_it(fused):
     assert state["step"].device.type == ("meta" if fused else "cpu")
 
 
+def test_the_state_of_other_optimizers_is_refused_in_either_direction():
+    model = new_model()
+    one, two = [torch.optim.AdamW(model.parameters(), lr=0.1)], new_optimizers(model)
+    for before, now in ((one, two), (two, one)):
+        train(model, before, range(1))
+        tensors, scalars = optimizer_tensors(before, model)
+        with pytest.raises(UserError, match="written by other optimizers"):
+            load_optimizer_tensors(now, model, tensors, scalars)
+
+
 def test_a_step_folder_is_a_model_folder(tmp_path):
     (tmp_path / "run.yaml").write_text("seed: 1\n")
     tied = new_model()

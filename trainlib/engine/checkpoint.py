@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -60,6 +61,10 @@ class Checkpoints:
         weights = _snapshot(dict(model.named_parameters()))
         state = json.loads(json.dumps(state))
         self._writing = self._thread.submit(self._write, step, weights, _snapshot(tensors), state)
+
+    def due(self, step: int, every: int) -> bool:
+        """Return whether a checkpoint is due after a step."""
+        return bool(every) and step % every == 0
 
     def join(self) -> None:
         """Wait until the last snapshot is on disk. Raises UserError if it cannot be written."""
@@ -194,27 +199,23 @@ def load_optimizer_tensors(
     tensors: dict[str, Tensor],
     scalars: dict[str, Any],
 ) -> None:
-    """Restore the optimizers' state by parameter name, in any order of the parameters."""
-    parameters = dict(model.named_parameters())
-    # As in torch's load_state_dict: fused and capturable optimizers count steps on the device,
-    # others on the CPU.
-    counts_on_device = {
-        parameter
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        if group.get("fused") or group.get("capturable")
-        for parameter in group["params"]
-    }
+    """Restore the optimizers' state by parameter name, in any order of the parameters.
+
+    Raises UserError for the state of other optimizers.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    saved: dict[str, dict[str, dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
     for full_name, value in {**tensors, **scalars}.items():
-        if not full_name[0].isdigit():
-            continue
-        index, name, key = full_name.split("/")
-        if int(index) >= len(optimizers):
-            raise UserError(
-                "the checkpoint was written by other optimizers (optim.name). Start a new run from"
-                " its weights with init_from=FOLDER, or keep optim.name."
-            )
-        parameter = parameters[name]
-        if isinstance(value, Tensor) and (key != "step" or parameter in counts_on_device):
-            value = value.to(parameter.device)
-        optimizers[int(index)].state[parameter][key] = value
+        if full_name[0].isdigit():  # Others are RNG states.
+            index, name, key = full_name.split("/")
+            saved[index][name][key] = value
+    for index, optimizer in enumerate(optimizers):
+        state = saved[str(index)]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        ordered = {i: state.pop(names[p]) for i, p in enumerate(parameters) if names[p] in state}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": ordered})
+    if any(saved.values()):
+        raise UserError(
+            "the checkpoint was written by other optimizers (optim.name). Start a new run from"
+            " its weights with init_from=FOLDER, or keep optim.name."
+        )

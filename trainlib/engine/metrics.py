@@ -149,17 +149,6 @@ def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def minutes_trained(rows: list[dict[str, float]]) -> list[float]:
-    """Return the minutes of training at each row, without start, evaluations and checkpoints."""
-    minutes, tokens, found = 0.0, 0.0, []
-    for row in rows:
-        if TRAIN_SPEED in row:
-            minutes += (row[TRAIN_TOKENS] - tokens) / row[TRAIN_SPEED] / 60
-            tokens = row[TRAIN_TOKENS]
-        found.append(minutes)
-    return found
-
-
 def newly_passed(value: float, baselines: dict[str, float], passed: list[str]) -> dict[str, str]:
     """Return the baselines that a value is below for the first time, with a text for each.
 

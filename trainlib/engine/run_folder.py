@@ -47,42 +47,47 @@ def resolve_resume(folder: Path, resume: str, identity: dict[str, Any]) -> Path 
         return _named_step_folder(folder, Path(resume), identity["stage"])
     if not _occupied(folder):
         return None
-    if not (folder / IDENTITY).is_file():
+    if not (existing := read_identity(folder)):
         # These may be any files, data too, so they are not moved.
         raise UserError(
             f"{folder} holds files, but no run of this program: give another folder by out_dir=NEW"
         )
     if resume == "never":
-        log.info("moved the run that was in %s to %s", folder, _moved(folder))
+        try:
+            log.info("moved the run that was in %s to %s", folder, move_aside(folder))
+        except OSError as error:
+            text = f"resume=never: {folder} cannot be moved ({error.strerror})"
+            raise UserError(f"{text}; give another folder by out_dir=NEW") from error
         return None
     finished = {"init_from": "final"} if (folder / "final").is_dir() else {}
-    if (stage := stage_of(folder)) not in ("", identity["stage"]):
-        text = f"{folder} holds a run of {stage}, but this is {identity['stage']}."
+    stage = identity["stage"]
+    if (other := existing.get("stage", stage)) != stage:
+        text = f"{folder} holds a run of {other}, but this is {stage}."
         raise UserError(f"{text} {_options(folder, finished)}")
     if finished:
         raise UserError(f"{folder} holds a finished run. {_options(folder, finished)}")
     newest = Checkpoints(folder, 1).newest()
-    if differing := _differences(_read_identity(folder), json.loads(json.dumps(identity))):
+    if differing := _differences(existing, json.loads(json.dumps(identity))):
         lines = "".join(f"\n  {text}" for text in differing.values())
         options = _options(folder, _uses(newest, set(differing)))
         raise UserError(f"{folder} holds an unfinished run of another recipe:{lines}\n{options}")
     return newest
 
 
-def stage_of(folder: Path) -> str:
-    """Return the stage of the run in a folder; empty if there is no run, or one that has none."""
-    return _read_identity(folder).get("stage", "") if (folder / IDENTITY).is_file() else ""
+def read_identity(folder: Path) -> dict[str, Any]:
+    """Return what the run in a folder is; empty if the folder holds no run.
 
-
-def _read_identity(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+    A run of before says no "stage".
+    """
+    path = folder / IDENTITY
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _named_step_folder(folder: Path, step_folder: Path, stage: str) -> Path:
     """Return the step folder of resume=; raise UserError if a resume would overwrite something."""
     if not (step_folder / "train_state.json").is_file():
         raise UserError(f"resume={step_folder} is no step folder (it has no train_state.json)")
-    if (other := stage_of(step_folder.parent)) not in ("", stage):
+    if (other := read_identity(step_folder.parent).get("stage", stage)) != stage:
         raise UserError(
             f"resume={step_folder} is of a run of {other}, but this is {stage}; "
             f"start a new run from its model by init_from={step_folder}"
@@ -99,17 +104,6 @@ def _named_step_folder(folder: Path, step_folder: Path, stage: str) -> Path:
 def _occupied(folder: Path) -> bool:
     """Return whether a folder holds more than a lock."""
     return folder.exists() and any(path.name != LOCK for path in folder.iterdir())
-
-
-def _moved(folder: Path) -> Path:
-    """Move a run aside and return its new folder. Raises UserError if the system refuses."""
-    try:
-        return move_aside(folder)
-    except OSError as error:
-        raise UserError(
-            f"resume=never: {folder} cannot be moved ({error.strerror}); "
-            "give another folder by out_dir=NEW"
-        ) from error
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""What a trained model is reported by: baselines, worst rows, preferences."""
+"""Reports about a trained model: baselines, worst rows, preferences."""

@@ -1,12 +1,11 @@
 """Model-free baselines for validation bits per byte: uniform, unigram, bigram.
 
-    uniform   every entry of the vocabulary alike: log2 V bits a token
-    unigram   by how often each id occurs in the training data, one added to every count
-    bigram    the same given the id before; the rarer a pair, the more the unigram counts
+    uniform   every id is equally likely: log2 V bits per token
+    unigram   frequency of each id in the training data, with one added to every count
+    bigram    the same given the previous id, smoothed by the unigram
 
-All are bits per byte of the labels that validation reads: the same tokens, the same bytes. The
-counts come from at most MAX_TRAIN_IDS ids in blocks spread evenly over the training files, of
-which only labels under the loss count.
+All are bits per byte of the labels that validation reads. The counts are those of labels under
+the loss among at most MAX_TRAIN_IDS ids, in blocks spread evenly over the training files.
 
 Source: Witten-Bell smoothing as in Chen and Goodman, arXiv:cmp-lg/9606011, section 2.6.
 """
@@ -31,20 +30,20 @@ from trainlib.data.token_cache import TokenCache
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 3  # Counts up when the baselines, or what they mean, change.
+LAYOUT = 3  # Version of the cached values: increase it when a baseline changes.
 MAX_TRAIN_IDS = 20_000_000
 BLOCK = 1 << 16  # Ids read at a time.
 
 
 class Labels(NamedTuple):
-    """Every label under the loss with the id before it; int64, shapes (N,)."""
+    """Labels under the loss and the id before each; int64, shapes (N,)."""
 
     before: np.ndarray
     ids: np.ndarray
 
 
 def with_baselines(datasets: Datasets, tokenizer: Tokenizer) -> Datasets:
-    """Add the baselines of pretraining or fine-tuning data, measured once and kept on disk."""
+    """Add the baselines of pretraining or fine-tuning data, computed once and cached on disk."""
     digest = hashlib.sha256(f"{LAYOUT} {MAX_TRAIN_IDS} {datasets.data_key}".encode())
     for packed in (datasets.train, *datasets.val.values()):
         digest.update(f" {packed.row_length} {packed.max_rows} ".encode() + packed.selection)
@@ -56,7 +55,7 @@ def with_baselines(datasets: Datasets, tokenizer: Tokenizer) -> Datasets:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(found))
-        except OSError as error:  # A full disk; or another rank has just put the same there.
+        except OSError as error:  # The disk is full, or another rank has just written the file.
             log.info("%s was not kept (%s)", path, error)
     shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
     log.info("baselines in bits per byte of the validation text: %s", shown)
@@ -64,7 +63,7 @@ def with_baselines(datasets: Datasets, tokenizer: Tokenizer) -> Datasets:
 
 
 def measure(datasets: Datasets, tokenizer: Tokenizer) -> dict[str, float]:
-    """Bits per byte of the labels of all validation sets together, by baseline."""
+    """Return the bits per byte of the labels of all validation sets together, by baseline."""
     labels = validation_labels(list(datasets.val.values()))
     texts = tokenizer.id_to_bytes
     num_bytes = int(np.array([len(text) for text in texts])[labels.ids].sum())
@@ -78,7 +77,7 @@ def measure(datasets: Datasets, tokenizer: Tokenizer) -> dict[str, float]:
 
 
 def validation_labels(packed: list[PackedDataset]) -> Labels:
-    """What validation reads, through the same collate."""
+    """Return the labels that validation reads, through the same collate."""
     parts = []
     for dataset in packed:
         rows = [row for row, _ in dataset.rows(DataPosition())]
@@ -90,7 +89,7 @@ def validation_labels(packed: list[PackedDataset]) -> Labels:
 
 
 def training_labels(parts: list[tuple[TokenCache, np.ndarray]], limit: int) -> Iterator[Labels]:
-    """Labels of the selected records, block by block; about `limit` ids of them are read.
+    """Yield labels of the selected records block by block, from about `limit` ids.
 
     A sequence's first id is never under the loss, so no pair spans two sequences.
     """
@@ -98,7 +97,7 @@ def training_labels(parts: list[tuple[TokenCache, np.ndarray]], limit: int) -> I
     for cache, selected in parts:
         num_blocks = -(-len(cache.ids) // BLOCK)
         for block in np.linspace(0, num_blocks - 1, max(1, int(share * num_blocks))).astype(int):
-            # One id more than the block has labels: the one before its first.
+            # One id more than labels: the id before the first label.
             begin, end = block * BLOCK, min((block + 1) * BLOCK + 1, len(cache.ids))
             first = np.searchsorted(cache.offsets, begin, "right") - 1
             last = np.searchsorted(cache.offsets, end, "left")
@@ -109,16 +108,12 @@ def training_labels(parts: list[tuple[TokenCache, np.ndarray]], limit: int) -> I
 
 
 class Counts(NamedTuple):
-    """What the n-grams are made of; of V ids, shapes (V,) but for pairs."""
+    """Counts of n-grams over V ids; shapes (V,) except pairs."""
 
-    ids: np.ndarray
-    """How often each id is a label."""
-    before: np.ndarray
-    """How often it stands before a label."""
-    followers: np.ndarray
-    """Different labels after it."""
-    pairs: np.ndarray
-    """before * V + label of every label, sorted: a table of V * V would not fit."""
+    ids: np.ndarray  # How often each id is a label.
+    before: np.ndarray  # How often each id is before a label.
+    followers: np.ndarray  # Different labels after each id.
+    pairs: np.ndarray  # before * V + label of every label, sorted: V * V counts would be too many.
 
 
 def count_pairs(blocks: Iterator[Labels], vocab_size: int) -> Counts:
@@ -127,7 +122,7 @@ def count_pairs(blocks: Iterator[Labels], vocab_size: int) -> Counts:
     def count(ids: np.ndarray) -> np.ndarray:
         return np.bincount(ids, minlength=vocab_size)
 
-    # In half the memory where it fits: this is what most of a start's memory would be.
+    # Half the memory if it is enough: the pairs take most of the memory of a start.
     dtype = np.uint32 if vocab_size**2 <= 2**32 else np.int64
     ids, before, codes = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, np.int64), []
     for labels in blocks:
@@ -142,7 +137,7 @@ def count_pairs(blocks: Iterator[Labels], vocab_size: int) -> Counts:
 
 
 def ngram_bits(counts: Counts, labels: Labels) -> tuple[float, float]:
-    """Bits that unigram and bigram need for all labels.
+    """Return the bits of all labels under the unigram and the bigram.
 
     Unigram: p(b) = (c(b) + 1) / (N + V). Bigram: p(b|a) = (c(ab) + t p(b)) / (c(a) + t), where t
     different labels follow a; p(b) where none does.
@@ -151,9 +146,9 @@ def ngram_bits(counts: Counts, labels: Labels) -> tuple[float, float]:
     pairs, times = np.unique(labels.before * vocab_size + labels.ids, return_counts=True)
     before, ids = pairs // vocab_size, pairs % vocab_size
     unigram = (counts.ids[ids] + 1) / (counts.ids.sum() + vocab_size)
-    wanted = pairs.astype(counts.pairs.dtype)  # Else numpy would widen all of counts.pairs.
+    wanted = pairs.astype(counts.pairs.dtype)  # Otherwise numpy widens all of counts.pairs.
     left, right = (np.searchsorted(counts.pairs, wanted, side) for side in ("left", "right"))
-    known = np.maximum(counts.before[before], 1)  # Where none follows, the bigram is not used.
+    known = np.maximum(counts.before[before], 1)  # Without a follower the bigram is not used.
     followers = counts.followers[before]
     bigram = (right - left + followers * unigram) / (known + followers)
     bigram = np.where(followers > 0, bigram, unigram)

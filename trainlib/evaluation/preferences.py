@@ -1,16 +1,18 @@
-"""What preference optimization needs beside its loss: the reference, and a report by kind.
+"""Preference optimization besides its loss: the reference, and a report by kind of pair.
 
 The reference model is the model that training starts from. Its log-probabilities are computed
-once, for the pairs that the run will visit, and kept on disk; no second model is in the loop.
+once, for the pairs that the run will visit, and cached on disk; training needs no second model.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -32,25 +34,25 @@ log = logging.getLogger(__name__)
 TIE_NATS = 1e-3
 """Log-probability ratios closer than this are equal: below it fp32 sums of logits are noise."""
 FORWARD = 3
-"""Raised whenever the decoder comes to round otherwise, so that no older reference is used."""
+"""Version of the decoder's rounding: a reference of another version is not used."""
+TRAINED_PAIRS = 400
+"""Trained pairs that the report reads."""
 
 
 def reference_log_probs(training: Training) -> Tensor:
-    """Return the log-probabilities of the starting model by sequence id; shape (sequences,).
+    """Compute the starting model's log-probabilities by sequence id; shape (sequences,).
 
-    NaN for sequences that this run never visits; a run without a number of steps visits all. The
-    processes share the work. Read from .cache/reference/ as far as an earlier run computed them.
+    NaN for sequences that this run never visits. A run of unknown length visits all. The processes
+    share the work. Those that .cache/reference/ has from an earlier run are not computed again.
     """
-    run, model, datasets, loader = (
-        training.run, training.model, training.datasets, training.loader
-    )  # fmt: skip
-    everything = [datasets.train, *datasets.val.values()]
-    last = everything[-1]
+    run, model, datasets = training.run, training.model, training.datasets
+    all_datasets = [datasets.train, *datasets.val.values()]
+    last = all_datasets[-1]
     values = np.full(last.first_sequence_id + last.num_sequences, np.nan, np.float32)
     h = run.hardware
-    how = f"{datasets.data_key} {h.precision} {h.kernels} {h.compile} {datasets.train.row_length}"
-    digest = hashlib.sha256(f"{how} {FORWARD}".encode())
-    for packed in everything:
+    key = f"{datasets.data_key} {h.precision} {h.kernels} {h.compile} {datasets.train.row_length}"
+    digest = hashlib.sha256(f"{key} {FORWARD}".encode())
+    for packed in all_datasets:
         digest.update(packed.selection)
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
@@ -58,22 +60,15 @@ def reference_log_probs(training: Training) -> Tensor:
     if path.is_file():
         values = np.load(path)
     before, begin = np.isfinite(values).sum(), time.perf_counter()
-
-    def fill(batch: Batch) -> None:
-        ids = batch.sequence_ids.numpy()
-        if np.isnan(values[ids]).any():
-            moved = batch.to(run.hardware.device)
-            with run.hardware.autocast():
-                values[ids] = batch_log_probs(model, moved).float().cpu().numpy()
-
     with evaluation_mode(model):
         for packed in datasets.val.values():
-            for batch in micro_batches(packed, run.hardware, run.ranks):
-                fill(batch)
+            for batch in micro_batches(packed, h, run.ranks):
+                _fill(run, model, batch, values)
+        loader = training.loader
         one_epoch = -(-datasets.train.num_rows() // loader.rows_per_step)
         for _ in range(min(training.schedule.num_steps or one_epoch, one_epoch)):
             for batch in next(loader).micro_batches:
-                fill(batch)
+                _fill(run, model, batch, values)
     loader.seek(DataPosition())
     for theirs in run.ranks.gather(values):
         values = np.where(np.isnan(values), theirs, values)
@@ -84,11 +79,11 @@ def reference_log_probs(training: Training) -> Tensor:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             np.save(temporary, values)
-    return torch.from_numpy(values).to(run.hardware.device)
+    return torch.from_numpy(values).to(h.device)
 
 
 def share_above(values: np.ndarray) -> float:
-    """Share of values above 0, ties half."""
+    """Return the share of values above 0; ties count half."""
     ties = np.abs(values) <= TIE_NATS
     return float(np.where(ties, 0.5, values > 0).mean())
 
@@ -96,39 +91,37 @@ def share_above(values: np.ndarray) -> float:
 def report(
     run: Run, model: nn.Module, datasets: Datasets, reference: Tensor, latest: Tensor
 ) -> dict[str, Any]:
-    """Held-out and trained accuracy of each kind of pair, and what trivial rules reach.
+    """Return the accuracy of each kind of pair, held-out and trained, and that of trivial rules.
 
     For each kind: n, accuracy (share of pairs whose reward margin is above 0) with its standard
     error, the same on trained pairs, the policy's own preference (log-probability of chosen above
     that of rejected) before and after, and the best of three rules: longer, shorter, more overlap
-    with the prompt. `latest` holds the policy's log-probabilities by sequence id, as far as they
-    are known; what is NaN there is computed, and filled in.
+    with the prompt. `latest` holds the policy's log-probabilities by sequence id; those that are
+    NaN are computed and filled in.
     """
     before, after = reference.cpu().numpy(), latest.cpu().numpy()
-    held_out: dict[str, list[tuple[float, ...]]] = defaultdict(list)
-    trained: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    held_out, trained = defaultdict(list), defaultdict(list)
     with evaluation_mode(model):
         for name, packed in datasets.val.items():
-            _measure(run, model, packed, before, after, name, held_out, math.inf)
-        _measure(run, model, datasets.train, before, after, "", trained, 400)
+            for kind, margins in _margins(run, model, packed, before, after):
+                held_out[kind or name or "pairs"].append(margins)
+        pairs = _margins(run, model, datasets.train, before, after)
+        for kind, margins in itertools.islice(pairs, TRAINED_PAIRS):
+            trained[kind or "pairs"].append(margins)
     latest.copy_(torch.from_numpy(after))
     table: dict[str, Any] = {}
     for kind, rows in sorted(held_out.items()):
-        margin, own_before, own_after, longer, overlap = np.array(rows).T
-        accuracy, n = share_above(margin), len(rows)
-        rules = {
-            "longer": share_above(longer),
-            "shorter": 1 - share_above(longer),
-            "more overlap": share_above(overlap),
-        }
+        shares = [share_above(column) for column in np.array(rows).T]
+        accuracy, own_before, own_after, longer, overlap = shares
+        rules = {"longer": longer, "shorter": 1 - longer, "more overlap": overlap}
         best = max(rules, key=lambda rule: rules[rule])
         table[kind] = {
-            "n": n,
+            "n": len(rows),
             "accuracy": accuracy,
-            "standard_error": math.sqrt(accuracy * (1 - accuracy) / n),
+            "standard_error": math.sqrt(accuracy * (1 - accuracy) / len(rows)),
             "trained": share_above(np.array(trained[kind])[:, 0]) if trained[kind] else None,
-            "own_before": share_above(own_before),
-            "own_after": share_above(own_after),
+            "own_before": own_before,
+            "own_after": own_after,
             "rule": best,
             "rule_accuracy": rules[best],
         }
@@ -136,7 +129,7 @@ def report(
 
 
 def format_report(table: dict[str, Any]) -> str:
-    """The report as lines for a terminal."""
+    """Format the report as lines for a terminal."""
     lines = [
         f"{'kind of pair':<14}{'n':>6}{'accuracy':>10}{'+-':>7}{'trained':>9}"
         f"{'own before':>12}{'own after':>11}   best trivial rule"
@@ -151,50 +144,43 @@ def format_report(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _measure(
-    run: Run,
-    model: nn.Module,
-    packed: PackedDataset,
-    before: np.ndarray,
-    after: np.ndarray,
-    default_kind: str,
-    into: dict[str, list[tuple[float, ...]]],
-    max_pairs: float,
-) -> None:
-    """Add (margin, own before, own after, length and overlap difference) of each pair by kind."""
-    origins, count = packed.origins(), 0
+def _fill(run: Run, model: nn.Module, batch: Batch, values: np.ndarray) -> np.ndarray:
+    """Compute log-probabilities of a batch that are NaN in `values`; return those of the batch."""
+    ids = batch.sequence_ids.numpy()
+    if np.isnan(values[ids]).any():
+        with run.hardware.autocast():
+            log_probs = batch_log_probs(model, batch.to(run.hardware.device))
+        values[ids] = log_probs.float().cpu().numpy()
+    return values[ids]
+
+
+def _margins(
+    run: Run, model: nn.Module, packed: PackedDataset, before: np.ndarray, after: np.ndarray
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the kind of each pair, and five values of chosen minus those of rejected.
+
+    They are: log-probability ratio, log-probability before and after, length, overlap.
+    """
+    origins = packed.origins()
     for batch in micro_batches(packed, run.hardware):
         ids = batch.sequence_ids.numpy()
-        if np.isnan(before[ids]).any():
+        old = before[ids]
+        if np.isnan(old).any():
             continue  # A training row that the run's length did not visit.
-        if np.isnan(after[ids]).any():
-            moved = batch.to(run.hardware.device)
-            with run.hardware.autocast():
-                after[ids] = batch_log_probs(model, moved).float().cpu().numpy()
-        old, new = before[ids], after[ids]
-        ratio = new - old
-        lengths, overlaps = _trivial(batch)
-        for pair in range(0, len(ids), 2):
-            kind = origins[int(ids[pair])].source or default_kind or "pairs"
-            chosen, rejected = pair, pair + 1
-            into[kind].append(
-                tuple(float(x[chosen] - x[rejected]) for x in (ratio, old, new, lengths, overlaps))
-            )
-            count += 1
-        if count >= max_pairs:
-            return
+        new = _fill(run, model, batch, after)
+        values = np.stack([new - old, old, new, *_length_and_overlap(batch)])
+        for id_, margins in zip(ids[::2], (values[:, ::2] - values[:, 1::2]).T, strict=True):
+            yield origins[int(id_)].source, margins
 
 
-def _trivial(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Length of each answer in tokens, and the share of its tokens that its prompt holds."""
-    num_documents = len(batch.sequence_ids)
-    lengths, overlaps = np.zeros(num_documents), np.zeros(num_documents)
-    documents, labels = batch.document_ids.numpy(), batch.labels.numpy()
-    inputs = batch.input_ids.numpy()
-    for document in range(num_documents):
-        here = documents == document
-        answer = labels[here][labels[here] >= 0]
-        prompt = set(inputs[here][labels[here] < 0].tolist())
-        lengths[document] = len(answer)
-        overlaps[document] = np.mean([token in prompt for token in answer.tolist()])
+def _length_and_overlap(batch: Batch) -> tuple[list[int], list[float]]:
+    """Return each answer's length in tokens, and the share of its tokens that its prompt has."""
+    lengths, overlaps = [], []
+    for document in range(len(batch.sequence_ids)):
+        here = batch.document_ids == document
+        labels = batch.labels[here]
+        answer = labels[labels >= 0].tolist()
+        prompt = set(batch.input_ids[here][labels < 0].tolist())
+        lengths.append(len(answer))
+        overlaps.append(float(np.mean([token in prompt for token in answer])))
     return lengths, overlaps

@@ -1,8 +1,8 @@
-"""After a run, the validation rows that the model does worst on, by file and line.
+"""The validation rows that a trained model is worst on, by file and line.
 
-What stands at the top is either hard, or broken in a way that no parser sees: a table that lost
-its columns, another language, an answer to another question. The same faults are in the training
-rows, which come from the same files.
+The first rows are hard, or broken in a way that no parser notices: a table without its columns,
+another language, an answer to another question. Training rows come from the same files and have
+the same faults.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 
 NUM_ROWS = 50
 MIN_BYTES = 32
-"""Bits per byte of fewer bytes say little: "OK." is a surprise, whatever the model is."""
+"""Shorter rows are skipped: "OK." has many bits per byte for any model."""
 SHOWN_IDS = 64
-"""Of a row's text, so that it is known again."""
+"""Ids of a row whose text is written, to identify it."""
 
 
 def write_worst_rows(
@@ -37,8 +37,8 @@ def write_worst_rows(
 ) -> None:
     """Write the NUM_ROWS rows with the most bits per byte to worst_rows.jsonl of the run.
 
-    Rows with fewer than MIN_BYTES bytes under the loss are left out. Where data.val_max_rows bounds
-    what is read, the rest of a long document does not count.
+    Skips rows with fewer than MIN_BYTES bytes under the loss. If data.val_max_rows limits what is
+    read, the rest of a long document does not count.
     """
     id_bytes = torch.tensor([len(text) for text in tokenizer.id_to_bytes])
     found: list[tuple[float, Origin, dict[str, float]]] = []
@@ -52,7 +52,7 @@ def write_worst_rows(
                 sizes = torch.zeros(len(batch.sequence_ids), dtype=torch.int64).index_add(
                     0, batch.document_ids[under_loss], id_bytes[batch.labels[under_loss]]
                 )
-                # A long document is several pieces, maybe of one batch.
+                # A long document has several pieces, perhaps in one batch.
                 own = batch.sequence_ids.numpy() - packed.first_sequence_id
                 np.add.at(bits, own, -log_probs.float().cpu().numpy() / math.log(2))
                 np.add.at(num_bytes, own, sizes.numpy())
@@ -69,7 +69,7 @@ def write_worst_pairs(
 ) -> None:
     """Write the NUM_ROWS pairs with the smallest reward margin to worst_rows.jsonl of the run.
 
-    rewards are by sequence id, NaN where a sequence was not read; such pairs are left out.
+    `rewards` are by sequence id. Skips pairs with a NaN, which were not read.
     """
     values = rewards.cpu().numpy()
     found = []

@@ -38,15 +38,13 @@ class Sampling:
     """Seed of the draw; None = a different answer each time."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.temperature < 0:
-            problems.append(f"temperature={self.temperature} must be 0 or more")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p={self.top_p} must be above 0 and at most 1")
-        if self.top_k < 0:
-            problems.append(f"top_k={self.top_k} must be 0 or more")
-        if self.max_new_tokens < 1:
-            problems.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        checks = (
+            (self.temperature >= 0, f"temperature={self.temperature} must be 0 or more"),
+            (0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0 and at most 1"),
+            (self.top_k >= 0, f"top_k={self.top_k} must be 0 or more"),
+            (self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1"),
+        )
+        problems = [text for valid, text in checks if not valid]
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -109,10 +107,7 @@ def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
 def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
     """Return a generator seeded with `seed`, or by the system if there is none."""
     generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
+    generator.seed() if seed is None else generator.manual_seed(seed)
     return generator
 
 
@@ -208,10 +203,8 @@ def sample_texts(
 ) -> list[str]:
     """Continue each text as the beginning of a document."""
     ids = [[tokenizer.end_of_text_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    return [
-        prompt + tokenizer.decode(new)
-        for prompt, new in zip(prompts, _samples(model, tokenizer, ids, sampling), strict=True)
-    ]
+    texts = _continuations(model, tokenizer, ids, sampling)
+    return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def sample_answers(
@@ -219,21 +212,20 @@ def sample_answers(
 ) -> list[str]:
     """Return each question with the model's answer, each as a separate conversation."""
     ids = [render_prompt(tokenizer, [{"role": "user", "content": q}]) for q in questions]
-    return [
-        f"{question}\n{tokenizer.decode(new)}"
-        for question, new in zip(questions, _samples(model, tokenizer, ids, sampling), strict=True)
-    ]
+    texts = _continuations(model, tokenizer, ids, sampling)
+    return [f"{question}\n{text}" for question, text in zip(questions, texts, strict=True)]
 
 
-def _samples(
+def _continuations(
     model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], sampling: Sampling
-) -> list[list[int]]:
+) -> list[str]:
     """Generate without compilation, in a run whose layers may be compiled."""
     # A compiled layer would be recompiled for each length of the cache, and fail after eight.
     # If torch's compiler is not imported, which would take a second, no layer is compiled.
     compiler = "torch._dynamo" in sys.modules
     with torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext():
-        return generate_batch(model, prompts, sampling, tokenizer.stop_ids)
+        answers = generate_batch(model, prompts, sampling, tokenizer.stop_ids)
+    return [tokenizer.decode(ids) for ids in answers]
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
