@@ -1,12 +1,19 @@
-"""From files to data sets: which files, how a record becomes ids, which are held out.
+"""The data module: which files a stage reads, and how they become rows of token ids.
 
-1. choose_files       data.files, else what lies in dataset/ and fits, else the sample
-2. encode_*           a record -> ids and loss mask, in one pass
-3. build_cache        every file tokenized once, on disk (trainlib/data/token_cache.py)
-4. hold_out           the validation documents, by a hash of their content
-5. PackedDataset      documents -> rows of one length, best fit, in an order of seed and epoch
-6. collate            rows -> Batch: the one shift by one, the one place of IGNORE_INDEX
-                      (5 and 6 are in trainlib/data/packing.py)
+Files without a folder are here, the others in trainlib/data/.
+
+1. choose_files            data.files, else the files of dataset/ that fit, else the sample
+2. find_format             a file -> container and format, by its first rows    formats.py
+3. check_items             items -> checked records, or why one is broken       formats.py
+4. encode_*                a record -> ids and loss mask, in one pass           encode.py
+5. build_cache             all records of a file -> ids on disk, once           token_cache.py
+6. hold_out                which records are validation, by a hash of their content
+7. PackedDataset           documents -> rows of one length, best fit            packing.py
+8. PackedDataset.collate   rows -> Batch: shift by one, IGNORE_INDEX            packing.py, batch.py
+9. StepLoader              rows -> micro-batches of each optimizer step         loader.py
+
+load_datasets runs 1 to 7. Every record is either trained on or held out, never both; records of
+equal content are on the same side. A record that does not fit a row is cut or dropped, and counted.
 """
 
 from __future__ import annotations
@@ -36,7 +43,7 @@ log = logging.getLogger(__name__)
 DATASET_DIR = Path("dataset")
 MAX_HELD_OUT_BYTES = 2_000_000
 BYTES_PER_TOKEN = {"pretrain": 3.5, "sft": 4.5, "dpo": 6.0}
-"""Bytes of a data file for each token that is used: about those of the sample."""
+"""Bytes of a data file per token, about as in the sample."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +79,13 @@ class DataConfig:
 
     @property
     def read_options(self) -> formats.ReadOptions:
-        """How rows are read."""
+        """Return the options that decide how rows are read."""
         return formats.ReadOptions(self.format, {"newline": "\n", "none": ""}[self.alpaca_join])
 
     def estimate_tokens(self, kind: str, row_length: int) -> tuple[float, str]:
-        """Return about how many tokens an epoch has, 0 without data, and how that is known.
+        """Return the approximate number of tokens of an epoch, and how it is known.
 
-        Tokenizes nothing.
+        Tokenizes nothing. The number is 0 if there is no usable data.
         """
         try:
             groups = choose_files(self, kind).train
@@ -95,7 +102,7 @@ class DataConfig:
         if all(all(numbers) for numbers in counted):
             tokens, how = [sum(numbers) for numbers in counted], "counted in the token cache"
         weights = sum(group.weight for group in groups)
-        # As in _passes: what is largest for its weight is read once, the others are repeated.
+        # As in _repeats: the group that is largest for its weight is read once.
         weighted = [n * weights / g.weight for n, g in zip(tokens, groups, strict=True) if g.weight]
         return max(weighted, default=sum(tokens)), how
 
@@ -104,30 +111,30 @@ class DataConfig:
 
 
 class Group(NamedTuple):
-    """What one entry of data.files stands for: validated under one name, weighted as one."""
+    """The files of one entry of data.files: one name in reports, one weight."""
 
     name: str
     paths: list[Path]
     weight: float = 0.0
-    """Share of an epoch's tokens, 0 = no weights are given."""
+    """Share of an epoch's tokens; 0 = no weights are given."""
 
 
 class Files(NamedTuple):
-    """The data of a run, and in words how it was chosen."""
+    """The data files of a run, and how they were chosen."""
 
     train: list[Group]
     val: list[Group]
-    why: str
+    reason: str
 
 
 def expand(name: str) -> list[Path]:
-    """The files that a name of data.files stands for: a file, those of a folder, or of a pattern.
+    """Return the files that an entry of data.files names: a file, a folder or a pattern.
 
-    Raises UserError where there are none.
+    Raises UserError if there are none.
     """
     path = Path(name)
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.is_file() and _may_be_data(p)]
+        found = [p for p in path.rglob("*") if p.is_file() and _is_data_file(p)]
     elif path.exists() or not any(c in name for c in "*?["):
         parts = name.split(",")
         if len(parts) > 1 and not path.exists() and all(Path(part).exists() for part in parts):
@@ -136,7 +143,7 @@ def expand(name: str) -> list[Path]:
     else:
         found = [Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file()]
         if not found:
-            raise UserError(f"{name} matches nothing in {Path.cwd()}. Mend the pattern.")
+            raise UserError(f"{name} matches nothing in {Path.cwd()}. Check the pattern.")
     if not found:
         raise UserError(
             f"{name}: no data file is there (of a folder those are taken that end in "
@@ -145,8 +152,8 @@ def expand(name: str) -> list[Path]:
     return sorted(found)
 
 
-def _may_be_data(path: Path) -> bool:
-    """Does a name look like one of a data file; README.txt and LICENSE.txt do not."""
+def _is_data_file(path: Path) -> bool:
+    """Return whether the name is that of a data file; README.txt and LICENSE.txt are none."""
     return (
         bool({*path.suffixes} & {*SUFFIXES, *COMPRESSED})
         and not path.name.startswith(".")
@@ -155,13 +162,13 @@ def _may_be_data(path: Path) -> bool:
 
 
 def choose_files(config: DataConfig, kind: str) -> Files:
-    """Training and validation files of a stage; raises UserError where there are none."""
-    val = _groups(config.val_files, "data.val_files")
+    """Return the training and validation files of a stage; raises UserError if there are none."""
+    val = _make_groups(config.val_files, "data.val_files")
     if config.files:
-        return Files(_groups(config.files, "data.files"), val, "data.files")
+        return Files(_make_groups(config.files, "data.files"), val, "data.files")
     own, unused = [], ""
     for path in sorted(DATASET_DIR.glob("*")):
-        if not (path.is_file() and _may_be_data(path)):
+        if not (path.is_file() and _is_data_file(path)):
             continue
         try:
             found = formats.detect(path, name=config.format).format.kind
@@ -172,15 +179,15 @@ def choose_files(config: DataConfig, kind: str) -> Files:
         else:
             unused += f"\n  not used: {path} is {found}"
     if own:
-        return Files(_groups(own), val, f"{kind} files in dataset/{unused}")
+        return Files(_make_groups(own), val, f"{kind} files in dataset/{unused}")
     sample = DATASET_DIR / "sample" / f"{kind}.jsonl"
     if sample.is_file():
         held_out = sorted((DATASET_DIR / "sample" / "val" / kind).glob("*.jsonl"))
-        val = val or _groups([str(path) for path in held_out])
+        val = val or _make_groups([str(path) for path in held_out])
         reason = f"the sample, as dataset/ has no {kind} file{unused}"
-        return Files(_groups([str(sample)]), val, reason)
+        return Files(_make_groups([str(sample)]), val, reason)
     raise UserError(
-        f"no {kind} data: looked for JSONL files of rows like {formats.EXPECTED[kind]} in "
+        f"no {kind} data: looked for JSONL files of rows like {formats.EXAMPLES[kind]} in "
         f"{DATASET_DIR.resolve()} and for {sample}.{unused}\n"
         "Either fetch the sample:      python -m tools.prepare_data\n"
         "or name a file of your own:   data.files=PATH (or put it into dataset/)"
@@ -191,32 +198,33 @@ def choose_files(config: DataConfig, kind: str) -> Files:
 
 
 def hold_out(cache: TokenCache, fraction: float) -> np.ndarray:
-    """Which records are validation: those with the smallest hashes, so the same ones for ever.
+    """Return which records are held out for validation, bool (num_records,).
 
-    At least one record and at most MAX_HELD_OUT_BYTES tokens' worth; records of equal content
-    share their hash and so their side. Returns bool (num_records,).
+    They are those with the smallest hashes, at least one record and at most about
+    MAX_HELD_OUT_BYTES, so the choice stays when rows are added. Records of equal content share
+    their hash.
     """
     order = np.argsort(cache.hashes, kind="stable")
     below = cache.hashes[order] < np.uint64(fraction * 2.0**64)
     sizes = cache.record_lengths[order]
-    # Tokens are at least a byte each and about four: a bound in bytes needs no decoding.
+    # A token is about four bytes: this bounds the bytes without decoding.
     chosen = below & (np.cumsum(sizes) * 4 <= MAX_HELD_OUT_BYTES)
     limit = cache.hashes[order][max(1, int(chosen.sum())) - 1]
     return np.asarray(cache.hashes <= limit)
 
 
-# ---- all together --------------------------------------------------------------------------------
+# ---- the datasets --------------------------------------------------------------------------------
 
 
 def load_datasets(
     config: DataConfig, kind: str, tokenizer: Tokenizer, sequence_length: int, seed: int
 ) -> Datasets:
-    """Choose, tokenize and pack the data of a stage, and say in the log what it is.
+    """Choose, tokenize and pack the data of a stage, and log what it is.
 
     Raises UserError for missing, broken or unusable files.
     """
     files = choose_files(config, kind)
-    log.info("data: %s", files.why)
+    log.info("data: %s", files.reason)
 
     keys: list[str] = []
 
@@ -247,23 +255,23 @@ def load_datasets(
         byte_lengths=np.array([len(text) for text in tokenizer.id_to_bytes], np.int64),
         too_long=config.too_long,
     )
-    passes = _passes(files.train, train_parts)
-    train = pack([part for parts in train_parts for part in parts], seed=seed, passes=passes)
-    _describe("train", train)
+    repeats = _repeats(files.train, train_parts)
+    train = pack([part for parts in train_parts for part in parts], seed=seed, repeats=repeats)
+    _log_summary("train", train)
     next_id, val = train.num_sequences, {}
     for name, parts in val_parts.items():
-        # A fixed seed: what is measured does not change with the seed of the run.
+        # A fixed seed: the validation rows do not depend on the seed of the run.
         val[name] = pack(parts, seed=0, first_sequence_id=next_id, max_rows=config.val_max_rows)
         next_id += val[name].num_sequences
-        _describe(f"val/{name}", val[name])
+        _log_summary(f"val/{name}", val[name])
     return Datasets(train, val, " ".join(keys))
 
 
-def _passes(groups: list[Group], selected: list[list[Part]]) -> list[float] | None:
-    """How often each file is gone through in an epoch, so that shares of tokens are as weighted.
+def _repeats(groups: list[Group], selected: list[list[Part]]) -> list[float] | None:
+    """Return how often an epoch reads each file, so that the shares of tokens match the weights.
 
-    An epoch is as short as it can be with every row of every file in the first one: the group that
-    is largest for its weight is gone through once, the others are repeated.
+    None without weights. The group that is largest for its weight is read once, the others are
+    repeated: the shortest epoch that has every row.
     """
     if not any(group.weight for group in groups):
         return None
@@ -272,17 +280,17 @@ def _passes(groups: list[Group], selected: list[list[Part]]) -> list[float] | No
     ]
     total = sum(group.weight for group in groups)
     epoch = max(size * total / g.weight for g, size in zip(groups, sizes, strict=True))
-    passes: list[float] = []
+    repeats: list[float] = []
     for group, size, parts in zip(groups, sizes, selected, strict=True):
         share = group.weight / total
         times = share * epoch / max(1, size)
         log.info("%s: %.1f %% of the tokens, %.2f passes an epoch", group.name, 100 * share, times)
-        passes += [times] * len(parts)
-    return passes
+        repeats += [times] * len(parts)
+    return repeats
 
 
-def _groups(names: SequenceABC[str], key: str = "") -> list[Group]:
-    """The files behind each name, under a name of its own."""
+def _make_groups(names: SequenceABC[str], key: str = "") -> list[Group]:
+    """Return the group of each entry, with its weight and a unique name."""
     groups: list[Group] = []
     for name in names:
         found = re.fullmatch(r"(.+):(\d*\.?\d+)", name)
@@ -307,7 +315,7 @@ def _groups(names: SequenceABC[str], key: str = "") -> list[Group]:
 
 
 def _short_name(name: str) -> str:
-    """The name of a file without its endings, of a folder, or what is fixed in a pattern."""
+    """Return a name for reports: of a file without its suffixes, or the fixed part of a pattern."""
     path = Path(name)
     while path.suffix.lower() in (*SUFFIXES, *COMPRESSED):
         path = path.with_suffix("")
@@ -315,11 +323,12 @@ def _short_name(name: str) -> str:
     return short or path.parent.name or "data"
 
 
-def _describe(name: str, packed: PackedDataset) -> None:
+def _log_summary(name: str, packed: PackedDataset) -> None:
+    """Log the size of a dataset, and how many rows were cut or dropped."""
     size = f"{packed.num_units:,} units, {packed.num_tokens:,} tokens, {packed.num_rows():,} rows"
     log.info(
         "%s: %s of %d, %.1f %% padding  (%s)", name, size, packed.row_length,
-        100 * packed.padding(), ", ".join(str(cache.path) for cache in packed.caches),
+        100 * packed.padding_fraction(), ", ".join(str(cache.path) for cache in packed.caches),
     )  # fmt: skip
     for action, counts in (("left out", packed.num_dropped), ("cut", packed.num_cut)):
         if counts:

@@ -1,1 +1,1 @@
-"""Text to ids and back: bpe.py; messages to ids and a loss mask: chat_format.py."""
+"""The tokenizer: text to ids and back (bpe.py), messages to ids and loss mask (chat_format.py)."""

@@ -1,13 +1,12 @@
-"""A vocabulary from elsewhere, made fit for training from nothing.
+"""Other vocabularies, adapted to training from scratch.
 
-Accepted is every tokenizer.json that gives each text back from its ids: byte-level BPE (the kind of
-GPT-2, Llama 3, Qwen) and BPE or Unigram with byte fallback (SentencePiece, the kind of Llama 2).
-What is changed, so that ids of pieces of a text join to ids of the text; the changed file is the
-one that checkpoints carry:
+Any lossless tokenizer.json is accepted: byte-level BPE (GPT-2, Llama 3, Qwen), and BPE or Unigram
+with byte fallback (SentencePiece, Llama 2). It is changed so that the ids of pieces of a text
+concatenate to ids of the text. Checkpoints hold the changed file.
 
-    special tokens     those of NEEDED that it lacks follow its last id; its own others are not used
-    beginning of text  no space is put in front of a text, and no token by a post-processor
-    length             no truncation, no padding, no dropout of merges
+    special tokens   missing REQUIRED_TOKENS are added after its last id; its others stay unused
+    start of text    no space before a text, no tokens by a post-processor
+    length           no truncation, no padding, no dropout of merges
 """
 
 from __future__ import annotations
@@ -18,29 +17,29 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from tokenizer.bpe import NEEDED, Tokenizer, load_bpe, read_json
+from tokenizer.bpe import REQUIRED_TOKENS, Tokenizer, load_bpe, read_json
 
 Node = dict[str, Any]
 
 
 def adopt(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a folder with those changes; one that needs none keeps its very bytes.
+    """Return the tokenizer of a folder with those changes; without changes, keep the file's bytes.
 
-    Raises ValueError where the file cannot be read, or loses parts of a text.
+    Raises ValueError if the file cannot be read, or loses parts of a text.
     """
     path = Path(folder) / "tokenizer.json"
     text = read_json(path)
     values: Node = json.loads(text)
     special = {token["content"] for token in values.get("added_tokens", []) if token["special"]}
-    changed = _changed(values)
-    if changed == values and special.issuperset(NEEDED):
+    changed = _adapted(values)
+    if changed == values and special.issuperset(REQUIRED_TOKENS):
         return Tokenizer(folder)
     bpe = load_bpe(json.dumps(changed, ensure_ascii=False), path)
-    bpe.add_special_tokens([AddedToken(token, special=True) for token in NEEDED])
+    bpe.add_special_tokens([AddedToken(token, special=True) for token in REQUIRED_TOKENS])
     return Tokenizer(folder, bpe.to_str())
 
 
-def _changed(values: Node) -> Node:
+def _adapted(values: Node) -> Node:
     changed = {**values, "truncation": None, "padding": None, "post_processor": None}
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         changed[part] = _without_prefix(values.get(part), part)
@@ -50,7 +49,7 @@ def _changed(values: Node) -> Node:
 
 
 def _without_prefix(node: Node | None, part: str) -> Node | None:
-    """A step of the tokenizer without what treats the beginning of a text apart."""
+    """Return a step of the tokenizer without its special treatment of the start of a text."""
     kind = node and node["type"]
     if node is None or kind == "Prepend" or (kind == "Strip" and part == "decoder"):
         return None
@@ -60,12 +59,12 @@ def _without_prefix(node: Node | None, part: str) -> Node | None:
     if kind == "ByteLevel" and part == "pre_tokenizer":
         return {**node, "add_prefix_space": False}
     if kind == "Sequence":
-        return {key: _members(value, part) for key, value in node.items()}
+        return {key: _filter_steps(value, part) for key, value in node.items()}
     return node
 
 
-def _members(value: Any, part: str) -> Any:
+def _filter_steps(value: Any, part: str) -> Any:
     if not isinstance(value, list):
         return value
-    members = [_without_prefix(member, part) for member in value]
-    return [member for member in members if member is not None]
+    steps = [_without_prefix(step, part) for step in value]
+    return [step for step in steps if step is not None]

@@ -1,9 +1,7 @@
-"""Text to ids and back: BPE through the `tokenizers` library, chat turns as ChatML.
+"""The tokenizer: text to ids and back, by BPE from the `tokenizers` library.
 
-`Tokenizer` never parses special tokens out of text, so nobody can forge a turn by typing one.
-The renderer that turns messages into ids and a loss mask is in chat_format.py, the program that
-trains a vocabulary in tools/train_tokenizer.py, the vocabulary itself in tokenizer.json, and the
-adoption of another vocabulary in adopt.py.
+`Tokenizer` never parses special tokens out of text, so typing one cannot forge a turn. The default
+vocabulary is tokenizer.json, trained by tools/train_tokenizer.py; adopt.py reads others.
 """
 
 from __future__ import annotations
@@ -24,39 +22,30 @@ from tokenizer.chat_template import CHAT_TEMPLATE
 END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
-NEEDED = (END_OF_TEXT, IM_START, IM_END)
-"""Special tokens that no tokenizer can be without."""
-
-# Ids 0, 1, 2, ... in this order. Tool and think tags are reserved from the start, so that a
-# model trained today can learn them tomorrow without a new vocabulary.
+REQUIRED_TOKENS = (END_OF_TEXT, IM_START, IM_END)
+"""Special tokens that every tokenizer must have."""
 SPECIAL_TOKENS: tuple[str, ...] = (
-    END_OF_TEXT,
-    IM_START,
-    IM_END,
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-    "<think>",
-    "</think>",
+    *REQUIRED_TOKENS,
+    *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+    *("<think>", "</think>"),
     *(f"<|reserved_{i}|>" for i in range(27)),
 )
+"""Ids 0, 1, 2, ... in this order. With the reserved ones a model can learn new tags later."""
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids and, for each, whether it is under the loss; made together, in one pass."""
+    """Token ids, and the loss mask: whether each id is under the loss."""
 
     ids: list[int]
     mask: list[bool]
 
 
 class Tokenizer:
-    """A vocabulary on disk: text to ids, ids to text or bytes.
+    """A vocabulary: text to ids, ids to text or bytes.
 
-    `text` is the content of tokenizer.json, read from the folder where none is given.
-    Raises ValueError where the folder has no tokenizer.json, or the file lacks a needed token or
-    loses parts of a text.
+    `text` is the content of tokenizer.json; by default it is read from the folder. Raises
+    ValueError if there is no such file, or it lacks a required token or loses parts of a text.
     """
 
     def __init__(self, folder: str | Path, text: str | None = None) -> None:
@@ -64,18 +53,17 @@ class Tokenizer:
         self.folder = Path(folder)
         self.json = read_json(path) if text is None else text
         self._bpe = load_bpe(self.json, path)
-        # Special tokens in text are spelled out like any other text. This is a state of the
-        # object that tokenizer.json does not carry, so it is set here, once, for every use.
+        # Special tokens in a text are encoded as text. tokenizer.json does not hold this setting.
         self._bpe.encode_special_tokens = True
         self._byte_level = isinstance(self._bpe.decoder, decoders.ByteLevel)
         self._added_tokens = self._bpe.get_added_tokens_decoder()
         self.end_of_text_id, self.im_start_id, self.im_end_id = (
-            self._required_id(token, path) for token in NEEDED
+            self._required_id(token, path) for token in REQUIRED_TOKENS
         )
         self._check_round_trip(path)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path, str]]:
-        """Another process makes its own: what `_bpe` pickles lacks the state above."""
+        """Pickle the constructor's arguments: a pickled `_bpe` loses encode_special_tokens."""
         return Tokenizer, (self.folder, self.json)
 
     def _required_id(self, token: str, path: Path) -> int:
@@ -87,40 +75,41 @@ class Tokenizer:
         return id_
 
     def _check_round_trip(self, path: Path) -> None:
-        for text in (PROBE, f" {PROBE}"):
+        for text in (ROUND_TRIP_TEXT, f" {ROUND_TRIP_TEXT}"):
             try:
-                back = self.decode(self.encode(text))
-            except Exception as error:  # What `tokenizers` raises is nothing narrower.
-                back = f"an error: {error}"
-            if back != text:
+                decoded = self.decode(self.encode(text))
+            except Exception as error:  # `tokenizers` raises nothing narrower.
+                decoded = f"an error: {error}"
+            if decoded != text:
                 raise ValueError(
-                    f"{path} does not give a text back: {text!r} became {back!r}. Take a byte-level"
-                    " BPE, or a BPE with byte fallback, that neither lower-cases nor adds spaces"
+                    f"{path} does not give a text back: {text!r} became {decoded!r}. Take a "
+                    "byte-level BPE, or a BPE with byte fallback, that neither lower-cases nor "
+                    "adds spaces"
                 )
 
     @cached_property
     def vocab_size(self) -> int:
-        """The highest id + 1, special tokens included."""
+        """Return the highest id + 1, special tokens included."""
         return 1 + max(self._bpe.get_vocab(with_added_tokens=True).values())
 
     @property
     def stop_ids(self) -> tuple[int, int]:
-        """Ids that end an answer: end of turn and end of text."""
+        """Return the ids that end an answer: end of turn and end of text."""
         return self.im_end_id, self.end_of_text_id
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change when the vocabulary or its merges change."""
+        """Return 16 hex digits of a hash of tokenizer.json."""
         return hashlib.sha256(self.json.encode()).hexdigest()[:16]
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids that stand for structure, not text."""
+        """Return the ids of special tokens."""
         return frozenset(id_ for id_, token in self._added_tokens.items() if token.special)
 
     @cached_property
     def id_to_bytes(self) -> tuple[bytes, ...]:
-        """The bytes that each id stands for; none for special tokens and ids without an entry."""
+        """Return the bytes of each id; none for special tokens and unused ids."""
         return tuple(self._bytes_of(id_) for id_ in range(self.vocab_size))
 
     def _bytes_of(self, id_: int) -> bytes:
@@ -130,37 +119,36 @@ class Tokenizer:
         if id_ in self._added_tokens:
             return token.encode()
         if self._byte_level:
-            # Every byte is written as one printable character, so that entries are readable.
-            return b"".join(BYTE_OF.get(character, character.encode()) for character in token)
+            return b"".join(BYTE_OF_CHARACTER.get(c, c.encode()) for c in token)
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
             return bytes.fromhex(byte[1])
         return token.replace("\u2581", " ").encode()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of text; a special token that is spelled out in it stays text."""
+        """Return the ids of a text; special tokens in it are encoded as text."""
         return self._bpe.encode(text, add_special_tokens=False).ids
 
     def encode_tag(self, tag: str) -> list[int]:
-        """The one id of a special token; the ids of its spelling where the vocabulary lacks it."""
+        """Return the id of a special token, or the ids of its text if there is no such token."""
         id_ = self._bpe.token_to_id(tag)
         return self.encode(tag) if id_ is None else [id_]
 
     def decode_bytes(self, ids: SequenceABC[int]) -> bytes:
-        """The bytes of ids; special tokens, and rows of a model that no token has, give none."""
+        """Return the bytes of ids; special tokens and unused ids have none."""
         return b"".join(self._bytes_of(id_) for id_ in ids)
 
     def decode(self, ids: SequenceABC[int]) -> str:
-        """Text of ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
+        """Return the text of ids without special tokens; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def show(self, ids: SequenceABC[int]) -> str:
-        """Text of ids with special tokens spelled out, for the eye."""
+        """Return the text of ids with special tokens spelled out."""
         return self._bpe.decode(list(ids), skip_special_tokens=False)
 
     def files(self, context_length: int) -> dict[str, str]:
-        """The tokenizer's share of a Hugging Face model folder: file name to content."""
+        """Return the tokenizer's files of a Hugging Face model folder, by name."""
         config = {
-            # Any other class makes transformers 5 replace the pre-tokenizer.
+            # For any other class, transformers 5 replaces the pre-tokenizer.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": context_length,
             "pad_token": END_OF_TEXT,
@@ -177,12 +165,12 @@ class Tokenizer:
 
 
 def default_folder() -> Path:
-    """The folder of the tokenizer that comes with the project."""
+    """Return the folder of the project's own tokenizer."""
     return Path(__file__).absolute().parent
 
 
 def read_json(path: Path) -> str:
-    """The content of a tokenizer.json; raises ValueError where there is none or it is no JSON."""
+    """Return the content of a tokenizer.json; raises ValueError if it is missing or no JSON."""
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)
@@ -198,10 +186,10 @@ def read_json(path: Path) -> str:
 
 
 def load_bpe(text: str, path: Path) -> Bpe:
-    """What `tokenizers` makes of a tokenizer.json; raises ValueError where it refuses."""
+    """Load a tokenizer.json; raises ValueError if the `tokenizers` library refuses it."""
     try:
         return Bpe.from_str(text)
-    except Exception as error:  # What `tokenizers` raises is nothing narrower.
+    except Exception as error:  # `tokenizers` raises nothing narrower.
         raise ValueError(f"{path}: the `tokenizers` library cannot load it: {error}") from error
 
 
@@ -216,6 +204,6 @@ def _byte_of_character() -> dict[str, bytes]:
     return {c: bytes([byte]) for c, byte in zip(characters, printable + others, strict=True)}
 
 
-BYTE_OF = _byte_of_character()
-PROBE = "A b  c\n\t 1.5% 中文 \u00e9 \u0416 😀\r\n x"
-"""A text that a vocabulary which loses anything does not give back."""
+BYTE_OF_CHARACTER = _byte_of_character()
+ROUND_TRIP_TEXT = "A b  c\n\t 1.5% 中文 \u00e9 \u0416 😀\r\n x"
+"""A vocabulary that is not lossless does not reproduce it."""

@@ -1,21 +1,20 @@
-"""Messages to ids and loss mask, in one pass: the one renderer of training, chat and serving.
+r"""The chat format: messages to ids and loss mask, in one pass, for training, chat and serving.
 
-ChatML. Under the loss (underlined) are the assistant's words and the end of the turn:
+ChatML. An assistant's content and the end of its turn (underlined) are under the loss:
 
-    <|im_start|>user\\n你好<|im_end|>\\n<|im_start|>assistant\\n您好<|im_end|>\\n
-                                                              ----__________
+    <|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n您好<|im_end|>\n
+                                                             ----__________
 
 A message is a dict with "role" (system, user, assistant or tool) and "content" (text), and may have
 
-    tools               of a system message: a list of JSON objects, appended one a line
-    reasoning_content   of an assistant's: thoughts, between <think> and </think> before the content
-    tool_calls          of an assistant's: [{"name", "arguments"}], each between <tool_call> tags
+    tools               system message: a list of JSON objects, appended one per line
+    reasoning_content   assistant: reasoning, between <think> and </think> before the content
+    tool_calls          assistant: [{"name", "arguments"}], each between <tool_call> tags
 
-Thoughts and calls are what the model must write, so they are under the loss. What a tool answers
-is a turn of the user's, between <tool_response> tags, never under the loss. No system message and
-no empty thought is added that is not there. The words after "assistant" and a newline are encoded
-apart from it, which gives the same ids as both at once: the pieces of the vocabulary
-(tools/train_tokenizer.py) ensure it.
+Reasoning and calls are under the loss. A tool's answer is a user turn between <tool_response> tags,
+not under the loss. No system message and no empty reasoning is added. The content is encoded
+separately from "assistant\n", with the same ids as both at once: the pre-tokenizer of the
+vocabulary (tools/train_tokenizer.py) ensures this.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 class Tag(str):
-    """Text that is one special token, not to be spelled out."""
+    """The text of a special token, to be encoded as its id."""
 
 
 def render_conversation(tokenizer: Tokenizer, messages: SequenceABC[Message]) -> Sequence:
-    """Ids of a whole conversation; every assistant turn and its end are under the loss."""
+    """Return the ids of a conversation; every assistant turn and its end are under the loss."""
     ids: list[int] = []
     mask: list[bool] = []
 
@@ -56,7 +55,7 @@ def render_conversation(tokenizer: Tokenizer, messages: SequenceABC[Message]) ->
 
 
 def render_prompt(tokenizer: Tokenizer, messages: SequenceABC[Message]) -> list[int]:
-    """Ids of a conversation so far, with the assistant's turn opened."""
+    """Return the ids of a conversation, followed by the start of an assistant turn."""
     return render_conversation(tokenizer, messages).ids + _open_turn(tokenizer, "assistant")
 
 
@@ -65,7 +64,7 @@ def _open_turn(tokenizer: Tokenizer, role: str) -> list[int]:
 
 
 def _pieces(message: Message) -> Iterator[str]:
-    """The words of a turn, in stretches between tags, each encoded as one."""
+    """Yield the content of a turn: tags, and the texts between them."""
     content, role = message["content"], message["role"]
     if role == "tool":
         yield from (Tag("<tool_response>"), f"\n{content}\n", Tag("</tool_response>"))
@@ -74,11 +73,11 @@ def _pieces(message: Message) -> Iterator[str]:
         lines = "".join("\n" + _json(tool) for tool in message["tools"])
         yield content + ("\n\n" if content else "") + f"# Tools\n<tools>{lines}\n</tools>"
         return
-    before = ""
+    separator = ""
     if role == "assistant" and (thoughts := message.get("reasoning_content")):
         yield from (Tag("<think>"), f"\n{thoughts}\n", Tag("</think>"))
-        before = "\n\n"
-    text = before + content
+        separator = "\n\n"
+    text = separator + content
     for number, call in enumerate(message.get("tool_calls") or () if role == "assistant" else ()):
         yield text + ("\n" if content or number else "")
         arguments = call["arguments"]

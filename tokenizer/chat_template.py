@@ -1,8 +1,8 @@
 """The chat format as a Jinja template, for transformers and other programs.
 
-Renders the same text as chat_format.render_conversation (`tools` as transformers passes them, or in
-the first message). If content spells out a special token, the two differ on purpose: transformers
-parses it as the token, the renderer keeps it text.
+It renders the same text as chat_format.render_conversation (`tools` as an argument, as transformers
+passes them, or in the first message). If content spells out a special token, the ids differ:
+transformers parses the token, render_conversation keeps it as text.
 """
 
 from __future__ import annotations

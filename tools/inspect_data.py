@@ -192,12 +192,12 @@ def _find_format(path: Path, options: argparse.Namespace) -> tuple[Source, Forma
             return source, _of(options.stage), ""
         return source, Format("", "", "", lambda row: True, _none), ""
     if options.stage and found.format.kind != options.stage:
-        return found.source, _of(options.stage), found.why
-    return found.source, found.format, found.why
+        return found.source, _of(options.stage), found.reason
+    return found.source, found.format, found.reason
 
 
 def _of(stage: str) -> Format:
-    expected = formats.EXPECTED[stage]
+    expected = formats.EXAMPLES[stage]
     return Format("", stage, expected, lambda row: False, _none)
 
 

@@ -1,13 +1,12 @@
-"""Train the vocabulary: byte-level BPE over the text of the given files.
+"""The trainer of a vocabulary: byte-level BPE over the text of the given files.
 
 `python -m tools.train_tokenizer --data FILES --vocab-size N --sample-bytes 1GB --out DIR`
 
-1. `read_texts` streams the files, at most `sample_bytes` in all and evenly over the files: of one
-   that is too large for its share, stretches from its beginning to its end. A file named twice
-   counts twice.
-2. One text in fifty is held out, by its sha1.
-3. `train` makes the vocabulary: special tokens, 256 bytes, then merges.
-4. DIR/tokenizer.json is written, and bytes per token of the held-out texts are printed.
+1. `read_texts` streams at most `sample_bytes`, the same share of each file; of a file that is
+   larger, sections spread over its length. A file named twice counts twice.
+2. `_hold_out` keeps one text in fifty for evaluation, chosen by its sha1.
+3. `train` builds the vocabulary: special tokens, 256 bytes, then merges.
+4. `run` writes DIR/tokenizer.json and prints `bytes_per_token` of the held-out texts.
 
 Special tokens are never parsed out of the text, neither here nor in training a model.
 """
@@ -27,13 +26,13 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tokenizer.bpe import SPECIAL_TOKENS
-from trainlib.data.containers import not_utf8
+from trainlib.data.containers import utf8_error
 
-# Pieces that merges never cross: English contractions, a run of letters with the one character
-# before it (a space, a comma), single digits, punctuation with the newlines after it, blanks.
-# A newline after anything but punctuation is a piece of its own: so encode("assistant\n" + text)
-# == encode("assistant\n") + encode(text) for every text, and the loss mask can never disagree
-# with the ids of the chat template. Newlines that never merge at all cost 3 % of length.
+# Pieces that no merge crosses: English contractions, letters with one character before them (a
+# space, a comma), single digits, punctuation with the newlines after it, blanks. A newline after
+# anything but punctuation is a piece of its own, so encode("assistant\n" + text) is
+# encode("assistant\n") + encode(text) for every text: the loss mask always fits the ids of the
+# chat template. Without any merges of newlines, texts would have 3 % more tokens.
 PRE_TOKENIZE_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -44,8 +43,9 @@ PRE_TOKENIZE_PATTERN = (
     r"|[^\S\n]+"
 )
 
-STRETCH_BYTES = 1 << 20
-HELD_OUT_BYTES = 20_000_000  # enough for three digits of bytes per token
+SECTION_BYTES = 1 << 20
+HELD_OUT_BYTES = 20_000_000
+"""Enough for three digits of bytes per token."""
 # A row has one of the first three, or some of the others.
 TEXT_KEYS = (
     *("text", "conversations", "messages"),
@@ -55,7 +55,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.train_tokenizer",
         description="Train a byte-level BPE vocabulary.",
@@ -77,10 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, write and report.
-
-    Raises: ValueError for what the user can cure.
-    """
+    """Train and write a vocabulary; raises ValueError for what the user can fix."""
     target = options.out / "tokenizer.json"
     if target.exists() and not options.force:
         raise ValueError(
@@ -94,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
             f" and 256 bytes need {smallest}"
         )
     held_out: list[str] = []
-    texts = _keep_apart(read_texts(options.data, options.sample_bytes), held_out)
+    texts = _hold_out(read_texts(options.data, options.sample_bytes), held_out)
     bpe = train(texts, options.vocab_size)
     if bpe.get_vocab_size() < options.vocab_size:
         print(f"only {bpe.get_vocab_size()} entries: the text has no more pairs to merge")
@@ -111,7 +108,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer whose first ids are SPECIAL_TOKENS, in their order."""
+    """Return a byte-level BPE tokenizer whose first ids are SPECIAL_TOKENS, in their order."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -132,30 +129,30 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def bytes_per_token(bpe: Tokenizer, texts: list[str]) -> float:
-    """UTF-8 bytes of the texts over the tokens they become."""
+    """Return the number of UTF-8 bytes of the texts divided by the number of their tokens."""
     bpe.encode_special_tokens = True
     encodings = bpe.encode_batch(texts, add_special_tokens=False)
     return sum(len(t.encode("utf-8")) for t in texts) / sum(len(e.ids) for e in encodings)
 
 
-def _keep_apart(texts: Iterator[str], held_out: list[str]) -> Iterator[str]:
-    """The texts but one in fifty, which go to `held_out`."""
-    kept_bytes = 0
+def _hold_out(texts: Iterator[str], held_out: list[str]) -> Iterator[str]:
+    """Yield the texts but one in fifty, which is appended to `held_out`."""
+    held_out_bytes = 0
     for text in texts:
-        if hashlib.sha1(text.encode("utf-8")).digest()[0] % 50 or kept_bytes > HELD_OUT_BYTES:
+        if hashlib.sha1(text.encode("utf-8")).digest()[0] % 50 or held_out_bytes > HELD_OUT_BYTES:
             yield text
         else:
             held_out.append(text)
-            kept_bytes += len(text.encode("utf-8"))
+            held_out_bytes += len(text.encode("utf-8"))
 
 
 # ---- reading --------------------------------------------------------------------------------
 
 
 def read_texts(files: list[Path], sample_bytes: int) -> Iterator[str]:
-    """The texts of all files, at most sample_bytes of file in all.
+    """Yield the texts of all files, from at most sample_bytes in total.
 
-    Raises: ValueError for a file that is missing, of another kind, or has a broken line.
+    Raises ValueError for a file that is missing or has a broken line.
     """
     for file in files:
         if not file.is_file():
@@ -170,53 +167,53 @@ def read_texts(files: list[Path], sample_bytes: int) -> Iterator[str]:
 
 
 def shares(sizes: list[int], total: int) -> list[int]:
-    """Bytes to read of each file: equal, and what small files leave goes to the large ones."""
-    given = [0] * len(sizes)
-    left = total
+    """Return the bytes to read of each file: equal shares, but small files leave more to others."""
+    result = [0] * len(sizes)
+    remaining = total
     for rank, i in enumerate(sorted(range(len(sizes)), key=lambda i: sizes[i])):
-        given[i] = min(sizes[i], left // (len(sizes) - rank))
-        left -= given[i]
-    return given
+        result[i] = min(sizes[i], remaining // (len(sizes) - rank))
+        remaining -= result[i]
+    return result
 
 
 def _lines(file: Path, share: int) -> Iterator[tuple[str, int]]:
-    """Lines (JSONL) or groups of lines (.txt) with their byte offset, `share` bytes in all."""
+    """Yield lines (JSONL) or groups of lines (.txt) and their byte offset, `share` bytes in all."""
     size = file.stat().st_size
-    stretches = 1 if share >= size else max(1, min(64, share // STRETCH_BYTES))
+    num_sections = 1 if share >= size else max(1, min(64, share // SECTION_BYTES))
     with file.open("rb") as stream:
-        for number in range(stretches):
-            stream.seek(size * number // stretches)
+        for number in range(num_sections):
+            stream.seek(size * number // num_sections)
             if number:
-                stream.readline()  # the rest of a line that began before
-            left = share // stretches
-            while left > 0 and (raw := _next_text(stream, file)):
+                stream.readline()  # The rest of a line that began before.
+            remaining = share // num_sections
+            while remaining > 0 and (raw := _next_text(stream, file)):
                 offset = stream.tell() - len(raw)
-                left -= len(raw)
+                remaining -= len(raw)
                 text = _decode(raw, file, offset)
-                if left >= 0 and text.strip():
+                if remaining >= 0 and text.strip():
                     yield text.rstrip("\r\n"), offset
 
 
 def _decode(raw: bytes, file: Path, offset: int) -> str:
-    """The text of whole lines that begin at a byte of a file; raises ValueError where none is."""
+    """Return the text of lines that start at a byte of a file; raises ValueError if not UTF-8."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         start = raw.rfind(b"\n", 0, error.start) + 1
-        reason = not_utf8(raw[start:].split(b"\n", 1)[0], error.start - start)
+        reason = utf8_error(raw[start:].split(b"\n", 1)[0], error.start - start)
         raise ValueError(f"{file}, line at byte {offset + start}: {reason}") from error
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
 def _next_text(stream: Any, file: Path) -> bytes:
-    """The next line, or of a .txt file some lines of about 4 KB, as newlines are text there."""
+    """Return the next line; of a .txt file, lines of about 4 KB, as newlines are text there."""
     if file.suffix != ".txt":
         return stream.readline()
     return b"".join(stream.readlines(4_000))
 
 
 def _texts_of(line: str, file: Path, offset: int) -> Iterator[str]:
-    """The texts in one row of JSONL, each turn of a conversation on its own."""
+    """Yield the texts of a row of JSONL, each turn of a conversation separately."""
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -236,7 +233,7 @@ def _texts_of(line: str, file: Path, offset: int) -> Iterator[str]:
 
 
 def byte_count(text: str) -> int:
-    """A number of bytes written like 300000, 500KB, 20MB or 1GB."""
+    """Parse a number of bytes like 300000, 500KB, 20MB or 1GB."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|)", text.strip().upper())
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes like 500MB or 1GB")

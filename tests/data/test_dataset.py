@@ -278,12 +278,12 @@ def test_default_files_by_kind(tmp_path, tokenizer):
     for kind, path in files.items():
         found = choose_files(DataConfig(), kind)
         assert [p.resolve() for group in found.train for p in group.paths] == [path]
-        assert found.why.count("not used") == 2
+        assert found.reason.count("not used") == 2
     load_datasets(DataConfig(), "pretrain", tokenizer, 32, 0)
     assert before == {path: path.read_bytes() for path in files.values()}
     assert {p.name for p in (tmp_path / "dataset").iterdir()} == {p.name for p in files.values()}
 
 
-def test_no_data_says_both_cures(tmp_path):
+def test_no_data_names_both_fixes(tmp_path):
     with pytest.raises(UserError, match="(?s)tools.prepare_data.*data.files=PATH"):
         choose_files(DataConfig(), "pretrain")

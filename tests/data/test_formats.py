@@ -195,7 +195,7 @@ def test_detection_can_be_overridden(tmp_path):
     assert formats.detect(path, kind="pretrain").format.name == "text"
     assert formats.detect(path, name="text").format.name == "text"
     assert read(path, "txt")["rows"][0]["value"].startswith('{"text"')
-    assert "data.format" in formats.detect(path, name="txt").why
+    assert "data.format" in formats.detect(path, name="txt").reason
 
 
 def test_an_array_goes_on_after_a_broken_row(tmp_path):

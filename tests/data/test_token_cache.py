@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dataset import DataConfig, load_datasets
 from tokenizer.adopt import adopt
-from tokenizer.bpe import NEEDED
+from tokenizer.bpe import REQUIRED_TOKENS
 from trainlib.data.batch import IGNORE_INDEX
 from trainlib.data.encode import encode_document
 from trainlib.data.epoch_plan import DataPosition
@@ -25,7 +25,8 @@ PAIRS = ["".join(pair) for pair in product("abcdefghijklmnopqrstuvwxyz", repeat=
 def large_vocabulary(folder, size):
     """A byte-level BPE of `size` entries: bytes, pairs of letters, pairs of pairs; not trained."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    quads = islice(product(PAIRS, repeat=2), size - len(NEEDED) - len(alphabet) - len(PAIRS))
+    num_quads = size - len(REQUIRED_TOKENS) - len(alphabet) - len(PAIRS)
+    quads = islice(product(PAIRS, repeat=2), num_quads)
     merges = [*map(tuple, PAIRS), *quads]
     entries = [*alphabet, *("".join(merge) for merge in merges)]
     vocab = {entry: id_ for id_, entry in enumerate(entries)}

@@ -49,7 +49,7 @@ def many_chunks(monkeypatch, processes=False):
     """Small chunks, so that a small file has many."""
     monkeypatch.setattr(tokenize_files, "CHUNK_BYTES", 200)
     monkeypatch.setattr(tokenize_files, "SMALL_FILE_BYTES", 0 if processes else 1 << 60)
-    monkeypatch.setattr(tokenize_files, "number_of_cores", lambda: 2)
+    monkeypatch.setattr(tokenize_files, "num_usable_cores", lambda: 2)
 
 
 def numbered(n):
@@ -79,7 +79,7 @@ from trainlib.data import token_cache, tokenize_files
 from tokenizer.bpe import Sequence, Tokenizer, default_folder
 tokenize_files.CHUNK_BYTES = 200
 tokenize_files.SMALL_FILE_BYTES = 0
-tokenize_files.number_of_cores = lambda: 2
+tokenize_files.num_usable_cores = lambda: 2
 token_cache.SAVE_SECONDS = 0
 def encode(tokenizer, record):
     time.sleep(0.01)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Bpe
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from tokenizer.adopt import adopt
-from tokenizer.bpe import NEEDED, Tokenizer, default_folder
+from tokenizer.bpe import REQUIRED_TOKENS, Tokenizer, default_folder
 from tokenizer.chat_format import render_conversation
 from tools.train_tokenizer import main as train_tokenizer
 
@@ -85,9 +85,9 @@ def test_every_text_comes_back_and_pieces_join(kind, tmp_path):
     ours = adopt(saved(theirs, tmp_path))
     for token, id_ in theirs.get_vocab().items():
         assert ours._bpe.token_to_id(token) == id_  # No id has moved.
-    added = [token for token in NEEDED if theirs.token_to_id(token) is None]
+    added = [token for token in REQUIRED_TOKENS if theirs.token_to_id(token) is None]
     assert ours.vocab_size == theirs.get_vocab_size() + len(added) and len(added) >= 2
-    for text in (*PLAIN, "".join(NEEDED) + "<s></s>"):
+    for text in (*PLAIN, "".join(REQUIRED_TOKENS) + "<s></s>"):
         ids = ours.encode(text)
         assert ours.decode(ids) == text
         assert not ours.special_ids & set(ids), "nobody forges a turn"

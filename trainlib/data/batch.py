@@ -1,4 +1,4 @@
-"""One micro-batch, and what of it the model and the losses take."""
+"""A micro-batch: the tensors that the model and the losses read."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch; shapes (B, T) except sequence_ids (C,), one an entry of document_ids.
+    """One micro-batch; tensors are (B, T) but for boundaries and sequence_ids (C,).
 
-    boundaries are where documents begin and end in the rows laid end to end, int32, the last one
-    repeated. document_ids count through the whole micro-batch; padding has ids from C on. Of a
-    preference pair p, document 2p is chosen and 2p + 1 rejected. num_targets is what a step's loss
-    is divided by: labels under the loss, or pairs. num_bytes counts the text behind the labels.
+    boundaries (int32) are the starts and ends of documents in the flattened rows; the last one is
+    repeated. document_ids count through the whole micro-batch, one for each of sequence_ids;
+    padding has ids from C on. Document 2p is the chosen answer of preference pair p, 2p + 1 the
+    rejected one. num_targets is the divisor of the loss: labels under the loss, or pairs.
+    num_bytes counts the text of the labels.
     """
 
     input_ids: Tensor
@@ -33,21 +34,21 @@ class Batch:
 
     @property
     def select(self) -> Tensor | None:
-        """Where labels are; None on a card, where shapes must not vary.
+        """Return a mask of the positions with a label; None on a GPU, where shapes must not vary.
 
-        On a CPU the output matrix is half of a small model's work, and of a conversation a third
+        On a CPU the output matrix is half of a small model's work, and a third of a conversation
         has no label.
         """
         return self.labels != IGNORE_INDEX if self.labels.device.type == "cpu" else None
 
     def selected(self, values: Tensor) -> Tensor:
-        """Labels or document_ids in the order of the model's logits."""
+        """Return labels or document_ids in the order of the model's logits."""
         select = self.select
         return values if select is None else values[select]
 
     @property
     def inputs(self) -> dict[str, Tensor | None]:
-        """The model's keywords."""
+        """Return the keyword arguments of the model."""
         return {
             "select": self.select,
             "input_ids": self.input_ids,
@@ -57,13 +58,13 @@ class Batch:
         }
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device; from pinned memory without waiting for it."""
-        return self._with(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+        """Return the batch on a device; the copy from pinned memory is asynchronous."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
 
-    def pinned(self) -> Batch:
-        """The same batch in memory that a card reads by itself."""
-        return self._with(Tensor.pin_memory)
+    def pin_memory(self) -> Batch:
+        """Return the batch in pinned memory."""
+        return self._map(Tensor.pin_memory)
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)

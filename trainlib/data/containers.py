@@ -1,7 +1,7 @@
-"""What lies in a decompressed file: JSON lines, one JSON array, CSV or running text, as items.
+"""Readers of decompressed files: JSON lines, a JSON array, CSV, plain text.
 
-Each reader takes a stream of bytes and yields one Item a row, in flat memory, and goes on after a
-broken one. readers.py says which of them a file needs.
+Each takes a stream of bytes and yields one Item per row, in constant memory, and continues after a
+broken row. readers.py chooses the reader of a file.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ Row = dict[str, Any]
 
 BOM = b"\xef\xbb\xbf"
 MAX_ROW_BYTES = 64 << 20
-"""Longer rows are broken: one is held in memory whole."""
+"""A longer row is broken: each is held in memory."""
 DOCUMENT_BYTES = 8 << 10
-"""A document of a plain text ends at the first blank line after so many bytes, ..."""
+"""A document of plain text ends at the first blank line after so many bytes, ..."""
 MAX_DOCUMENT_BYTES = 16 << 10
-"""... or else at the first end of a line after so many."""
+"""... or at the first end of a line after so many."""
 NOT_UTF8 = "not UTF-8"
-GBK_CURE = "looks like GBK/GB18030. Type: iconv -f gb18030 -t utf-8 FILE > NEW"
+GBK_FIX = "looks like GBK/GB18030. Type: iconv -f gb18030 -t utf-8 FILE > NEW"
 DOCUMENT_END = b"<|endoftext|>"
 
 
 class Broken(NamedTuple):
-    """Why an item is no row."""
+    """The reason why an item is no row."""
 
     reason: str
 
 
 class Item(NamedTuple):
-    """What stands at a line (of Parquet: the number of the row), counted from 1."""
+    """The content of a line (of Parquet: of a row), counted from 1."""
 
     line: int
     content: bytes | str | Row | Broken
 
 
 def are_messages(value: Any) -> bool:
-    """Is this a list of {"role": ...}, so a conversation."""
+    """Return whether a value is a conversation: a list of {"role": ...}."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -60,34 +60,34 @@ def row_of(value: Any) -> Row | Broken:
 
 
 def json_type(value: Any) -> str:
-    """What JSON calls the type of a value."""
+    """Return the name of a value's type in JSON."""
     types = {"null": type(None), "boolean": bool, "number": (int, float), "string": str,
              "array": list, "object": dict}  # fmt: skip
     return next((n for n, type_ in types.items() if isinstance(value, type_)), type(value).__name__)
 
 
-def not_utf8(raw: bytes, place: int) -> str:
-    """Why bytes with a wrong one at `place` are no text, and how they become one."""
-    fix = f", which {GBK_CURE}" if looks_like_gbk(raw) else ". Save the file as UTF-8"
-    return f"{NOT_UTF8} (byte {raw[place]:#04x} at {place}){fix}"
+def utf8_error(raw: bytes, position: int) -> str:
+    """Return why bytes with an invalid one at `position` are no text, and the fix."""
+    fix = f", which {GBK_FIX}" if looks_like_gbk(raw) else ". Save the file as UTF-8"
+    return f"{NOT_UTF8} (byte {raw[position]:#04x} at {position}){fix}"
 
 
 def looks_like_gbk(raw: bytes) -> bool:
-    """Do bytes that are no UTF-8 decode as GB18030, most of them to the common characters."""
+    """Return whether bytes decode as GB18030, mostly to common characters."""
     start = re.search(rb"[\x80-\xff]", raw)
-    beginning = raw[start.start() :][:200] if start else b""
+    sample = raw[start.start() :][:200] if start else b""
     try:
-        text = codecs.getincrementaldecoder("gb18030")().decode(beginning)
+        text = codecs.getincrementaldecoder("gb18030")().decode(sample)
     except UnicodeDecodeError:
         return False
-    # Other encodings of a byte a letter decode too, but to characters that are seldom seen.
+    # Single-byte encodings decode too, but mostly to rare characters.
     wide = "".join(c for c in text if not c.isascii())
     return len(wide.encode("gb2312", "ignore")) > len(wide)
 
 
-def invalid_json(error: Exception) -> str:
-    """What json says of a text, in short."""
-    # A ValueError that is no JSONDecodeError: a number of more digits than Python reads.
+def json_error(error: Exception) -> str:
+    """Return the message of an error of the json module, shortened."""
+    # A ValueError that is no JSONDecodeError: a number with more digits than Python reads.
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)[:80]
 
 
@@ -95,7 +95,7 @@ def invalid_json(error: Exception) -> str:
 
 
 def read_jsonl(stream: BinaryIO) -> Iterator[Item]:
-    """Lines that are not blank, as bytes: parsing them is left to another process."""
+    """Yield the lines that are not blank, as bytes: another process may parse them."""
     number = 0
     while raw := stream.readline(MAX_ROW_BYTES + 1):
         number += 1
@@ -110,11 +110,11 @@ def read_jsonl(stream: BinaryIO) -> Iterator[Item]:
 
 
 def read_array(stream: BinaryIO) -> Iterator[Item]:
-    """Elements of one JSON array; after a broken one it goes on at the next that begins alike."""
-    # Bytes that are no UTF-8 become lone surrogates, which every reader of text refuses.
+    """Yield the elements of one JSON array; after a broken one, resume at the next similar one."""
+    # Bytes that are no UTF-8 become lone surrogates, which check_text refuses.
     text = _Window(io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="\n"))
     text.skip(r"\s*\[\s*")
-    decoder, alike = json.JSONDecoder(), re.compile(r"\}\s*,\s*(?=\{)")
+    decoder, next_row = json.JSONDecoder(), re.compile(r"\}\s*,\s*(?=\{)")
     while True:
         text.skip(r"\s*")
         if text.starts_with("]"):
@@ -123,23 +123,23 @@ def read_array(stream: BinaryIO) -> Iterator[Item]:
         try:
             value, end = text.decode(decoder)
         except (ValueError, RecursionError) as error:
-            yield Item(line, Broken(f"not JSON ({invalid_json(error)}), in an array"))
-            if not text.skip_past(alike):
+            yield Item(line, Broken(f"not JSON ({json_error(error)}), in an array"))
+            if not text.skip_past(next_row):
                 return
             continue
-        if isinstance(value, dict) and value and alike.groups == 0:
-            # Nested objects begin with other keys.
+        if isinstance(value, dict) and value and next_row.groups == 0:
+            # Look for the first key of a row: nested objects have other keys.
             key = re.escape(json.dumps(next(iter(value)), ensure_ascii=False))
-            alike = re.compile(r"(\})\s*,\s*(?=\{\s*" + key + ")")
+            next_row = re.compile(r"(\})\s*,\s*(?=\{\s*" + key + ")")
         yield Item(line, row_of(value))
         text.advance(end)
         text.skip(r"\s*")
         if text.starts_with(","):
             text.advance(1)
         elif not text.starts_with("]"):
-            what = "the array has no end" if text.at_end() else "no comma between two rows"
-            yield Item(text.line, Broken(f"not JSON ({what})"))
-            if not text.skip_past(alike):
+            reason = "the array has no end" if text.at_end() else "no comma between two rows"
+            yield Item(text.line, Broken(f"not JSON ({reason})"))
+            if not text.skip_past(next_row):
                 return
     text.advance(1)
     text.skip(r"\s*")
@@ -148,62 +148,63 @@ def read_array(stream: BinaryIO) -> Iterator[Item]:
 
 
 class _Window:
-    """The part of a long text that is being looked at."""
+    """A position in a long text, of which only the part around it is in memory."""
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         self._stream, self._text, self._start, self.line = stream, "", 0, 1
 
-    def _more(self, size: int = 1 << 20) -> bool:
+    def _read_more(self, size: int = 1 << 20) -> bool:
+        """Read on; return False at the end of the stream."""
         piece = self._stream.read(size)
         self._text, self._start = self._text[self._start :] + piece, 0
         return bool(piece)
 
     def advance(self, end: int) -> None:
-        """Go on `end` characters further."""
+        """Move `end` characters forward."""
         self.line += self._text.count("\n", self._start, self._start + end)
         self._start += end
 
     def skip(self, pattern: str) -> None:
-        """Go past what matches here."""
+        """Move past the longest match that starts here, if any."""
         while True:
             match = re.compile(pattern).match(self._text, self._start)
             size = match.end() - self._start if match else 0
-            if self._start + size < len(self._text) or not self._more():
+            if self._start + size < len(self._text) or not self._read_more():
                 break
         self.advance(size)
 
     def skip_past(self, pattern: re.Pattern[str]) -> bool:
-        """Go past the next match; False where the text ends without one."""
+        """Move past the next match; return False if there is none."""
         while True:
             if match := pattern.search(self._text, self._start):
                 self.advance(match.end() - self._start)
                 return True
             self.advance(max(0, len(self._text) - self._start - 4096))
-            if not self._more():
+            if not self._read_more():
                 return False
 
     def starts_with(self, text: str) -> bool:
         return self._text.startswith(text, self._start)
 
     def at_end(self) -> bool:
-        return self._start == len(self._text) and not self._more()
+        return self._start == len(self._text) and not self._read_more()
 
     def decode(self, decoder: json.JSONDecoder) -> tuple[Any, int]:
-        """The JSON value that begins here and its length; raises ValueError."""
+        """Return the JSON value that begins here and its length; raises ValueError."""
         while True:
             try:
                 value, end = decoder.raw_decode(self._text, self._start)
             except json.JSONDecodeError as error:
-                cut = error.msg.startswith("Unterminated") or error.pos > len(self._text) - 16
+                partial = error.msg.startswith("Unterminated") or error.pos > len(self._text) - 16
                 size = len(self._text) - self._start
-                if not cut or size > MAX_ROW_BYTES or not self._more(max(size, 1 << 20)):
+                if not partial or size > MAX_ROW_BYTES or not self._read_more(max(size, 1 << 20)):
                     raise
             else:
                 return value, end - self._start
 
 
 def read_csv(stream: BinaryIO) -> Iterator[Item]:
-    """Rows by the names of the first line; comma, semicolon or tab, whichever it has most."""
+    """Yield rows keyed by the names of the first line; comma, semicolon or tab delimits."""
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(MAX_ROW_BYTES)
     header = lines.readline()
@@ -228,7 +229,7 @@ def read_csv(stream: BinaryIO) -> Iterator[Item]:
 
 
 def read_txt(stream: BinaryIO) -> Iterator[Item]:
-    """Documents of running text: see DOCUMENT_BYTES; a line of <|endoftext|> always ends one."""
+    """Yield documents of plain text; <|endoftext|> on a line, or DOCUMENT_BYTES, ends one."""
     number, begin, size, parts = 0, 1, 0, []
     rest = b""
 
@@ -239,8 +240,8 @@ def read_txt(stream: BinaryIO) -> Iterator[Item]:
                 yield Item(begin, raw.decode("utf-8"))
             except UnicodeDecodeError as error:
                 start = raw.rfind(b"\n", 0, error.start) + 1
-                place = begin + raw.count(b"\n", 0, start)
-                yield Item(place, Broken(not_utf8(raw[start:], error.start - start)))
+                line = begin + raw.count(b"\n", 0, start)
+                yield Item(line, Broken(utf8_error(raw[start:], error.start - start)))
 
     while (raw := rest + stream.readline(MAX_DOCUMENT_BYTES)) != b"":
         # A line longer than a document is cut, but not within a character.
@@ -263,12 +264,12 @@ def read_txt(stream: BinaryIO) -> Iterator[Item]:
 
 
 def _unfinished_character(raw: bytes) -> bytes:
-    """The bytes at the end that begin a character of UTF-8 and do not end it."""
+    """Return the last bytes that begin a character of UTF-8 but do not complete it."""
     for back in range(1, min(4, len(raw) + 1)):
         byte = raw[-back]
         if byte >= 0xC0:
-            wanted = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return raw[-back:] if back < wanted else b""
+            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return raw[-back:] if back < length else b""
         if byte < 0x80:
             break
     return b""

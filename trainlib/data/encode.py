@@ -1,4 +1,4 @@
-"""A record to ids and loss mask, in one pass, for each stage."""
+"""Encoders of the stages: a record to ids and loss mask, in one pass."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from trainlib.data.tokenize_files import Encode
 
 
 def encode_document(tokenizer: Tokenizer, record: formats.Record) -> list[Sequence]:
-    """A text between two end-of-text ids; all but the first are under the loss."""
+    """Return a text between two end-of-text ids; all ids but the first are under the loss."""
     end = tokenizer.end_of_text_id
     ids = [end, *tokenizer.encode(record.value), end]
     return [Sequence(ids, [False] + [True] * (len(ids) - 1))]
 
 
 def encode_conversation(tokenizer: Tokenizer, record: formats.Record) -> list[Sequence]:
-    """A conversation in ChatML; the assistant's words and ends of turn are under the loss."""
+    """Render a conversation in ChatML; assistant turns and their ends are under the loss."""
     return [render_conversation(tokenizer, record.value)]
 
 
 def encode_preference(tokenizer: Tokenizer, record: formats.Record) -> list[Sequence]:
-    """Chosen and rejected conversation; of each only the last answer is under the loss."""
+    """Render the chosen and the rejected conversation; only the last answers are under the loss."""
     return [_last_answer_only(render_conversation(tokenizer, c)) for c in record.value]
 
 

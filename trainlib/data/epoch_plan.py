@@ -1,4 +1,4 @@
-"""The rows of an epoch: which units share a row, and in what order rows come."""
+"""The plan of an epoch: which units share a row, and the order of the rows."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import numpy as np
 from trainlib.core.errors import UserError
 from trainlib.core.files import cache_dir, replacing
 
-PLAN_LAYOUT = 1  # Counts up when the same data are packed in another way.
-KEPT_PLANS = 20
-Row = np.ndarray  # The numbers of the units that share a row.
+PLAN_LAYOUT = 1
+"""Raise it when the same data is packed in another way."""
+MAX_PLANS = 20
+Row = np.ndarray
+"""The numbers of the units that share a row."""
 
 
 class DataPosition(NamedTuple):
@@ -25,7 +27,7 @@ class DataPosition(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochPlan:
     """The rows of an epoch: row i has the units from bounds[order[i]] to the next bound."""
 
     units: np.ndarray
@@ -39,24 +41,24 @@ class Plan:
         row = self.order[number]
         return np.asarray(self.units[self.bounds[row] : self.bounds[row + 1]])
 
-    def used(self) -> np.ndarray:
-        """The units of all rows."""
+    def all_units(self) -> np.ndarray:
+        """Return the units of all rows."""
         if len(self.order) == len(self.bounds) - 1:
             return self.units
         return np.concatenate([self[i] for i in range(len(self))])
 
     @classmethod
-    def stored(cls, key: str, make: Callable[[], Plan]) -> Plan:
-        """The plan of that key from .cache/plans, memory-mapped; made now unless it is there."""
+    def load_or_build(cls, key: str, build: Callable[[], EpochPlan]) -> EpochPlan:
+        """Return the plan of that key from .cache/plans, memory-mapped; build it if missing."""
         folder = cache_dir() / "plans"
         names = [f.name for f in fields(cls)]
         paths = [folder / f"{key}.{name}.npy" for name in names]
         try:
             if not all(path.is_file() for path in paths):
                 folder.mkdir(parents=True, exist_ok=True)
-                for old in sorted(folder.glob("*.npy"), key=os.path.getmtime)[: -3 * KEPT_PLANS]:
+                for old in sorted(folder.glob("*.npy"), key=os.path.getmtime)[: -3 * MAX_PLANS]:
                     old.unlink(missing_ok=True)
-                plan = make()
+                plan = build()
                 for name, path in zip(names, paths, strict=True):
                     with replacing(path) as temporary:
                         np.save(temporary, getattr(plan, name))

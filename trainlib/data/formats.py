@@ -1,11 +1,11 @@
-"""Any accepted file to records: documents, conversations, preference pairs.
+"""Formats of rows: any accepted file to records (documents, conversations, preference pairs).
 
     Source (readers.py)   file -> items: JSON lines, array, CSV, text, Parquet; .gz and .zst
-    detect                the format, by the content of the first rows, and why
+    detect                the format, by the first rows, and the reason
     check_items           items -> Record, or Broken with the reason
 
-FORMATS is the list of all formats, in the order in which they are tried. "source", where a row
-has one, names its kind in reports; other keys are left alone. Nothing is skipped silently.
+FORMATS lists all formats in the order in which they are tried. Reports count rows by their
+"source", if they have one; other keys are ignored. No row is skipped silently.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 
 from trainlib.core.errors import UserError
 from trainlib.data import conversations as c
-from trainlib.data.containers import GBK_CURE, NOT_UTF8, Broken, Item, Row
+from trainlib.data.containers import GBK_FIX, NOT_UTF8, Broken, Item, Row
 from trainlib.data.readers import CONTAINERS, EmptyFileError, Source, parse
 
-ROWS_LOOKED_AT = 50
+DETECTION_ROWS = 50
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How rows are read where their content does not say it."""
+    """Options for reading rows whose content leaves a choice."""
 
     format: str = "auto"
     alpaca_join: str = "\n"
@@ -34,7 +34,7 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a file, checked: `value` is a text, a conversation, or (chosen, rejected)."""
+    """A checked row of a file: `value` is a text, a conversation, or (chosen, rejected)."""
 
     value: Any
     source: str
@@ -44,30 +44,30 @@ class Record:
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of row: how to recognise it, how to check one and take its content."""
+    """A format of rows: how to recognise one, and how to read and check it."""
 
     name: str
     kind: str
-    looks_like: str
+    example: str
     matches: Callable[[Row], bool]
     read: Callable[[Row, ReadOptions], Any]
 
 
 class Detection(NamedTuple):
-    """What a file is, and how that was seen."""
+    """The format of a file, and why it was chosen."""
 
     format: Format
     source: Source
-    why: str
+    reason: str
     line: int = 1
-    """The row that was looked at."""
+    """The line that decided."""
 
 
 UNPAIRED = "an unpaired preference (label or kto_tag), which no stage trains on"
 
 
 def read_text(row: Row, options: ReadOptions) -> str:
-    """The document of a pretraining row; raises ValueError where it is no text or empty."""
+    """Return the document of a pretraining row; raises ValueError if it is no text or empty."""
     text = c.check_text(row["text"], '"text"')
     if not text:
         raise ValueError('"text" is empty')
@@ -82,12 +82,12 @@ def _has(row: Row, *keys: str) -> bool:
     return all(row.get(key) is not None for key in keys)
 
 
-def _texts(row: Row, *keys: str) -> bool:
+def _has_texts(row: Row, *keys: str) -> bool:
     return all(isinstance(row.get(key), str) for key in keys)
 
 
-def _turns(row: Row, key: str, name: str) -> bool:
-    """Is the first of the turns under `key` one that `name` marks."""
+def _has_turns(row: Row, key: str, name: str) -> bool:
+    """Return whether row[key] is a list of turns whose first one has the key `name`."""
     turns = row.get(key)
     return isinstance(turns, list) and (
         not turns or not isinstance(turns[0], dict) or name in turns[0]
@@ -107,15 +107,15 @@ FORMATS: tuple[Format, ...] = (
            lambda r, o: c.read_preference(r)),
     Format("alpaca_preference", "dpo",
            '{"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}',
-           lambda r: _texts(r, *_ANSWERS) and "instruction" in r,
+           lambda r: _has_texts(r, *_ANSWERS) and "instruction" in r,
            lambda r, o: c.read_alpaca_preference(r, o.alpaca_join)),
     Format("prompt_preference", "dpo",
            '{"prompt": "...", "chosen": "...", "rejected": "..."}',
-           lambda r: _texts(r, *_ANSWERS) and _has(r, "prompt"),
+           lambda r: _has_texts(r, *_ANSWERS) and _has(r, "prompt"),
            lambda r, o: c.read_prompt_preference(r)),
     Format("text_preference", "dpo",
            '{"chosen": "...", "rejected": "..."}',
-           lambda r: _texts(r, *_ANSWERS),
+           lambda r: _has_texts(r, *_ANSWERS),
            lambda r, o: c.read_text_preference(r)),
     Format("unpaired", "kto",
            '{"prompt": "...", "completion": "...", "label": true}',
@@ -127,7 +127,7 @@ FORMATS: tuple[Format, ...] = (
            lambda r, o: c.read_chat(r, "messages")),
     Format("sharegpt", "sft",
            '{"conversations": [{"from": "human", "value": "..."}, ...]}',
-           lambda r: _turns(r, "conversations", "from"),
+           lambda r: _has_turns(r, "conversations", "from"),
            lambda r, o: c.read_chat(r, "conversations")),
     Format("minimind", "sft",
            '{"conversations": [{"role": "user", "content": "..."}, ...]}',
@@ -150,27 +150,27 @@ FORMATS: tuple[Format, ...] = (
            lambda r: "text" in r,
            read_text),
 )  # fmt: skip
-EXPECTED = {
+EXAMPLES = {
     "pretrain": '{"text": "..."}',
     "sft": '{"conversations": [{"role": "user", "content": "..."}, ...]}',
     "dpo": '{"chosen": [messages], "rejected": [messages]}',
 }
 NAMES = ("auto", *(f.name for f in FORMATS), *CONTAINERS)
-"""What data.format may be: a format of rows, or a container, whose rows are then looked at."""
+"""Values of data.format: a format of rows, or a container whose rows are then detected."""
 
 
 def detect(path: Path, kind: str | None = None, name: str = "auto") -> Detection:
-    """The format of a file by its first rows; of several that fit, one of the wanted kind.
+    """Return the format of a file by its first rows, preferably one of the given kind.
 
-    `name` overrides what would be found. Raises UserError for a file that cannot be read or
-    whose first rows are of no known format.
+    `name` overrides the detection. Raises UserError for a file that cannot be read, or whose first
+    rows are of no known format.
     """
     source = Source(path, name if name in CONTAINERS else "auto")
     for format_ in FORMATS:
         if format_.name == name:
             return Detection(format_, source, f"data.format={name}, in {source.container}")
     reason, line = "", 0
-    for item in islice(source.items(), ROWS_LOOKED_AT):
+    for item in islice(source.items(), DETECTION_ROWS):
         line = line or item.line
         try:
             row = parse(item.content)
@@ -181,20 +181,20 @@ def detect(path: Path, kind: str | None = None, name: str = "auto") -> Detection
         if fitting:
             format_ = next((f for f in fitting if f.kind == kind), fitting[0])
             compression = f" in {source.compression}" if source.compression else ""
-            why = f"{source.container}{compression} ({source.why}); line {item.line} has "
-            return Detection(format_, source, why + ", ".join(map(str, row)), item.line)
+            reason = f"{source.container}{compression} ({source.reason}); line {item.line} has "
+            return Detection(format_, source, reason + ", ".join(map(str, row)), item.line)
         reason = reason or f"no known kind of row (its keys: {keys_of(row)})"
     if not reason:
         raise EmptyFileError(f"{path} is empty: it needs at least one row")
-    if reason.startswith(NOT_UTF8):  # Of its rows nothing is known, so no format is the cure.
+    if reason.startswith(NOT_UTF8):  # No other format would help.
         raise UserError(f"{path}, line {line}: {reason}")
     raise UserError(f"{path}, line {line}: {reason}. Known:\n{known_formats()}")
 
 
 def known_formats() -> str:
-    """All formats of rows, a line each: name, what it is for, and a row."""
+    """Return all formats of rows, a line each: name, stage and an example."""
     return "\n".join(
-        f"  {f.name:<20} {f.kind if f.kind in EXPECTED else 'no stage':<9} {f.looks_like}"
+        f"  {f.name:<20} {f.kind if f.kind in EXAMPLES else 'no stage':<9} {f.example}"
         for f in FORMATS
     )
 
@@ -202,17 +202,17 @@ def known_formats() -> str:
 def check_items(
     items: Iterable[Item], path: Path, format_: Format, options: ReadOptions
 ) -> Iterator[tuple[int, Record | Broken]]:
-    """Every item as a record, or as what is wrong with it; with its line."""
+    """Yield the line of every item with its record, or with the reason why it is broken."""
     others = [f for f in FORMATS if f.kind == format_.kind and f is not format_]
     if options.format == format_.name:
-        others = []  # Overridden, so no row is read in another way.
+        others = []  # The user has chosen the only format.
     for line, content in items:
         try:
             row = parse(content)
             fitting = next((f for f in (format_, *others) if f.matches(row)), None)
             if fitting is None:
                 raise ValueError(
-                    f"not a {format_.kind} row, which looks like {format_.looks_like} "
+                    f"not a {format_.kind} row, which looks like {format_.example} "
                     f"(its keys: {keys_of(row)})"
                 )
             value = fitting.read(row, options)
@@ -224,27 +224,27 @@ def check_items(
 
 
 def find_format(path: Path, kind: str, options: ReadOptions) -> Detection:
-    """The format of a file that a stage reads; raises UserError where it is of another kind."""
+    """Return the format of a file that a stage reads; raises UserError for another kind."""
     try:
         found = detect(path, kind, options.format)
     except EmptyFileError as error:
-        raise EmptyFileError(f"{error} like {EXPECTED[kind]}") from error
-    if found.format.kind not in EXPECTED:
+        raise EmptyFileError(f"{error} like {EXAMPLES[kind]}") from error
+    if found.format.kind not in EXAMPLES:
         raise UserError(
             f"{path}, line {found.line}: {UNPAIRED}. Preferences are learned from pairs: "
-            f"{EXPECTED['dpo']}"
+            f"{EXAMPLES['dpo']}"
         )
     if found.format.kind != kind:
         raise UserError(
-            f"{path}, line {found.line}: not a {kind} row, which looks like {EXPECTED[kind]}, but "
-            f"{found.format.kind} ({found.format.name}: {found.why})"
+            f"{path}, line {found.line}: not a {kind} row, which looks like {EXAMPLES[kind]}, but "
+            f"{found.format.kind} ({found.format.name}: {found.reason})"
         )
     return found
 
 
 def broken_row(path: Path, line: int, reason: str) -> UserError:
-    """The error that names a broken row."""
-    if GBK_CURE in reason:  # One row of many, so that leaving it out is no cure.
+    """Return the error that names a broken row."""
+    if GBK_FIX in reason:  # The other rows are as broken: skipping this one does not help.
         return UserError(f"{path}, line {line}: {reason} (nothing was written)")
     return UserError(
         f"{path}, line {line}: {reason}. Mend or remove the line (nothing was written), or "
@@ -253,5 +253,5 @@ def broken_row(path: Path, line: int, reason: str) -> UserError:
 
 
 def keys_of(row: Row) -> str:
-    """The keys of a row, as errors show them."""
+    """Return the keys of a row, shortened for a message."""
     return ", ".join(sorted(map(str, row)))[:200] or "none"

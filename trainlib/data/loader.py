@@ -98,6 +98,6 @@ class StepLoader:
             for i in range(self.ranks.rank, num_micro * count, count)
         ]
         if self.pin:
-            micro = [batch.pinned() for batch in micro]
+            micro = [batch.pin_memory() for batch in micro]
         num_targets, num_tokens = self.dataset.count(rows)
         return StepBatch(micro, num_targets, num_tokens, position)

@@ -1,8 +1,9 @@
-"""Documents to rows of one length, best fit, and rows to batches: the one shift by one.
+"""Packing: documents to rows of one length by best fit, and rows to batches.
 
-What holds of every Batch: documents of a row never see each other (document_ids), positions
-restart with each, a label is the id that follows, padding is a document of its own without
-labels. No document is lost silently: those that do not fit are cut or left out, and counted.
+Invariants of every Batch: documents of a row never attend to each other (document_ids), positions
+restart with each document, a label is the next id, padding is a document of its own without
+labels. The shift by one is made in collate and nowhere else. No document is lost silently: one
+that does not fit is cut or dropped, and counted.
 """
 
 from __future__ import annotations
@@ -17,44 +18,44 @@ import torch
 
 from trainlib.core.errors import UserError
 from trainlib.data.batch import IGNORE_INDEX, Batch
-from trainlib.data.epoch_plan import PLAN_LAYOUT, DataPosition, Plan, Row
+from trainlib.data.epoch_plan import PLAN_LAYOUT, DataPosition, EpochPlan, Row
 from trainlib.data.token_cache import TokenCache
 
 Part = tuple[TokenCache, np.ndarray]
-"""A cache, and which of its records are used."""
+"""A token cache and a mask of the records to use, bool (num_records,)."""
 WINDOW = 8192
-"""Units that are packed together: so the cost is linear, and long data stays shuffled."""
+"""Units that are packed at a time: the cost stays linear, and the units stay shuffled."""
 STORED_UNITS = 500_000
-"""From so many on a plan takes seconds to make and is kept on disk, memory-mapped."""
+"""From this many units on, a plan takes seconds to build and is cached on disk, memory-mapped."""
 
 
 class Origin(NamedTuple):
-    """A record of a file."""
+    """A record and the file it is from."""
 
     cache: TokenCache
     record: int
 
     @property
     def line(self) -> int:
-        """Its line in the file, or its number in a file that has no lines; counted from 1."""
+        """Return the line in the file, or the row number in Parquet; counted from 1."""
         return int(self.cache.lines[self.record])
 
     @property
     def source(self) -> str:
-        """The kind that it names, empty without one."""
+        """Return the "source" that the row names; empty without one."""
         return self.cache.source(self.record)
 
 
 class PackedDataset:
     """Documents packed into rows of `row_length` positions.
 
-    A unit is what is never split: a piece of a document, a conversation, or both answers of a
-    pair. What is longer than a row is cut into pieces (pretraining), cut after the last answer
-    that fits (a conversation, with too_long="cut"), or left out; the latter two are counted.
-    Sequences are numbered from `first_sequence_id` on, over the selected records.
+    A unit is never split: a piece of a document, a conversation, or both answers of a pair. A
+    longer document is cut into pieces (pretraining); a longer conversation is cut after the last
+    answer that fits (too_long="cut") or dropped; a longer pair is dropped. Cut and dropped ones are
+    counted. Sequences are numbered from `first_sequence_id`, over the selected records.
 
-    `passes` says how often each part is gone through in an epoch, 1 or more. Of a fraction the next
-    epoch takes what follows: over the epochs every unit of a part is used equally often.
+    `repeats` says how often an epoch reads each part, 1 or more. After a fraction the next epoch
+    starts where this one ended: over the epochs every unit of a part is used equally often.
     """
 
     def __init__(
@@ -68,16 +69,16 @@ class PackedDataset:
         first_sequence_id: int = 0,
         max_rows: int = 0,
         too_long: str = "drop",
-        passes: list[float] | None = None,
+        repeats: list[float] | None = None,
     ) -> None:
         self.parts, self.caches = parts, [cache for cache, _ in parts]
         self.kind, self.row_length, self.seed, self.max_rows = kind, row_length, seed, max_rows
         self.first_sequence_id = first_sequence_id
         self.num_dropped: Counter[str] = Counter()
         self.num_cut: Counter[str] = Counter()
-        self._passes, self._byte_lengths = passes, byte_lengths
+        self._repeats, self._byte_lengths = repeats, byte_lengths
         self._per_record = 2 if kind == "dpo" else 1  # Sequences that a record makes.
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, EpochPlan] = {}
         units: list[list[np.ndarray]] = []
         count = first_sequence_id
         for number, (cache, selected) in enumerate(parts):
@@ -103,9 +104,9 @@ class PackedDataset:
     def _units_of(
         self, number: int, cache: TokenCache, index: np.ndarray, first_id: int, too_long: str
     ) -> list[np.ndarray]:
-        """File, start, length, sequence id and record of each unit of the records `index`.
+        """Return file, start, length, sequence id and record of each unit of the records `index`.
 
-        In 32 bits where that is enough: of 5 GB of text they take 92 MB.
+        In 32 bits where that is enough: the units of 5 GB of text take 92 MB.
         """
         first = index * self._per_record
         start, end = cache.offsets[first], cache.offsets[first + self._per_record]
@@ -136,7 +137,7 @@ class PackedDataset:
     def _cut_long(
         self, cache: TokenCache, index: np.ndarray, start: np.ndarray, length: np.ndarray
     ) -> None:
-        """Shorten `length` to the end of the last answer that fits a row, where there is one.
+        """Shorten `length`, in place, to the end of the last answer that fits a row, if any does.
 
         The end of an answer is the label of the last position.
         """
@@ -153,35 +154,38 @@ class PackedDataset:
 
     @property
     def num_units(self) -> int:
-        """Pieces, conversations or pairs that are used."""
+        """Return the number of pieces, conversations or pairs."""
         return len(self._length)
 
     @property
     def num_tokens(self) -> int:
-        """Real positions of one epoch, padding not counted."""
-        if self._passes is None:
+        """Return the number of positions of one epoch, without padding."""
+        if self._repeats is None:
             return int(self._length.sum(dtype=np.int64))
-        sums = np.bincount(self._file, self._length, len(self._passes))
-        return round(float(sums @ np.array(self._passes)))
+        sums = np.bincount(self._file, self._length, len(self._repeats))
+        return round(float(sums @ np.array(self._repeats)))
 
     def mean_context_length(self) -> float:
-        """Return how many positions a position attends to on average, answers of a pair alike."""
-        counts = np.bincount(self._length)  # By length: there are at most row_length of them.
+        """Return the mean number of positions that a position attends to, itself included.
+
+        Both answers of a pair count as equally long.
+        """
+        counts = np.bincount(self._length)  # Indexed by length.
         lengths = np.arange(len(counts)) / self._per_record
         return float(counts @ (lengths * (lengths + 1) / 2) / (counts @ lengths))
 
     def num_rows(self, epoch: int = 0) -> int:
-        """Rows of an epoch."""
+        """Return the number of rows of an epoch."""
         return len(self._plan(epoch))
 
-    def padding(self, epoch: int = 0) -> float:
-        """Share of an epoch's positions that is padding."""
+    def padding_fraction(self, epoch: int = 0) -> float:
+        """Return the share of an epoch's positions that is padding."""
         plan = self._plan(epoch)
-        num_tokens = int(self._length[plan.used()].sum(dtype=np.int64))
+        num_tokens = int(self._length[plan.all_units()].sum(dtype=np.int64))
         return 1 - num_tokens / (len(plan) * self.row_length)
 
     def rows(self, position: DataPosition) -> Iterator[tuple[Row, DataPosition]]:
-        """Rows from a position to the end of its epoch, each with the position after it."""
+        """Yield the rows from a position to the end of its epoch, each with the next position."""
         plan = self._plan(position.epoch)
         for number in range(position.row, len(plan)):
             last = number + 1 == len(plan)
@@ -194,68 +198,67 @@ class PackedDataset:
 
     @property
     def selection(self) -> bytes:
-        """Which sequences are used, as bytes to hash."""
+        """Return the ids of the sequences that are used, as bytes to hash."""
         return self._id.tobytes()
 
     def origins(self) -> dict[int, Origin]:
-        """Where every used unit comes from, by the id of its (first) sequence."""
+        """Return the origin of every unit, by the id of its (first) sequence."""
         return {
             int(i): Origin(self.caches[f], int(r))
             for i, f, r in zip(self._id, self._file, self._record, strict=True)
         }
 
-    def _plan(self, epoch: int) -> Plan:
+    def _plan(self, epoch: int) -> EpochPlan:
         plan = self._plans.get(epoch)
         if plan is None:
             plan = self._make_plan(epoch)
-            self._plans = {epoch: plan}  # One epoch is kept; the loader's thread asks too.
+            self._plans = {epoch: plan}  # One epoch is kept. The loader's thread reads it too.
         return plan
 
-    def _make_plan(self, epoch: int) -> Plan:
+    def _make_plan(self, epoch: int) -> EpochPlan:
         if self.num_units < STORED_UNITS:
             return self._pack(epoch)
         digest = hashlib.blake2b(digest_size=8)
-        recipe = [self.seed, epoch, self.row_length, self.max_rows, self._passes, PLAN_LAYOUT]
+        recipe = [self.seed, epoch, self.row_length, self.max_rows, self._repeats, PLAN_LAYOUT]
         digest.update(self._length.tobytes() + self._file.tobytes() + repr(recipe).encode())
-        return Plan.stored(digest.hexdigest(), lambda: self._pack(epoch))
+        return EpochPlan.load_or_build(digest.hexdigest(), lambda: self._pack(epoch))
 
-    def _pack(self, epoch: int) -> Plan:
+    def _pack(self, epoch: int) -> EpochPlan:
         rng = np.random.default_rng([self.seed, epoch])
         units = rng.permutation(self._units(epoch))
         full = self._length[units] == self.row_length
-        alone, rest = units[full], units[~full]
-        packed, sizes = [alone], [np.ones(len(alone), np.int64)]
-        for begin in range(0, len(rest), WINDOW):
-            part = rest[begin : begin + WINDOW]
+        shorter = units[~full]
+        packed, sizes = [units[full]], [np.ones(int(full.sum()), np.int64)]
+        for begin in range(0, len(shorter), WINDOW):
+            part = shorter[begin : begin + WINDOW]
             rows = pack_best_fit(self._length[part], self.row_length)
             packed.append(part[np.concatenate(rows)])
             sizes.append(np.array([len(row) for row in rows]))
         bounds = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
         order = rng.permutation(len(bounds) - 1).astype(np.int32)
-        return Plan(np.concatenate(packed), bounds, order[: self.max_rows or None])
+        return EpochPlan(np.concatenate(packed), bounds, order[: self.max_rows or None])
 
     def _units(self, epoch: int) -> np.ndarray:
-        """The units of an epoch, some of them several times where a part has several passes."""
-        if self._passes is None:
+        """Return the units of an epoch; those of a repeated part are in it several times."""
+        if self._repeats is None:
             return np.arange(self.num_units, dtype=np.int32)
         chosen, first = [], 0
-        for part, (passes, size) in enumerate(
-            zip(self._passes, np.bincount(self._file, minlength=len(self._passes)), strict=True)
-        ):
-            # A part is an endless row of shuffled passes; an epoch takes the stretch that follows.
-            count = round(passes * int(size))
+        sizes = np.bincount(self._file, minlength=len(self._repeats)).tolist()
+        for part, (repeats, size) in enumerate(zip(self._repeats, sizes, strict=True)):
+            # Shuffles of the part form an endless stream; each epoch reads the next `count` units.
+            count = round(repeats * size)
             begin, end = epoch * count, (epoch + 1) * count
             for number in range(begin // size, -(-end // size)) if count else ():
                 shuffled = np.random.default_rng([self.seed, part, number, 1]).permutation(size)
-                here = slice(max(0, begin - number * size), min(size, end - number * size))
-                chosen.append(first + shuffled[here])
-            first += int(size)
+                span = slice(max(0, begin - number * size), min(size, end - number * size))
+                chosen.append(first + shuffled[span])
+            first += size
         return np.concatenate(chosen).astype(np.int32)
 
     def collate(self, rows: list[Row], num_rows: int) -> Batch:
-        """Rows to tensors, filled up with empty rows to `num_rows`.
+        """Return rows as one batch, with empty rows added up to `num_rows`.
 
-        Two documents, ids 0 7 8 0 and 0 9 0, in a row of six positions:
+        Example: two documents, ids 0 7 8 0 and 0 9 0, in a row of six positions:
 
             input_ids      0 7 8 | 0 9 | 0          position_ids   0 1 2 | 0 1 | 0
             labels         7 8 0 | 9 0 | -100       document_ids   0 0 0 | 1 1 | 2   (padding: 2)
@@ -270,11 +273,11 @@ class PackedDataset:
             for unit in row:
                 for part, (ids, supervised) in enumerate(self._sequences(unit)):
                     size = len(ids) - 1
-                    here = slice(column, column + size)
-                    input_ids[r, here] = ids[:-1]
-                    labels[r, here] = np.where(supervised[1:], ids[1:], IGNORE_INDEX)
-                    positions[r, here] = np.arange(size)
-                    documents[r, here] = len(sequence_ids)
+                    span = slice(column, column + size)
+                    input_ids[r, span] = ids[:-1]
+                    labels[r, span] = np.where(supervised[1:], ids[1:], IGNORE_INDEX)
+                    positions[r, span] = np.arange(size)
+                    documents[r, span] = len(sequence_ids)
                     sequence_ids.append(int(self._id[unit]) + part)
                     column += size
         empty = documents < 0
@@ -282,9 +285,9 @@ class PackedDataset:
         under_loss = labels != IGNORE_INDEX
         flat = documents.reshape(-1)
         edges = np.flatnonzero(np.diff(flat)) + 1
-        # Filled up to a power of two from documents of 32 on: a compiled model sees few lengths.
-        room = 1 << max(len(edges) + 1, len(flat) // 32).bit_length()
-        boundaries = np.full(room, len(flat), np.int32)
+        # The size is a power of two, enough for documents of 32: a compiled model sees few sizes.
+        size = 1 << max(len(edges) + 1, len(flat) // 32).bit_length()
+        boundaries = np.full(size, len(flat), np.int32)
         boundaries[0], boundaries[1 : len(edges) + 1] = 0, edges
         return Batch(
             torch.from_numpy(input_ids),
@@ -299,7 +302,7 @@ class PackedDataset:
         )
 
     def count(self, rows: list[Row]) -> tuple[int, int]:
-        """Targets (labels under the loss; of preferences, pairs) and real positions of rows."""
+        """Return the number of targets (labels, or preference pairs) and of positions of rows."""
         units = [unit for row in rows for unit in row]
         num_tokens = int(self._length[units].sum())
         if self.kind == "dpo":
@@ -310,7 +313,7 @@ class PackedDataset:
         return sum(int(supervised[1:].sum()) for _, supervised in sequences), num_tokens
 
     def _sequences(self, unit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids and loss mask of each sequence of a unit."""
+        """Yield ids and loss mask of each sequence of a unit."""
         cache, start = self.caches[self._file[unit]], int(self._start[unit])
         if self.kind == "dpo":
             first = 2 * int(self._record[unit])
@@ -322,13 +325,13 @@ class PackedDataset:
 
 
 def pack_best_fit(lengths: np.ndarray, row_length: int) -> list[list[int]]:
-    """Which units share a row: longest first, each into the fullest row that still takes it.
+    """Return the units of each row: longest first, each into the fullest row that it fits.
 
     Example: lengths 5 3 2 2, rows of 6 -> [0], [1, 2], [3].
     """
     rows: list[list[int]] = []
     with_space: list[list[int]] = [[] for _ in range(row_length + 1)]
-    spaces = 0  # Bit s is set where some row has s positions left.
+    spaces = 0  # Bit s is set if some row has s positions left.
     sizes = lengths.tolist()
     for unit in np.argsort(-lengths, kind="stable").tolist():
         size = sizes[unit]

@@ -1,10 +1,10 @@
-"""Any file to items, one at a time in flat memory: JSON lines, JSON array, CSV, text, Parquet.
+"""Data files as items: compression, container (by the first bytes), and one item at a time.
 
-    file -> decompressed (gzip, zstd) -> container, by the first bytes -> items -> rows
+    file -> decompressed (gzip, zstd) -> container -> items -> rows
 
-An item is a line number and what stands there: the bytes of a JSON line, a row that is read
-already, the text of a document, or Broken with the reason. `parse` makes a row of it, so that
-parsing can happen in another process. What a row means is the matter of formats.py.
+An item is a line number and its content: the bytes of a JSON line, a parsed row, the text of a
+document, or Broken with the reason. `parse` returns its row, maybe in another process. formats.py
+interprets rows.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from trainlib.data.containers import (
     Item,
     Row,
     are_messages,
-    invalid_json,
-    not_utf8,
+    json_error,
     read_array,
     read_csv,
     read_jsonl,
     read_txt,
     row_of,
+    utf8_error,
 )
 
 CONTAINERS = ("jsonl", "array", "csv", "txt", "parquet")
@@ -42,14 +42,14 @@ COMPRESSED = (".gz", ".zst")
 
 
 class EmptyFileError(UserError):
-    """A file without any row."""
+    """A file without rows."""
 
 
 class Source:
-    """A file as items; `position` of `size` bytes are read.
+    """A data file; `position` of `size` bytes are read so far.
 
-    Raises UserError for a file that is missing, empty, binary, or needs a package that is absent;
-    while reading, for a compressed stream that is damaged.
+    Raises UserError for a file that is missing, empty or binary, or needs a package that is not
+    installed; while reading, for a damaged compressed stream.
     """
 
     def __init__(self, path: Path, container: str = "auto") -> None:
@@ -60,18 +60,18 @@ class Source:
                 start = file.read(4)
             self.compression = next((name for m, name in _MAGIC.items() if start.startswith(m)), "")
             if start == b"PAR1":
-                self.container, self.why = "parquet", "begins with PAR1"
+                self.container, self.reason = "parquet", "begins with PAR1"
             else:
                 with self._open() as stream:
                     head = stream.read(1 << 16)
-                self.container, self.why = self._sniff(head)
+                self.container, self.reason = self._sniff(head)
         except _STREAM_ERRORS as error:
             raise self._unreadable(error) from error
         if container != "auto":
-            self.container, self.why = container, "as data.format says"
+            self.container, self.reason = container, "as data.format says"
 
     def items(self) -> Iterator[Item]:
-        """All items in order; blank lines are passed over."""
+        """Yield all items in order; skip blank lines."""
         try:
             if self.container == "parquet":
                 yield from self._parquet()
@@ -89,11 +89,11 @@ class Source:
         if self.compression == "gzip":
             return gzip.GzipFile(fileobj=self._raw)  # type: ignore[return-value]
         if self.compression == "zstd":
-            return io.BufferedReader(_Zstd(self._raw, self.path), 1 << 20)
+            return io.BufferedReader(_ZstdStream(self._raw, self.path), 1 << 20)
         return self._raw
 
     def _sniff(self, head: bytes) -> tuple[str, str]:
-        """Container and reason, from the first 64 KiB."""
+        """Return the container and the reason, from the first 64 KiB."""
         if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise UserError(f"{self.path} is UTF-16. Save it as UTF-8.")
         text = head.removeprefix(BOM).lstrip()
@@ -124,8 +124,8 @@ class Source:
         return "txt", f"begins with {first_character!r}, neither {{ nor a list of rows"
 
     def _parquet(self) -> Iterator[Item]:
-        parquet = need("pyarrow.parquet", self.path)
-        arrow = need("pyarrow", self.path)
+        parquet = import_optional("pyarrow.parquet", self.path)
+        arrow = import_optional("pyarrow", self.path)
         number = 0
         try:
             with parquet.ParquetFile(self.path, memory_map=True) as file:
@@ -150,14 +150,14 @@ class Source:
 
 
 def parse(content: bytes | str | Row | Broken) -> Row:
-    """The row of an item; raises ValueError with the reason where it is none."""
+    """Return the row of an item; raises ValueError with the reason if it is none."""
     if isinstance(content, bytes):
         try:
             content = row_of(json.loads(content.decode("utf-8")))
         except UnicodeDecodeError as error:
-            raise ValueError(not_utf8(content, error.start)) from error
+            raise ValueError(utf8_error(content, error.start)) from error
         except (ValueError, RecursionError) as error:
-            reason = invalid_json(error)
+            reason = json_error(error)
             start = content[:60].decode("utf-8", "replace").strip()
             raise ValueError(
                 f"not JSON ({reason}): {start!r}. Each line must hold one whole JSON object"
@@ -167,8 +167,8 @@ def parse(content: bytes | str | Row | Broken) -> Row:
     return {"text": content} if isinstance(content, str) else content
 
 
-def need(module: str, path: Path) -> Any:
-    """An optional package; raises UserError with the line to type where it is absent."""
+def import_optional(module: str, path: Path) -> Any:
+    """Import an optional package; raises UserError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -182,13 +182,13 @@ def need(module: str, path: Path) -> Any:
 # ---- compression ---------------------------------------------------------------------------------
 
 
-class _Zstd(io.RawIOBase):
-    """Decompressed bytes of a file of zstd frames; unlike zstandard's reader it sees a cut end."""
+class _ZstdStream(io.RawIOBase):
+    """The decompressed bytes of zstd frames; unlike zstandard's reader, detects a truncated end."""
 
     def __init__(self, raw: BinaryIO, path: Path) -> None:
-        zstandard = need("zstandard", path)
+        zstandard = import_optional("zstandard", path)
         self._error = zstandard.ZstdError
-        # Files made with --long need a window above the default bound.
+        # Files compressed with --long need a window above the default bound.
         self._make = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self._raw, self._frame, self._ready, self._rest = raw, None, b"", b""
 

@@ -1,8 +1,8 @@
-"""Chunks of rows to ids, in one process for a small file, in one a core for a large one.
+"""Tokenization of a file by chunks: in this process, or on all cores if the file is large.
 
-chunks            items of a file, about a megabyte at a time
-tokenize_chunk    a chunk -> ids, loss mask, lines, hashes; what is broken is listed
-tokenize_chunks   all chunks in order, a few at a time in other processes
+read_chunks       a file -> items, about a megabyte at a time
+tokenize_chunk    a chunk -> ids, loss mask, lines, hashes, and its broken rows
+tokenize_chunks   all chunks, in order
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from trainlib.data.readers import Source
 
 CHUNK_BYTES = 1 << 20
 PARSED_BYTES = 1000
-"""What a row that is parsed already counts for."""
+"""Bytes that an already parsed row counts as."""
 SMALL_FILE_BYTES = 8 << 20
-"""Below it, starting processes costs more than they save."""
+"""Below it, worker processes cost more time than they save."""
 Encode = Callable[[Tokenizer, formats.Record], list[Sequence]]
 
 
 class Chunk(NamedTuple):
-    """Neighbouring items, and how much of the file is read with them."""
+    """Consecutive items, and the position in the file after them."""
 
     items: list[Item]
     position: int
@@ -51,7 +51,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """All that is needed to tokenize a chunk of a file."""
+    """The settings that tokenize a chunk of a file."""
 
     path: Path
     format_name: str
@@ -62,7 +62,7 @@ class Task:
 
 
 class Tokenized(NamedTuple):
-    """A chunk as arrays: by id, by sequence (lengths), by record (the rest)."""
+    """A tokenized chunk: ids and supervised per id, lengths per sequence, the rest per record."""
 
     ids: np.ndarray
     supervised: np.ndarray
@@ -75,8 +75,8 @@ class Tokenized(NamedTuple):
     position: int
 
 
-def chunks(source: Source, skip: int = 0) -> Iterator[Chunk]:
-    """The items of a file in chunks that are the same each time; the first `skip` left out."""
+def read_chunks(source: Source, skip: int = 0) -> Iterator[Chunk]:
+    """Yield the items of a file in chunks, without the first `skip`; always the same chunks."""
     items: list[Item] = []
     size = 0
     for item in source.items():
@@ -93,8 +93,8 @@ def chunks(source: Source, skip: int = 0) -> Iterator[Chunk]:
 
 
 def tokenize_chunk(chunk: Chunk, task: Task) -> Tokenized:
-    """Ids and loss mask of a chunk's records, and what its broken rows are."""
-    # Filled from lists several times as fast as NumPy's arrays are.
+    """Return ids and loss mask of a chunk's records, and its broken rows."""
+    # Appending lists to these is several times as fast as to NumPy arrays.
     ids, mask = array("I"), bytearray()
     lengths, lines, hashes, sources = [], [], [], []
     names: dict[str, int] = {}
@@ -118,30 +118,28 @@ def tokenize_chunk(chunk: Chunk, task: Task) -> Tokenized:
     )  # fmt: skip
 
 
-def tokenize_chunks(todo: Iterator[Chunk], task: Task, source: Source) -> Iterator[Tokenized]:
-    """Every chunk in order; of a large file in as many processes as there are cores."""
-    cores = number_of_cores()
+def tokenize_chunks(chunks: Iterator[Chunk], task: Task, source: Source) -> Iterator[Tokenized]:
+    """Yield every chunk tokenized, in order; a large file is tokenized on all cores."""
+    cores = num_usable_cores()
     small = source.size < (SMALL_FILE_BYTES // 4 if source.compression else SMALL_FILE_BYTES)
     if small or cores == 1:
-        yield from (tokenize_chunk(chunk, task) for chunk in todo)
+        yield from (tokenize_chunk(chunk, task) for chunk in chunks)
         return
-    # A fork shares what is loaded; elsewhere than on Linux it is not safe with threads.
-    method = "fork" if sys.platform == "linux" else "spawn"
-    pool = ProcessPoolExecutor(
-        cores, multiprocessing.get_context(method), _begin, (task, os.getpid())
-    )
+    # A fork shares what is loaded, but is unsafe with threads on other systems than Linux.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(cores, context, _init_worker, (task, os.getpid()))
     running: deque[Future[Tokenized]] = deque()
     try:
-        wanted = 2 * cores
+        num_to_submit = 2 * cores
         while True:
-            with _interrupts_waiting():
-                for chunk in islice(todo, wanted):
-                    running.append(pool.submit(_in_process, chunk))
-                done = running.popleft().result() if running else None
-            if done is None:
+            with _defer_interrupts():
+                for chunk in islice(chunks, num_to_submit):
+                    running.append(pool.submit(_tokenize_in_worker, chunk))
+                tokenized = running.popleft().result() if running else None
+            if tokenized is None:
                 return
-            yield done
-            wanted = 1
+            yield tokenized
+            num_to_submit = 1
     except BrokenProcessPool as error:
         raise UserError(
             f"{task.path}: a process that tokenizes was killed, perhaps for want of memory. "
@@ -152,28 +150,27 @@ def tokenize_chunks(todo: Iterator[Chunk], task: Task, source: Source) -> Iterat
 
 
 @contextlib.contextmanager
-def _interrupts_waiting() -> Iterator[None]:
-    """Ctrl-C waits for the end of this: the next chunk, as a rule a second at most.
+def _defer_interrupts() -> Iterator[None]:
+    """Delay Ctrl-C until the block ends, usually within a second.
 
-    Python drops an exception that comes up while a process forks, and the build went on; one that
-    comes while the pool starts, or between a lock's being taken and the block that gives it back,
-    leaves the pool waiting for ever.
+    Python drops an exception raised while a process forks; one raised while the pool starts, or
+    between the acquisition of a lock and the block that releases it, makes the pool wait for ever.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # Signals reach the main thread alone.
+        yield  # Only the main thread receives signals.
         return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    received: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
-        if came:
+        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
+        if received:
             signal.raise_signal(signal.SIGINT)
 
 
-def number_of_cores() -> int:
-    """Cores that this process may use."""
+def num_usable_cores() -> int:
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -182,28 +179,28 @@ def number_of_cores() -> int:
 _task: Task | None = None
 
 
-def _begin(task: Task, parent: int) -> None:
-    """Start a process of the pool: it leaves Ctrl-C to its parent and ends with it."""
+def _init_worker(task: Task, parent: int) -> None:
+    """Prepare a process of the pool: it ignores Ctrl-C and exits with its parent."""
     global _task
     _task = task
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
+def _exit_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
-def _in_process(chunk: Chunk) -> Tokenized:
+def _tokenize_in_worker(chunk: Chunk) -> Tokenized:
     assert _task is not None
     return tokenize_chunk(chunk, _task)
 
 
 def _content_hash(record: formats.Record) -> int:
-    """64 bits of what a record is about: of a preference pair the prompt, else all of it."""
-    about: Any = record.value[0][:-1] if isinstance(record.value, tuple) else record.value
-    text = about if isinstance(about, str) else json.dumps(about, ensure_ascii=False)
+    """Return a 64-bit hash of a record; of a preference pair, of its prompt."""
+    content: Any = record.value[0][:-1] if isinstance(record.value, tuple) else record.value
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
