@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from bench.common import measured
+from trainlib.core.distributed import SINGLE_PROCESS
 from trainlib.core.hardware import Choice, choose_hardware, find_facts, read_table
 from trainlib.data.batch import Batch
-from trainlib.data.loader import ALONE
 from trainlib.engine.device import Hardware, use_hardware
 from trainlib.engine.kernels import choose_kernels
 from trainlib.engine.losses import cross_entropy_sum
@@ -31,7 +31,7 @@ def own_step(folder: Path, rows: int, length: int, count: int = 0) -> dict[str, 
     """
     model = load_model(folder)
     hardware = Hardware(torch.device("cpu"), "fp32", chosen().attention, False, rows)
-    choose_kernels(hardware, model.config, length, ALONE)
+    choose_kernels(hardware, model.config, length, SINGLE_PROCESS)
     optimizer = torch.optim.AdamW(model.parameters())
     batch = rows_of_one_document(rows, length)
 

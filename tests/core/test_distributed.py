@@ -124,16 +124,16 @@ LEAVES = """
 from pathlib import Path
 
 import torch
-from trainlib.core.distributed import join_ranks, leave_ranks
+from trainlib.core.distributed import init_distributed, destroy_distributed
 
 def threads():
     return [name.read_text() for name in Path("/proc/self/task").glob("*/comm")]
 
-ranks = join_ranks("cpu")
+distributed = init_distributed("cpu")
 import torch._dynamo  # As torch's optimizers do.
-ranks.sum([torch.ones(3)])
+distributed.all_reduce([torch.ones(3)])
 print("joined", *threads())
-leave_ranks()
+destroy_distributed()
 print("left", *threads())
 """
 

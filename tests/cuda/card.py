@@ -15,10 +15,11 @@ from model import ModelConfig, Transformer
 from tokenizer.bpe import Tokenizer, default_folder
 from tools.made_rows import write_data
 from train import loss_fn
+from trainlib.core.distributed import SINGLE_PROCESS
 from trainlib.core.hardware import Choice, choose_hardware, find_facts, read_table
 from trainlib.data.batch import Batch
 from trainlib.data.epoch_plan import DataPosition
-from trainlib.data.loader import ALONE, StepLoader
+from trainlib.data.loader import StepLoader
 from trainlib.data.packing import PackedDataset
 from trainlib.engine.device import Hardware, use_hardware
 from trainlib.engine.flops import Sizes
@@ -79,7 +80,7 @@ class Trainer:
         self.loader: StepLoader[Batch] = StepLoader(*self.sizes, pin=pin)
         self.tokens = 0
         config = SimpleNamespace(optim=OptimConfig(), compile="auto", kernels="auto")
-        run: Any = SimpleNamespace(hardware=hardware, ranks=ALONE, config=config)
+        run: Any = SimpleNamespace(hardware=hardware, distributed=SINGLE_PROCESS, config=config)
         self.hardware = run.hardware = warm_up(run, self.model, self.loader, None, 0.0)
         self.training: Any = SimpleNamespace(
             run=run, model=self.model, optimizers=self.optimizers, loss_fn=loss_fn

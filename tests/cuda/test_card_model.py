@@ -10,7 +10,7 @@ import torch
 from model import Transformer
 from tests.cuda.card import LENGTH
 from train import loss_fn
-from trainlib.data.loader import ALONE
+from trainlib.core.distributed import SINGLE_PROCESS
 from trainlib.engine.kernels import choose_kernels
 
 pytestmark = pytest.mark.cuda
@@ -61,7 +61,7 @@ def test_loss_in_the_precision_of_a_run(both, machine, report):
     with torch.no_grad():
         exact, _ = loss_fn(both.model, both.batch)
         hardware = machine.hardware()
-        choose_kernels(hardware, machine.sizes, LENGTH, ALONE)
+        choose_kernels(hardware, machine.sizes, LENGTH, SINGLE_PROCESS)
         with hardware.autocast():
             rounded, _ = loss_fn(both.model, both.batch)
     ratio = float(rounded / exact) - 1

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from trainlib.core.distributed import Ranks
+from trainlib.core.distributed import DistributedContext
 from trainlib.engine.control import Clock, Control, Requests
 from trainlib.engine.optim import OptimConfig, Schedule
 
@@ -20,21 +20,21 @@ def send(number: int) -> None:
 
 
 def test_nothing_is_asked_for_at_first(tmp_path):
-    with Control(tmp_path, Clock(), Ranks()) as control:
+    with Control(tmp_path, Clock(), DistributedContext()) as control:
         assert control.poll(1, SCHEDULE) == Requests(save=False, stop=False)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_asks_to_stop_and_says_so(name, caplog, tmp_path):
     caplog.set_level(logging.INFO)
-    with Control(tmp_path, Clock(), Ranks()) as control:
+    with Control(tmp_path, Clock(), DistributedContext()) as control:
         send(getattr(signal, name))
         assert control.poll(7, SCHEDULE) == Requests(save=False, stop=True)
         assert "stopping after step 7: saving a checkpoint" in caplog.text
 
 
 def test_the_second_interrupt_ends_at_once(tmp_path):
-    with Control(tmp_path, Clock(), Ranks()) as control:
+    with Control(tmp_path, Clock(), DistributedContext()) as control:
         send(signal.SIGTERM)
         send(signal.SIGTERM)  # Schedulers repeat it: the checkpoint must still be written.
         with pytest.raises(KeyboardInterrupt):
@@ -43,7 +43,7 @@ def test_the_second_interrupt_ends_at_once(tmp_path):
 
 
 def test_sigusr1_asks_once_for_a_checkpoint(tmp_path):
-    with Control(tmp_path, Clock(), Ranks()) as control:
+    with Control(tmp_path, Clock(), DistributedContext()) as control:
         send(signal.SIGUSR1)
         assert control.poll(1, SCHEDULE) == Requests(save=True, stop=False)
         assert control.poll(2, SCHEDULE) == Requests(save=False, stop=False)
@@ -52,7 +52,7 @@ def test_sigusr1_asks_once_for_a_checkpoint(tmp_path):
 def test_the_handlers_are_put_back_whatever_happens(tmp_path):
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     before = [signal.getsignal(number) for number in numbers]
-    with pytest.raises(RuntimeError), Control(tmp_path, Clock(), Ranks()):
+    with pytest.raises(RuntimeError), Control(tmp_path, Clock(), DistributedContext()):
         assert all(signal.getsignal(n) != b for n, b in zip(numbers, before, strict=True))
         raise RuntimeError
     assert [signal.getsignal(number) for number in numbers] == before
@@ -60,7 +60,7 @@ def test_the_handlers_are_put_back_whatever_happens(tmp_path):
 
 def test_finish_begins_the_decay_and_is_answered_once(tmp_path):
     schedule = Schedule(OptimConfig(decay_fraction=0.25), None)
-    with Control(tmp_path, Clock(), Ranks()) as control:
+    with Control(tmp_path, Clock(), DistributedContext()) as control:
         (tmp_path / "FINISH").touch()
         assert control.poll(40, schedule) == Requests(finish=50)
         schedule.begin_decay(40, 50)
@@ -71,7 +71,7 @@ def test_finish_begins_the_decay_and_is_answered_once(tmp_path):
 
 def test_finish_never_makes_a_run_longer(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    with Control(tmp_path, Clock(), Ranks()) as control:
+    with Control(tmp_path, Clock(), DistributedContext()) as control:
         (tmp_path / "FINISH").touch()
         assert control.poll(90, SCHEDULE).finish is None
         assert "ends at step 100 anyway" in caplog.text

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainlib.core.distributed import Ranks
+from trainlib.core.distributed import DistributedContext
 from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.loader import StepBatch
 from trainlib.engine.device import Hardware
@@ -42,7 +42,9 @@ def step(model, optimizers, precision, scale, x, target):
     """One optimizer step on the mean square error of x."""
     hardware = Hardware(CPU, precision, "masked", False, 1)
     run = SimpleNamespace(
-        hardware=hardware, ranks=Ranks(), config=SimpleNamespace(optim=OptimConfig())
+        hardware=hardware,
+        distributed=DistributedContext(),
+        config=SimpleNamespace(optim=OptimConfig()),
     )
 
     def loss_fn(model, batch):

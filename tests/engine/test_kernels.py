@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model as model_module
 from kernels import varlen_attention
 from model import AttentionOp, ModelConfig, Ops, Transformer
-from trainlib.core.distributed import Ranks
+from trainlib.core.distributed import DistributedContext
 from trainlib.data.loader import StepBatch, StepLoader
 from trainlib.engine.device import Hardware, evaluation_mode
 from trainlib.engine.kernels import ATTENTION, choose_kernels
@@ -104,7 +104,7 @@ def hardware(
 
 
 def choose(*words: Any, row_length: int = 40) -> tuple[str, ...]:
-    return choose_kernels(hardware(*words), SIZES, row_length, Ranks()).kernels
+    return choose_kernels(hardware(*words), SIZES, row_length, DistributedContext()).kernels
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -189,8 +189,10 @@ def test_an_edited_formula_is_what_a_run_computes(name, monkeypatch, caplog):
 
 
 def test_all_ranks_use_what_all_accept(caplog):
-    ranks: Any = SimpleNamespace(gather=lambda mine: [mine, {"rotate": "fails there"}])
-    found = choose_kernels(hardware("fp32", "blocks"), SIZES, 40, ranks)
+    distributed: Any = SimpleNamespace(
+        all_gather_object=lambda mine: [mine, {"rotate": "fails there"}]
+    )
+    found = choose_kernels(hardware("fp32", "blocks"), SIZES, 40, distributed)
     assert found.kernels == ("blocks", "rms_norm", "swiglu")
 
 
@@ -263,7 +265,9 @@ def warmed_up(batch, num_steps=None, flops=0.0, words=("bf16",), **config):
     loader = StepLoader(SimpleNamespace(row_length=12), 24, 2)  # type: ignore[arg-type]
     loader._make = lambda position: StepBatch([micro], 24, 24, position)  # type: ignore[assignment]
     settings = SimpleNamespace(**{"kernels": "auto", "compile": "auto", **config})
-    run: Any = SimpleNamespace(hardware=hardware(*words), config=settings, ranks=Ranks())
+    run: Any = SimpleNamespace(
+        hardware=hardware(*words), config=settings, distributed=DistributedContext()
+    )
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     found = warm_up(run, model, loader, num_steps, flops)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainlib.core.distributed import Ranks
+from trainlib.core.distributed import DistributedContext
 from trainlib.core.errors import UserError
 from trainlib.core.files import lock_folder, refuse_if_locked, release_folders
 from trainlib.data.epoch_plan import DataPosition
@@ -39,9 +39,14 @@ class Loader:
 def new_training(folder, model, optimizers, resume_from=None, precision="fp32", **more):
     hardware = SimpleNamespace(precision=precision, kernels=(), device=torch.device("cpu"))
     run = SimpleNamespace(
-        folder=folder, resume_from=resume_from, ranks=Ranks(), clock=Clock(), hardware=hardware,
-        config=SimpleNamespace(log_every_steps=1), stage="pretrain",
-    )  # fmt: skip
+        folder=folder,
+        resume_from=resume_from,
+        distributed=DistributedContext(),
+        clock=Clock(),
+        hardware=hardware,
+        config=SimpleNamespace(log_every_steps=1),
+        stage="pretrain",
+    )
     return SimpleNamespace(
         run=run, model=model, optimizers=optimizers, schedule=SCHEDULE, loader=Loader(),
         checkpoints=Checkpoints(folder, 2), flops_per_token=1.0, **more,
@@ -230,7 +235,7 @@ def test_a_steps_gradient_is_that_of_the_mean_loss_clipped(clip, loss_scale):
     norm = float(torch.cat([p.grad.flatten() for p in plain.parameters()]).norm())
     hardware = Hardware(torch.device("cpu"), "fp32", "masked", False, 3)
     config = SimpleNamespace(optim=OptimConfig(grad_clip=clip))
-    run = SimpleNamespace(hardware=hardware, ranks=Ranks(), config=config)
+    run = SimpleNamespace(hardware=hardware, distributed=DistributedContext(), config=config)
     optimizers = [torch.optim.SGD([p], lr=1.0) for p in model.parameters()]
     batch = StepBatch([x[:1], x[1:]], 4, 4, DataPosition())
     for _ in range(2):  # The second one must not know of the first one's gradient.

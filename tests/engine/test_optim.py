@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model import ModelConfig, Transformer
-from trainlib.core.distributed import Ranks
+from trainlib.core.distributed import DistributedContext
 from trainlib.core.settings import bound_errors
 from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.loader import StepBatch
@@ -141,7 +141,9 @@ def trained(config: OptimConfig) -> dict[str, torch.Tensor]:
     model, generator = small_model(), torch.Generator().manual_seed(1)
     optimizers, schedule = build_optimizers(model, config), Schedule(config, 6)
     hardware = Hardware(torch.device("cpu"), "fp32", "masked", False, 1)
-    run = SimpleNamespace(hardware=hardware, ranks=Ranks(), config=SimpleNamespace(optim=config))
+    run = SimpleNamespace(
+        hardware=hardware, distributed=DistributedContext(), config=SimpleNamespace(optim=config)
+    )
 
     def loss_fn(model, size):
         parts = [(p * torch.randn(p.shape, generator=generator)).sum() for p in model.parameters()]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dataset import DataConfig, load_datasets
-from trainlib.data.loader import ALONE
+from trainlib.core.distributed import SINGLE_PROCESS
 from trainlib.data.token_cache import TokenCache
 from trainlib.engine.device import Hardware
 from trainlib.engine.validation import validate
@@ -146,7 +146,7 @@ def test_a_uniform_model_scores_the_uniform_line(kind, max_rows, data, tokenizer
 
     datasets = with_baselines(data(kind, val_max_rows=max_rows), tokenizer)
     hardware = Hardware(torch.device("cpu"), "fp32", "masked", False, 3)
-    run = SimpleNamespace(hardware=hardware, ranks=ALONE)
+    run = SimpleNamespace(hardware=hardware, distributed=SINGLE_PROCESS)
     training = SimpleNamespace(run=run, model=Uniform(), datasets=datasets)
     metrics = validate(training, loss_fn)  # type: ignore[arg-type]
     assert metrics["bits_per_byte"] == pytest.approx(datasets.baselines["uniform"], rel=1e-6)

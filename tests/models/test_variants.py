@@ -65,10 +65,11 @@ def generation(ids, prefill):
 """
 KERNELS = """
 from KERNELS import choose_kernels
-from RANKS import Ranks
+from DISTRIBUTED import DistributedContext
 from DEVICE import Hardware
 
-choose_kernels(Hardware(torch.device("cpu"), "fp32", "blocks", False, 1), sizes, 100, Ranks())
+hardware = Hardware(torch.device("cpu"), "fp32", "blocks", False, 1)
+choose_kernels(hardware, sizes, 100, DistributedContext())
 """
 LOGITS = "print(training(ids).tolist())\n"
 WINDOW = """
@@ -81,7 +82,7 @@ for forward in (training, lambda ids: generation(ids, 100), lambda ids: generati
 """
 MODULES = {
     "GENERATE": "trainlib.models.generate", "KERNELS": "trainlib.engine.kernels",
-    "RANKS": "trainlib.core.distributed", "DEVICE": "trainlib.engine.device",
+    "DISTRIBUTED": "trainlib.core.distributed", "DEVICE": "trainlib.engine.device",
 }  # fmt: skip
 
 

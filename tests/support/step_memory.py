@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from dpo_train import dpo_loss
+from trainlib.core.distributed import SINGLE_PROCESS
 from trainlib.data.batch import Batch
 from trainlib.data.epoch_plan import DataPosition
-from trainlib.data.loader import ALONE, StepBatch
+from trainlib.data.loader import StepBatch
 from trainlib.engine.device import Hardware
 from trainlib.engine.losses import batch_log_probs, cross_entropy_sum
 from trainlib.engine.optim import OptimConfig, build_optimizers
@@ -51,7 +52,7 @@ def make_step(
     batch = Batch(ids, ids, ids, documents, ends, torch.arange(count), *sizes)
     hardware = Hardware(torch.device("cpu"), precision, "masked", False, rows)
     config = SimpleNamespace(optim=optim or OptimConfig())
-    run: Any = SimpleNamespace(hardware=hardware, ranks=ALONE, config=config)
+    run: Any = SimpleNamespace(hardware=hardware, distributed=SINGLE_PROCESS, config=config)
     whole = StepBatch([batch] * num_micro, ids.numel() * num_micro, ids.numel(), DataPosition())
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:

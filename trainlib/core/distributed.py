@@ -34,69 +34,72 @@ TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistributedContext:
     """Rank and world size of this process, and the collectives; a single process by default."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     @property
-    def local(self) -> int:
+    def local_rank(self) -> int:
         """The index of this process, and of its card, on this host."""
         return int(os.environ.get("LOCAL_RANK", 0))
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the main process, the only one that writes."""
         return self.rank == 0
 
-    def sum(self, tensors: list[Tensor]) -> None:
+    def all_reduce(self, tensors: list[Tensor]) -> None:
         """Sum each tensor over all ranks, in place, in one all-reduce of one flat buffer."""
-        if self.count == 1:
+        if self.world_size == 1:
             return
         flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
         dist.all_reduce(flat)
         for tensor, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.detach().copy_(summed.view_as(tensor))
 
-    def same(self, tensors: list[Tensor]) -> None:
+    def broadcast(self, tensors: list[Tensor]) -> None:
         """Broadcast tensors from rank 0, in place."""
-        if self.count > 1:
+        if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), 0)
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Return rank 0's value, a small object."""
-        if self.count == 1:
+        if self.world_size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, 0)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Return the values of all ranks, small objects, in the order of ranks."""
-        if self.count == 1:
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.count
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
 
-def inside_ranks() -> bool:
+SINGLE_PROCESS = DistributedContext()
+
+
+def is_launched_process() -> bool:
     """Return whether this process is a rank already, launched by us or by torchrun."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def join_ranks(device: str) -> Ranks:
+def init_distributed(device: str) -> DistributedContext:
     """Join the process group that the environment describes, if any."""
-    if not inside_ranks() or int(os.environ["WORLD_SIZE"]) == 1:
-        return Ranks()
+    if not is_launched_process() or int(os.environ["WORLD_SIZE"]) == 1:
+        return DistributedContext()
     # This module keeps the process group that exists at its import as a default argument. The
     # first optimizer would import it, by way of torch's compiler, and it would hold our group until
     # the end. gloo's threads end only with the last reference to their group. A thread that frees a
     # tensor while Python shuts down aborts a finished run. Imported now, it holds no group.
     importlib.import_module("torch.distributed.nn.functional")  # `import` would hide `torch` above.
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if PARENT in os.environ:
         parent = int(os.environ[PARENT])
         threading.Thread(target=_stop_without, args=(parent,), daemon=True).start()
@@ -106,7 +109,7 @@ def join_ranks(device: str) -> Ranks:
         dist.init_process_group("nccl", timeout=TIMEOUT, device_id=card)
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
-    return Ranks(rank, count)
+    return DistributedContext(rank, world_size)
 
 
 def _stop_without(parent: int) -> None:
@@ -116,31 +119,31 @@ def _stop_without(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def leave_ranks() -> None:
+def destroy_distributed() -> None:
     """Destroy the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
-def first_decides(ranks: Ranks, action: Callable[[], T]) -> T:
+def run_on_main_process(distributed: DistributedContext, action: Callable[[], T]) -> T:
     """Call a function on rank 0 only, and return its result on all ranks.
 
     A UserError of it is raised on all ranks.
     """
     outcome: Any = None
-    if ranks.first:
+    if distributed.is_main:
         try:
             outcome = action()
         except UserError as error:
             outcome = error
-    outcome = ranks.from_first(outcome)
+    outcome = distributed.broadcast_object(outcome)
     if isinstance(outcome, UserError):
-        outcome.told = True
+        outcome.reported = True
         raise outcome
     return outcome
 
 
-def number_of_ranks(config: Any) -> int:
+def resolve_world_size(config: Any) -> int:
     """Return the number of processes of a run: config.ranks, or one for each visible card.
 
     Raises UserError for more processes than cards.
@@ -155,8 +158,8 @@ def number_of_ranks(config: Any) -> int:
     return config.ranks or max(1, cards)
 
 
-def start_ranks(count: int) -> int:
-    """Run this command as `count` ranks on this host, and return their exit code.
+def launch_processes(world_size: int) -> int:
+    """Run this command as `world_size` ranks on this host, and return their exit code.
 
     A rank that fails ends the others. Differs from torchrun in signals: its agent kills the ranks
     30 seconds after a SIGTERM and then fails. Here signals are forwarded, and the ranks save, end
@@ -165,11 +168,11 @@ def start_ranks(count: int) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared[PARENT] = str(os.getpid())
     if "OMP_NUM_THREADS" not in os.environ:
         # By default each rank would use all cores.
-        shared["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+        shared["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // world_size))
     processes: list[subprocess.Popen] = []
 
     def forward(number: int, frame: object) -> None:
@@ -179,8 +182,8 @@ def start_ranks(count: int) -> int:
     numbers = [signal.SIGTERM, signal.SIGINT, *filter(None, [getattr(signal, "SIGUSR1", None)])]
     before = {number: signal.signal(number, forward) for number in numbers}
     try:
-        for rank in range(count):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
+        for rank in range(world_size):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
             env = {**os.environ, **shared, **own}
             # In a session of its own, so that a Ctrl-C reaches a rank only by way of this process.
             command = [sys.executable, *sys.argv]

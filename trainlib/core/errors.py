@@ -12,7 +12,7 @@ class UserError(ValueError):
     Entry points print it without a traceback and exit with code 1.
     """
 
-    told = False
+    reported = False
     """True once rank 0 prints this error, so that the other ranks stay silent."""
 
 

@@ -10,7 +10,7 @@ import sys
 from typing import Any, TextIO
 
 
-class Lasting(io.TextIOBase):
+class DetachableStream(io.TextIOBase):
     """Text stream that falls back to /dev/null when its terminal is gone."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -58,5 +58,5 @@ def survive_a_dead_terminal() -> None:
         stream = getattr(sys, name)
         if stream is None:  # As under pythonw and some services.
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif not isinstance(stream, Lasting):
-            setattr(sys, name, Lasting(stream))
+        elif not isinstance(stream, DetachableStream):
+            setattr(sys, name, DetachableStream(stream))

@@ -5,12 +5,10 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from trainlib.core.distributed import Ranks
+from trainlib.core.distributed import SINGLE_PROCESS, DistributedContext
 from trainlib.data.batch import Batch
 from trainlib.data.epoch_plan import DataPosition, Row
 from trainlib.data.packing import PackedDataset
-
-ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -47,14 +45,14 @@ class StepLoader:
         tokens_per_step: int,
         micro_batch_size: int,
         epochs: int = 0,
-        ranks: Ranks = ALONE,
+        distributed: DistributedContext = SINGLE_PROCESS,
         pin: bool = False,
     ) -> None:
-        self.dataset, self.epochs, self.ranks = dataset, epochs, ranks
+        self.dataset, self.epochs, self.distributed = dataset, epochs, distributed
         self.pin = pin
         self.rows_per_step = max(1, tokens_per_step // dataset.row_length)
         _, self.micro_batch_rows = micro_batch_shape(
-            self.rows_per_step, micro_batch_size, ranks.count
+            self.rows_per_step, micro_batch_size, distributed.world_size
         )
         self.position = DataPosition()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
@@ -89,13 +87,13 @@ class StepLoader:
                 position = after
                 if len(rows) == self.rows_per_step:
                     break
-        count = self.ranks.count
+        count = self.distributed.world_size
         num_micro = -(-len(rows) // (self.micro_batch_rows * count))
         # Row i goes to micro-batch i mod n, so that all are filled alike; every process takes the
         # same number of these n.
         micro = [
             self.dataset.collate(rows[i :: num_micro * count], self.micro_batch_rows)
-            for i in range(self.ranks.rank, num_micro * count, count)
+            for i in range(self.distributed.rank, num_micro * count, count)
         ]
         if self.pin:
             micro = [batch.pin_memory() for batch in micro]

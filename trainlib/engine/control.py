@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainlib.core.distributed import Ranks
+from trainlib.core.distributed import DistributedContext
 from trainlib.engine.optim import Schedule
 
 log = logging.getLogger(__name__)
@@ -77,8 +77,8 @@ class Control:
     all ranks.
     """
 
-    def __init__(self, folder: Path, clock: Clock, ranks: Ranks) -> None:
-        self._finish_file, self._clock, self._ranks = folder / "FINISH", clock, ranks
+    def __init__(self, folder: Path, clock: Clock, distributed: DistributedContext) -> None:
+        self._finish_file, self._clock, self._distributed = folder / "FINISH", clock, distributed
         self._save = self._stop = False
         self._before: dict[int, Any] = {}
 
@@ -105,9 +105,9 @@ class Control:
     def poll(self, step: int, schedule: Schedule) -> Requests:
         """Return the requests of now; a request to save or to finish is returned once."""
         requests = Requests()
-        if self._ranks.first:
+        if self._distributed.is_main:
             requests = Requests(self._save, self._stop, self._finish(step, schedule))
-        requests = self._ranks.from_first(requests)
+        requests = self._distributed.broadcast_object(requests)
         if requests.stop:
             log.info("stopping after step %d: saving a checkpoint", step)
         self._save = False

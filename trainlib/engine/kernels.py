@@ -18,7 +18,7 @@ from torch import Tensor
 import model
 from kernels import block_attention, fused_cpu, varlen_attention
 from model import AttentionOp, ModelConfig, Ops, rotary_angles
-from trainlib.core.distributed import Ranks
+from trainlib.core.distributed import DistributedContext
 from trainlib.core.hardware import DTYPES
 from trainlib.engine.device import Hardware
 
@@ -50,7 +50,7 @@ class Candidate:
 
 
 def choose_kernels(
-    hardware: Hardware, config: ModelConfig, row_length: int, ranks: Ranks
+    hardware: Hardware, config: ModelConfig, row_length: int, distributed: DistributedContext
 ) -> Hardware:
     """Set model.ops for a run; returns the hardware with the names of the kernels in use.
 
@@ -64,7 +64,7 @@ def choose_kernels(
     for candidate in candidates:
         if reason := disagreement(candidate, hardware):
             reasons[candidate.name] = reason
-    for others in ranks.gather(reasons):
+    for others in distributed.all_gather_object(reasons):
         reasons = {**others, **reasons}
     accepted = [candidate for candidate in candidates if candidate.name not in reasons]
     for candidate in accepted:

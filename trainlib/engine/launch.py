@@ -16,12 +16,12 @@ import yaml
 
 from tokenizer.bpe import Tokenizer
 from trainlib.core.distributed import (
-    first_decides,
-    inside_ranks,
-    join_ranks,
-    leave_ranks,
-    number_of_ranks,
-    start_ranks,
+    destroy_distributed,
+    init_distributed,
+    is_launched_process,
+    launch_processes,
+    resolve_world_size,
+    run_on_main_process,
 )
 from trainlib.core.errors import UserError
 from trainlib.core.files import cache_dir, release_folders, write_atomically
@@ -89,9 +89,9 @@ def launch(
         prepared = prepare(config)
         if only_prepare:
             print("the token caches are ready")
-        elif not inside_ranks() and (count := number_of_ranks(config)) > 1:
+        elif not is_launched_process() and (count := resolve_world_size(config)) > 1:
             log.info("starting %d ranks, one a process (ranks=1 stops that)", count)
-            sys.exit(start_ranks(count))
+            sys.exit(launch_processes(count))
         elif fit(training := main(*prepared)):
             print_next(training.run)
     except torch.OutOfMemoryError as error:
@@ -103,12 +103,12 @@ def launch(
     except UserError as error:
         if first:
             print(f"error: {error}", file=sys.stderr)
-        elif not error.told:
+        elif not error.reported:
             print(f"error of rank {os.environ['RANK']}: {error}", file=sys.stderr)
         sys.exit(1)
     finally:
         release_folders()
-        leave_ranks()
+        destroy_distributed()
 
 
 def refuse_other_stage(argv: list[str], stage: str) -> None:
@@ -147,8 +147,8 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
     """
     folder = Path(config.out_dir)
     identity = {"stage": stage, "recipe": recipe(config), "data": data_key}
-    ranks = join_ranks(config.device)
-    if config.tokens_per_step < row_length and ranks.first:
+    distributed = init_distributed(config.device)
+    if config.tokens_per_step < row_length and distributed.is_main:
         log.warning("tokens_per_step=%s is less than a row, so a step has one row of %s positions",
                     config.tokens_per_step, row_length)  # fmt: skip
 
@@ -165,21 +165,23 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
     def take() -> Path | None:
         return acquire_run_folder(folder, config.resume, identity)
 
-    lost = config.device == "auto" and choice.device == "cpu" and ranks.first
+    lost = config.device == "auto" and choice.device == "cpu" and distributed.is_main
     if lost and (warning := unseen_card()):
         log.warning("%s", warning)
 
-    resume_from = first_decides(ranks, take)
+    resume_from = run_on_main_process(distributed, take)
     if choice.precision == "measure":
-        precision = first_decides(ranks, lambda: _precision(folder, resume_from, choice.matmul))
+        precision = run_on_main_process(
+            distributed, lambda: _precision(folder, resume_from, choice.matmul)
+        )
         choice = replace(choice, precision=precision)
-    hardware = use_hardware(choice, ranks.local)
+    hardware = use_hardware(choice, distributed.local_rank)
     rows_per_step = max(1, config.tokens_per_step // row_length)
     # As many rows as in training, so that evaluations are compiled for one shape too.
-    _, rows = micro_batch_shape(rows_per_step, hardware.micro_batch_size, ranks.count)
+    _, rows = micro_batch_shape(rows_per_step, hardware.micro_batch_size, distributed.world_size)
     hardware = replace(hardware, micro_batch_size=rows)
     torch.manual_seed(config.seed)
-    if ranks.first:
+    if distributed.is_main:
         if resume_from is not None and resume_from.parent.resolve() == folder.resolve():
             # The next checkpoint follows this one, whatever else is there.
             write_atomically(folder / "latest", resume_from.name)
@@ -187,7 +189,7 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
         # The precision as chosen: a resume must keep it.
         write_run_yaml(resolved(config, precision=choice.precision), folder / "run.yaml")
     log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
-    return Run(config, stage, folder, hardware, ranks, Clock(config.max_hours), resume_from)
+    return Run(config, stage, folder, hardware, distributed, Clock(config.max_hours), resume_from)
 
 
 def _precision(folder: Path, resume_from: Path | None, matmul: str) -> str:

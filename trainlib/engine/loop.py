@@ -24,7 +24,9 @@ def fit(training: Training) -> bool:
     """
     run, schedule, checkpoints = training.run, training.schedule, training.checkpoints
     config, state = run.config, restore(training)
-    metrics = MetricsLog(run.folder, state.step if run.resume_from else None, run.ranks.first)
+    metrics = MetricsLog(
+        run.folder, state.step if run.resume_from else None, run.distributed.is_main
+    )
     display = Display(training, state, metrics)
 
     def run_evaluation() -> None:
@@ -36,7 +38,7 @@ def fit(training: Training) -> bool:
         ends = state.step == 0 or schedule.reached(state.step)
         return ends or due(state.step, config.eval_every_steps)
 
-    with Control(run.folder, run.clock, run.ranks) as control, display:
+    with Control(run.folder, run.clock, run.distributed) as control, display:
         if state.evaluated != state.step and evaluation_due():
             run_evaluation()
         stopping = False
@@ -68,7 +70,7 @@ def fit(training: Training) -> bool:
         finished = schedule.reached(state.step)
         if finished:
             display.close()
-            if run.ranks.first:
+            if run.distributed.is_main:
                 try:
                     training.finish(training)
                 except OSError as error:
@@ -79,7 +81,7 @@ def fit(training: Training) -> bool:
             checkpoints.write_final(training.model)
     display.summary(finished)
     metrics.close()
-    return finished and run.ranks.first
+    return finished and run.distributed.is_main
 
 
 def due(step: int, every: int) -> bool:

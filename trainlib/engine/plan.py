@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from trainlib.core import hardware
-from trainlib.core.distributed import number_of_ranks
+from trainlib.core.distributed import resolve_world_size
 from trainlib.core.errors import UserError
 from trainlib.core.files import ROOT
 from trainlib.core.hardware import Card, Choice, read_cards
@@ -322,7 +322,7 @@ def print_plan(config: Any, stage: str, request: PlanRequest) -> None:
 def describe_here(plan: Plan) -> list[tuple[str, str]]:
     """Return the memory of a step on this machine, unless the settings ask for another one."""
     try:
-        choice, num_micro, rows, terms, _ = plan.on(None, number_of_ranks(plan.config))
+        choice, num_micro, rows, terms, _ = plan.on(None, resolve_world_size(plan.config))
     except UserError:
         return []
     precision = choice.precision.replace("measure", "fp32 or bf16")

@@ -27,12 +27,17 @@ class Display:
         self.metrics, self.baselines = metrics, training.datasets.baselines
         self.flops_per_token = training.flops_per_token
         run, schedule = self.run, self.schedule
-        self.peak = matmul_peak(run.hardware.device, run.hardware.precision) * run.ranks.count
+        self.peak = (
+            matmul_peak(run.hardware.device, run.hardware.precision) * run.distributed.world_size
+        )
         metrics.add_baselines(self.baselines)
         self.bar = tqdm(
-            total=schedule.num_steps, initial=state.step, unit="step", desc=run.stage,
-            disable=None if run.ranks.first else True,
-        )  # fmt: skip
+            total=schedule.num_steps,
+            initial=state.step,
+            unit="step",
+            desc=run.stage,
+            disable=None if run.distributed.is_main else True,
+        )
         self._reset()
 
     def __enter__(self) -> Display:
@@ -106,7 +111,7 @@ class Display:
         self.metrics.write_evaluation(step, metrics, samples, words)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         told = [f"sample: {text.rstrip()}".replace("\n", " / ") for text in samples]
-        if self.run.ranks.first:
+        if self.run.distributed.is_main:
             for line in (*told, f"step {step} {shown}", *words):
                 tqdm.write(line)
         self._reset()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from trainlib.core.distributed import Ranks
+from trainlib.core.distributed import DistributedContext
 from trainlib.core.settings import HARDWARE_KEYS
 from trainlib.engine.control import Clock
 from trainlib.engine.device import Hardware
@@ -94,7 +94,7 @@ class Run:
     stage: str
     folder: Path
     hardware: Hardware
-    ranks: Ranks
+    distributed: DistributedContext
     clock: Clock
     resume_from: Path | None
     """The step folder to resume from."""

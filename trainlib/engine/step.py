@@ -50,7 +50,7 @@ def optimizer_step(training: Training, batch: StepBatch, loss_scale: float) -> S
     counts = torch.tensor([float(count) for _, count in sums.values()])
     counts = counts.to(run.hardware.device, non_blocking=True)
     figures = torch.cat([torch.stack([loss_sum, *totals]).float(), counts])
-    run.ranks.sum([*gradients, figures])
+    run.distributed.all_reduce([*gradients, figures])
     if loss_scale != 1:
         torch._foreach_mul_(gradients, 1 / loss_scale)  # pyright: ignore
     clip = run.config.optim.grad_clip or math.inf

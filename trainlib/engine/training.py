@@ -67,15 +67,20 @@ class Training:
         """
         c, hardware = run.config, run.hardware
         model.to(hardware.device)
-        run.ranks.same(list(model.parameters()))
+        run.distributed.broadcast(list(model.parameters()))
         pin = hardware.device.type == "cuda"
         loader = StepLoader(
-            datasets.train, c.tokens_per_step, hardware.micro_batch_size, c.epochs, run.ranks, pin
+            datasets.train,
+            c.tokens_per_step,
+            hardware.micro_batch_size,
+            c.epochs,
+            run.distributed,
+            pin,
         )
         schedule = make_schedule(c, loader)
         flops = flops_per_token(model, datasets.train.mean_context_length())
         run = replace(run, hardware=warm_up(run, model, loader, schedule.num_steps, flops))
-        checkpoints = Checkpoints(run.folder, c.keep_checkpoints, run.ranks.first, files)
+        checkpoints = Checkpoints(run.folder, c.keep_checkpoints, run.distributed.is_main, files)
         optimizers = build_optimizers(model, c.optim)
         return cls(run, model, optimizers, schedule, loader, datasets, checkpoints, flops, loss_fn,
                    evaluate, finish)  # fmt: skip
@@ -108,7 +113,7 @@ def warm_up(
     if c.kernels == "plain":
         log.info("kernels: plain, by kernels=plain")
     else:
-        h = choose_kernels(h, model.config, row_length, run.ranks)
+        h = choose_kernels(h, model.config, row_length, run.distributed)
     if not h.compile:
         return h
     batch = next(loader).micro_batches[0].to(h.device)

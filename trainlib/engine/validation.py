@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trainlib.core.distributed import Ranks
+from trainlib.core.distributed import SINGLE_PROCESS, DistributedContext
 from trainlib.data.batch import Batch
 from trainlib.data.epoch_plan import DataPosition
-from trainlib.data.loader import ALONE
 from trainlib.data.packing import PackedDataset
 from trainlib.engine.device import Hardware, evaluation_mode
 from trainlib.engine.step import add_metrics, means
@@ -24,7 +23,7 @@ def validate(training: Training, loss_fn: LossFunction) -> Metrics:
     with evaluation_mode(model):
         for name, dataset in training.datasets.val.items():
             sums: MetricSums = {}
-            for batch in micro_batches(dataset, run.hardware, run.ranks):
+            for batch in micro_batches(dataset, run.hardware, run.distributed):
                 batch = batch.to(run.hardware.device)
                 with run.hardware.autocast():
                     loss, metrics = loss_fn(model, batch)
@@ -32,7 +31,7 @@ def validate(training: Training, loss_fn: LossFunction) -> Metrics:
             shares[name] = {key: (float(sum_), float(n)) for key, (sum_, n) in sums.items()}
     results: Metrics = {}
     total: MetricSums = {}
-    gathered = run.ranks.gather(shares)
+    gathered = run.distributed.all_gather_object(shares)
     for name in training.datasets.val:
         sums = {}
         for share in gathered:
@@ -43,13 +42,13 @@ def validate(training: Training, loss_fn: LossFunction) -> Metrics:
 
 
 def micro_batches(
-    dataset: PackedDataset, hardware: Hardware, ranks: Ranks = ALONE
+    dataset: PackedDataset, hardware: Hardware, distributed: DistributedContext = SINGLE_PROCESS
 ) -> Iterator[Batch]:
     """Yield this process's share of the first epoch of a data set in micro-batches.
 
     For compiled layers all have one shape: the last one is filled up with empty rows.
     """
     rows, size = [row for row, _ in dataset.rows(DataPosition())], hardware.micro_batch_size
-    for start in range(ranks.rank * size, len(rows), ranks.count * size):
+    for start in range(distributed.rank * size, len(rows), distributed.world_size * size):
         some = rows[start : start + size]
         yield dataset.collate(some, size if hardware.compile else len(some))

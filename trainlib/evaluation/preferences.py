@@ -62,7 +62,7 @@ def reference_log_probs(training: Training) -> Tensor:
     before, begin = np.isfinite(values).sum(), time.perf_counter()
     with evaluation_mode(model):
         for packed in datasets.val.values():
-            for batch in micro_batches(packed, h, run.ranks):
+            for batch in micro_batches(packed, h, run.distributed):
                 _fill(run, model, batch, values)
         loader = training.loader
         one_epoch = -(-datasets.train.num_rows() // loader.rows_per_step)
@@ -70,12 +70,12 @@ def reference_log_probs(training: Training) -> Tensor:
             for batch in next(loader).micro_batches:
                 _fill(run, model, batch, values)
     loader.seek(DataPosition())
-    for theirs in run.ranks.gather(values):
+    for theirs in run.distributed.all_gather_object(values):
         values = np.where(np.isnan(values), theirs, values)
     known = np.isfinite(values).sum()
     log.info("reference: %d answers computed in %.1f s, %d from the cache", known - before,
              time.perf_counter() - begin, before)  # fmt: skip
-    if known > before and run.ranks.first:
+    if known > before and run.distributed.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             np.save(temporary, values)
