@@ -203,7 +203,7 @@ def test_a_place_beyond_the_data_goes_on_with_the_next_epoch():
 
 def test_for_a_card_micro_batches_are_pinned_where_they_are_made():
     class Pinnable(list):
-        def pinned(self):
+        def pin_memory(self):
             return threading.current_thread().name, list(self)
 
     class Rows(TwoRows):

@@ -94,7 +94,7 @@ class Control:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        """Note a signal; a second SIGINT interrupts at once."""
+        """Record a signal; a second SIGINT interrupts at once."""
         if number == getattr(signal, "SIGUSR1", None):
             self._save = True
         elif self._stop and number == signal.SIGINT:
@@ -103,7 +103,7 @@ class Control:
             self._stop = True
 
     def poll(self, step: int, schedule: Schedule) -> Requests:
-        """Return the requests of now; a request to save or to finish is returned once."""
+        """Return the current requests; a request to save or to finish is returned once."""
         requests = Requests()
         if self._distributed.is_main:
             requests = Requests(self._save, self._stop, self._finish(step, schedule))

@@ -77,7 +77,7 @@ def resolve_resume(folder: Path, resume: str, identity: dict[str, Any]) -> Path 
 def read_identity(folder: Path) -> dict[str, Any]:
     """Return what the run in a folder is; empty if the folder holds no run.
 
-    A run of before says no "stage".
+    An older run has no "stage".
     """
     path = folder / IDENTITY
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
