@@ -89,10 +89,8 @@ class DataConfig:
         """
         try:
             groups = choose_files(self, kind).train
-            counted = [
-                [counted_tokens(path, kind, row_length) for path in group.paths] for group in groups
-            ]
-            bytes_ = [sum(path.stat().st_size for path in group.paths) for group in groups]
+            counted = [[counted_tokens(p, kind, row_length) for p in g.paths] for g in groups]
+            bytes_ = [sum(p.stat().st_size for p in g.paths) for g in groups]
         except OSError as error:
             return 0.0, f"{error.filename} cannot be read: {error.strerror}"
         except (UserError, ValueError, KeyError) as error:  # A cache may be damaged.

@@ -57,9 +57,12 @@ class Tokenizer:
         self._bpe.encode_special_tokens = True
         self._byte_level = isinstance(self._bpe.decoder, decoders.ByteLevel)
         self._added_tokens = self._bpe.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in self._added_tokens.items() if token.special)
         self.end_of_text_id, self.im_start_id, self.im_end_id = (
             self._required_id(token, path) for token in REQUIRED_TOKENS
         )
+        self.stop_ids = (self.im_end_id, self.end_of_text_id)
+        """The ids that end an answer."""
         self._check_round_trip(path)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path, str]]:
@@ -92,20 +95,10 @@ class Tokenizer:
         """Return the highest id + 1, special tokens included."""
         return 1 + max(self._bpe.get_vocab(with_added_tokens=True).values())
 
-    @property
-    def stop_ids(self) -> tuple[int, int]:
-        """Return the ids that end an answer: end of turn and end of text."""
-        return self.im_end_id, self.end_of_text_id
-
     @cached_property
     def fingerprint(self) -> str:
         """Return 16 hex digits of a hash of tokenizer.json."""
         return hashlib.sha256(self.json.encode()).hexdigest()[:16]
-
-    @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Return the ids of special tokens."""
-        return frozenset(id_ for id_, token in self._added_tokens.items() if token.special)
 
     @cached_property
     def id_to_bytes(self) -> tuple[bytes, ...]:

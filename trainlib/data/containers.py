@@ -273,3 +273,6 @@ def _unfinished_character(raw: bytes) -> bytes:
         if byte < 0x80:
             break
     return b""
+
+
+READERS = {"jsonl": read_jsonl, "array": read_array, "csv": read_csv, "txt": read_txt}

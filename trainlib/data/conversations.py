@@ -36,10 +36,8 @@ def user(content: str) -> dict[str, Any]:
 def assistant(content: str) -> dict[str, Any]:
     """Return a message of the assistant; a leading <think> part becomes "reasoning_content"."""
     thoughts = THOUGHTS.match(content)
-    if not thoughts:
-        return {"role": "assistant", "content": content}
-    message: dict[str, Any] = {"role": "assistant", "content": content[thoughts.end() :]}
-    if thoughts[1].strip():
+    message = {"role": "assistant", "content": content[thoughts.end() :] if thoughts else content}
+    if thoughts and thoughts[1].strip():
         message["reasoning_content"] = thoughts[1]
     return message
 
@@ -202,17 +200,15 @@ def read_question_answer(row: Row) -> Messages:
 
 def _read_history(history: Any) -> Messages:
     if isinstance(history, str):
-        if not history.strip():
-            return []
         try:
             history = ast.literal_eval(history)  # In CSV it is a Python literal or JSON.
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             history = _parse_json(history, '"history"')
     messages: Messages = []
     for number, pair in enumerate(history or (), 1):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise ValueError(f'"history" {number} must be a question and its answer')
         field = f'"history" {number}'
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(f"{field} must be a question and its answer")
         messages += [user(check_text(pair[0], field)), assistant(check_text(pair[1], field))]
     return messages
 

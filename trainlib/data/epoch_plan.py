@@ -51,18 +51,17 @@ class EpochPlan:
     def load_or_build(cls, key: str, build: Callable[[], EpochPlan]) -> EpochPlan:
         """Return the plan of that key from .cache/plans, memory-mapped; build it if missing."""
         folder = cache_dir() / "plans"
-        names = [f.name for f in fields(cls)]
-        paths = [folder / f"{key}.{name}.npy" for name in names]
+        paths = {f.name: folder / f"{key}.{f.name}.npy" for f in fields(cls)}
         try:
-            if not all(path.is_file() for path in paths):
+            if not all(path.is_file() for path in paths.values()):
                 folder.mkdir(parents=True, exist_ok=True)
                 for old in sorted(folder.glob("*.npy"), key=os.path.getmtime)[: -3 * MAX_PLANS]:
                     old.unlink(missing_ok=True)
                 plan = build()
-                for name, path in zip(names, paths, strict=True):
+                for name, path in paths.items():
                     with replacing(path) as temporary:
                         np.save(temporary, getattr(plan, name))
-            return cls(*(np.load(path, mmap_mode="r") for path in paths))
+            return cls(*(np.load(path, mmap_mode="r") for path in paths.values()))
         except OSError as error:
             raise UserError(
                 f"{folder}: {error.strerror or error}. The order of the data is kept there; "

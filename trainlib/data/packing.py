@@ -210,18 +210,15 @@ class PackedDataset:
 
     def _plan(self, epoch: int) -> EpochPlan:
         plan = self._plans.get(epoch)
-        if plan is None:
-            plan = self._make_plan(epoch)
-            self._plans = {epoch: plan}  # One epoch is kept. The loader's thread reads it too.
+        if plan is None and self.num_units < STORED_UNITS:
+            plan = self._pack(epoch)
+        elif plan is None:
+            recipe = [self.seed, epoch, self.row_length, self.max_rows, self._repeats, PLAN_LAYOUT]
+            made_of = self._length.tobytes() + self._file.tobytes() + repr(recipe).encode()
+            key = hashlib.blake2b(made_of, digest_size=8).hexdigest()
+            plan = EpochPlan.load_or_build(key, lambda: self._pack(epoch))
+        self._plans = {epoch: plan}  # One epoch is kept. The loader's thread reads it too.
         return plan
-
-    def _make_plan(self, epoch: int) -> EpochPlan:
-        if self.num_units < STORED_UNITS:
-            return self._pack(epoch)
-        digest = hashlib.blake2b(digest_size=8)
-        recipe = [self.seed, epoch, self.row_length, self.max_rows, self._repeats, PLAN_LAYOUT]
-        digest.update(self._length.tobytes() + self._file.tobytes() + repr(recipe).encode())
-        return EpochPlan.load_or_build(digest.hexdigest(), lambda: self._pack(epoch))
 
     def _pack(self, epoch: int) -> EpochPlan:
         rng = np.random.default_rng([self.seed, epoch])

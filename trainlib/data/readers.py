@@ -21,20 +21,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainlib.core.errors import UserError
-from trainlib.data.containers import (
-    BOM,
-    Broken,
-    Item,
-    Row,
-    are_messages,
-    json_error,
-    read_array,
-    read_csv,
-    read_jsonl,
-    read_txt,
-    row_of,
-    utf8_error,
-)
+from trainlib.data import containers
+from trainlib.data.containers import BOM, Broken, Item, Row, are_messages, json_error, utf8_error
 
 CONTAINERS = ("jsonl", "array", "csv", "txt", "parquet")
 SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
@@ -77,7 +65,7 @@ class Source:
                 yield from self._parquet()
                 return
             with self._open() as stream:
-                for item in _READERS[self.container](stream):
+                for item in containers.READERS[self.container](stream):
                     self.position = self._raw.tell()
                     yield item
         except _STREAM_ERRORS as error:
@@ -99,7 +87,7 @@ class Source:
         text = head.removeprefix(BOM).lstrip()
         if not text:
             raise EmptyFileError(f"{self.path} is empty: it needs at least one row")
-        suffixes = [s.lower() for s in self.path.suffixes if s.lower() not in COMPRESSED]
+        suffixes = [s for s in map(str.lower, self.path.suffixes) if s not in COMPRESSED]
         suffix = suffixes[-1] if suffixes else ""
         first = text.split(b"\n", 1)[0].rstrip()
         if text[:1] == b"[" and are_messages(_json(first)):
@@ -153,7 +141,7 @@ def parse(content: bytes | str | Row | Broken) -> Row:
     """Return the row of an item; raises ValueError with the reason if it is none."""
     if isinstance(content, bytes):
         try:
-            content = row_of(json.loads(content.decode("utf-8")))
+            content = containers.row_of(json.loads(content.decode("utf-8")))
         except UnicodeDecodeError as error:
             raise ValueError(utf8_error(content, error.start)) from error
         except (ValueError, RecursionError) as error:
@@ -223,7 +211,6 @@ _STREAM_ERRORS = (OSError, EOFError, zlib.error)
 
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-_READERS = {"jsonl": read_jsonl, "array": read_array, "csv": read_csv, "txt": read_txt}
 _KNOWN_COLUMNS = (
     {"instruction", "output"}, {"prompt", "completion"}, {"chosen", "rejected"}, {"q", "a"},
     {"text", "source"},

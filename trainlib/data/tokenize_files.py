@@ -176,7 +176,7 @@ def num_usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-_task: Task | None = None
+_task: Task  # Of a process of the pool.
 
 
 def _init_worker(task: Task, parent: int) -> None:
@@ -195,7 +195,6 @@ def _exit_with(parent: int) -> None:
 
 
 def _tokenize_in_worker(chunk: Chunk) -> Tokenized:
-    assert _task is not None
     return tokenize_chunk(chunk, _task)
 
 
