@@ -6,7 +6,7 @@ import logging
 
 from trainlib.core.errors import UserError
 from trainlib.engine.control import Control
-from trainlib.engine.metrics import MetricsLog
+from trainlib.engine.metrics import MetricsLog, NoMetricsLog
 from trainlib.engine.progress import Display
 from trainlib.engine.step import optimizer_step
 from trainlib.engine.train_state import restore, save
@@ -24,9 +24,8 @@ def fit(training: Training) -> bool:
     """
     run, schedule, checkpoints = training.run, training.schedule, training.checkpoints
     config, state = run.config, restore(training)
-    metrics = MetricsLog(
-        run.folder, state.step if run.resume_from else None, run.distributed.is_main
-    )
+    is_main, resume_step = run.distributed.is_main, state.step if run.resume_from else None
+    metrics = MetricsLog(run.folder, resume_step) if is_main else NoMetricsLog()
     display = Display(training, state, metrics)
 
     def run_evaluation() -> None:
@@ -70,7 +69,7 @@ def fit(training: Training) -> bool:
         finished = schedule.reached(state.step)
         if finished:
             display.close()
-            if run.distributed.is_main:
+            if is_main:
                 try:
                     training.finish(training)
                 except OSError as error:
@@ -81,7 +80,7 @@ def fit(training: Training) -> bool:
             checkpoints.write_final(training.model)
     display.summary(finished)
     metrics.close()
-    return finished and run.distributed.is_main
+    return finished and is_main
 
 
 def due(step: int, every: int) -> bool:

@@ -51,16 +51,13 @@ def charts(validation: list[str], baselines: list[str]) -> dict[str, list[str]]:
 
 
 class MetricsLog:
-    """Writer of metrics.jsonl, train.log and TensorBoard; only rank 0 has `writes`.
+    """Writer of metrics.jsonl, train.log and TensorBoard.
 
     A resume from a step removes later lines of metrics.jsonl, and a torn last one. So each step has
     at most one training line and one validation line.
     """
 
-    def __init__(self, folder: Path, resume_step: int | None, writes: bool = True) -> None:
-        self.writes = writes
-        if not writes:
-            return
+    def __init__(self, folder: Path, resume_step: int | None) -> None:
         self._folder = folder
         path = folder / "metrics.jsonl"
         cut_back(path, -1 if resume_step is None else resume_step)
@@ -76,21 +73,18 @@ class MetricsLog:
     def add_baselines(self, baselines: dict[str, float]) -> None:
         """Write the baselines of val/bits_per_byte to baselines.json, and draw them as lines."""
         self._baselines = baselines
-        if baselines and self.writes:
+        if baselines:
             write_atomically(self._folder / "baselines.json", json.dumps(baselines, indent=2))
 
     def write_step(self, step: int, values: dict[str, float], text: str) -> None:
         """Record a training step, and its line of train.log."""
-        if self.writes:
-            self.write(step, values)
-            self._line(text)
+        self.write(step, values)
+        self._line(text)
 
     def write_evaluation(
         self, step: int, values: dict[str, float], samples: list[str], log_lines: list[str]
     ) -> None:
         """Record an evaluation: its metrics, the baselines, samples, and lines of train.log."""
-        if not self.writes:
-            return
         self.write(step, values)
         for line in log_lines:
             self._line(line)
@@ -104,8 +98,6 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record metrics of a step; values that are not finite become null."""
-        if not self.writes:
-            return
         plain = {name: v if math.isfinite(v) else None for name, v in values.items()}
         self._metrics.write(json.dumps({"step": step, **plain}) + "\n")
         self._metrics.flush()
@@ -114,8 +106,6 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close all three."""
-        if not self.writes:
-            return
         self._metrics.close()
         self._log.close()
         self._board.close()
@@ -132,6 +122,20 @@ class MetricsLog:
     def _line(self, text: str) -> None:
         self._log.write(text + "\n")
         self._log.flush()
+
+
+class NoMetricsLog(MetricsLog):
+    """The recorder of processes other than rank 0, which does nothing."""
+
+    def __init__(self) -> None: ...
+
+    def add_baselines(self, baselines: dict[str, float]) -> None: ...
+
+    def write_step(self, *_: object) -> None: ...
+
+    def write_evaluation(self, *_: object) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -23,21 +23,15 @@ class Display:
     """What a person sees: the bar, the lines of the log, speed, and the summary at the end."""
 
     def __init__(self, training: Training, state: TrainState, metrics: MetricsLog) -> None:
-        self.run, self.schedule, self.state = training.run, training.schedule, state
+        run = training.run
+        self.run, self.schedule, self.state = run, training.schedule, state
         self.metrics, self.baselines = metrics, training.datasets.baselines
-        self.flops_per_token = training.flops_per_token
-        run, schedule = self.run, self.schedule
-        self.peak = (
-            matmul_peak(run.hardware.device, run.hardware.precision) * run.distributed.world_size
-        )
+        peak = matmul_peak(run.hardware.device, run.hardware.precision)
+        self.mfu_per_speed = training.flops_per_token / (peak * run.distributed.world_size)
         metrics.add_baselines(self.baselines)
-        self.bar = tqdm(
-            total=schedule.num_steps,
-            initial=state.step,
-            unit="step",
-            desc=run.stage,
-            disable=None if run.distributed.is_main else True,
-        )
+        silent = None if run.distributed.is_main else True
+        self.bar = tqdm(total=self.schedule.num_steps, initial=state.step, unit="step",
+                        desc=run.stage, disable=silent)  # fmt: skip
         self._reset()
 
     def __enter__(self) -> Display:
@@ -47,21 +41,21 @@ class Display:
         self.close()
 
     def close(self) -> None:
-        """Leave the bar as it is: what comes after are lines."""
+        """Leave the bar as it is; lines follow."""
         self.bar.close()
 
     def _reset(self) -> None:
         self.begin, self.tokens, self.waited, self.steps = time.perf_counter(), 0, 0.0, 0
 
     def wait_for(self, loader: StepLoader) -> StepBatch:
-        """The next step's data, the time for it counted."""
+        """Return the data of the next step, and count the time that it takes."""
         begin = time.perf_counter()
         batch = next(loader)
         self.waited += time.perf_counter() - begin
         return batch
 
     def count(self, batch: StepBatch, result: StepResult, lr: float) -> None:
-        """Take note of a step; write a line when one is due."""
+        """Count a step; write a line if one is due."""
         step = self.state.step
         self.tokens += batch.num_tokens
         self.steps += 1
@@ -69,14 +63,15 @@ class Display:
         if not (step % self.run.config.log_every_steps == 0 or self.schedule.reached(step)):
             return
         seconds = time.perf_counter() - self.begin
-        mfu = self.flops_per_token * self.tokens / seconds / self.peak
+        speed, waited = self.tokens / seconds, self.waited / seconds
+        mfu = speed * self.mfu_per_speed
         values = {
             names.TRAIN_LOSS: result.loss,
             names.TRAIN_LR: lr,
             names.TRAIN_GRAD_NORM: result.grad_norm,
-            names.TRAIN_SPEED: self.tokens / seconds,
+            names.TRAIN_SPEED: speed,
             names.TRAIN_MFU: mfu,
-            names.TRAIN_DATA_WAIT: self.waited / seconds,
+            names.TRAIN_DATA_WAIT: waited,
             names.TRAIN_TOKENS: self.state.tokens,
             **{f"train/{name}": value for name, value in result.metrics.items()},
         }
@@ -85,45 +80,44 @@ class Display:
             left = (self.schedule.num_steps - step) * seconds / self.steps
         text = (
             f"step {step} loss {result.loss:.4f} lr {lr:.2e} grad_norm {result.grad_norm:.2f} "
-            f"tokens/s {self.tokens / seconds:,.0f} mfu {mfu:.1%} wait {self.waited / seconds:.1%} "
+            f"tokens/s {speed:,.0f} mfu {mfu:.1%} wait {waited:.1%} "
             f"left {max(0, left or 0) / 60:.1f} min"
             + ("" if result.finite else "  NOT FINITE, skipped")
         )
         self.metrics.write_step(step, values, text)
         self.bar.set_postfix_str(
-            f"loss {result.loss:.3f}, {self.tokens / seconds:,.0f} tokens/s, "
-            f"wait {self.waited / seconds:.0%}"
+            f"loss {result.loss:.3f}, {speed:,.0f} tokens/s, wait {waited:.0%}"
         )
         if self.bar.disable:
             log.info("%s", text)
         self._reset()
 
     def show_validation(self, metrics: Metrics, samples: list[str]) -> None:
-        """Print and record one evaluation, and do not count its time as training."""
+        """Print and record an evaluation; its time does not count as training."""
         step, baselines = self.state.step, self.baselines
         value = metrics.get(names.VAL_BITS_PER_BYTE, math.inf)
         passed = newly_passed(value, baselines, self.state.passed)
         self.state.passed += passed
-        words = [
+        log_lines = [
             f"{text} at step {step}: {value:.3f} against {baselines[name]:.3f} bits per byte"
             for name, text in passed.items()
         ]
-        self.metrics.write_evaluation(step, metrics, samples, words)
+        self.metrics.write_evaluation(step, metrics, samples, log_lines)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        told = [f"sample: {text.rstrip()}".replace("\n", " / ") for text in samples]
+        sampled = [f"sample: {text.rstrip()}".replace("\n", " / ") for text in samples]
         if self.run.distributed.is_main:
-            for line in (*told, f"step {step} {shown}", *words):
+            for line in (*sampled, f"step {step} {shown}", *log_lines):
                 tqdm.write(line)
         self._reset()
 
     def show_decay(self) -> None:
-        """Say from when on the rate falls, and to which step."""
+        """Log from which step on the learning rate falls, and to which step."""
         begin, _, end = self.schedule.decay or (0, 0, 0)
         self.bar.total = end
         log.info("the learning rate falls from step %d on; the run ends with step %d", begin, end)
 
     def summary(self, finished: bool) -> None:
-        """Say how it ended."""
+        """Log how the run ended."""
         s = self.state
         if finished:
             log.info("finished %d steps, %s tokens: %s", s.step, f"{s.tokens:,}",
