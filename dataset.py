@@ -271,12 +271,12 @@ def _repeats(groups: list[Group], selected: list[list[Part]]) -> list[float] | N
     None without weights. The group that is largest for its weight is read once, the others are
     repeated: the shortest epoch that has every row.
     """
-    if not any(group.weight for group in groups):
+    total = sum(group.weight for group in groups)
+    if not total:
         return None
     sizes = [
         sum(int(cache.record_lengths[mask].sum()) for cache, mask in parts) for parts in selected
     ]
-    total = sum(group.weight for group in groups)
     epoch = max(size * total / g.weight for g, size in zip(groups, sizes, strict=True))
     repeats: list[float] = []
     for group, size, parts in zip(groups, sizes, selected, strict=True):

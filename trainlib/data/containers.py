@@ -243,7 +243,7 @@ def read_txt(stream: BinaryIO) -> Iterator[Item]:
                 line = begin + raw.count(b"\n", 0, start)
                 yield Item(line, Broken(utf8_error(raw[start:], error.start - start)))
 
-    while (raw := rest + stream.readline(MAX_DOCUMENT_BYTES)) != b"":
+    while raw := rest + stream.readline(MAX_DOCUMENT_BYTES):
         # A line longer than a document is cut, but not within a character.
         rest = b"" if raw.endswith(b"\n") else _unfinished_character(raw)
         if rest and len(raw) == len(rest):
@@ -256,8 +256,7 @@ def read_txt(stream: BinaryIO) -> Iterator[Item]:
         if not separator:
             parts.append(raw)
             size += len(raw)
-        limit = MAX_DOCUMENT_BYTES if raw.strip() else DOCUMENT_BYTES
-        if separator or size >= limit:
+        if separator or size >= (MAX_DOCUMENT_BYTES if raw.strip() else DOCUMENT_BYTES):
             yield from document()
             begin, size, parts = number + 1, 0, []
     yield from document()

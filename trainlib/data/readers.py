@@ -160,9 +160,8 @@ def import_optional(module: str, path: Path) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.split(".")[0]
         raise UserError(
-            f"{path} needs the package {package}, which is not installed. Type:\n"
+            f"{path} needs the package {module.split('.')[0]}, which is not installed. Type:\n"
             "  pip install -r requirements-data.txt"
         ) from error
 

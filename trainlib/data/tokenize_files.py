@@ -171,9 +171,7 @@ def _defer_interrupts() -> Iterator[None]:
 
 def num_usable_cores() -> int:
     """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _task: Task  # Of a process of the pool.
