@@ -62,15 +62,17 @@ def groups(cls: type) -> dict[str, list[Key]]:
     """Return the settings by title: those in the class's GROUPS, other ones ("run"), sections."""
     titles = {name: title for title, names in getattr(cls, "GROUPS", {}).items() for name in names}
     grouped: dict[str, list[Key]] = {"run": [], **{title: [] for title in titles.values()}}
-    hints = get_type_hints(cls)
+    hints, inherited = get_type_hints(cls), {}
     for key in keys(cls):
         section, dot, _ = key.name.partition(".")
         if dot:
             title = f"{section}: {(hints[section].__doc__ or '').splitlines()[0].rstrip('.')}"
+            sections = grouped if section in cls.__annotations__ else inherited
+            sections.setdefault(title, []).append(key)
         else:
-            title = titles.get(key.name, "run")
-        grouped.setdefault(title, []).append(key)
-    return {title: members for title, members in grouped.items() if members}
+            grouped[titles.get(key.name, "run")].append(key)
+    # The sections of a stage come before those of its base class.
+    return {title: members for title, members in {**grouped, **inherited}.items() if members}
 
 
 def _override(key: Key, given: Given | None, file: Path) -> str:
