@@ -198,7 +198,7 @@ def test_detection_can_be_overridden(tmp_path):
     assert "data.format" in formats.detect(path, name="txt").reason
 
 
-def test_an_array_goes_on_after_a_broken_row(tmp_path):
+def test_an_array_continues_after_a_broken_row(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('[{"text": "a", "m": [{}]},\n{"text": b, "m": [{}, {}]},\n{"text": "c"},\n7]')
     rows = read(path)["rows"]

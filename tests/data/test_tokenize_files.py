@@ -1,4 +1,4 @@
-"""Protects the making of token caches: whoever makes it, whole or not there, all rows told of."""
+"""Protects the builds of token caches: complete or absent, by any process, all rows reported."""
 
 from __future__ import annotations
 
@@ -331,7 +331,7 @@ def test_the_mask_is_the_answers_for_any_content(tokenizer, answers, questions):
     assert tokenizer.decode(supervised) == "".join(answers)
 
 
-def test_os_is_told_apart_from_bugs(tmp_path, tokenizer):
+def test_an_error_of_the_system_is_a_user_error(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", numbered(5))
     cache_dir().parent.mkdir(exist_ok=True)
     cache_dir().write_text("a file where the folder should be")

@@ -1,4 +1,4 @@
-"""Protects vocabularies from elsewhere: made fit without loss, trained with, kept by the model."""
+"""Protects adopted vocabularies: lossless, trainable, and saved with the model."""
 
 from __future__ import annotations
 
@@ -147,9 +147,9 @@ def test_a_checkpoint_needs_the_special_tokens(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workspace(tmp_path_factory):
     """Data of made-up words, and a vocabulary of 32,000 trained on them as documented."""
-    path = tmp_path_factory.mktemp("place")
+    path = tmp_path_factory.mktemp("workspace")
     letters = random.Random(0)
     words = ["".join(letters.choices("abcdefghij", k=7)) for _ in range(24_000)]
     texts = [" ".join(words[i : i + 50]) for i in range(0, len(words), 50)]
@@ -176,42 +176,43 @@ PRETRAIN = ["data.files=a.jsonl", "tokenizer=tok", *MODEL]
 
 
 @pytest.fixture
-def run(place, monkeypatch, run_stage):
-    """Run a stage's command line in the place; gives its exit code."""
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(place / "cache"))
+def run(workspace, monkeypatch, run_stage):
+    """Return a function that runs a stage in the workspace and returns its exit code."""
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(workspace / "cache"))
     return lambda stage, *settings: run_stage(stage, "empty.yaml", *COMMON, *settings)
 
 
-def test_train_with_a_vocabulary_of_32000(place, run, capsys):
+def test_train_with_a_vocabulary_of_32000(workspace, run, capsys):
     assert run("pretrain", *PRETRAIN, "out_dir=run") == 0
     assert "vocabulary of 32,000" in capsys.readouterr().out
-    assert (place / "run/final/tokenizer.json").read_bytes() == (
-        place / "tok/tokenizer.json"
+    assert (workspace / "run/final/tokenizer.json").read_bytes() == (
+        workspace / "tok/tokenizer.json"
     ).read_bytes()
-    text = (place / "run/run.yaml").read_text()
+    text = (workspace / "run/run.yaml").read_text()
     assert "tokenizer: tok  # command line" in text
     assert "vocab_size: 32000  # of the tokenizer" in text
-    model = transformers.AutoModelForCausalLM.from_pretrained(place / "run/final")
-    loaded = transformers.AutoTokenizer.from_pretrained(place / "run/final")
+    model = transformers.AutoModelForCausalLM.from_pretrained(workspace / "run/final")
+    loaded = transformers.AutoTokenizer.from_pretrained(workspace / "run/final")
     assert model.config.vocab_size == len(loaded) == model.get_input_embeddings().num_embeddings
     assert len(loaded) == 32_000
     settings = ["init_from=run/final", "data.files=talks.jsonl", "out_dir=sft"]
     assert run("sft", *settings) == 0
-    assert Tokenizer(place / "sft/final").fingerprint == Tokenizer(place / "tok").fingerprint
+    expected = Tokenizer(workspace / "tok").fingerprint
+    assert Tokenizer(workspace / "sft/final").fingerprint == expected
 
 
-def test_a_run_goes_on_with_its_own_tokenizer_alone(place, run, capsys):
-    saved(gpt2_like(), place / "one")
-    saved(llama_like(), place / "two")
+def test_a_run_resumes_with_its_own_tokenizer_only(workspace, run, capsys):
+    saved(gpt2_like(), workspace / "one")
+    saved(llama_like(), workspace / "two")
     settings = ["data.files=a.jsonl", *MODEL, "tokenizer=one", "model.vocab_size=600"]
     assert run("pretrain", *settings, "out_dir=other", "max_steps=1") == 0
-    (place / "other/final").rename(place / "gone")
+    (workspace / "other/final").rename(workspace / "gone")
     assert run("pretrain", *settings, "out_dir=other", "max_steps=1", "tokenizer=two") == 1
     assert "tokenizer: 'one' there, 'two' now" in capsys.readouterr().err
-    saved(llama_like(), place / "one")  # The same path, another content.
+    saved(llama_like(), workspace / "one")  # The same path, another content.
     assert run("pretrain", *settings, "out_dir=other", "max_steps=1") == 1
     assert "the data files or the tokenizer have changed" in capsys.readouterr().err
     assert run("pretrain", *settings, "model.vocab_size=300", "out_dir=new") == 1
     assert "model.vocab_size=300, but the tokenizer has" in capsys.readouterr().err
-    assert not (place / "new").exists()
+    assert not (workspace / "new").exists()

@@ -142,14 +142,14 @@ def test_a_broken_line_is_named(
     path = tmp_path / "broken.jsonl"
     path.write_text('{"text": "good"}\n' + content)
     assert main(["--data", str(path), "--out", str(tmp_path / "made")]) == 1
-    said = capsys.readouterr().err
-    assert words in said and "broken.jsonl, at byte 17" in said
+    err = capsys.readouterr().err
+    assert words in err and "broken.jsonl, at byte 17" in err
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize(("name", "place"), [("gbk.txt", 10), ("gbk.jsonl", 16)])
+@pytest.mark.parametrize(("name", "offset"), [("gbk.txt", 10), ("gbk.jsonl", 16)])
 def test_a_file_of_another_encoding_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, place: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, offset: int
 ) -> None:
     path = tmp_path / name
     rows = (
@@ -159,8 +159,8 @@ def test_a_file_of_another_encoding_is_named(
     )
     path.write_bytes("\n".join(rows).encode("gb18030"))
     assert main(["--data", str(path), "--out", str(tmp_path / "made")]) == 1
-    said = capsys.readouterr().err
-    assert f"{name}, line at byte {place}: not UTF-8" in said and "iconv -f gb18030" in said
+    err = capsys.readouterr().err
+    assert f"{name}, line at byte {offset}: not UTF-8" in err and "iconv -f gb18030" in err
     assert not (tmp_path / "made").exists()
 
 

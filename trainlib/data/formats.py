@@ -230,7 +230,7 @@ def broken_row(path: Path, line: int, reason: str) -> UserError:
     if GBK_FIX in reason:  # The other rows are as broken: skipping this one does not help.
         return UserError(f"{path}, line {line}: {reason} (nothing was written)")
     return UserError(
-        f"{path}, line {line}: {reason}. Mend or remove the line (nothing was written), or "
+        f"{path}, line {line}: {reason}. Fix or remove the line (nothing was written), or "
         "leave such rows out with data.on_error=skip."
     )
 

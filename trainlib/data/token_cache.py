@@ -113,7 +113,7 @@ def build_cache(
     """
     if not path.is_file():
         raise UserError(
-            f"{path} does not exist (a data file of this run). Mend data.files.{mount_hint(path)}"
+            f"{path} does not exist (a data file of this run). Fix data.files.{mount_hint(path)}"
         )
     options = options or formats.ReadOptions()
     try:
