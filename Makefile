@@ -65,6 +65,8 @@ lint: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	git ls-files '*.py' '*.md' '*.sh' '*.yaml' '*.yml' '*.tsv' Makefile Dockerfile | \
+	  xargs $(BIN)/codespell --ignore-words-list modle
 
 tensorboard: .venv/ready
 	$(BIN)/tensorboard --logdir runs --port 6006

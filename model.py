@@ -5,10 +5,8 @@ key/value heads with a norm on each query and key head, SwiGLU, embeddings tied 
 Module and parameter names are those of `transformers.Qwen3ForCausalLM`, so a state dict of one is
 a state dict of the other.
 
-1. ModelConfig        sizes
-2. formulas           rms_norm, rotary_angles, rotate, swiglu, visible, attend
-3. ops                which function computes each formula: these, or faster ones
-4. modules            RMSNorm, Attention, SwiGLU, Block, Decoder, Transformer
+First the sizes, then the formulas, then `ops`, which says what computes each formula, then the
+modules that call them.
 
 Shapes, as suffixes of local names:
     B batch  T query length  S key length  D hidden_size  N query heads  G key/value heads
@@ -158,9 +156,7 @@ def attend(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, bias: Tensor) -> Tens
         repeats = q_BNTH.shape[1] // k_BGSH.shape[1]
         k_BGSH, v_BGSH = (x.repeat_interleave(repeats, dim=1) for x in (k_BGSH, v_BGSH))
         grouped = False
-    return F.scaled_dot_product_attention(
-        q_BNTH, k_BGSH, v_BGSH, attn_mask=bias, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q_BNTH, k_BGSH, v_BGSH, bias, enable_gqa=grouped)
 
 
 # ---- which function computes each formula --------------------------------------------------------
@@ -233,11 +229,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        prepared: Tensor,
-        cache: Cache | None,
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], prepared: Tensor, cache: Cache | None
     ) -> Tensor:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         q_BNTH = self.q_norm(self.q_proj(x_BTD).view(heads)).transpose(1, 2)
@@ -275,11 +267,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        prepared: Tensor,
-        cache: Cache | None = None,
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], prepared: Tensor, cache: Cache | None
     ) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, prepared, cache)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
@@ -296,11 +284,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        prepared: Tensor,
-        cache: Cache | None,
+        self, input_ids: Tensor, position_ids: Tensor, prepared: Tensor, cache: Cache | None
     ) -> Tensor:
         rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         x_BTD = self.embed_tokens(input_ids)
@@ -361,8 +345,7 @@ class Transformer(nn.Module):
         (selected, vocab_size).
         """
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-            position_ids = position_ids.expand_as(input_ids)
+            position_ids = torch.ones_like(input_ids).cumsum(-1) - 1
         if document_ids is None:
             document_ids = torch.zeros_like(input_ids)
         # A bias of another dtype than the queries' would be converted again in each layer.

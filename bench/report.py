@@ -1,5 +1,7 @@
-"""docs/benchmarks.md from bench/records.jsonl: the last record of each figure, machine by machine,
-the one that was measured last first. Below it the ablations of bench/ablations.jsonl.
+"""Write docs/benchmarks.md from bench/records.jsonl: the last record of each figure.
+
+Machine by machine, the one that was measured last first; then the ablations of
+bench/ablations.jsonl.
 
     python -m bench.report [docs/benchmarks.md]
 """

@@ -94,8 +94,7 @@ class Trainer:
 
     def predicted_peak(self, machine: Machine, rows: int) -> float:
         """Return the bytes that --plan predicts for this step."""
-        sizes = vars(self.model.config)
-        known = Sizes(**{name: sizes[name] for name in Sizes._fields})
+        known = Sizes(**vars(self.model.config))
         return total(step_memory(known, "muon", machine.choice, LENGTH, 1, rows))
 
     def synchronize(self) -> None:

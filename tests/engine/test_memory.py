@@ -37,7 +37,7 @@ def test_the_formula_holds_what_a_step_is_counted_to_take(
     path, rows, precision, attention, elsewhere
 ):
     config, sizes, row_length = shipped(path)
-    model = Transformer(ModelConfig(**sizes._asdict()))
+    model = Transformer(ModelConfig(**vars(sizes)))
     use_kernels(attention)
     num_micro = 1 if rows == 1 else 2
     step = make_step(precision, rows, num_micro, row_length, config.optim, stage_of(path))

@@ -43,7 +43,7 @@ def update_flops(optimizers: list[torch.optim.Optimizer]) -> float:
 def hold(sizes: Sizes, optim: OptimConfig) -> None:
     """Assert that the formulas say what a model of these sizes says."""
     with torch.device("meta"):
-        model = Transformer(ModelConfig(**sizes._asdict()))
+        model = Transformer(ModelConfig(**vars(sizes)))
     assert sizes.parameters == count_parameters(model)
     assert sum(sizes.flops(200.5)) == flops_per_token(model, 200.5)
     assert sizes.flops(0) == (flops_per_token(model, 0), 0)
@@ -60,7 +60,7 @@ def test_the_formulas_of_the_shipped_configs(path, elsewhere):
 def test_the_formulas_of_other_sizes():
     hold(Sizes(97, 32, 48, 3, 4, 2, 24, tie_word_embeddings=False), OptimConfig())
     usual = ModelConfig()
-    assert Sizes() == tuple(getattr(usual, name) for name in Sizes._fields)
+    assert vars(Sizes()) == vars(usual)
     # 16 of 512 x 512, 16 of 256 x 512, 24 of 512 x 1408; five steps of 4 m m n + 2 m m m each.
     assert Sizes().update_flops("muon") == 5 * (
         16 * 6 * 512**3 + 16 * (4 * 256**2 * 512 + 2 * 256**3)

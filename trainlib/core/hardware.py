@@ -95,17 +95,11 @@ def _read_tsv(path: Path) -> Iterator[dict[str, str]]:
 def read_table(path: Path = TABLE) -> list[HardwareRow]:
     """Return the table of hardware, in its order."""
     return [
-        HardwareRow(
-            row["profile"],
-            capability(row["min_capability"]),
-            capability(row["max_capability"]),
-            int(row["min_mib"]),
-            int(row["micro_batch_size"]),
-            row["precision"],
-            row["compile"] == "on",
-        )
-        for row in _read_tsv(path)
-    ]
+        HardwareRow(r["profile"], capability(r["min_capability"]), capability(r["max_capability"]),
+                    int(r["min_mib"]), int(r["micro_batch_size"]), r["precision"],
+                    r["compile"] == "on")
+        for r in _read_tsv(path)
+    ]  # fmt: skip
 
 
 def capability(text: str) -> tuple[int, int] | None:

@@ -34,16 +34,12 @@ class Checkpoints:
     """The step folders of a run; a thread writes them from snapshots."""
 
     def __init__(
-        self,
-        folder: Path,
-        keep: int,
-        writes: bool = True,
-        extra_files: dict[str, str] | None = None,
+        self, folder: Path, keep: int, writes: bool = True, files: dict[str, str] | None = None
     ) -> None:
         self.folder, self.keep = folder, keep
         self.writes = writes
         """Whether this process writes; only rank 0 does."""
-        self.extra_files = extra_files or {}
+        self.extra_files = files or {}
         """Files that make a checkpoint a model folder: file name to content."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Hardware:
-    """How this process computes."""
+    """How this process computes; `kernels` is set by the warm-up."""
 
     device: torch.device
     precision: str
@@ -34,33 +34,31 @@ class Hardware:
     """Kernels in use instead of plain formulas (trainlib/engine/kernels.py)."""
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context of a forward pass: 16-bit products over fp32 weights, or nothing."""
+        """Return the context of a forward pass: 16-bit products over fp32 weights, or nothing."""
         if self.precision in DTYPES:
             return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
         return contextlib.nullcontext()
 
 
 def use_hardware(choice: Choice, local_rank: int = 0) -> Hardware:
-    """Make a choice of hardware this process's own."""
+    """Apply a choice of hardware to this process and return it."""
     torch.set_float32_matmul_precision(choice.matmul)
     if choice.device == "cpu":
         keep_freed_memory()
-    device = (
-        torch.device("cuda", local_rank) if choice.device == "cuda" else torch.device(choice.device)
-    )
     c = choice
+    device = torch.device(f"cuda:{local_rank}" if c.device == "cuda" else c.device)
     return Hardware(device, c.precision, c.attention, c.compile, c.micro_batch_size)
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""As glibc's malloc.h numbers them."""
+"""Options of mallopt in malloc.h of glibc."""
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, for its next step; where malloc is not glibc's, nothing.
+    """Keep freed memory in this process for its next step, if malloc is that of glibc.
 
-    Else tensors of megabytes go back to the system, and every step fetches their pages anew, 3 to
-    4 % of its time. What only the start of a run needs is kept as well.
+    Otherwise large tensors go back to the system, and every step spends 3 to 4 % of its time on
+    new pages. Memory that only the start of a run needs is kept as well.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
@@ -70,11 +68,10 @@ def keep_freed_memory() -> None:
 def compile_layers(
     hardware: Hardware, layers: nn.ModuleList, try_out: Callable[[], object], required: bool
 ) -> Hardware:
-    """Compile a model's layers in place, and try the result out; nothing wraps the model.
+    """Compile a model's layers in place, try them out, and return the hardware in use.
 
-    Where compilation fails (no C compiler, a card that Triton does not know), says why, and the
-    layers run as they are; returns the hardware as it is then used. Raises UserError where
-    compilation is required.
+    If compilation fails (no C compiler, a card that Triton does not know), the layers stay
+    uncompiled, and the log says why. Raises UserError if compilation is required.
     """
     log.info("compiling the layers, once; a minute on a CPU the first time, seconds from a cache")
     begin = time.perf_counter()
@@ -103,7 +100,7 @@ def compile_layers(
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; restores the mode and the RNG state on exit."""
+    """Set eval mode without gradients; restore mode and RNG state on exit."""
     was_training, cpu_state = model.training, torch.get_rng_state()
     cuda_state = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     model.eval()

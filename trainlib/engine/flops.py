@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from model import ModelConfig
 from trainlib.core.hardware import DTYPES, best_time
 
 PEAK_SECONDS = 0.25  # About how long the measurement takes.
@@ -37,17 +37,8 @@ def flops_per_token(model: nn.Module, context_length: float) -> float:
     return 6 * matrices + 12 * queries * context_length
 
 
-class Sizes(NamedTuple):
-    """The sizes of a decoder by their Hugging Face names; the defaults are model.ModelConfig's."""
-
-    vocab_size: int = 6400
-    hidden_size: int = 512
-    intermediate_size: int = 1408
-    num_hidden_layers: int = 8
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 4
-    head_dim: int = 64
-    tie_word_embeddings: int = True
+class Sizes(ModelConfig):
+    """The sizes of a decoder, and what follows from them without a model."""
 
     @property
     def widths(self) -> tuple[int, int, int, int]:

@@ -101,8 +101,8 @@ def find_candidates(hardware: Hardware, config: ModelConfig, row_length: int) ->
         few = min(groups, 2)
         shapes = {"q": few * heads // groups, "k": few, "v": few}
         qkv = {name: normal(ROWS, count, row_length, size) for name, count in shapes.items()}
-        function = ATTENTION[hardware.attention]
-        candidates.append(Candidate(hardware.attention, "attention", function, qkv, attention))
+        name = hardware.attention
+        candidates.append(Candidate(name, "attention", ATTENTION[name], qkv, attention))
     if device.type == "cpu" and not hardware.compile:
         length, width = min(row_length, POSITIONS), config.intermediate_size
         positions = torch.arange(row_length)[-length:].expand(ROWS, -1)

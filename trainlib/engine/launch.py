@@ -33,13 +33,7 @@ from trainlib.core.hardware import (
     unseen_card,
 )
 from trainlib.core.help import help_text
-from trainlib.core.settings import (
-    load_config,
-    provenance,
-    recipe,
-    resolved,
-    write_run_yaml,
-)
+from trainlib.core.settings import load_config, provenance, recipe, resolved, write_run_yaml
 from trainlib.core.terminal import survive_a_dead_terminal
 from trainlib.data.loader import micro_batch_shape
 from trainlib.data.packing import Datasets
@@ -130,13 +124,11 @@ def print_next(run: Run) -> None:
     small = any(source.startswith(tiny) for source in provenance(run.config).values())
     chat = f"python chat.py --model {run.folder}/final"
     later = list(STAGES)[list(STAGES).index(run.stage) + 1 :]
-    if not later:
-        log.info("next: %s", chat)
-        return
-    file = f"configs/tiny_{later[0]}.yaml " if small else ""
-    log.info("next: python %s %sinit_from=%s/final", STAGES[later[0]], file, run.folder)
+    if later:
+        file = f"configs/tiny_{later[0]}.yaml " if small else ""
+        log.info("next: python %s %sinit_from=%s/final", STAGES[later[0]], file, run.folder)
     if run.stage != "pretrain":
-        log.info("or talk to it: %s", chat)
+        log.info("%s: %s", "or talk to it" if later else "next", chat)
 
 
 def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> Run:
@@ -153,23 +145,17 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
                     config.tokens_per_step, row_length)  # fmt: skip
 
     choice = choose_hardware(
-        find_facts(),
-        read_table(),
-        device=config.device,
-        precision=config.precision,
-        compile_=config.compile,
-        micro_batch_size=config.micro_batch_size,
-        row_length=row_length,
-    )
-
-    def take() -> Path | None:
-        return acquire_run_folder(folder, config.resume, identity)
+        find_facts(), read_table(), device=config.device, precision=config.precision,
+        compile_=config.compile, micro_batch_size=config.micro_batch_size, row_length=row_length,
+    )  # fmt: skip
 
     lost = config.device == "auto" and choice.device == "cpu" and distributed.is_main
     if lost and (warning := unseen_card()):
         log.warning("%s", warning)
 
-    resume_from = run_on_main_process(distributed, take)
+    resume_from = run_on_main_process(
+        distributed, lambda: acquire_run_folder(folder, config.resume, identity)
+    )
     if choice.precision == "measure":
         precision = run_on_main_process(
             distributed, lambda: _precision(folder, resume_from, choice.matmul)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 
 from trainlib.core.errors import UserError
 from trainlib.engine.control import Control
@@ -37,7 +38,7 @@ def fit(training: Training) -> bool:
         ends = state.step == 0 or schedule.reached(state.step)
         return ends or due(state.step, config.eval_every_steps)
 
-    with Control(run.folder, run.clock, run.distributed) as control, display:
+    with Control(run.folder, run.clock, run.distributed) as control, closing(display):
         if state.evaluated != state.step and evaluation_due():
             run_evaluation()
         stopping = False

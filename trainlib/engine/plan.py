@@ -13,12 +13,13 @@ import logging
 import math
 import re
 import textwrap
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from kernels.block_attention import BLOCK, MAX_SAVED_KEYS
 from trainlib.core import hardware
 from trainlib.core.distributed import resolve_world_size
 from trainlib.core.errors import UserError
@@ -39,16 +40,12 @@ SAVED = {
     ("cuda", False): (16, 16, 16, 8),
     ("cuda", True): (18, 12, 12, 4),
 }
-"""Bytes that an uncompiled layer keeps for backward at one position, for each value of a width:
-of the residual stream (input and output of both norms; in 16 bits a copy for each of five linear
-layers), of queries (projected, rotated, output of attention), of keys (projected, rotated, values),
-and of feed-forward (gate, up). By device, and whether products are of 16-bit numbers. On a card
-rotation keeps its input too."""
+"""Bytes that an uncompiled layer saves for backward at a position, by device and whether products
+are in 16 bits, for each value of a width: residual stream (both norms' inputs and outputs; in 16
+bits a copy for each of five linear layers), queries (projected, rotated, output of attention), keys
+(projected, rotated, values), feed-forward (gate, up). On a card also the input of rotate."""
 LOGIT_BYTES = {False: 8, True: 6}
-"""Bytes of a logit with its fp32 probability, which becomes its gradient; False in fp32, True in 16
-bits."""
-KEPT_KEYS, BLOCK = 512, 128
-"""Block attention keeps the probabilities of at most so many keys, and of blocks of this size."""
+"""Bytes of a logit with its fp32 probability, which becomes its gradient; True in 16 bits."""
 UPDATE_BYTES = {False: 19, True: 15}
 """Bytes of a value of the matrices of one shape, which Muon orthogonalizes together: their update,
 the stack of them, and two stages of Newton-Schulz in fp32, or in bf16."""
@@ -56,8 +53,7 @@ the stack of them, and two stages of Newton-Schulz in fp32, or in bf16."""
 ATTENTION_SHARE, TRAFFIC_SHARE = 0.4, 0.85
 """Shares of a card's peak and bandwidth: attention with heads of 64, fused elementwise kernels."""
 BYTES_PER_VALUE, BYTES_PER_WEIGHT = 13.2, 20.5
-"""Traffic of each value that a linear layer returns, and of each weight in a micro-batch: 0.6 MB a
-token and 0.55 GB at 26.9M parameters, counted by Inductor."""
+"""Traffic of a value that a linear layer returns, and of a weight in a micro-batch, by Inductor."""
 LAUNCH_SECONDS = 70e-6
 """Host time of each linear layer and micro-batch: about 12 launches of 6 microseconds."""
 
@@ -85,7 +81,9 @@ def find_sizes(config: Any) -> tuple[Sizes, str]:
                 *(token["id"] for token in read["added_tokens"]),
             ]
             values["vocab_size"] = 1 + max(ids)
-        return Sizes(**{key: int(values[key]) for key in Sizes._fields if key in values}), where
+        names = [f.name for f in fields(Sizes) if f.type in ("int", "bool") and f.name in values]
+        known: Any = {name: int(values[name]) for name in names}
+        return Sizes(**known), where
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: no sizes of a model ({error}). Name another folder.") from error
 
@@ -120,7 +118,7 @@ def step_memory(
     if choice.attention == "masked":
         kept, why = row_length + cuda * layers * 2 * (q - k), "mask; keys, values repeated on cards"
     elif choice.attention == "blocks":
-        kept = layers * sizes.num_attention_heads * (min(row_length, KEPT_KEYS) + BLOCK) / 2
+        kept = layers * sizes.num_attention_heads * (min(row_length, MAX_SAVED_KEYS) + BLOCK) / 2
     muon = optimizer == "muon"
     state = 2 * parameters - muon * 4 * sizes.matrix_values
     moments = "fp32: two moments of AdamW" + muon * ", one of Muon for matrices"

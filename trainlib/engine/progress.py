@@ -34,12 +34,6 @@ class Display:
                         desc=run.stage, disable=silent)  # fmt: skip
         self._reset()
 
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Leave the bar as it is; lines follow."""
         self.bar.close()

@@ -10,7 +10,7 @@ import codecs
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from model import ModelConfig, Transformer
 from tokenizer.bpe import Tokenizer
 from tokenizer.chat_format import render_prompt
+from trainlib.core.settings import bound_errors
 
 MAX_BATCH = 32  # Prompts decoded together: 16 KB a position and prompt for the default model.
 
@@ -26,27 +27,20 @@ MAX_BATCH = 32  # Prompts decoded together: 16 KB a position and prompt for the 
 class Sampling:
     """How the next token is drawn from the logits."""
 
-    temperature: float = 0.7
+    temperature: float = field(default=0.7, metadata={"at_least": 0})
     """Divides the logits; 0 = greedy."""
-    top_p: float = 0.9
+    top_p: float = field(default=0.9, metadata={"above": 0, "at_most": 1})
     """Least probability mass of the most likely tokens that are kept; 1 = all."""
-    top_k: int = 0
+    top_k: int = field(default=0, metadata={"at_least": 0})
     """Most tokens that are kept; 0 = all."""
-    max_new_tokens: int = 512
+    max_new_tokens: int = field(default=512, metadata={"at_least": 1})
     """Most tokens of an answer."""
     seed: int | None = None
     """Seed of the draw; None = a different answer each time."""
 
     def __post_init__(self) -> None:
-        checks = (
-            (self.temperature >= 0, f"temperature={self.temperature} must be 0 or more"),
-            (0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0 and at most 1"),
-            (self.top_k >= 0, f"top_k={self.top_k} must be 0 or more"),
-            (self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1"),
-        )
-        problems = [text for valid, text in checks if not valid]
-        if problems:
-            raise ValueError("; ".join(problems))
+        if errors := bound_errors(self):
+            raise ValueError("; ".join(errors))
 
 
 class KVCache:
