@@ -1,1 +1,1 @@
-"""What would be the same for any model: loop, optimizers, checkpoints, settings, logging."""
+"""The library, five levels: core, data, models, engine, evaluation (docs/development.md)."""
