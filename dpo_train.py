@@ -47,7 +47,7 @@ class DPOConfig(RunConfig):
 
 
 def dpo_loss(log_probs: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, MetricSums]:
-    """Sum over pairs of -log sigmoid of the reward margin (arXiv:2305.18290, equation 7).
+    """Return the sum over pairs of -log sigmoid of the margin (arXiv:2305.18290, equation 7).
 
     Shapes: log_probs, reference (2 P,), chosen and rejected of each pair in turn.
     """
@@ -91,12 +91,12 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
         table = report(training.run, model, datasets, reference, latest)
         write_atomically(run.folder / "report.json", json.dumps(table, indent=2))
         rewards = config.beta * (latest - reference)
-        write_worst_pairs(run, tokenizer, datasets.val, rewards)
+        write_worst_pairs(training.run, tokenizer, datasets.val, rewards)
         log.info("%s", format_report(table))
 
     files = model_files(model.config, tokenizer)
     training = Training.create(run, model, datasets, files, loss_fn, evaluate, finish)
-    # Log-probabilities by sequence id, which the functions above read.
+    # Log-probabilities by sequence id; fit calls the functions above, which read them, later.
     reference = reference_log_probs(training)
     latest = torch.full_like(reference, torch.nan)
     return training

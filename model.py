@@ -132,17 +132,21 @@ def visible(
     return same_document & (query_positions[:, :, None] >= key_positions[:, None, :])
 
 
-def attention_bias(visible_BTS: Tensor, dtype: torch.dtype) -> Tensor:
+def attention_bias(
+    query_positions: Tensor, key_positions: Tensor, query_documents: Tensor,
+    key_documents: Tensor, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """Return what is added to attention scores: 0 where visible, else -inf; (B, 1, T, S)."""
-    zero = torch.zeros((), dtype=dtype, device=visible_BTS.device)
-    return torch.where(visible_BTS, zero, -torch.inf)[:, None]
+    seen = visible(query_positions, key_positions, query_documents, key_documents)
+    zero = torch.zeros((), dtype=dtype, device=seen.device)
+    return torch.where(seen, zero, -torch.inf)[:, None]
 
 
 def prepare(
     position_ids: Tensor, document_ids: Tensor, boundaries: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Return the bias of a batch without a cache, made once for all layers."""
-    return attention_bias(visible(position_ids, position_ids, document_ids, document_ids), dtype)
+    return attention_bias(position_ids, position_ids, document_ids, document_ids, dtype)
 
 
 def attend(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, bias: Tensor) -> Tensor:
@@ -356,7 +360,7 @@ class Transformer(nn.Module):
             prepared = ops.attention.prepare(position_ids, document_ids, boundaries, dtype)
         else:
             keys = cache.extend(position_ids, document_ids)
-            prepared = attention_bias(visible(position_ids, keys[0], document_ids, keys[1]), dtype)
+            prepared = attention_bias(position_ids, keys[0], document_ids, keys[1], dtype)
         hidden_BTD = self.model(input_ids, position_ids, prepared, cache)
         if select is not None:
             hidden_BTD = hidden_BTD[select]

@@ -40,7 +40,7 @@ class SFTConfig(RunConfig):
 
 
 def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, MetricSums]:
-    """Sum of -log p over the assistant's words and ends of turn; bytes are the answers'."""
+    """Return the sum of -log p over the assistant's words and ends of turn."""
     loss_sum = cross_entropy_sum(model(**batch.inputs), batch.selected(batch.labels))
     return loss_sum, {"bits_per_byte": (loss_sum / math.log(2), batch.num_bytes)}
 

@@ -67,7 +67,7 @@ class PretrainConfig(RunConfig):
 
 
 def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, MetricSums]:
-    """Sum of -log p over the labels; in bits per byte of text it compares across vocabularies."""
+    """Return the sum of -log p over the labels; bits per byte compare across vocabularies."""
     loss_sum = cross_entropy_sum(model(**batch.inputs), batch.selected(batch.labels))
     return loss_sum, {"bits_per_byte": (loss_sum / math.log(2), batch.num_bytes)}
 

@@ -1,7 +1,7 @@
 """Attention inside documents in plain products, block by block: fast on a CPU of few cores.
 
 Computes nothing between documents that share a row, where a masked kernel computes the whole row.
-Same values as model.plain_attend under model.visible, to rounding.
+Same values as model.attend under model.visible, to rounding.
 
 Shapes as in model.py: B batch  T query length  S key length  N query heads  G key/value heads
 R = N / G  H head_dim.

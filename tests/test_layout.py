@@ -64,8 +64,8 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            assert not node.level, f"{path} has a relative import"
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{path} has a relative import"
             names.add(node.module)
             # `from kernels import fused_cpu` imports a module.
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
@@ -129,7 +129,7 @@ def test_the_whole_keeps_its_budget():
     tools = [path for path in sources() if path.is_relative_to(ROOT / "tools")]
     library = [path for path in sources() if path not in tools]
     assert 40 < sum(path.name != "__init__.py" for path in library) <= 60
-    assert 8_000 < sum(map(lines, library)) <= 9_000
+    assert 2_000 < sum(map(lines, library)) <= 9_000
     assert sum(map(lines, tools)) <= 4_500
 
 

@@ -60,10 +60,9 @@ def test_gradient_in_fp32(both, report):
 def test_loss_in_the_precision_of_a_run(both, machine, report):
     with torch.no_grad():
         exact, _ = loss_fn(both.model, both.batch)
-        hardware = machine.hardware()
-        choose_kernels(hardware, machine.sizes, LENGTH, SINGLE_PROCESS)
-        with hardware.autocast():
-            rounded, _ = loss_fn(both.model, both.batch)
+    hardware = choose_kernels(machine.hardware(), machine.sizes, LENGTH, SINGLE_PROCESS)
+    with torch.no_grad(), hardware.autocast():
+        rounded, _ = loss_fn(both.model, both.batch)
     ratio = float(rounded / exact) - 1
     report(f"loss in {hardware.precision}", f"{ratio:+.2%} of that in fp32", "0.5%")
     assert abs(ratio) < 0.005

@@ -9,7 +9,7 @@ import torch
 
 from kernels.block_attention import BLOCK, MAX_SAVED_KEYS, attend, attend_blocks, blocks_of
 from model import attend as plain_attend
-from model import attention_bias, visible
+from model import attention_bias
 
 # Rows of documents around the size of a block: single positions, full blocks, one more, the whole.
 ROWS = {
@@ -38,7 +38,7 @@ def test_values_and_gradients_are_those_of_exact_attention(rows, dtype, most, mo
 
     def results(kind: torch.dtype, blocks: bool) -> list[torch.Tensor]:
         qkv = [x.clone().to(kind).requires_grad_() for x in leaves]
-        bias = attention_bias(visible(positions, positions, ids, ids), kind)
+        bias = attention_bias(positions, positions, ids, ids, kind)
         out = attend(*qkv, ids) if blocks else plain_attend(*qkv, bias)
         out.backward(gradient.to(dtype).to(kind))
         return [out.detach(), *(x.grad for x in qkv if x.grad is not None)]

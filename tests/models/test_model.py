@@ -96,7 +96,7 @@ def test_a_query_sees_its_own_document_up_to_itself():
     new, one = torch.tensor([[3]]), torch.tensor([[1]])
     keys = torch.tensor([[0, 0, 1, 2, 3]]), torch.tensor([[0, 1, 1, 1, 1]])
     assert visible(new, keys[0], one, keys[1])[0].tolist() == [[False, True, True, True, True]]
-    bias = attention_bias(visible(new, keys[0], one, keys[1]), torch.bfloat16)
+    bias = attention_bias(new, keys[0], one, keys[1], torch.bfloat16)
     assert bias.dtype == torch.bfloat16
     assert bias[0, 0].tolist() == [[-torch.inf, 0, 0, 0, 0]]
 

@@ -7,6 +7,7 @@ it: no kernel of the old formula may be used, and the log names the ones that ar
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -29,6 +30,12 @@ VARIANTS = {
         "    return F.layer_norm(wide, weight.shape, weight, None, eps).to(dtype)",
     }, ["rms_norm"]),
     "activation": ("model.py", {"F.silu(gate) * up": "F.relu(gate).square() * up"}, ["swiglu"]),
+    "clamp": ("model.py", {"F.silu(gate) * up": "F.silu(gate.clamp(max=7)) * up"}, ["swiglu"]),
+    "alibi": ("model.py", {
+        "    return torch.where(seen, zero, -torch.inf)[:, None]":
+        "    distance = query_positions[:, :, None] - key_positions[:, None, :]\n"
+        "    return torch.where(seen, -0.1 * distance.to(dtype), -torch.inf)[:, None]",
+    }, ["blocks"]),
     "z-loss": ("train.py", {
         "    loss_sum = cross_entropy_sum(model(**batch.inputs), batch.selected(batch.labels))":
         "    logits = model(**batch.inputs)\n"
@@ -71,7 +78,11 @@ from DEVICE import Hardware
 hardware = Hardware(torch.device("cpu"), "fp32", "blocks", False, 1)
 choose_kernels(hardware, sizes, 100, DistributedContext())
 """
-LOGITS = "print(training(ids).tolist())\n"
+LOGITS = """
+with torch.no_grad():
+    found = (training(ids), generation(ids, 100), generation(ids, 30))
+print([logits.tolist() for logits in found])
+"""
 WINDOW = """
 for forward in (training, lambda ids: generation(ids, 100), lambda ids: generation(ids, 30)):
     for back, changes in ((64, False), (65, False), (63, True)):
@@ -106,8 +117,9 @@ def variant(request, tmp_path_factory):
     return name, folder
 
 
-def run(folder: Path, *words: str) -> str:
-    env = {**os.environ, "TRAIN_LLM_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+def run(folder: Path, *words: str, cache: Path | None = None) -> str:
+    cache = cache or folder / "cache"
+    env = {**os.environ, "TRAIN_LLM_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True,
                           text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -123,9 +135,10 @@ def probe(folder: Path, code: str) -> str:
 def test_it_trains_and_the_log_names_the_kernels_that_are_not_used(variant):
     name, folder = variant
     sizes = [f"model.{key}={value}" for key, value in SIZES.items()]
-    out = run(folder, "train.py", "configs/tiny_pretrain.yaml", *sizes, "out_dir=run",
-              "max_steps=3", "data.files=a.jsonl", "tokens_per_step=512", "sequence_length=128",
-              "precision=fp32", "device=cpu", "data.val_max_rows=4")  # fmt: skip
+    words = ["configs/tiny_pretrain.yaml", *sizes, "max_steps=3", "log_every_steps=1",
+             "tokens_per_step=512", "sequence_length=128", "precision=fp32", "device=cpu",
+             "data.val_max_rows=4"]  # fmt: skip
+    out = run(folder, "train.py", *words, "out_dir=run", "data.files=a.jsonl")
     losses = [json.loads(line) for line in (folder / "run/metrics.jsonl").open()]
     assert len([row for row in losses if "val/loss" in row]) == 2
     (line,) = [line for line in out.splitlines() if line.startswith("kernels: ")]
@@ -134,6 +147,15 @@ def test_it_trains_and_the_log_names_the_kernels_that_are_not_used(variant):
     assert set(used.split(", ")) == {"blocks", "rms_norm", "rotate", "swiglu"} - set(expected)
     assert [part.split(" (")[0] for part in unused.split("), ") if part] == expected
     assert unused.count("was model.py edited?") == len(expected)
+    if name == "z-loss":  # Logits are small at first, so it is about 1e-4 * ln(6400)^2.
+        more = (f"out_dir={folder}/plain", f"data.files={folder}/a.jsonl")
+        run(ROOT, "train.py", *words, *more, cache=folder / "cache")
+        first = [
+            json.loads((folder / f"{out_dir}/metrics.jsonl").read_text().splitlines()[1])
+            for out_dir in ("run", "plain")
+        ]
+        patched, plain = (row["train/loss"] for row in first)
+        assert patched - plain == pytest.approx(1e-4 * math.log(6400) ** 2, rel=0.2)
 
 
 def test_the_patched_formula_is_computed(variant):
@@ -143,8 +165,10 @@ def test_the_patched_formula_is_computed(variant):
         pytest.skip("changes no formula of model.py")
     chosen, plain = (json.loads(probe(folder, PROBE + more + LOGITS)) for more in (KERNELS, ""))
     before = json.loads(probe(ROOT, PROBE + LOGITS))
-    assert plain == pytest.approx(chosen, abs=1e-4)
-    assert plain != pytest.approx(before, abs=1e-2)
+    for logits in chosen:  # In training, prefill and decoding.
+        assert logits == pytest.approx(plain[0], abs=1e-3)
+    if name != "clamp":  # Which these logits do not reach.
+        assert plain[0] != pytest.approx(before[0], abs=1e-2)
 
 
 def test_a_window_holds_in_training_prefill_and_decoding(variant):

@@ -21,7 +21,5 @@ def as_user_errors() -> Iterator[None]:
     """Turn ValueError and OSError into UserError with the same text."""
     try:
         yield
-    except UserError:
-        raise
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error

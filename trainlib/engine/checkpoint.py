@@ -58,10 +58,6 @@ class Checkpoints:
         state = json.loads(json.dumps(state))
         self._writing = self._thread.submit(self._write, step, weights, _snapshot(tensors), state)
 
-    def due(self, step: int, every: int) -> bool:
-        """Return whether a checkpoint is due after a step."""
-        return bool(every) and step % every == 0
-
     def join(self) -> None:
         """Wait until the last snapshot is on disk. Raises UserError if it cannot be written."""
         writing, self._writing = self._writing, None
@@ -106,7 +102,7 @@ class Checkpoints:
             for file_name, content in self.extra_files.items():
                 (partial / file_name).write_text(content, encoding="utf-8")
             if (self.folder / "run.yaml").is_file():
-                shutil.copy(self.folder / "run.yaml", partial)
+                shutil.copyfile(self.folder / "run.yaml", partial / "run.yaml")
             save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
             yield partial
             for path in (*partial.iterdir(), partial):

@@ -220,9 +220,6 @@ def parse_seconds(text: str) -> float:
     raise UserError(f"--budget {text}: not a time above 0. Write 45m, 2h, 1.5d or hours.")
 
 
-# ---- the plan ------------------------------------------------------------------------------------
-
-
 class Plan(NamedTuple):
     """A run; its number of steps and the seconds that it may take are 0 where not given."""
 
@@ -246,6 +243,7 @@ class Plan(NamedTuple):
             facts, hardware.read_table(), device="cuda" if card else c.device, compile_=c.compile,
             precision=c.precision, micro_batch_size=c.micro_batch_size, row_length=self.row_length,
         )  # fmt: skip
+        choice = replace(choice, attention="masked") if c.kernels == "plain" else choice
         dealt = micro_batch_shape(self.rows, choice.micro_batch_size, count)
         model = (self.sizes, c.optim.name)
         terms = step_memory(*model, choice, self.row_length, *dealt, count)
@@ -269,7 +267,7 @@ class Plan(NamedTuple):
             time = duration(self.num_steps * low, self.num_steps * high)
             last = int(self.budget / high) * positions or "-" if self.budget else time
             lines.append(
-                f"  {name:16}{f'{num_micro} x {rows}':>13}{total(terms) / 1e9:7.3g}"
+                f"  {name:16}{f'{num_micro} x {rows}':>13}{total(terms) / 1e9:7.2f}"
                 f"{card.mib * 2**20 / 1e9:7.3g}{'yes' if fits(card, terms) else 'NO':>6}"
                 f"{f'{positions / high / 1e3:,.0f} to {positions / low / 1e3:,.0f} k':>20}"
                 f"{last:>20}{f'{alone / count / low:>7.0%}' if shares else ''}"
@@ -279,6 +277,8 @@ class Plan(NamedTuple):
 
 def duration(low: float, high: float) -> str:
     """Return a range of seconds in words, a dash for 0."""
+    if 0 < high < 1:
+        return "under 1 s"
     units = (("days", 86400), ("h", 3600), ("min", 60), ("s", 1))
     name, size = next((unit for unit in units if low >= 2 * unit[1]), units[-1])
     return f"{low / size:.3g} to {high / size:.3g} {name}" if low else "-"

@@ -47,7 +47,7 @@ def resolve_resume(folder: Path, resume: str, identity: dict[str, Any]) -> Path 
         return _named_step_folder(folder, Path(resume), identity["stage"])
     if not _occupied(folder):
         return None
-    if not (existing := read_identity(folder)):
+    if not (folder / IDENTITY).is_file():
         # These may be any files, data too, so they are not moved.
         raise UserError(
             f"{folder} holds files, but no run of this program: give another folder by out_dir=NEW"
@@ -59,6 +59,7 @@ def resolve_resume(folder: Path, resume: str, identity: dict[str, Any]) -> Path 
             text = f"resume=never: {folder} cannot be moved ({error.strerror})"
             raise UserError(f"{text}; give another folder by out_dir=NEW") from error
         return None
+    existing = read_identity(folder)
     finished = {"init_from": "final"} if (folder / "final").is_dir() else {}
     stage = identity["stage"]
     if (other := existing.get("stage", stage)) != stage:
@@ -80,7 +81,10 @@ def read_identity(folder: Path) -> dict[str, Any]:
     An older run has no "stage".
     """
     path = folder / IDENTITY
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}). Set resume=never or out_dir=NEW.") from error
 
 
 def _named_step_folder(folder: Path, step_folder: Path, stage: str) -> Path:

@@ -86,7 +86,7 @@ def restore(training: Training) -> TrainState:
     used = list(run.hardware.kernels)
     if state.kernels not in (None, used):
         log.warning(
-            "resuming with other kernels (%s) than before (%s): results may differ in rounding",
+            "resuming with other kernels (%s) than before (%s): was model.py edited?",
             ", ".join(used) or "plain", ", ".join(state.kernels or ()) or "plain",
         )  # fmt: skip
     if fp16 != (state.loss_scale > 1):

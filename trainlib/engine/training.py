@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -20,8 +19,6 @@ from trainlib.engine.flops import flops_per_token
 from trainlib.engine.kernels import choose_kernels
 from trainlib.engine.optim import Schedule, build_optimizers
 from trainlib.engine.run import Run, RunConfig
-
-log = logging.getLogger(__name__)
 
 MetricSums = dict[str, tuple[Tensor | float, float]]
 """(sum, count) of each metric, by name."""
@@ -69,14 +66,8 @@ class Training:
         model.to(hardware.device)
         run.distributed.broadcast(list(model.parameters()))
         pin = hardware.device.type == "cuda"
-        loader = StepLoader(
-            datasets.train,
-            c.tokens_per_step,
-            hardware.micro_batch_size,
-            c.epochs,
-            run.distributed,
-            pin,
-        )
+        loader = StepLoader(datasets.train, c.tokens_per_step, hardware.micro_batch_size, c.epochs,
+                            run.distributed, pin)  # fmt: skip
         schedule = make_schedule(c, loader)
         flops = flops_per_token(model, datasets.train.mean_context_length())
         run = replace(run, hardware=warm_up(run, model, loader, schedule.num_steps, flops))
@@ -110,10 +101,7 @@ def warm_up(
     if c.compile == "auto" and num_steps and (h.device.type, h.precision) == ("cpu", "bf16"):
         positions = num_steps * loader.rows_per_step * row_length
         h = replace(h, compile=positions * flops >= LONG_RUN)
-    if c.kernels == "plain":
-        log.info("kernels: plain, by kernels=plain")
-    else:
-        h = choose_kernels(h, model.config, row_length, run.distributed)
+    h = choose_kernels(h, model.config, row_length, run.distributed, c.kernels == "plain")
     if not h.compile:
         return h
     batch = next(loader).micro_batches[0].to(h.device)

@@ -13,12 +13,14 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+import model as model_module
 from trainlib.core.files import cache_dir, replacing
 from trainlib.data.batch import Batch
 from trainlib.data.epoch_plan import DataPosition
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 TIE_NATS = 1e-3
 """Log-probability ratios closer than this are equal: below it fp32 sums of logits are noise."""
 FORWARD = 3
-"""Version of the decoder's rounding: a reference of another version is not used."""
+"""Version of the rounding of kernels/: a reference of another version is not used."""
 TRAINED_PAIRS = 400
 """Trained pairs that the report reads."""
 
@@ -54,6 +56,7 @@ def reference_log_probs(training: Training) -> Tensor:
     digest = hashlib.sha256(f"{key} {FORWARD}".encode())
     for packed in all_datasets:
         digest.update(packed.selection)
+    digest.update(Path(model_module.__file__).read_bytes())  # Formulas can be edited.
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
     path = cache_dir() / "reference" / f"{digest.hexdigest()[:16]}.npy"
