@@ -107,14 +107,14 @@ def test_each_baseline_is_spoken_of_once_across_a_resume(tmp_path, capsys):
 
     evaluations(None, [(0, 4.1), (1, 2.9), (2, 3.1)])
     evaluations(tmp_path / "step_000002", [(3, 2.8), (4, 1.9), (5, 1.8)])
-    told = [
+    logged = [
         "below the unigram line at step 1: 2.900 against 3.000 bits per byte",
         "resuming from step 2",
         "below the bigram line at step 4: 1.900 against 2.000 bits per byte",
     ]
-    assert (tmp_path / "train.log").read_text().splitlines() == told
+    assert (tmp_path / "train.log").read_text().splitlines() == logged
     out = capsys.readouterr().out
-    assert [line for line in out.splitlines() if " at step " in line] == [told[0], told[2]]
+    assert [line for line in out.splitlines() if " at step " in line] == [logged[0], logged[2]]
     assert "sample: To be, / or not\nstep 0 val/bits_per_byte 4.1000\n" in out
     assert json.loads((tmp_path / "baselines.json").read_text()) == baselines
 

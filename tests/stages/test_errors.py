@@ -269,7 +269,7 @@ def test_an_unfinished_run_offers_what_is_there_and_works(run, place, tmp_path):
 
 
 def test_a_run_of_another_stage_is_refused_by_name(run, tmp_path):
-    """Also where resume= names its step folder; a run that says no stage is told by its recipe."""
+    """Also where resume= names its step folder; a run without a stage is compared by its recipe."""
     folder, step = tmp_path / "run", tmp_path / "run/step_000002"
     assert run("pretrain", f"out_dir={folder}")[0] == 0
     identity = json.loads((folder / "identity.json").read_text())

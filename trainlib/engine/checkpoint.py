@@ -147,8 +147,8 @@ class Checkpoints:
             state = json.loads((folder / "train_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
-                f"{folder} is damaged ({error}). Go on from another with resume=FOLDER, or start"
-                " anew with resume=never."
+                f"{folder} is damaged ({error}). Resume from another with resume=FOLDER, or start"
+                " over with resume=never."
             ) from error
         parameters = dict(model.named_parameters())
         saved, needed = ({(n, t.shape) for n, t in d.items()} for d in (weights, parameters))
