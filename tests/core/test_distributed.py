@@ -173,8 +173,10 @@ def test_sigterm_reaches_all_ranks_and_the_last_step_is_saved(place):
 
 
 def test_a_refusal_is_said_once_and_ends_all(place, alone):
-    out = finish(start(place, "out_dir=alone", "ranks=2"), code=1)
+    out = finish(start(place, "out_dir=alone", "ranks=2", "seed=7"), code=1)
     assert out.count("holds a finished run") == 1 and "Traceback" not in out
+    out = finish(start(place, "out_dir=alone", "ranks=2"))
+    assert out.count("already finished: alone/final") == 1 and "Traceback" not in out
 
 
 @pytest.mark.slow

@@ -213,8 +213,12 @@ def test_a_finished_or_another_run_stays_as_it_is(run, place, tmp_path):
     other = tmp_path / "done"
     assert run("pretrain", f"out_dir={other}")[0] == 0
     before = contents(tmp_path / "done"), contents(place)
-    code, out = run("pretrain", f"out_dir={other}")
-    assert code == 1 and f"{other} holds a finished run" in out
+    code, out = run("pretrain", f"out_dir={other}", "log_every_steps=1")
+    assert code == 0 and f"already finished: {other}/final (to train again, set" in out
+    assert (contents(tmp_path / "done"), contents(place)) == before
+    code, out = run("pretrain", f"out_dir={other}", "optim.muon_lr=0.5")
+    assert code == 1 and f"{other} holds a finished run of another recipe:" in out
+    assert "optim.muon_lr: 0.02 there, 0.5 now" in out
     for way in ("out_dir=NEW", "resume=never", f"init_from={other}/final"):
         assert way in out
     (other / "final").rename(tmp_path / "final")
@@ -227,6 +231,18 @@ def test_a_finished_or_another_run_stays_as_it_is(run, place, tmp_path):
         assert code == 1 and said in out
     (tmp_path / "final").rename(other / "final")
     assert (contents(tmp_path / "done"), contents(place)) == before
+
+
+def test_a_finished_run_is_not_reported_as_finished_if_its_base_was_trained_again(run, tmp_path):
+    base, words = tmp_path / "base", (f"out_dir={tmp_path}/run", f"init_from={tmp_path}/base/final")
+    assert run("pretrain", f"out_dir={base}")[0] == 0
+    for _ in range(2):
+        code, out = run("pretrain", *words)
+        assert code == 0
+    assert "already finished" in out
+    os.utime(base / "final/model.safetensors")
+    code, out = run("pretrain", *words)
+    assert code == 1 and f"init_from: {base}/final was written after this run finished" in out
 
 
 def test_only_a_run_is_moved_aside(run, place, tmp_path, monkeypatch):

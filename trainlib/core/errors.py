@@ -16,6 +16,10 @@ class UserError(ValueError):
     """True once rank 0 prints this error, so that the other ranks stay silent."""
 
 
+class AlreadyFinished(UserError):
+    """The same run is finished already: nothing to do, and exit code 0."""
+
+
 @contextlib.contextmanager
 def as_user_errors() -> Iterator[None]:
     """Turn ValueError and OSError into UserError with the same text."""

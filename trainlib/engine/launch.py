@@ -23,7 +23,7 @@ from trainlib.core.distributed import (
     resolve_world_size,
     run_on_main_process,
 )
-from trainlib.core.errors import UserError
+from trainlib.core.errors import AlreadyFinished, UserError
 from trainlib.core.files import cache_dir, release_folders, write_atomically
 from trainlib.core.hardware import (
     choose_hardware,
@@ -94,6 +94,8 @@ def launch(
             f"error: the card's memory is full ({reason}). Take fewer rows at a time by "
             "micro_batch_size=N; what is learned stays the same."
         )
+    except AlreadyFinished as finished:
+        log.info("%s", finished)
     except UserError as error:
         if first:
             print(f"error: {error}", file=sys.stderr)
@@ -134,8 +136,8 @@ def print_next(run: Run) -> None:
 def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> Run:
     """Acquire the folder of a run and choose the hardware.
 
-    Raises UserError, and writes nothing, if the folder holds a finished run, or one of another
-    recipe or other data.
+    Writes nothing and raises AlreadyFinished if the folder holds this run, finished, and UserError
+    if it holds a run of another recipe or other data.
     """
     folder = Path(config.out_dir)
     identity = {"stage": stage, "recipe": recipe(config), "data": data_key}

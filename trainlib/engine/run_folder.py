@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from trainlib.core.errors import UserError
+from trainlib.core.errors import AlreadyFinished, UserError
 from trainlib.core.files import LOCK, lock_folder, move_aside, refuse_if_locked
 from trainlib.engine.checkpoint import Checkpoints
 
@@ -41,7 +41,8 @@ def acquire_run_folder(folder: Path, resume: str, identity: dict[str, Any]) -> P
 def resolve_resume(folder: Path, resume: str, identity: dict[str, Any]) -> Path | None:
     """Return the step folder to resume from, or None to start in an empty folder.
 
-    Raises UserError if the run would overwrite something in the folder.
+    Raises AlreadyFinished if the folder holds the same run, finished, and UserError if this run
+    would overwrite something in it.
     """
     if resume not in ("auto", "never"):
         return _named_step_folder(folder, Path(resume), identity["stage"])
@@ -65,14 +66,26 @@ def resolve_resume(folder: Path, resume: str, identity: dict[str, Any]) -> Path 
     if (other := existing.get("stage", stage)) != stage:
         text = f"{folder} holds a run of {other}, but this is {stage}."
         raise UserError(f"{text} {_options(folder, finished)}")
-    if finished:
-        raise UserError(f"{folder} holds a finished run. {_options(folder, finished)}")
-    newest = Checkpoints(folder, 1).newest()
-    if differing := _differences(existing, json.loads(json.dumps(identity))):
+    differing = _differences(existing, json.loads(json.dumps(identity)))
+    if finished and _newer(base := identity["recipe"].get("init_from", ""), folder / "final"):
+        differing["init_from"] = f"init_from: {base} was written after this run finished"
+    if finished and not differing:
+        text = "to train again, set resume=never or out_dir=NEW"
+        raise AlreadyFinished(f"already finished: {folder / 'final'} ({text})")
+    if differing:
+        newest = None if finished else Checkpoints(folder, 1).newest()
         lines = "".join(f"\n  {text}" for text in differing.values())
-        options = _options(folder, _uses(newest, set(differing)))
-        raise UserError(f"{folder} holds an unfinished run of another recipe:{lines}\n{options}")
-    return newest
+        options = _options(folder, finished or _uses(newest, set(differing)))
+        state = "a finished" if finished else "an unfinished"
+        raise UserError(f"{folder} holds {state} run of another recipe:{lines}\n{options}")
+    return Checkpoints(folder, 1).newest()
+
+
+def _newer(base: str, final: Path) -> bool:
+    """Return whether the model folder `base` was written after the model in `final`."""
+    base_weights, weights = (Path(folder) / "model.safetensors" for folder in (base, final))
+    files = base and base_weights.is_file() and weights.is_file()
+    return bool(files) and base_weights.stat().st_mtime > weights.stat().st_mtime
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
