@@ -39,14 +39,15 @@ BEGIN, END = "<!-- begin transcript -->", "<!-- end transcript -->"
 QUESTIONS = ("你好，你是谁？", "怎样保持健康？", "Give three tips for staying healthy.")
 
 
-def prepare(name: str, author: str) -> None:
-    """Fetch the sample, or rewrite its identity rows; a finished demo of another name moves."""
-    stamp, wanted = DEMO / "identity.txt", f"{name}\n{author}\n"
+def prepare(name: str, author: str | None) -> None:
+    """Fetch the sample, or rewrite its identity rows; move a demo of another name aside."""
+    stamp, wanted = DEMO / "identity.txt", f"{name}\n{author or ''}\n"
     same = stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted
     if DEMO.exists() and not same:
         print(f"the demo that was there is now in {move_aside(DEMO)}")
     if not same or not (SAMPLE / "SOURCES.json").is_file():
-        call(["-m", "tools.prepare_data", "--name", name, "--author", author])
+        made_by = ["--author", author] if author else []
+        call(["-m", "tools.prepare_data", "--name", name, *made_by])
     DEMO.mkdir(parents=True, exist_ok=True)
     stamp.write_text(wanted, encoding="utf-8")
 
@@ -285,7 +286,7 @@ def main() -> None:
     """Run the demo, or show what came of it."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.add_argument("--name", default="小智", help="what the model calls itself")
-    parser.add_argument("--author", default="我", help="who it says made it")
+    parser.add_argument("--author", help="who made it (default: 一位爱好者, a hobbyist)")
     parser.add_argument("--quick", action="store_true", help="six steps a stage, for a test")
     parser.add_argument(
         "--transcript", action="store_true",

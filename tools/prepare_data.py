@@ -93,7 +93,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Fetch pinned packages and write the sample of training data.",
     )
     parser.add_argument("--name", default="小智", help="what the assistant calls itself")
-    parser.add_argument("--author", default="我", help="who it says has trained it")
+    parser.add_argument("--author", help="who made the assistant (default: 一位爱好者, a hobbyist)")
     parser.add_argument(
         "--identity-copies", type=int, default=1, help="times each row about itself is written"
     )
@@ -110,7 +110,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, action="store_true", help=f"also {extra.about}")
     options = parser.parse_args(argv)
-    if not options.name.strip() or not options.author.strip():
+    if not options.name.strip() or options.author is not None and not options.author.strip():
         parser.error("--name and --author must not be blank")
     if options.identity_copies < 0:
         parser.error("--identity-copies must not be negative")

@@ -60,6 +60,9 @@ EXTRA_IDENTITY = (
     ("Who made you?", "I was made by {{author}}. My name is {{name}}."),
 )
 
+# Who made the model, unless --author says it; chosen by the language of the answer.
+AUTHORS = {"zh": "一位爱好者", "en": "a hobbyist"}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -250,11 +253,12 @@ def split_halves(text: str) -> tuple[str, str] | None:
     return text[:at].strip(), text[at:].strip()
 
 
-def identity_rows(demos: Path, name: str, author: str, copies: int) -> Iterator[Row]:
-    """Who the assistant is; never held out, as the name is to be learned by heart."""
+def identity_rows(demos: Path, name: str, author: str | None, copies: int) -> Iterator[Row]:
+    """Yield rows about the assistant; none is held out, as the model must memorize the name."""
     published = [(row["instruction"], row["output"]) for row in read_json(demos, "identity.json")]
     for question, answer in [*published, *EXTRA_IDENTITY]:
-        filled = fill_in(fill_in(answer, "{{name}}", name), "{{author}}", author)
+        by = author or AUTHORS["zh" if re.search("[\u4e00-\u9fff]", answer) else "en"]
+        filled = fill_in(fill_in(answer, "{{name}}", name), "{{author}}", by)
         for _ in range(copies):
             yield conversation(question, "identity", question, filled)
 

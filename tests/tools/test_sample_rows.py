@@ -217,3 +217,12 @@ def test_identity_rows_are_repeated_and_filled_in(monkeypatch: pytest.MonkeyPatc
     assert len(rows) % 3 == 0 and len(rows) > 30
     assert {row.source for row in rows} == {"identity"}
     assert not any("{{" in row.line for row in rows)
+
+
+def test_without_an_author_each_language_names_one_that_reads_well(monkeypatch) -> None:
+    published = [{"instruction": "hi", "output": "I am {{name}}, developed by {{author}}."}]
+    monkeypatch.setattr("tools.sample_rows.read_json", lambda *_: published)
+    text = "\n".join(row.line for row in identity_rows(Path("unread"), "小智", None, 1))
+    assert "I am 小智, developed by a hobbyist." in text
+    assert "一位爱好者开发了我，我的名字是小智。" in text
+    assert "由我" not in text and "by 我" not in text and "by me" not in text
