@@ -1,8 +1,10 @@
-"""Protects what tools outside the project read: hooks, citation, the form for problems."""
+"""Protects what tools outside the project read: hooks, CI, make, citation, the issue form."""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import yaml
@@ -22,6 +24,43 @@ def test_hooks_run_what_lint_runs_and_fetch_nothing():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     in_makefile = re.findall(r"\$\(BIN\)/(ruff (?:check|format))", makefile)
     assert entries == [f".venv/bin/{command}" for command in in_makefile]
+
+
+def make(*words: str, **env: str) -> str:
+    """Return what make prints, with a curl that answers for $FAKE_ALIVE only."""
+    path = f"{ROOT / 'tests/docker/fakes'}:{os.environ['PATH']}"
+    command = ["make", "--no-print-directory", "-f", "Makefile", *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PATH": path, **env}
+    )
+    return done.stdout + done.stderr
+
+
+def test_make_alone_describes_every_target():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()
+    assert "demo" in targets
+    assert sorted(re.findall(r"^make (\S+) +\S", make(), re.M)) == sorted(targets)
+
+
+def test_mirror_chooses_the_first_index_that_answers(tmp_path):
+    extra = tmp_path / "show.mk"
+    extra.write_text("show:\n\t@echo pip $$PIP_INDEX_URL, torch $(TORCH_CPU)\n")
+    show = ("-f", str(extra), "show")
+    mirrors = (ROOT / "docker/mirrors.conf").read_text(encoding="utf-8")
+    first, second = re.findall(r"^pip cn (\S+)", mirrors, re.M)[:2]
+    torch = re.search(r"^torch-cpu cn (\S+)", mirrors, re.M)[1]
+    assert f"pip {first}, torch {torch}" in make(*show, "MIRROR=cn", FAKE_ALIVE=".")
+    out = make(*show, "MIRROR=cn", FAKE_ALIVE=f"{second}|{torch}")
+    assert f"pip {second}, torch {torch}" in out
+    assert "MIRROR=cn: no package index" in make(*show, "MIRROR=cn", FAKE_ALIVE="nothing answers")
+    assert first not in make(*show) and "download.pytorch.org" in make(*show)
+
+
+def test_the_workflow_runs_what_ci_runs():
+    (job,) = load(".github/workflows/ci.yml")["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert os.access(ROOT / ".ci/run", os.X_OK)
 
 
 def test_citation_is_of_this_version():

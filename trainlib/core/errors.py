@@ -16,8 +16,8 @@ class UserError(ValueError):
     """True once rank 0 prints this error, so that the other ranks stay silent."""
 
 
-class AlreadyFinished(UserError):
-    """The same run is finished already: nothing to do, and exit code 0."""
+class AlreadyFinished(UserError):  # noqa: N818  # Not an error: exit code 0.
+    """The same run is finished already, so there is nothing to do."""
 
 
 @contextlib.contextmanager
