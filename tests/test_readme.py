@@ -1,199 +1,207 @@
-"""Protects the reader of both READMEs: what they name is there, and they say the same."""
+"""Protects the reader of README and docs/: what they name exists, and both languages agree."""
 
 from __future__ import annotations
 
+import functools
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tools.demo import BEGIN, END
+from tools.demo import BEGIN, END, PAGES, READMES
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("README.md", "README.zh-CN.md")
-TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
-README, CHINESE = TEXTS.values()
-both = pytest.mark.parametrize("readme", TEXTS.values(), ids=NAMES)
+FILES = sorted([ROOT / "README.md", ROOT / "README.zh-CN.md", *(ROOT / "docs").glob("*.md")])
+TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES}
+CHINESE = [name for name in TEXTS if name.endswith(".zh-CN.md")]
+every_page = pytest.mark.parametrize("name", TEXTS)
+every_chinese_page = pytest.mark.parametrize("name", CHINESE)
+
+OTHERS = {
+    *("git", "cd", "wc", ".", "pip", "export", "unset", "touch", "kill", "watch", "nvidia-smi"),
+    *("sudo", "docker", "pre-commit", "torchrun", "bash", "curl", "echo", "chmod", "cp", "mkdir"),
+}
+"""Commands of the system. Their options are not checked."""
+COMPOSE = {"up", "exec", "logs", "ps", "stop", "start", "restart", "down", "build", "config", "run"}
 
 
-def blocks(readme: str) -> list[str]:
-    """Fenced blocks with their fences."""
-    return re.findall(r"^```.*?^```$", readme, re.M | re.S)
+def blocks(text: str, language: str = "bash") -> list[str]:
+    """Return the contents of the fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
 
 
-def prose(readme: str) -> str:
-    """What lies outside of fenced blocks."""
-    return re.sub(r"^```.*?^```$", "", readme, flags=re.M | re.S)
+def prose(text: str) -> str:
+    """Return a text without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
 
 
-def spans(readme: str) -> list[str]:
-    """Code spans, a line break in one taken for a space."""
-    return [re.sub(r"\s+(> )?", " ", span) for span in re.findall(r"`([^`]+)`", prose(readme))]
+def commands(text: str) -> list[list[str]]:
+    """Return the words of every command in the bash blocks; `docker compose exec X` is removed."""
+    found = []
+    for script in blocks(text):
+        lexer = shlex.shlex(script.replace("\\\n", " "), posix=True, punctuation_chars=";&|\n")
+        lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t", True, "#"
+        command: list[str] = []
+        for word in [*lexer, "\n"]:
+            if not set(word) <= set(";&|\n"):
+                command.append(word)
+            elif command:
+                found.append(without_container(command))
+                command = []
+    return [command for command in found if command]
 
 
-def tree(readme: str) -> str:
-    """The block that lists the files."""
-    return next(block for block in blocks(readme) if "\ntrain.py " in block)
+def without_container(command: list[str]) -> list[str]:
+    """Check docker-compose's own words; return the command that runs in the container, if any."""
+    while command and re.fullmatch(r"[A-Z_]+=.*", command[0]):
+        command = command[1:]
+    if command[:2] == ["docker", "compose"]:
+        command = ["docker-compose", *command[2:]]
+    if command[:1] != ["docker-compose"]:
+        return command
+    assert command[1] in COMPOSE, command
+    if command[1] != "exec":
+        return []
+    rest = [word for word in command[2:] if not word.startswith("-") or "python" in command]
+    return rest[rest.index("train") + 1 :]
 
 
-def files_of_tree(readme: str) -> list[str]:
-    """The names that the tree lists, in its order; `; name.py:` is one more on the line."""
-    return [
-        name.strip()
-        for line in tree(readme).splitlines()
-        for name in re.findall(r"^[\w/.]+|(?<=  )\w+\.py|(?<=[;；])\s?[a-z_]+\.py(?=:)", line)
-    ]
-
-
-@both
-def test_every_file_of_the_tree_is_there(readme):
-    names = files_of_tree(readme)
-    assert len(names) > 20
-    for name in names:
-        assert (ROOT / name).exists(), name
-    assert {path.name for path in ROOT.glob("*.py")} <= set(names)
-
-
-@both
-def test_make_targets(readme):
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"`make ([\w-]+)", readme))
-    assert len(targets) >= 4
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, re.M), target
-
-
-PROGRAMS = (
-    "train.py",
-    "sft_train.py",
-    "dpo_train.py",
-    "chat.py",
-    "-m tools.prepare_data",
-    "-m tools.inspect_data",
-    "-m tools.demo",
-    "-m tools.train_tokenizer",
-    "-m bench.plot_demo",
-)
-
-
-@pytest.fixture(scope="module")
-def helps() -> dict[str, str]:
-    """What each program prints for --help."""
-    return {
-        program: subprocess.run(
-            [sys.executable, *program.split(), "--help"],
-            capture_output=True, text=True, cwd=ROOT, check=True,
-        ).stdout
-        for program in PROGRAMS
-    }  # fmt: skip
+@functools.cache
+def help_of(*program: str) -> str:
+    """Return what a program prints for --help."""
+    return subprocess.run(
+        [*program, "--help"], capture_output=True, text=True, cwd=ROOT, check=True, encoding="utf-8"
+    ).stdout
 
 
 def options(text: str) -> set[str]:
     return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
 
 
-@both
-def test_every_program_named_is_one_whose_help_is_read(readme):
-    named = re.findall(r"`python (-m [\w.]+|\w+\.py)", readme)
-    assert len(named) >= 6
-    assert set(named) <= set(PROGRAMS)
+def check_python(words: list[str]) -> None:
+    """Check the program, the options, the settings and the config files of a python command."""
+    if words[0] in ("-c", "-m") and words[1].split(".")[0] not in ("tools", "bench"):
+        assert words[0] == "-c" or words[1] in ("torch.distributed.run", "torch.utils.collect_env")
+        return
+    program, rest = (words[:2], words[2:]) if words[0] == "-m" else (words[:1], words[1:])
+    known = help_of(sys.executable, *program)
+    assert options(" ".join(rest)) <= options(known) | {"--help"}, words
+    for word in rest:
+        if word.startswith("configs/"):
+            assert (ROOT / word).exists(), words
+        elif (setting := re.match(r"([a-z_.]+)=", word)) and "tools." not in " ".join(program):
+            assert f"  {setting[1]}=" in known, words
 
 
-@both
-def test_options_are_those_of_the_programs(readme, helps):
-    for command, program in re.findall(r"`(python (-m [\w.]+|\w+\.py)[^`]*)`", readme):
-        assert options(command) <= options(helps[program]) | {"--help"}, command
-    builder = subprocess.run(
-        ["bash", "build.sh", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+def check_make(words: list[str]) -> None:
+    """Check the targets and the variables of a make command."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for word in words:
+        variable, equals, _ = word.partition("=")
+        pattern = rf"^(ifdef )?{variable}\b" if equals else rf"^{word}: "
+        assert re.search(pattern, makefile, re.M) or f"$({variable})" in makefile, word
+
+
+def check_build(words: list[str]) -> None:
+    """Check the profile and the options of a build.sh command."""
+    known = help_of("bash", "build.sh")
+    assert options(" ".join(words)) <= options(known), words
+    profiles = (ROOT / "configs/hardware.tsv").read_text(encoding="utf-8")
+    for word in words[:1]:
+        if not word.startswith("-"):
+            assert re.search(rf"\b{word}\b", known + profiles), words
+
+
+@every_page
+def test_every_command_exists(name):
+    for first, *rest in commands(TEXTS[name]):
+        if re.fullmatch(r"(.*/)?python3?", first):
+            check_python(rest)
+        elif first == "make":
+            check_make(rest)
+        elif first == "./build.sh":
+            check_build(rest)
+        else:
+            assert first in OTHERS or first.endswith(("/pre-commit", "/pip")), first
+            for requirements in re.findall(r"-r (\S+)", " ".join(rest)):
+                assert (ROOT / requirements).is_file(), requirements
+
+
+def test_commands_are_found_and_a_wrong_one_is_seen():
+    text = (
+        "```bash\nA=1 make demo && python train.py x.y=1\n"
+        "docker-compose exec -T train python -m tools.demo\n```"
     )
-    # Those of git diff, docker build, docker builder prune.
-    known = {"--no-index", "--no-cache", "--filter", "--help"} | options(builder.stdout)
-    known = known.union(*map(options, helps.values()))
-    assert options(prose(readme).replace("<!--", "").replace("-->", "")) <= known
+    found = commands(text)
+    assert found == [["make", "demo"], ["python", "train.py", "x.y=1"],
+                     ["python", "-m", "tools.demo"]]  # fmt: skip
+    for words in (["train.py", "x.y=1"], ["train.py", "--plans"], ["train.py", "configs/no.yaml"]):
+        with pytest.raises(AssertionError):
+            check_python(words)
+    with pytest.raises(AssertionError):
+        check_make(["demos"])
+    with pytest.raises(AssertionError):
+        check_build(["rtx60"])
+    assert sum(len(commands(text)) for text in TEXTS.values()) > 60
 
 
-@both
-def test_settings_are_those_of_the_stages(readme, helps):
-    files = ("py", "jsonl", "yaml", "json", "md")
-    keys = set(re.findall(r"(?<![\w./-])((?:data|optim|model)\.[a-z_]+)", readme))
-    keys = {key for key in keys if not key.endswith(tuple(f".{end}" for end in files))}
-    keys |= set(re.findall(r"`([a-z_]+)=[^`]*`", readme))
-    assert {"data.files", "max_hours", "ranks", "device", "resume"} <= keys
-    for key in keys:
-        assert f"  {key}=" in helps["train.py"], key
+@every_page
+def test_links_settings_and_files_in_prose_exist(name):
+    text = prose(TEXTS[name])
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        known = target.startswith("https://") or ((ROOT / name).parent / target).exists()
+        assert known, target
+    for span in re.findall(r"`([^`\n]+)`", text):
+        path = re.fullmatch(r"((?:trainlib|tests|docker|configs|bench|tools|tokenizer|kernels)/"
+                            r"[\w/.-]+\.(?:py|tsv|md|yaml|sh|conf|lock))", span)  # fmt: skip
+        assert not path or (ROOT / path[1]).exists(), span
+        key = re.match(r"((?:data|optim|model)\.[a-z_]+)(=|$)", span)
+        ends = ("py", "jsonl", "yaml", "json", "md", "safetensors")
+        if key and key[1].split(".")[1] not in ends:
+            assert f"  {key[1]}=" in help_of(sys.executable, "train.py"), span
 
 
-@both
-def test_links_and_files_in_code_resolve(readme):
-    for target in re.findall(r"\]\(([^)#]+)", readme):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
-    paths = [span for span in spans(readme) if re.fullmatch(r"(\w+/)+\w+\.(py|tsv|md)", span)]
-    assert len(paths) >= 5
-    for path in paths:
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_readme_is_short_and_names_every_file(name):
+    text = TEXTS[name]
+    assert len(text.splitlines()) < 160
+    assert (
+        max(len(cell) for row in re.findall(r"^\|.*", text, re.M) for cell in row.split("|")) < 100
+    )
+    outside = text.split(BEGIN)[0] + text.split(END)[1]
+    assert not re.search(r"\b20\d\d\b|\d (CPU )?cores?\b|\d\s*核", outside)
+    (tree,) = [block for block in blocks(text, "text") if "\ntrain.py " in f"\n{block}"]
+    listed = set(re.findall(r"^[\w./]+|(?<=, )[\w./]+(?=  )", tree, re.M))
+    assert {path.name for path in ROOT.glob("*.py")} <= listed
+    assert all((ROOT / entry).exists() for entry in listed) and len(listed) >= 20
 
 
-@both
-def test_the_difference_of_stages_is_the_real_one(readme):
-    block = next(block for block in blocks(readme) if block.startswith("```diff"))
-    command = ["git", "diff", "--no-index", "train.py", "sft_train.py"]
-    assert f"`{' '.join(command)}`" in readme
-    real = iter(
-        subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
-        .stdout.splitlines()
-    )  # fmt: skip
-    shown = block.splitlines()[1:-1]
-    assert sum(line[0] in "+-" for line in shown) > 6
-    for line in shown:
-        assert line == "..." or line in real, f"not in this place of the output: {line}"
+@every_chinese_page
+def test_both_languages_have_the_same_blocks_and_parts(name):
+    english, chinese = TEXTS[name.replace(".zh-CN", "")], TEXTS[name]
+
+    def without_comments(text: str) -> list[str]:
+        return [re.sub(r" *# .*", "", block) for block in blocks(text)]
+
+    def parts(text: str) -> list[str]:
+        """The marks that begin headings, items, rows and pictures, in order."""
+        return re.findall(r"^(?:#+ |[*-] |\||!)", prose(text), re.M)
+
+    assert without_comments(english) == without_comments(chinese)
+    assert parts(english) == parts(chinese)
+    page = Path(name).name
+    assert f"({page})" in english.splitlines()[0]
+    assert f"({page.replace('.zh-CN', '')})" in chinese.splitlines()[0]
 
 
-@both
-def test_the_transcript_stands_between_its_marks(readme):
-    assert readme.count(BEGIN) == readme.count(END) == 1
-    inside = readme.split(BEGIN)[1].split(END)[0].strip()
-    assert blocks(inside) == [inside]
-    assert all(title in inside for title in ("Pretraining", "SFT", "DPO", "assistant"))
-
-
-def test_each_names_the_other_in_its_first_line():
-    assert "](README.zh-CN.md)" in README.splitlines()[0]
-    assert "](README.md)" in CHINESE.splitlines()[0]
-
-
-def same(what) -> None:
-    """Both READMEs have the same of something; what differs is shown."""
-    english, chinese = what(README), what(CHINESE)
-    assert set(english) ^ set(chinese) == set()
-    assert english == chinese
-
-
-def test_they_have_the_same_parts():
-    def parts(readme: str) -> list[str]:
-        """The mark that begins each heading, item, row, box and picture, in order."""
-        return re.findall(r"^(?:#+ |\* |\||> (?=\*\*)|!)", prose(readme), re.M)
-
-    assert parts(README).count("* ") > 15 and parts(README).count("## ") == 8
-    same(parts)
-
-
-def test_they_show_the_same_commands_and_blocks():
-    same(lambda readme: sorted(set(spans(readme))))
-    same(lambda readme: [block for block in blocks(readme) if block != tree(readme)])
-    same(files_of_tree)
-
-
-def test_they_give_the_same_figures():
-    def figures(readme: str) -> list[str]:
-        return sorted(re.findall(r"\d+(?:[.,-]\d+)*", re.sub(r"`[^`]+`", "", prose(readme))))
-
-    same(figures)
-    same(lambda readme: sorted(re.findall(r"https?://[\w.:/]+", readme)))
-
-
-def test_a_difference_would_be_seen():
-    assert spans("a `make demo` b") != spans("a `make demos` b")
-    assert spans("`python\n> train.py`") == ["python train.py"]
-    assert blocks("x\n```\na\n```\ny") == ["```\na\n```"]
+def test_the_figures_of_the_demo_are_between_their_marks():
+    for path in (*READMES, *PAGES):
+        text = TEXTS[str(path)]
+        assert text.count(BEGIN) == text.count(END) == 1
+        inside = text.split(BEGIN)[1].split(END)[0].strip()
+        assert blocks(inside, "text") and len(blocks(inside, "text")[0].splitlines()) >= 6
+        assert all(word in inside for word in ("Pretraining", "SFT", "DPO", "assistant"))
+    assert TEXTS["README.md"].split(BEGIN)[1].split(END)[0].count("\n") < 12

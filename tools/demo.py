@@ -1,6 +1,6 @@
-"""What `make demo` runs: real text, three stages, a chat with the result, and the figures.
+"""`make demo`: train a model in three stages on the sample, chat with it, and print the figures.
 
-Repeated, it goes on where it was stopped; after the end it prints the summary again.
+A second call resumes an interrupted demo. If the demo is finished, it prints the figures again.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import subprocess
 import sys
 import unicodedata
@@ -31,36 +32,39 @@ from trainlib.models.hf_folder import load_model, load_tokenizer
 DEMO = Path("runs/demo")
 SAMPLE = Path("dataset/sample")
 STAGES = {"pretrain": "train.py", "sft": "sft_train.py", "dpo": "dpo_train.py"}
-# At most this many bits per byte, and at least this accuracy; a miss is marked, not an error.
+# Targets: at most this many bits per byte, at least this accuracy. A missed one is no error.
 AT_MOST = {"statutes": 1.55, "sanguo": 2.60, "shakespeare": 2.45}
 AT_LEAST = {"behaviour": 0.72, "continuation": 0.55}
 READMES = (Path("README.md"), Path("README.zh-CN.md"))
+PAGES = (Path("docs/demo.md"), Path("docs/demo.zh-CN.md"))
 BEGIN, END = "<!-- begin transcript -->", "<!-- end transcript -->"
+LEGEND = "In brackets: the target. <- MISSED: the value misses it."
 QUESTIONS = ("你好，你是谁？", "怎样保持健康？", "Give three tips for staying healthy.")
 
 
-def prepare(name: str, author: str | None) -> None:
-    """Fetch the sample, or rewrite its identity rows; move a demo of another name aside."""
-    stamp, wanted = DEMO / "identity.txt", f"{name}\n{author or ''}\n"
-    same = stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted
+def prepare(name: str, author: str | None, quick: bool) -> None:
+    """Fetch the sample, or rewrite its identity rows; move a demo of other options aside."""
+    stamp = DEMO / "identity.txt"
+    identity = f"{name}\n{author or ''}\n" + ("quick\n" if quick else "")
+    same = stamp.is_file() and stamp.read_text(encoding="utf-8") == identity
     if DEMO.exists() and not same:
-        print(f"the demo that was there is now in {move_aside(DEMO)}")
+        print(f"moved the earlier demo, which had other options, to {move_aside(DEMO)}")
     if not same or not (SAMPLE / "SOURCES.json").is_file():
         made_by = ["--author", author] if author else []
         call(["-m", "tools.prepare_data", "--name", name, *made_by])
     DEMO.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(wanted, encoding="utf-8")
+    stamp.write_text(identity, encoding="utf-8")
 
 
 def call(arguments: list[str]) -> None:
-    """Run a program of the project; end as it ended where it failed."""
+    """Run a program of the project; exit with its code if it fails."""
     code = subprocess.run([sys.executable, *arguments], check=False).returncode
     if code:
         sys.exit(code)
 
 
 def train(stage: str, quick: bool) -> None:
-    """Run one stage on the sample unless it is finished; end where it was stopped."""
+    """Run one stage on the sample unless it is finished; exit if the user stops it."""
     out_dir = DEMO / stage
     if (out_dir / "final").is_dir():
         return
@@ -80,18 +84,18 @@ def train(stage: str, quick: bool) -> None:
     print(f"\n== {stage} ==", flush=True)
     call(arguments)
     if not (out_dir / "final").is_dir():
-        print("stopped; `make demo` goes on from here")
+        print("stopped; `make demo` resumes here")
         sys.exit(0)
 
 
 def evaluations(stage: str) -> tuple[dict[str, float], dict[str, float]]:
-    """First and last evaluation of a stage."""
+    """Return the first and the last evaluation of a stage."""
     found = [row for row in read_metrics(DEMO / stage) if VAL_LOSS in row]
     return found[0], found[-1]
 
 
 def repeats(ids: list[int], size: int = 8, times: int = 3) -> bool:
-    """Whether some run of `size` ids stands at least `times` times in ids."""
+    """Return whether any n-gram of `size` ids occurs at least `times` times."""
     counts: dict[tuple[int, ...], int] = {}
     for start in range(len(ids) - size + 1):
         gram = tuple(ids[start : start + size])
@@ -104,7 +108,7 @@ def repeats(ids: list[int], size: int = 8, times: int = 3) -> bool:
 def greedy(
     model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str]
 ) -> list[tuple[list[int], bool]]:
-    """Greedy answers of at most 128 tokens, each with whether it ended by itself."""
+    """Return greedy answers of at most 128 tokens, each with whether it has an end of turn."""
     ids = [render_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
     sampling = Sampling(temperature=0, max_new_tokens=128)
     answers = generate_batch(model, ids, sampling, tokenizer.stop_ids)
@@ -113,7 +117,7 @@ def greedy(
 
 
 def held_out_prompts() -> list[str]:
-    """First user messages of the held-out alpaca conversations, Chinese first."""
+    """Return the first user message of each held-out Alpaca conversation, Chinese first."""
     prompts = []
     for name in ("alpaca_zh", "alpaca_en"):
         path = SAMPLE / "val" / "sft" / f"{name}.jsonl"
@@ -122,15 +126,16 @@ def held_out_prompts() -> list[str]:
     return prompts
 
 
-def mark(fine: bool) -> str:
-    """Nothing, or the mark of a missed figure."""
-    return "" if fine else "   <- MISSED"
+def mark(reached: bool) -> str:
+    """Return the mark of a missed target, or nothing."""
+    return "" if reached else "   <- MISSED"
 
 
 def report(name: str, quick: bool, columns: int = 0) -> str:
-    """The figures of a finished demo and four exchanges with its model, as `make demo` ends.
+    """Return the figures of a finished demo and four exchanges with its model.
 
-    `columns` cuts answers to so many of a terminal; 0 = whole, with their line breaks.
+    Given `columns`, cut each answer to this many columns of a terminal, and add the baselines of
+    DPO. Otherwise print answers in full.
     """
     prompts = held_out_prompts()
     models = {
@@ -144,15 +149,16 @@ def report(name: str, quick: bool, columns: int = 0) -> str:
     return "\n".join(
         [
             *circumstances(models["dpo"][0]),
+            LEGEND,
             "",
             *pretraining_figures(),
             "",
             *sft_figures(),
             "",
-            *dpo_figures(),
+            *dpo_figures(baselines=bool(columns)),
             "",
             "Held-out prompts whose greedy answer repeats itself: "
-            f"SFT {rates[0]:.2f}, DPO {rates[1]:.2f}{mark(rates[1] < rates[0])}",
+            f"SFT {rates[0]:.2f}, DPO {rates[1]:.2f} (less than SFT){mark(rates[1] < rates[0])}",
             "",
             "Chat, greedy, at most 128 tokens",
             *conversation(*models["dpo"], name, (*QUESTIONS, prompts[0]), columns),
@@ -161,7 +167,7 @@ def report(name: str, quick: bool, columns: int = 0) -> str:
 
 
 def circumstances(model: Transformer) -> list[str]:
-    """When, on what and for how long."""
+    """Return date, device and minutes of training."""
     day = datetime.fromtimestamp((DEMO / "dpo" / "report.json").stat().st_mtime)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     minutes = [minutes_trained(read_metrics(DEMO / stage))[-1] for stage in STAGES]
@@ -173,7 +179,7 @@ def circumstances(model: Transformer) -> list[str]:
 
 
 def pretraining_figures() -> list[str]:
-    """Bits per byte of each source."""
+    """Return the bits per byte of each source."""
     first, last = evaluations("pretrain")
     lines = ["Pretraining, validation bits per byte, before -> after"]
     for key in sorted(
@@ -181,40 +187,45 @@ def pretraining_figures() -> list[str]:
     ):
         source = key.split("/")[1]
         limit = AT_MOST.get(source, math.inf)
-        wanted = f"  (at most {limit:.2f})" if limit < math.inf else ""
+        target = f"  (at most {limit:.2f})" if limit < math.inf else ""
         lines.append(
-            f"  {source:<14}{first[key]:7.3f} -> {last[key]:.3f}{wanted}{mark(last[key] <= limit)}"
+            f"  {source:<14}{first[key]:7.3f} -> {last[key]:.3f}{target}{mark(last[key] <= limit)}"
         )
     return lines
 
 
 def sft_figures() -> list[str]:
-    """Loss of fine-tuning."""
+    """Return the validation loss of fine-tuning."""
     first, last = evaluations("sft")
     return [f"SFT, validation loss: {first[VAL_LOSS]:.3f} -> {last[VAL_LOSS]:.3f}"]
 
 
-def dpo_figures() -> list[str]:
-    """The report by kind of pair; kinds with few pairs are left out."""
+def dpo_figures(baselines: bool) -> list[str]:
+    """Return the accuracy of each type of pair; types with few pairs are omitted."""
     table = json.loads((DEMO / "dpo" / "report.json").read_text(encoding="utf-8"))
     lines = ["DPO, held-out pairs: share with a reward margin above 0"]
     for kind, row in table.items():
         least = AT_LEAST.get(kind, 0.0)
         if kind == "ranked" and row["n"] < 30:
             continue
-        lines += [
+        target = f"  (at least {least:.2f})" if least else ""
+        lines.append(
             f"  {kind:<14}{row['accuracy']:.3f} +- {row['standard_error']:.3f}  n {row['n']}, "
-            f"trained {row['trained'] or float('nan'):.3f}{mark(row['accuracy'] >= least)}",
-            f"  {'':<14}own preference {row['own_before']:.3f} -> {row['own_after']:.3f}, "
-            f"best trivial rule ({row['rule']}) {row['rule_accuracy']:.3f}",
-        ]
+            f"on training pairs {row['trained'] or float('nan'):.3f}"
+            f"{target}{mark(row['accuracy'] >= least)}"
+        )
+        if baselines:
+            lines.append(
+                f"  {'':<14}own preference {row['own_before']:.3f} -> {row['own_after']:.3f}, "
+                f"best trivial rule ({row['rule']}) {row['rule_accuracy']:.3f}"
+            )
     return lines
 
 
 def conversation(
     model: Transformer, tokenizer: Tokenizer, name: str, questions: Sequence[str], columns: int
 ) -> list[str]:
-    """Questions, greedy answers, and what is wrong with each."""
+    """Return questions, greedy answers, and what is wrong with each."""
     lines, good = [], 0
     answers = greedy(model, tokenizer, questions)
     for number, (question, (ids, ended)) in enumerate(zip(questions, answers, strict=True)):
@@ -222,90 +233,111 @@ def conversation(
         chinese = sum("\u4e00" <= c <= "\u9fff" for c in text) > len(text) / 4
         right_language = chinese != question.isascii()
         wrong = number > 0 and name in text
-        fine = ended and right_language and not repeats(ids) and not wrong
-        good += fine
-        faults = [
-            "" if ended else "no end of turn",
-            "" if right_language else "other language",
+        good += ended and right_language and not repeats(ids) and not wrong
+        remarks = [
+            "ended" if ended else "no end of turn",
+            "" if right_language else "wrong language",
             "repeats itself" if repeats(ids) else "",
             "WRONG: speaks of itself" if wrong else "",
         ]
         lines += [
             f"  user       {question}",
             f"  assistant  {cut(text, columns) if columns else text}",
-            f"             [{', '.join(fault for fault in faults if fault) or 'fine'}]",
+            f"             [{', '.join(filter(None, remarks))}]",
         ]
     lines.append(
-        f"{good} of 4 end by themselves, in the language asked, without repetition{mark(good > 2)}"
+        f"{good} of 4 end, in the language of the question and without repetition (at least 3)"
+        f"{mark(good > 2)}"
     )
     return lines
 
 
 def cut(text: str, columns: int) -> str:
-    """A text in one line of at most so many columns of a terminal, where Chinese takes two."""
+    """Return a text on one line of at most `columns` columns, of which Chinese takes two each."""
     text, width = " / ".join(text.split("\n")), 0
-    for place, char in enumerate(text):
+    for index, char in enumerate(text):
         width += 2 if unicodedata.east_asian_width(char) in "WF" else 1
         if width > columns:
-            return text[:place] + " ..."
+            return text[:index] + " ..."
     return text
 
 
-def transcript(name: str) -> str:
-    """The report as the block that stands in the READMEs."""
-    lines = (line.rstrip() for line in report(name, quick=False, columns=100).splitlines())
-    return "\n".join(["```", *lines, "```"])
+def fenced(lines: Sequence[str]) -> str:
+    """Return lines as a Markdown block."""
+    return "\n".join(["```text", *(line.rstrip() for line in lines), "```"])
 
 
-def write_readmes(block: str) -> None:
-    """Put the block between the marks of each README.
+def summary(text: str) -> str:
+    """Return six lines of a report, as a Markdown block for the READMEs."""
+    lines = text.splitlines()
 
-    Raises UserError where one of them lacks its marks; nothing is written then.
+    def first(start: str) -> str:
+        return next(line.strip() for line in lines if line.strip().startswith(start))
+
+    bits = re.sub(r"^statutes +(\S+ -> \S+).*", r"\1", first("statutes"))
+    accuracies = [" ".join(first(kind).split()[:2]) for kind in AT_LEAST]
+    return fenced(
+        [
+            first("Minutes of training") + f"; {lines[0]}",
+            f"Pretraining: held-out statutes, bits per byte {bits}",
+            first("SFT, validation loss"),
+            f"DPO, held-out pairs with a reward margin above 0: {', '.join(accuracies)}",
+            first("user"),
+            first("assistant"),
+        ]
+    )
+
+
+def write_pages(blocks: dict[Path, str]) -> None:
+    """Replace what is between the marks of each file by its block.
+
+    Raises UserError, and writes nothing, if one of them lacks its marks.
     """
-    texts = {path: path.read_text(encoding="utf-8") for path in READMES}
+    texts = {path: path.read_text(encoding="utf-8") for path in blocks}
     for path, text in texts.items():
         if not (text.count(BEGIN) == text.count(END) == 1 and text.index(BEGIN) < text.index(END)):
             raise UserError(f"{path} needs one line {BEGIN} and after it one line {END}")
         before, after = text.split(BEGIN)[0], text.split(END)[1]
-        texts[path] = f"{before}{BEGIN}\n{block}\n{END}{after}"
+        texts[path] = f"{before}{BEGIN}\n{blocks[path]}\n{END}{after}"
     for path, text in texts.items():
         write_atomically(path, text)
 
 
 def finished_name() -> str:
-    """The name of the model of a finished demo; raises UserError where none is there."""
+    """Return the name of a finished demo's model; raises UserError if no demo is finished."""
     files = [DEMO / "identity.txt", DEMO / "dpo" / "report.json"]
     files += [DEMO / stage / "final" / "model.safetensors" for stage in STAGES]
     for path in files:
         if not path.is_file():
-            raise UserError(f"no finished demo: {path} is not there. Run `make demo` first.")
+            raise UserError(f"no finished demo: {path} does not exist. Run `make demo` first.")
     return files[0].read_text(encoding="utf-8").splitlines()[0]
 
 
 def main() -> None:
-    """Run the demo, or show what came of it."""
+    """Run the demo, or print the figures of a finished one."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
-    parser.add_argument("--name", default="小智", help="what the model calls itself")
+    parser.add_argument("--name", default="小智", help="name of the assistant")
     parser.add_argument("--author", help="who made it (default: 一位爱好者, a hobbyist)")
-    parser.add_argument("--quick", action="store_true", help="six steps a stage, for a test")
+    parser.add_argument("--quick", action="store_true", help="six steps for each stage, as a test")
     parser.add_argument(
-        "--transcript", action="store_true",
-        help="train nothing: print the end of the finished demo as a Markdown block",
-    )  # fmt: skip
+        "--transcript", action="store_true", help="print the figures of a finished demo as Markdown"
+    )
     parser.add_argument(
-        "--write-readme", action="store_true", help="the same, written into the READMEs"
+        "--write-readme", action="store_true", help="write them into the READMEs and docs/demo*.md"
     )
     options = parser.parse_args()
     if options.transcript or options.write_readme:
         try:
-            block = transcript(finished_name())
-            print(block)
+            text = report(finished_name(), quick=False, columns=100)
+            transcript, six_lines = fenced(text.splitlines()), summary(text)
+            print(transcript)
             if options.write_readme:
-                write_readmes(block)
+                pages = dict.fromkeys(PAGES, transcript)
+                write_pages({**dict.fromkeys(READMES, six_lines), **pages})
         except UserError as error:
             sys.exit(f"error: {error}")
         return
-    prepare(options.name, options.author)
+    prepare(options.name, options.author, options.quick)
     for stage in STAGES:
         train(stage, options.quick)
     print(f"\n{report(options.name, options.quick)}")

@@ -1,4 +1,4 @@
-"""Protects what a finished demo shows: its transcript in the READMEs, and the picture's points."""
+"""Protects what a finished demo prints and writes into the pages, and the points of its picture."""
 
 from __future__ import annotations
 
@@ -20,26 +20,68 @@ def test_a_text_is_cut_to_columns_where_chinese_takes_two():
     assert demo.cut("a\nb", 20) == "a / b"
 
 
-def test_the_block_replaces_what_stands_between_the_marks(tmp_path, monkeypatch):
-    files = (tmp_path / "README.md", tmp_path / "README.zh-CN.md")
-    monkeypatch.setattr(demo, "READMES", files)
+REPORT = """2026-11-26, AMD EPYC x 2, torch 2.13.0+cpu, 2.8M parameters
+Minutes of training: 3.4 + 1.5 + 0.7 = 5.5
+
+Pretraining, validation bits per byte, before -> after
+  statutes        3.144 -> 1.451  (at most 1.55)
+
+SFT, validation loss: 6.025 -> 5.461
+
+DPO, held-out pairs: share with a reward margin above 0
+  behaviour     0.731 +- 0.020  n 487, on training pairs 0.995
+  continuation  0.550 +- 0.025  n 407, on training pairs 1.000
+
+Chat, greedy, at most 128 tokens
+  user       你好，你是谁？
+  assistant  我是小智。
+             [ended]
+"""
+
+
+def test_the_readme_gets_six_lines():
+    assert demo.summary(REPORT).splitlines() == [
+        "```text",
+        "Minutes of training: 3.4 + 1.5 + 0.7 = 5.5; "
+        "2026-11-26, AMD EPYC x 2, torch 2.13.0+cpu, 2.8M parameters",
+        "Pretraining: held-out statutes, bits per byte 3.144 -> 1.451",
+        "SFT, validation loss: 6.025 -> 5.461",
+        "DPO, held-out pairs with a reward margin above 0: behaviour 0.731, continuation 0.550",
+        "user       你好，你是谁？",
+        "assistant  我是小智。",
+        "```",
+    ]
+
+
+def test_a_block_replaces_what_is_between_the_marks(tmp_path):
+    files = (tmp_path / "README.md", tmp_path / "demo.md")
     for path in files:
         path.write_text(f"{path.name}\n{demo.BEGIN}\nold\n{demo.END}\nafter\n", encoding="utf-8")
     for _ in range(2):
-        demo.write_readmes("```\nnew\n```")
+        demo.write_pages({path: f"new {path.name}" for path in files})
     for path in files:
         text = path.read_text(encoding="utf-8")
-        assert text == f"{path.name}\n{demo.BEGIN}\n```\nnew\n```\n{demo.END}\nafter\n"
+        assert text == f"{path.name}\n{demo.BEGIN}\nnew {path.name}\n{demo.END}\nafter\n"
 
 
-def test_a_readme_without_marks_leaves_both_as_they_were(tmp_path, monkeypatch):
+def test_a_page_without_marks_leaves_all_as_they_were(tmp_path):
     good, bad = tmp_path / "README.md", tmp_path / "README.zh-CN.md"
-    monkeypatch.setattr(demo, "READMES", (good, bad))
     good.write_text(f"{demo.BEGIN}\nold\n{demo.END}\n", encoding="utf-8")
     bad.write_text(f"{demo.END}\nold\n{demo.BEGIN}\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"README\.zh-CN\.md needs one line"):
-        demo.write_readmes("new")
+        demo.write_pages({good: "new", bad: "new"})
     assert "old" in good.read_text(encoding="utf-8")
+
+
+def test_a_quick_demo_is_moved_aside_by_a_full_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "DEMO", tmp_path / "demo")
+    monkeypatch.setattr(demo, "call", lambda arguments: None)
+    demo.prepare("小智", None, quick=True)
+    (tmp_path / "demo/pretrain").mkdir()
+    demo.prepare("小智", None, quick=True)
+    assert (tmp_path / "demo/pretrain").is_dir()
+    demo.prepare("小智", None, quick=False)
+    assert (tmp_path / "demo.1/pretrain").is_dir() and not (tmp_path / "demo/pretrain").exists()
 
 
 def test_without_a_finished_demo_it_says_so(tmp_path, monkeypatch, capsys):
@@ -58,7 +100,7 @@ def write_run(folder: Path, rows: list[dict], baselines: dict | None = None) -> 
 
 
 def write_demo(folder: Path) -> None:
-    """Three stages with figures that can be reckoned by hand."""
+    """Write three stages whose figures are easy to verify."""
 
     def step(number: int, tokens: int, speed: float, **figures: float | None) -> dict:
         named = {f"train/{name}": value for name, value in figures.items()}
@@ -78,7 +120,7 @@ def write_demo(folder: Path) -> None:
 def test_stages_follow_each_other_in_minutes_of_training(tmp_path):
     write_demo(tmp_path)
     pretrain, sft, dpo = plot_demo.read_curves(tmp_path)
-    assert pretrain.train == [(1.0, 3.0)]  # The figure that was not finite is left out.
+    assert pretrain.train == [(1.0, 3.0)]  # The figure that was not finite is skipped.
     assert pretrain.val == [(0.0, 3.8), (3.0, 2.4)]
     assert pretrain.baselines == {"uniform": 3.9, "bigram": 2.5} and sft.baselines == {}
     assert (sft.begin, sft.end, sft.train) == (3.0, 4.0, [(4.0, 2.0)])
