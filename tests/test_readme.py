@@ -160,7 +160,7 @@ def test_links_settings_and_files_in_prose_exist(name):
         assert not path or (ROOT / path[1]).exists(), span
         key = re.match(r"((?:data|optim|model)\.[a-z_]+)(=|$)", span)
         ends = ("py", "jsonl", "yaml", "json", "md", "safetensors")
-        if key and key[1].split(".")[1] not in ends:
+        if key and key[1].split(".")[1] not in (*ends, "ops"):
             assert f"  {key[1]}=" in help_of(sys.executable, "train.py"), span
 
 
