@@ -78,7 +78,7 @@ def counting_collator(collate: Any, seen: list[int], count: Any) -> Any:
     return wrapped
 
 
-def concatenated(tokenizer: Any, rows: list[dict], limit: float = math.inf) -> list[list[int]]:
+def pack_rows(tokenizer: Any, rows: list[dict], limit: float = math.inf) -> list[list[int]]:
     """Concatenate all texts with end-of-text tokens and split them into rows, as run_clm does."""
     end, flat = tokenizer.convert_tokens_to_ids("<|endoftext|>"), []
     for row in rows:
@@ -129,7 +129,7 @@ class Curve(TrainerCallback):
 
 def loss(options: argparse.Namespace, tokenizer: Any, rows: list[dict]) -> dict[str, Any]:
     """Train from scratch for --minutes; a short trial run determines the number of steps."""
-    data = Dataset.from_dict({"input_ids": concatenated(tokenizer, rows)})
+    data = Dataset.from_dict({"input_ids": pack_rows(tokenizer, rows)})
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     val = read_jsonl(options.val)
 
@@ -176,7 +176,7 @@ def throughput(
     trl_extra = {"bf16": options.bf16, "gradient_checkpointing": False}
     if options.benchmark in ("packed", "padded"):
         if options.benchmark == "packed":
-            ids = concatenated(tokenizer, rows, options.steps * ROWS)
+            ids = pack_rows(tokenizer, rows, options.steps * ROWS)
         else:
             ids = [tokenizer(row["text"])["input_ids"][:LENGTH] for row in rows]
         data = Dataset.from_dict({"input_ids": ids})

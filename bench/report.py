@@ -62,20 +62,20 @@ made, on two cores of an EPYC, either with AVX-512 and bf16 instructions or with
 measurements are in the code, next to what they explain.
 
 * A measurement, once per machine, chooses between bf16 and fp32. With bf16 instructions, a matrix
-  product takes half as long in bf16 as in fp32 (390 vs. 200 GFLOP/s); without, it takes far longer.
+  product takes half as long in bf16 as in fp32 (390 vs. 200 GFLOP/s); without, far longer.
 * With `set_float32_matmul_precision("medium")`, fp32 products use oneDNN: 200 instead of 150
   GFLOP/s with AVX-512, no gain without it (Trainer: 729 tokens/s with "medium", 722 without).
 * Attention processes blocks of 128 queries with only the keys of their own document, instead of
-  masking the entire row. With 8 heads and rows of 512, this is 1.5 times as fast for one document
-  per row and 2.7 times for documents of 100 tokens; 3 heads gain as much. A step on full rows is 5
-  to 8% faster, a step on short rows gains more. In bf16, scores are computed in fp32, and gradients
-  of keys and values are closer to the exact ones than with torch's kernel.
+  masking the entire row. With 8 heads and rows of 512, this is 1.5 times as fast with one document
+  per row and 2.7 times as fast with documents of 100 tokens; 3 heads gain as much. A step is 5 to
+  8% faster on full rows, more on short ones. In bf16, scores are computed in fp32, and gradients of
+  keys and values are closer to the exact ones than with torch's kernel.
 * Backward reuses the probabilities of queries that see at most 512 keys, and rows with the same
   document boundaries are processed together: forward and backward of 4 rows of 512 with 8 heads
   take 24 ms instead of 42 in bf16, 37 instead of 46 in fp32. The saved probabilities are a fifth of
   a step's memory (`memory`: 0.79 instead of 0.64) and grow linearly with the row length.
-* glibc keeps the memory that a step frees for the next step, instead of returning it and faulting
-  in 50,000 pages again: saves 3% of the time in bf16 and in fp32, 4% compiled.
+* glibc keeps the memory that a step frees for the next one, instead of returning it and faulting in
+  50,000 pages again. This saves 3% of the time in bf16 and in fp32, 4% if compiled.
 * RMSNorm makes few passes over memory on a CPU, where torch's makes a dozen: an uncompiled fp32
   step of the 26.9M and of the tiny model is 3 to 4% faster and takes 15% less memory. A bf16 step,
   in which queries and keys are now normalized and rotated in fp32 as on a GPU, gains 0 to 2%.
@@ -91,7 +91,7 @@ measurements are in the code, next to what they explain.
 * The remaining limit, with AVX-512: in an uncompiled fp32 step of 4,096 tokens, 3.4 of 4.5 s are
   matrix products at peak speed (`mfu_fp32`), and Trainer's step needs the same ones. In a compiled
   bf16 step, they take 1.7 of 2.4 s, attention 0.4 s (0.3 s of it products), the loss 0.08 s. If
-  both sides spent the same share on products, `packed` would equal their fp32-to-bf16 cost, 2.05.
+  both sides spent the same share on products, `packed` would be their fp32 / bf16 time, 2.05.
 * `mfu` relates a minute of steps to a matrix product timed for a quarter of a second, on a shared
   host: in one run, micro-batches of equal size took 1.11 to 1.41 s, with a median of 1.26 s.
 * Besides precision, the gains come from packing (`padded`), from computing logits only at positions
