@@ -1,4 +1,4 @@
-"""What every benchmark shares: a run of ours or a peer's, the measure of a step, the records."""
+"""Helpers for all benchmarks: our runs, the peers' runs, measured steps and records."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACE = ROOT / ".cache/bench/training"
+WORK_DIR = ROOT / ".cache/bench/training"
 SAMPLE = ROOT / "dataset/sample"
 RECORDS = ROOT / "bench/records.jsonl"
 PEERS = ROOT / ".venv-peers"
 STAGES = {"train.py": "pretrain", "sft_train.py": "sft", "dpo_train.py": "dpo"}
 
 
-def parser_of(
+def make_parser(
     program: str, doc: str | None, names: Iterable[str], peers: bool = True
 ) -> argparse.ArgumentParser:
-    """The command line of a program that measures some of its `names`, or without any all."""
+    """Return the parser of a program that measures the given `names`, or all by default."""
     names = list(names)
 
-    def known(name: str) -> str:
+    def check_name(name: str) -> str:
         if name not in names:
-            raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(names)}")
+            raise argparse.ArgumentTypeError(f"unknown name {name}. Choose from {', '.join(names)}")
         return name
 
     parser = argparse.ArgumentParser(
@@ -43,34 +43,34 @@ def parser_of(
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", type=known, metavar="NAME", help="what to measure")
+    parser.add_argument("names", nargs="*", type=check_name, metavar="NAME", help="default: all")
     if peers:
-        parser.add_argument("--peers", type=Path, default=PEERS, help="the peers' environment")
+        parser.add_argument("--peers", type=Path, default=PEERS, help="virtualenv of the peers")
     return parser
 
 
 def run(script: str, data: Path, name: str, more: list[str], config: str = "") -> list[dict]:
-    """One run of a stage on the CPU into a fresh folder of that name; its lines of metrics."""
-    out_dir = PLACE / name
+    """Run a stage on the CPU in an empty folder of that name and return its metrics."""
+    out_dir = WORK_DIR / name
     shutil.rmtree(out_dir, ignore_errors=True)
     config = config or f"configs/{STAGES[script]}.yaml"
     words = [config, f"out_dir={out_dir}", f"data.files={data}", "device=cpu",
              "sequence_length=512", "save_every_steps=0", "eval_every_steps=0",
              "log_every_steps=1", "data.val_max_rows=1"]  # fmt: skip
     if script != "train.py":
-        words.append(f"init_from={PLACE / 'base/final'}")
+        words.append(f"init_from={WORK_DIR / 'base/final'}")
     done = subprocess.run([sys.executable, script, *words, *more], cwd=ROOT, text=True,
-                          capture_output=True, check=False, env=own_cache())  # fmt: skip
+                          capture_output=True, check=False, env=cache_environment())  # fmt: skip
     if done.returncode:
         sys.exit(f"{script} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     (out_dir / "stdout.txt").write_text(done.stdout + done.stderr)
-    from trainlib.engine.metrics import read_metrics  # Here: peers need torch alone.
+    from trainlib.engine.metrics import read_metrics  # Imported here: peers need only torch.
 
     return read_metrics(out_dir)
 
 
-def seconds_to_first_figure(words: list[str], folder: Path, env: dict[str, str]) -> float:
-    """From the command of train.py until metrics.jsonl has a line; the run then goes to its end."""
+def seconds_to_first_metrics(words: list[str], folder: Path, env: dict[str, str]) -> float:
+    """Return the seconds from the start of train.py to its first metrics; wait for its end."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "train.py", *words, f"out_dir={folder}", "device=cpu"]
     begin = time.perf_counter()
@@ -84,42 +84,42 @@ def seconds_to_first_figure(words: list[str], folder: Path, env: dict[str, str])
     return seconds
 
 
-def own_cache() -> dict[str, str]:
-    """An environment in which what is kept of data and machine lies apart from the user's own."""
-    return {**os.environ, "TRAIN_LLM_CACHE_DIR": str(PLACE / "cache")}
+def cache_environment() -> dict[str, str]:
+    """Return an environment whose cache folder is separate from the user's."""
+    return {**os.environ, "TRAIN_LLM_CACHE_DIR": str(WORK_DIR / "cache")}
 
 
-def base(config: str = "configs/pretrain.yaml") -> Path:
-    """A model of a config after one step, as a folder; made once."""
+def base_model(config: str = "configs/pretrain.yaml") -> Path:
+    """Return the folder of a config's model after one training step; train it once."""
     name = "base" if config == "configs/pretrain.yaml" else f"base_{Path(config).stem}"
-    if not (PLACE / name / "final").is_dir():
-        PLACE.mkdir(parents=True, exist_ok=True)
+    if not (WORK_DIR / name / "final").is_dir():
+        WORK_DIR.mkdir(parents=True, exist_ok=True)
         more = ["max_steps=1", "tokens_per_step=512"]
         run("train.py", SAMPLE / "pretrain.jsonl", name, more, config)
-    return PLACE / name / "final"
+    return WORK_DIR / name / "final"
 
 
-def peer(python: Path, figure: str, data: Path, model: Path, *more: str) -> dict[str, Any]:
-    """What a run of a peer prints, in the environment that lies in `python`."""
-    command = [str(python / "bin/python"), "-m", "bench.peers", figure, "--data", str(data),
+def run_peer(env: Path, benchmark: str, data: Path, model: Path, *more: str) -> dict[str, Any]:
+    """Run a benchmark of a peer in the virtualenv `env` and return the result that it prints."""
+    command = [str(env / "bin/python"), "-m", "bench.peers", benchmark, "--data", str(data),
                "--model", str(model), *more]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
     if done.returncode:
-        sys.exit(f"the peer failed:\n{done.stderr[-2000:]}")
+        sys.exit(f"{' '.join(command[1:])} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def allocated_peak(
     parameters: Iterable[torch.Tensor], optimizers: list[Optimizer], step: Callable[[], object]
 ) -> int:
-    """Return the most bytes that torch's CPU allocator held in a step, with weights and moments.
+    """Return the peak bytes of torch's CPU allocator in a step, weights and moments included.
 
-    The step is taken twice: the first one makes the moments.
+    Runs the step twice, because the first one allocates the moments.
     """
     parameters = list(parameters)
     step()
     for optimizer in optimizers:
-        optimizer.zero_grad()  # What is freed under the profiler must be allocated under it.
+        optimizer.zero_grad()  # Gradients freed under the profiler must be allocated under it.
     moments = [v for o in optimizers for s in o.state.values() for v in s.values()]
     held = [t for t in (*parameters, *moments) if isinstance(t, torch.Tensor)]
     before = sum(t.numel() * t.element_size() for t in held)
@@ -134,10 +134,10 @@ def allocated_peak(
     return before + peak
 
 
-def measured(
+def measure_step(
     step: Callable[[], object], model: nn.Module, optimizer: Optimizer, tokens: int, count: int
 ) -> dict[str, float]:
-    """Return {"peak" in bytes, "per_second" in tokens}: the median of `count` steps, none of 0."""
+    """Return "peak" in bytes and, if count > 0, "per_second" in tokens (median of the steps)."""
     found: dict[str, float] = {"peak": allocated_peak(model.parameters(), [optimizer], step)}
     seconds = []
     for _ in range(count):
@@ -149,21 +149,21 @@ def measured(
     return found
 
 
-def record(figure: str, values: list[float], aim: str, **more: object) -> None:
-    """Print a figure, the median and range of its repeats, and append it to records.jsonl."""
+def record(benchmark: str, values: list[float], aim: str, **more: object) -> None:
+    """Print the median and range of a benchmark's repeats, and append them to records.jsonl."""
     ordered = sorted(values)
     middle = statistics.median(ordered) if ordered else None
     spread = f"{middle:.3g} ({ordered[0]:.3g} to {ordered[-1]:.3g})" if ordered else "not reached"
-    print(f"{figure:<24} {spread}   wanted: {aim}", flush=True)
-    row = {"figure": figure, "median": middle, "values": values, "aim": aim, **more, **machine()}
+    print(f"{benchmark:<24} {spread}   target: {aim}", flush=True)
+    row = {"figure": benchmark, "median": middle, "values": values, "aim": aim,
+           **more, **machine()}  # fmt: skip
     with RECORDS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def machine() -> dict[str, object]:
-    """Where and when a record was made."""
-    # Here, so that the peers' environment needs torch alone to import this file.
-    from trainlib.core.hardware import cpu_name, instructions
+    """Return the date, commit and machine of a record."""
+    from trainlib.core.hardware import cpu_name, instructions  # Peers need only torch.
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,

@@ -1,18 +1,18 @@
 """One measured run of a peer: transformers.Trainer, trl.SFTTrainer or trl.DPOTrainer.
 
-    PEERS/bin/python -m bench.peers FIGURE --model DIR --data FILE [...]
+    PEERS/bin/python -m bench.peers BENCHMARK --model DIR --data FILE [...]
 
     packed, padded, sft, sft_wrapped, dpo
-                               {"per_second"}: real tokens (or pairs) over the steps but the first 2
-    loss                       {"bits_per_byte"} on --val after --minutes of training from nothing
-    evaluate                   {"bits_per_byte"} of the model itself on --data
-    step                       {"peak", "per_second"}: bytes and tokens/s of a plain step of
-                               --rows of --length
+                               {"per_second"}: non-padding tokens (or pairs) after the first 2 steps
+    loss                       {"bits_per_byte"} on --val after training from scratch for --minutes
+    evaluate                   {"bits_per_byte"} of --model on --data
+    step                       {"peak", "per_second"}: bytes and tokens/s of a plain training step
+                               on --rows of --length
 
-Run by the other benchmarks in an environment of its own (bench/requirements-peers.txt). The peer
-gets a model of the same sizes, the same tokenizer and texts, and otherwise its own defaults, but
-for logging, saving and two of trl: gradient checkpointing is off, as it makes a step slower, and
-bf16 is on only with --bf16, as without the instructions it is far slower. Prints one JSON object.
+The other benchmarks run this file in a separate virtualenv (bench/requirements-peers.txt). The peer
+uses the same model sizes, tokenizer and texts, and its own defaults except for logging and saving
+(both off) and two of trl's: gradient checkpointing, which slows a step down, is off, and bf16, far
+slower on a CPU without bf16 instructions, is used only with --bf16. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ from transformers import (
     TrainingArguments,
 )
 
-from bench.common import measured
+from bench.common import measure_step
 
-ROWS, LENGTH, WARM, POINTS, TRIAL = 8, 512, 2, 6, 32
+ROWS, LENGTH, WARMUP, POINTS, TRIAL_STEPS = 8, 512, 2, 6, 32
 
 
 class Clock(TrainerCallback):
-    """Notes when each step ends."""
+    """Records when each step ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """The time after an optimizer step."""
+        """Record the time after an optimizer step."""
         self.ends.append(time.perf_counter())
 
 
-def read(path: Path) -> list[dict]:
-    """Rows of a JSONL file."""
+def read_jsonl(path: Path) -> list[dict]:
+    """Return the rows of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def settings(steps: int, **more: Any) -> dict[str, Any]:
-    """What every peer is told."""
+    """Return the training arguments that all peers share."""
     return {
         "output_dir": ".cache/bench/peer", "per_device_train_batch_size": ROWS, "max_steps": steps,
         "report_to": "none", "save_strategy": "no", "logging_strategy": "no", "use_cpu": True,
@@ -67,8 +67,8 @@ def settings(steps: int, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def counting(collate: Any, seen: list[int], count: Any) -> Any:
-    """A collator that notes how much real work each batch holds."""
+def counting_collator(collate: Any, seen: list[int], count: Any) -> Any:
+    """Wrap a collator so that it appends the count of each batch to `seen`."""
 
     def wrapped(rows: list) -> Any:
         batch = collate(rows)
@@ -78,18 +78,18 @@ def counting(collate: Any, seen: list[int], count: Any) -> Any:
     return wrapped
 
 
-def joined(tokenizer: Any, rows: list[dict], most: float = math.inf) -> list[list[int]]:
-    """As run_clm does: all texts in one, an end of text after each, cut, nothing padded."""
+def pack_rows(tokenizer: Any, rows: list[dict], limit: float = math.inf) -> list[list[int]]:
+    """Concatenate all texts with end-of-text tokens and split them into rows, as run_clm does."""
     end, flat = tokenizer.convert_tokens_to_ids("<|endoftext|>"), []
     for row in rows:
         flat += (*tokenizer(row["text"])["input_ids"], end)
-        if len(flat) > (most + 1) * LENGTH:
+        if len(flat) > (limit + 1) * LENGTH:
             break
     return [flat[i : i + LENGTH] for i in range(0, len(flat) - LENGTH, LENGTH)]
 
 
 def bits_per_byte(model: Any, tokenizer: Any, rows: list[dict]) -> float:
-    """Of whole documents, each alone between two ends of text, cut into pieces of LENGTH."""
+    """Return bits per byte of entire documents, one at a time and in pieces of LENGTH tokens."""
     bits, num_bytes = 0.0, 0
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     model.eval()
@@ -106,7 +106,7 @@ def bits_per_byte(model: Any, tokenizer: Any, rows: list[dict]) -> float:
 
 
 class Curve(TrainerCallback):
-    """Bits per byte at POINTS places of a run, by minutes of training alone."""
+    """Evaluates bits per byte POINTS times per run and records the training time of each."""
 
     def __init__(self, measure: Callable[[Any], float], steps: int) -> None:
         self.measure, self.every = measure, max(1, steps // POINTS)
@@ -114,11 +114,11 @@ class Curve(TrainerCallback):
         self._trained, self._begin = 0.0, 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """The time before a step, its data read."""
+        """Start the clock before a step, after its data has been loaded."""
         self._begin = self._begin or time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Measure where it is time to; from there the clock begins anew."""
+        """Evaluate if due, and reset the clock so that evaluation time is not counted."""
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
         self._trained += time.perf_counter() - self._begin
@@ -128,24 +128,24 @@ class Curve(TrainerCallback):
 
 
 def loss(options: argparse.Namespace, tokenizer: Any, rows: list[dict]) -> dict[str, Any]:
-    """Train from nothing for so many minutes, the number of steps taken from a trial's speed."""
-    data = Dataset.from_dict({"input_ids": joined(tokenizer, rows)})
+    """Train from scratch for --minutes; a short trial run determines the number of steps."""
+    data = Dataset.from_dict({"input_ids": pack_rows(tokenizer, rows)})
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    val = read(options.val)
+    val = read_jsonl(options.val)
 
-    def train(steps: int, watch: TrainerCallback) -> None:
+    def train(steps: int, callback: TrainerCallback) -> None:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
         more = {"learning_rate": options.rate, "warmup_steps": math.ceil(0.02 * steps),
                 "bf16": options.bf16}  # fmt: skip
         trainer = Trainer(model, TrainingArguments(**settings(steps, **more)), train_dataset=data,
-                          data_collator=collate, callbacks=[watch])  # fmt: skip
+                          data_collator=collate, callbacks=[callback])  # fmt: skip
         trainer.train()
 
     clock = Clock()
-    train(TRIAL, clock)
-    a_step = (clock.ends[-1] - clock.ends[WARM - 1]) / (TRIAL - WARM)
-    steps = max(1, round(options.minutes * 60 / a_step))
+    train(TRIAL_STEPS, clock)
+    step_seconds = (clock.ends[-1] - clock.ends[WARMUP - 1]) / (TRIAL_STEPS - WARMUP)
+    steps = max(1, round(options.minutes * 60 / step_seconds))
     curve = Curve(lambda model: bits_per_byte(model, tokenizer, val), steps)
     train(steps, curve)
     minutes, value = curve.points[-1]
@@ -154,7 +154,7 @@ def loss(options: argparse.Namespace, tokenizer: Any, rows: list[dict]) -> dict[
 
 
 def plain_step(model: Any, rows: int, length: int, count: int) -> dict[str, float]:
-    """Forward with labels, backward and AdamW."""
+    """Measure a step of forward with labels, backward and AdamW."""
     optimizer = torch.optim.AdamW(model.parameters())
     ids = torch.randint(100, 6000, (rows, length), generator=torch.Generator().manual_seed(0))
     model.train()
@@ -164,71 +164,71 @@ def plain_step(model: Any, rows: int, length: int, count: int) -> dict[str, floa
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
 
-    return measured(step, model, optimizer, rows * length, count)
+    return measure_step(step, model, optimizer, rows * length, count)
 
 
 def throughput(
     options: argparse.Namespace, model: Any, tokenizer: Any, rows: list[dict]
 ) -> dict[str, float]:
-    """Real tokens or pairs a second."""
+    """Return non-padding tokens or pairs per second."""
     clock, seen = Clock(), []
-    how = {"bf16": options.bf16, "torch_compile": options.compile}
-    plain = {"bf16": options.bf16, "gradient_checkpointing": False}
-    if options.figure in ("packed", "padded"):
-        if options.figure == "packed":
-            ids = joined(tokenizer, rows, options.steps * ROWS)
+    extra = {"bf16": options.bf16, "torch_compile": options.compile}
+    trl_extra = {"bf16": options.bf16, "gradient_checkpointing": False}
+    if options.benchmark in ("packed", "padded"):
+        if options.benchmark == "packed":
+            ids = pack_rows(tokenizer, rows, options.steps * ROWS)
         else:
             ids = [tokenizer(row["text"])["input_ids"][:LENGTH] for row in rows]
         data = Dataset.from_dict({"input_ids": ids})
         collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
         trainer = Trainer(
-            model, TrainingArguments(**settings(options.steps, **how)), train_dataset=data,
-            data_collator=counting(collate, seen, real_tokens), callbacks=[clock],
+            model, TrainingArguments(**settings(options.steps, **extra)), train_dataset=data,
+            data_collator=counting_collator(collate, seen, real_tokens), callbacks=[clock],
         )  # fmt: skip
-    elif options.figure in ("sft", "sft_wrapped"):
+    elif options.benchmark in ("sft", "sft_wrapped"):
         from trl import SFTConfig, SFTTrainer
 
         data = Dataset.from_list([{"messages": row["conversations"]} for row in rows])
-        if options.figure == "sft_wrapped":
-            plain["packing_strategy"] = "wrapped"
-        config = SFTConfig(**settings(options.steps, **plain), packing=True, max_length=LENGTH)
+        if options.benchmark == "sft_wrapped":
+            trl_extra["packing_strategy"] = "wrapped"
+        config = SFTConfig(**settings(options.steps, **trl_extra), packing=True, max_length=LENGTH)
         trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer,
                              callbacks=[clock])  # fmt: skip
-        trainer.data_collator = counting(trainer.data_collator, seen, real_tokens)
+        trainer.data_collator = counting_collator(trainer.data_collator, seen, real_tokens)
     else:
         from trl import DPOConfig, DPOTrainer
 
         data = Dataset.from_list([{k: row[k] for k in ("chosen", "rejected")} for row in rows])
-        config = DPOConfig(**settings(options.steps, **plain), max_length=LENGTH)
+        config = DPOConfig(**settings(options.steps, **trl_extra), max_length=LENGTH)
         trainer = DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer,
                              callbacks=[clock])  # fmt: skip
-        trainer.data_collator = counting(trainer.data_collator, seen, lambda batch: ROWS)
+        trainer.data_collator = counting_collator(trainer.data_collator, seen, lambda batch: ROWS)
     trainer.train()
-    seconds = clock.ends[-1] - clock.ends[WARM - 1]
-    work = sum(seen[WARM : options.steps])
+    seconds = clock.ends[-1] - clock.ends[WARMUP - 1]
+    work = sum(seen[WARMUP : options.steps])
     return {"per_second": work / seconds, "seconds": seconds, "work": work}
 
 
 def real_tokens(batch: Any) -> int:
-    """Tokens that are no padding, whether a batch says so by a mask or by positions."""
+    """Return the number of non-padding tokens; a batch without a mask has no padding."""
     if "attention_mask" in batch:
         return int(batch["attention_mask"].sum())
     return int(batch["input_ids"].numel())
 
 
 def main() -> None:
-    """Measure one figure of one peer."""
+    """Run one benchmark of one peer."""
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
-    figures = ["packed", "padded", "sft", "sft_wrapped", "dpo", "loss", "evaluate", "step"]
-    parser.add_argument("figure", choices=figures)
+    names = ["packed", "padded", "sft", "sft_wrapped", "dpo", "loss", "evaluate", "step"]
+    parser.add_argument("benchmark", choices=names)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--length", type=int, default=LENGTH)
-    parser.add_argument("--matmul", default="highest", help="of torch.set_float32_matmul_precision")
-    parser.add_argument("--bf16", action="store_true", help="train under autocast")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument("--matmul", default="highest", help="float32 matmul precision of torch")
+    parser.add_argument("--bf16", action="store_true", help="train under bf16 autocast")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--val", type=Path)
@@ -237,12 +237,12 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or "<|endoftext|>"
-    rows = read(options.data)
-    if options.figure == "loss":
+    rows = read_jsonl(options.data)
+    if options.benchmark == "loss":
         found: dict[str, Any] = loss(options, tokenizer, rows)
-    elif options.figure == "evaluate":
+    elif options.benchmark == "evaluate":
         found = {"bits_per_byte": bits_per_byte(model, tokenizer, rows)}
-    elif options.figure == "step":
+    elif options.benchmark == "step":
         found = plain_step(model, options.rows, options.length, options.steps)
     else:
         found = throughput(options, model, tokenizer, rows)

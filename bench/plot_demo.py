@@ -1,11 +1,11 @@
-"""The picture of what a demo learned: bits per byte over minutes of training, with baselines.
+"""Plot of a demo's learning curves: bits per byte over minutes of training, with baselines.
 
     python -m bench.plot_demo [runs/demo] [docs/demo.svg]
 
-Reads metrics.jsonl and baselines.json of each stage. Pretraining and fine-tuning are drawn one
-after the other: a thin line is the training batch, a marker the validation text. They do not read
-the same text, so each has baselines of its own (none where baselines.json is missing). Preference
-optimisation has no bits per byte: beside them stands the share of held-out pairs that it prefers.
+Reads metrics.jsonl and baselines.json of each stage. Pretraining and fine-tuning follow each other
+in one plot: thin lines are training batches, markers are validation text. The two stages read
+different text, so each has its own baselines (none if baselines.json is missing). Preference
+optimization has no bits per byte: a second plot shows its accuracy on held-out pairs.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from trainlib.engine.metrics import (
     read_metrics,
 )
 
-TITLES = {"pretrain": "pretraining", "sft": "fine-tuning", "dpo": "preference optimisation"}
+TITLES = {"pretrain": "pretraining", "sft": "fine-tuning", "dpo": "preference optimization"}
 COLORS = {"pretrain": "#1f5fa8", "sft": "#b3541e", "dpo": "#3d7a3d"}
 TRAIN_BITS_PER_BYTE = "train/bits_per_byte"
 TRAIN_REWARD_ACCURACY = "train/reward_accuracy"
 
 
 class Curve(NamedTuple):
-    """A stage's points as (minutes since the demo began, value), in the order of steps."""
+    """Points of a stage as (minutes since the start of the demo, value), in step order."""
 
     stage: str
     train: list[tuple[float, float]]
@@ -42,7 +42,7 @@ class Curve(NamedTuple):
 
 
 def read_curves(demo: Path) -> list[Curve]:
-    """The curves of the stages that are there, each beginning where the one before it ended."""
+    """Return the curves of the existing stages; each starts where the previous one ended."""
     curves, begin = [], 0.0
     for stage in TITLES:
         if not (demo / stage / "metrics.jsonl").is_file():
@@ -66,32 +66,32 @@ def read_curves(demo: Path) -> list[Curve]:
 def points(
     rows: list[dict[str, float]], minutes: list[float], name: str
 ) -> list[tuple[float, float]]:
-    """(minute, value) of the lines that have a figure."""
+    """Return (minute, value) of the rows that have this metric."""
     return [(m, row[name]) for m, row in zip(minutes, rows, strict=True) if name in row]
 
 
 def read_baselines(folder: Path) -> dict[str, float]:
-    """baselines.json of a run; none where it is missing."""
+    """Return baselines.json of a run, or {} if the file is missing."""
     path = folder / "baselines.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Heights for labels near their values, at least a gap apart; values fall."""
-    places: list[float] = []
+    """Return label heights close to the descending values, at least `gap` apart."""
+    heights: list[float] = []
     for value in values:
-        places.append(min(value, places[-1] - gap) if places else value)
-    return places
+        heights.append(min(value, heights[-1] - gap) if heights else value)
+    return heights
 
 
 def draw(curves: list[Curve], picture: Path) -> None:
-    """Draw and write the picture; its ending says in which format."""
+    """Draw the plot and write it in the format of its file extension."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    # As text, with ids that do not change: the file is small, and its difference can be read.
+    # Text instead of paths, and fixed ids: the file stays small and its diffs readable.
     pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "demo", "font.size": 10}
     text = [curve for curve in curves if curve.stage != "dpo"]
     pairs = [curve for curve in curves if curve.stage == "dpo"]
@@ -109,41 +109,41 @@ def draw(curves: list[Curve], picture: Path) -> None:
 
 
 def draw_bits(axes: Any, curves: list[Curve]) -> None:
-    """Bits per byte of pretraining and fine-tuning."""
+    """Draw the bits per byte of pretraining and fine-tuning."""
     length = max(curve.end for curve in curves)
     for curve in curves:
         draw_curve(axes, curve)
         named = sorted(curve.baselines.items(), key=lambda item: -item[1])
-        for (name, value), place in zip(named, spread([v for _, v in named], 0.15), strict=True):
-            draw_baseline(axes, curve, f"{name} {value:.2f}", value, place)
+        for (name, value), height in zip(named, spread([v for _, v in named], 0.15), strict=True):
+            draw_baseline(axes, curve, f"{name} {value:.2f}", value, height)
     for curve in curves[1:]:
         axes.axvline(curve.begin, color="#bbbbbb", linewidth=0.8)
-    axes.set(xlabel="minutes of training", ylabel="bits per byte, less is better",
+    axes.set(xlabel="minutes of training", ylabel="bits per byte, lower is better",
              xlim=(0, length * 1.02))  # fmt: skip
     axes.plot([], [], color="#444444", linewidth=0.9, label="training batch")
     axes.plot([], [], color="#444444", marker="o", linestyle="none", label="held-out text")
-    axes.plot([], [], color="#777777", linestyle=":", label="without a model")
+    axes.plot([], [], color="#777777", linestyle=":", label="baseline")
     axes.legend(loc="lower left", frameon=False, fontsize=8)
 
 
 def draw_pairs(axes: Any, curve: Curve) -> None:
-    """Share of pairs whose better answer is preferred."""
+    """Draw the share of pairs in which the model prefers the chosen answer."""
     draw_curve(axes, curve)
     draw_baseline(axes, curve, "chance", 0.5, 0.5)
-    axes.set(xlabel="minutes of training", ylabel="share of pairs ranked right", ylim=(0, 1))
+    axes.set(xlabel="minutes of training", ylabel="accuracy on pairs", ylim=(0, 1))
 
 
-def draw_baseline(axes: Any, curve: Curve, text: str, value: float, place: float) -> None:
-    """A line over a stage's time, its name at a height of its own."""
+def draw_baseline(axes: Any, curve: Curve, text: str, value: float, height: float) -> None:
+    """Draw a horizontal line over a stage's time, with its label at `height`."""
     length = curve.end - curve.begin
     axes.hlines(value, curve.begin, curve.end, color="#777777", linewidth=0.9, linestyle=":")
-    axes.annotate(text, (curve.end - 0.12 * length, place), (0, 2), textcoords="offset points",
+    axes.annotate(text, (curve.end - 0.12 * length, height), (0, 2), textcoords="offset points",
                   ha="right", va="bottom", fontsize=8, color="#555555",
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4})  # fmt: skip
 
 
 def draw_curve(axes: Any, curve: Curve) -> None:
-    """Training as a thin line, validation as markers, with the values of the first and the last."""
+    """Draw training as a thin line and validation as markers; label the first and last marker."""
     color = COLORS[curve.stage]
     if curve.train:
         axes.plot(*zip(*curve.train, strict=True), color=color, linewidth=0.9, alpha=0.6)
@@ -161,17 +161,17 @@ def draw_curve(axes: Any, curve: Curve) -> None:
 
 
 def main() -> None:
-    """Draw the picture of a demo."""
-    form = argparse.RawDescriptionHelpFormatter
+    """Draw the plot of a demo."""
+    formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "python -m bench.plot_demo", None, __doc__, formatter_class=form
+        "python -m bench.plot_demo", None, __doc__, formatter_class=formatter
     )
     parser.add_argument("demo", type=Path, nargs="?", default=Path("runs/demo"))
     parser.add_argument("picture", type=Path, nargs="?", default=Path("docs/demo.svg"))
     options = parser.parse_args()
     curves = read_curves(options.demo)
     if not any(curve.train or curve.val for curve in curves if curve.stage != "dpo"):
-        sys.exit(f"error: {options.demo} holds no pretrain/metrics.jsonl with figures: `make demo`")
+        sys.exit(f"error: {options.demo} has no pretrain/metrics.jsonl. Run `make demo`.")
     draw(curves, options.picture)
     print(options.picture)
 

@@ -1,8 +1,8 @@
-"""One plain training step of ours: what it takes in memory and time, without data and loop.
+"""Memory and time of one plain training step of our model, without data loading or the loop.
 
     python -m bench.step --model FOLDER [--rows 8] [--length 512] [--steps 3] [--matmul WORD]
 
-Prints one JSON object, as bench.peers does of the same step.
+Prints one JSON object. bench.peers prints the same for the peer's step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench.common import measured
+from bench.common import measure_step
 from trainlib.core.distributed import SINGLE_PROCESS
 from trainlib.core.hardware import Choice, choose_hardware, find_facts, read_table
 from trainlib.data.batch import Batch
@@ -25,12 +25,12 @@ from trainlib.models.hf_folder import load_model
 
 
 def own_step(folder: Path, rows: int, length: int, count: int = 0) -> dict[str, float]:
-    """{"peak" in bytes, "per_second" in tokens} of forward, backward and AdamW, in fp32.
+    """Return "peak" in bytes and "per_second" in tokens of forward, backward and AdamW in fp32.
 
-    A row is one document and every position a label; `count` steps are timed, 0 = none.
+    Each row is one document with a label at every position. `count` steps are timed; 0 times none.
     """
     model = load_model(folder)
-    hardware = Hardware(torch.device("cpu"), "fp32", chosen().attention, False, rows)
+    hardware = Hardware(torch.device("cpu"), "fp32", cpu_choice().attention, False, rows)
     choose_kernels(hardware, model.config, length, SINGLE_PROCESS)
     optimizer = torch.optim.AdamW(model.parameters())
     batch = rows_of_one_document(rows, length)
@@ -40,16 +40,16 @@ def own_step(folder: Path, rows: int, length: int, count: int = 0) -> dict[str, 
         cross_entropy_sum(model(**batch.inputs), batch.selected(batch.labels)).backward()
         optimizer.step()
 
-    return measured(step, model, optimizer, rows * length, count)
+    return measure_step(step, model, optimizer, rows * length, count)
 
 
-def chosen() -> Choice:
-    """How a run computes on this CPU, but for precision, which a run measures."""
+def cpu_choice() -> Choice:
+    """Return the hardware settings of a run on this CPU, except precision, which a run measures."""
     return choose_hardware(find_facts(), read_table(), device="cpu")
 
 
 def rows_of_one_document(rows: int, length: int) -> Batch:
-    """Random tokens, as train.py's batches are."""
+    """Return a batch of random tokens in the layout of train.py's batches."""
     ids = torch.randint(100, 6000, (rows, length + 1), generator=torch.Generator().manual_seed(0))
     documents = torch.arange(rows).repeat_interleave(length).view(rows, length)
     edges = torch.arange(rows + 1, dtype=torch.int32) * length
@@ -59,15 +59,15 @@ def rows_of_one_document(rows: int, length: int) -> Batch:
 
 
 def main() -> None:
-    """Measure in a process of its own, as the peer's is."""
+    """Measure in a separate process, as for the peer."""
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--matmul", default=chosen().matmul)
+    parser.add_argument("--matmul", default=cpu_choice().matmul)
     options = parser.parse_args()
-    use_hardware(replace(chosen(), matmul=options.matmul))
+    use_hardware(replace(cpu_choice(), matmul=options.matmul))
     print(json.dumps(own_step(options.model, options.rows, options.length, options.steps)))
 
 

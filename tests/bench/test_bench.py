@@ -1,4 +1,4 @@
-"""Protects what of the benchmarks needs no time: their command lines, settings and page."""
+"""Protects the untimed parts of the benchmarks: command lines, settings and the generated page."""
 
 from __future__ import annotations
 
@@ -6,38 +6,38 @@ import json
 
 import pytest
 
-from bench.ablations import CENTRE, CHANGES, CONFIGS, is_default
-from bench.common import RECORDS, ROOT, parser_of
-from bench.report import WHAT, page
+from bench.ablations import BASELINE, CHANGES, CONFIGS, is_default
+from bench.common import RECORDS, ROOT, make_parser
+from bench.report import DESCRIPTIONS, page
 from trainlib.core.settings import load_config, recipe
 
 MACHINE = {"cpu": "A CPU", "threads": 2, "torch": "2.13", "date": "2026-01-01", "commit": "abc"}
 
 
 @pytest.mark.parametrize("stage", CHANGES)
-def test_each_ablation_changes_the_recipe_and_no_two_are_alike(stage):
-    file, centre = ROOT / f"configs/tiny_{stage}.yaml", CENTRE[stage].split()
+def test_every_ablation_has_a_different_recipe(stage):
+    file, baseline = ROOT / f"configs/tiny_{stage}.yaml", BASELINE[stage].split()
     found = [
-        repr(recipe(load_config(CONFIGS[stage], [*centre, *change.split()], file)))
+        repr(recipe(load_config(CONFIGS[stage], [*baseline, *change.split()], file)))
         for change in CHANGES[stage]
     ]
     assert len(set(found)) == len(found) and CHANGES[stage][0] == ""
 
 
 @pytest.mark.parametrize("stage", CHANGES)
-def test_the_recipe_is_one_of_the_settings_that_were_compared(stage):
+def test_the_recipe_is_one_of_the_compared_changes(stage):
     assert sum(is_default(stage, change) for change in CHANGES[stage]) == 1
 
 
-def test_a_figure_that_does_not_exist_is_named_with_those_that_do(capsys):
-    parser = parser_of("costs", "", ["mfu", "start"])
+def test_an_unknown_benchmark_is_an_error_that_lists_the_known_ones(capsys):
+    parser = make_parser("costs", "", ["mfu", "start"])
     assert parser.parse_args([]).names == [] and parser.parse_args(["mfu"]).names == ["mfu"]
     with pytest.raises(SystemExit):
         parser.parse_args(["mfv"])
-    assert "mfv is none of mfu, start" in capsys.readouterr().err
+    assert "unknown name mfv. Choose from mfu, start" in capsys.readouterr().err
 
 
-def test_the_page_gives_the_last_record_of_each_figure():
+def test_the_page_shows_the_last_record_of_each_benchmark():
     first, second = ({**MACHINE, "figure": "mfu", "median": value, "values": [0.25, value, 0.75],
                       "aim": ">= 0.65"} for value in (0.5, 0.625))  # fmt: skip
     text = page([first, second], [])
@@ -45,8 +45,8 @@ def test_the_page_gives_the_last_record_of_each_figure():
     assert "| mfu | 0.625 (0.25 to 0.75) | >= 0.65 |" in text and "0.5 (" not in text
 
 
-def test_ablations_are_ordered_and_compared_seed_by_seed():
-    """The change is 0.1 better with each of its two seeds, though the centre's mean is lower."""
+def test_ablations_are_compared_and_sorted_by_gain_on_equal_seeds():
+    """The change is 0.1 better on both of its seeds, although the baseline has the lower mean."""
     values = [("", 0, 2.0), ("", 1, 3.0), ("", 2, 1.0), ("seed=9", 0, 1.9), ("seed=9", 1, 2.9)]
     runs = [
         {
@@ -60,13 +60,13 @@ def test_ablations_are_ordered_and_compared_seed_by_seed():
         for change, seed, value in values
     ]
     lines = page([], runs).splitlines()
-    centre, changed = (next(i for i, s in enumerate(lines) if s.startswith(f"| {name}"))
-                       for name in ("the centre", "`seed=9`"))  # fmt: skip
-    assert changed < centre
-    assert lines[changed] == "| `seed=9` **(the recipe)** | +0.1000 | 2.4000 | 0.7071 | 2 |"
-    assert lines[centre] == "| the centre |  | 2.0000 | 1.0000 | 3 |"
+    baseline, changed = (next(i for i, s in enumerate(lines) if s.startswith(f"| {name}"))
+                         for name in ("baseline", "`seed=9`"))  # fmt: skip
+    assert changed < baseline
+    assert lines[changed] == "| `seed=9` **(recipe)** | +0.1000 | 2.4000 | 0.7071 | 2 |"
+    assert lines[baseline] == "| baseline |  | 2.0000 | 1.0000 | 3 |"
 
 
-def test_every_record_has_a_line_on_the_page():
-    figures = {json.loads(line)["figure"] for line in RECORDS.open(encoding="utf-8")}
-    assert len(figures) > 15 and figures == set(WHAT)
+def test_every_recorded_benchmark_has_a_description():
+    names = {json.loads(line)["figure"] for line in RECORDS.open(encoding="utf-8")}
+    assert len(names) > 15 and names == set(DESCRIPTIONS)

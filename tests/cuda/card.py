@@ -1,4 +1,4 @@
-"""A card as training uses it, and a model whose steps are taken on it."""
+"""The GPU as a run uses it, and a trainer that takes single steps on it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TINY = ModelConfig(
 
 
 class Machine(NamedTuple):
-    """What all checks work on."""
+    """Hardware, data, model sizes and working folder of all checks."""
 
     choice: Choice
     data: PackedDataset
@@ -45,20 +45,20 @@ class Machine(NamedTuple):
     folder: Path
 
     def hardware(self, rows: int = 0) -> Hardware:
-        """Use the choice, with another micro batch if one is given."""
+        """Apply the chosen hardware, with micro-batches of `rows` rows if given."""
         choice = replace(self.choice, micro_batch_size=rows) if rows else self.choice
         return use_hardware(choice)
 
     def batch(self, rows: int) -> Batch:
         """Return the first rows of the data, on the device."""
-        some = [row for row, _ in self.data.rows(DataPosition())][:rows]
-        return self.data.collate(some, rows).to(torch.device(self.choice.device))
+        first_rows = [row for row, _ in self.data.rows(DataPosition())][:rows]
+        return self.data.collate(first_rows, rows).to(torch.device(self.choice.device))
 
 
 def open_machine(folder: Path) -> Machine:
-    """Choose the hardware, and write data for each stage into the folder."""
+    """Choose the hardware and write data for each stage to the folder."""
     write_data(folder)
-    # A CPU would be measured first to choose between fp32 and bf16.
+    # With "auto", a CPU would first be measured to choose between fp32 and bf16.
     precision = "fp32" if DEVICE == "cpu" else "auto"
     choice = choose_hardware(find_facts(), read_table(), device=DEVICE, precision=precision)
     config = DataConfig(files=(str(folder / "pretrain.jsonl"),))
@@ -67,7 +67,7 @@ def open_machine(folder: Path) -> Machine:
 
 
 class Trainer:
-    """A fresh model, its optimizers, and the loop's own step, each on the next micro batch."""
+    """A new model with optimizers that takes the training loop's steps, one micro-batch each."""
 
     def __init__(self, machine: Machine, rows: int, compile_: bool = True) -> None:
         torch.manual_seed(0)
@@ -87,16 +87,16 @@ class Trainer:
         )
 
     def step(self) -> None:
-        """Update the model once."""
+        """Take one optimizer step."""
         batch = next(self.loader)
         optimizer_step(self.training, batch, 1.0)
         self.tokens += batch.num_tokens
 
     def predicted_peak(self, machine: Machine, rows: int) -> float:
-        """Return the bytes that --plan predicts for this step."""
-        known = Sizes(**vars(self.model.config))
-        return total(step_memory(known, "muon", machine.choice, LENGTH, 1, rows))
+        """Return the peak memory in bytes that --plan predicts for a step."""
+        sizes = Sizes(**vars(self.model.config))
+        return total(step_memory(sizes, "muon", machine.choice, LENGTH, 1, rows))
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that it was given."""
+        """Wait until the device has finished all queued work."""
         getattr(torch, self.hardware.device.type).synchronize()

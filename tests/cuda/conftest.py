@@ -1,7 +1,7 @@
-"""What the tests with the marker `cuda` share. `make gpu-check` runs them and prints their figures.
+"""Fixtures of the tests with the marker `cuda`. `make gpu-check` runs them and prints the results.
 
-They need an NVIDIA card and are skipped without one. CUDA_TESTS_DEVICE=cpu runs on the CPU what
-holds there too, with a small model: so the tests themselves are tested.
+The tests need an NVIDIA GPU and are skipped without one. To test the tests themselves,
+CUDA_TESTS_DEVICE=cpu runs those that also apply to a CPU, with a small model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.cuda.card import DEVICE, Machine, open_machine
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests of a card where there is none."""
+    """Skip the GPU tests if there is no GPU."""
     if DEVICE != "cuda" or torch.cuda.is_available():
         return
     for item in items:
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """The chosen hardware, with data for each stage."""
+    """Yield the chosen hardware with data for each stage."""
     folder = tmp_path_factory.mktemp("card")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRAIN_LLM_CACHE_DIR", str(folder / "cache"))
@@ -33,8 +33,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 @pytest.fixture(autouse=True)
-def exact_products() -> Iterator[None]:
-    """Put the precision of fp32 products back, which a choice of hardware sets."""
+def exact_matmul() -> Iterator[None]:
+    """Reset the precision of fp32 matrix products, which applying a hardware choice changes."""
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision("highest")
@@ -42,10 +42,10 @@ def exact_products() -> Iterator[None]:
 
 @pytest.fixture
 def report(record_property: Callable[[str, object], None]) -> Callable[..., None]:
-    """Note what is checked, the measured figure and its limit, for the table of gpu_check."""
+    """Return a function that records a check, its measured value and limit for gpu_check."""
 
-    def note(check: str, figure: str, limit: str = "") -> None:
+    def record(check: str, figure: str, limit: str = "") -> None:
         for name, value in (("check", check), ("figure", figure), ("limit", limit)):
             record_property(name, value)
 
-    return note
+    return record

@@ -1,4 +1,4 @@
-"""Protects each attention kernel on a card: fp64 arithmetic by hand, on packed documents."""
+"""Protects each attention kernel on a GPU, compared with fp64 formulas on packed documents."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from trainlib.engine.kernels import ATTENTION
 pytestmark = pytest.mark.cuda
 
 
-def by_hand(values, seen):
-    """Return output and gradients of the sum of its squares, in fp64."""
-    q, k, v = (value.clone().requires_grad_() for value in values)
+def fp64_reference(inputs, mask):
+    """Return the output and the gradients of its sum of squares, in fp64."""
+    q, k, v = (x.clone().requires_grad_() for x in inputs)
     groups = q.shape[1] // k.shape[1]
-    keys, content = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = (q @ keys.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
-    out = scores.softmax(-1) @ content
+    keys, values = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    scores = (q @ keys.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
+    out = scores.softmax(-1) @ values
     out.square().sum().backward()
     return [out.detach(), *(x.grad for x in (q, k, v))]
 
 
 @pytest.mark.parametrize("kernel", ["masked fp32", "varlen bf16", "blocks fp32", "masked 16 bits"])
-def test_output_and_gradients_of_a_kernel(kernel, machine, report):
+def test_kernel_matches_fp64_in_output_and_gradients(kernel, machine, report):
     choice, batch = machine.choice, machine.batch(4)
     name, precision = kernel.split(" ", 1)
     if name != "masked" and name != choice.attention:
@@ -39,21 +39,21 @@ def test_output_and_gradients_of_a_kernel(kernel, machine, report):
     limit = 1e-4 if dtype == torch.float32 else 2e-2
     generator = torch.Generator().manual_seed(0)
     shapes = [(4, heads, LENGTH, 64) for heads in (8, 4, 4)]
-    values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     documents = batch.document_ids.cpu()
-    # In padding all positions are 0, and kernels go by the order in a row.
+    # Kernels use the order in a row; position_ids are 0 throughout padding.
     positions = torch.arange(LENGTH).expand_as(documents)
-    expected = by_hand(values, visible(positions, positions, documents, documents)[:, None])
+    expected = fp64_reference(inputs, visible(positions, positions, documents, documents)[:, None])
     device = torch.device(choice.device)
     function = ATTENTION.get(name, AttentionOp())
     prepared = function.prepare(positions.to(device), batch.document_ids, batch.boundaries, dtype)
-    q, k, v = (value.to(device, dtype).requires_grad_() for value in values)
+    q, k, v = (x.to(device, dtype).requires_grad_() for x in inputs)
     out = function.attend(q, k, v, prepared)
     out.double().square().sum().backward()
     found = [out, q.grad, k.grad, v.grad]
     error = max(
-        float((ours.detach().cpu().double() - theirs).abs().max() / theirs.abs().max())
-        for ours, theirs in zip(found, expected, strict=True)
+        float((a.detach().cpu().double() - b).abs().max() / b.abs().max())
+        for a, b in zip(found, expected, strict=True)
     )
-    report(f"attention, {kernel}", f"off by {error:.1e}", f"{limit:.0e}")
+    report(f"attention, {kernel}", f"error {error:.1e}", f"{limit:.0e}")
     assert error < limit

@@ -1,4 +1,4 @@
-"""Protects the stages on a card as a user runs them: twenty steps, one killed and resumed."""
+"""Protects the stages on a GPU as a user runs them: twenty steps each, one killed and resumed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ STEPS = 20
 
 
 def losses_of(stage, machine, *more):
-    """Run a stage to its end, and return the losses of its steps and what it printed."""
+    """Run a stage to completion; return the losses of its steps and its output."""
     words, out_dir, env = command(stage, machine, *more)
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=env)
-    out = done.stdout + done.stderr
-    assert done.returncode == 0, out[-2000:]
+    result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=env)
+    out = result.stdout + result.stderr
+    assert result.returncode == 0, out[-2000:]
     rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").open(encoding="utf-8")]
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert len(losses) == STEPS and all(map(math.isfinite, losses))
@@ -35,7 +35,7 @@ def losses_of(stage, machine, *more):
 
 
 def command(stage, machine, *more):
-    """Return the words of a run, its folder and its environment."""
+    """Return the command of a run, its folder and its environment."""
     out_dir = machine.folder / stage
     words = [sys.executable, STAGES[stage], f"configs/tiny_{stage}.yaml", f"out_dir={out_dir}",
              f"data.files={machine.folder / stage}.jsonl", f"max_steps={STEPS}",
@@ -45,13 +45,13 @@ def command(stage, machine, *more):
     return words, out_dir, env
 
 
-def test_pretraining_is_killed_and_resumed(machine, report):
-    usual = asdict(ModelConfig())
-    sizes = [f"model.{k}={v}" for k, v in asdict(TINY).items() if v != usual[k]]
+def test_killed_pretraining_resumes_and_the_loss_falls(machine, report):
+    default = asdict(ModelConfig())
+    sizes = [f"model.{k}={v}" for k, v in asdict(TINY).items() if v != default[k]]
     more = [*sizes, "save_every_steps=5"]
     words, out_dir, env = command("pretrain", machine, *more)
-    quiet = subprocess.DEVNULL
-    process = subprocess.Popen(words, stdout=quiet, stderr=quiet, cwd=ROOT, env=env)
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(words, stdout=null, stderr=null, cwd=ROOT, env=env)
     while process.poll() is None and not (out_dir / "latest").exists():
         time.sleep(0.05)
     process.kill()
@@ -62,12 +62,12 @@ def test_pretraining_is_killed_and_resumed(machine, report):
     assert "resuming from" in out and losses[-1] < losses[0]
 
 
-def test_fine_tuning(machine, report):
+def test_fine_tuning_has_finite_losses(machine, report):
     losses, _ = losses_of("sft", machine, f"init_from={machine.folder}/pretrain/final")
     report("sft", f"loss {losses[0]:.3f} to {losses[-1]:.3f}", "finite")
 
 
-def test_preference_optimization_begins_at_ln_2(machine, report):
+def test_preference_optimization_starts_at_ln_2(machine, report):
     losses, _ = losses_of("dpo", machine, f"init_from={machine.folder}/sft/final")
-    report("dpo", f"loss {losses[0]:.3f} to {losses[-1]:.3f}", "begins at ln 2 +- 0.005")
+    report("dpo", f"loss {losses[0]:.3f} to {losses[-1]:.3f}", "starts at ln 2 +- 0.005")
     assert abs(losses[0] - math.log(2)) < 5e-3

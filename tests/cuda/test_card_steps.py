@@ -1,4 +1,4 @@
-"""Protects steps on a card: they compile once and wait for nothing. Memory and speed, measured."""
+"""Protects GPU steps: no recompilation, no synchronization, predicted memory. Reports speed."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from trainlib.engine.device import evaluation_mode
 from trainlib.engine.flops import flops_per_token, matmul_peak
 
 pytestmark = pytest.mark.cuda
-WARM, STEPS = 3, 10
+WARMUP, STEPS = 3, 10
 
 
 @pytest.fixture
 def trainer(machine):
-    """A model after its first steps."""
+    """Return a trainer that has taken its warmup steps."""
     trainer = Trainer(machine, min(8, machine.choice.micro_batch_size))
-    for _ in range(WARM):
+    for _ in range(WARMUP):
         trainer.step()
     return trainer
 
 
-def test_steps_compile_nothing_again(trainer, machine, report, monkeypatch):
+def test_steps_do_not_recompile(trainer, machine, report, monkeypatch):
     compiled = trainer.hardware.compile
     check = "compiled once" if compiled else "uncompiled steps"
-    report(check, f"{STEPS} steps and an evaluation", "no compilation")
+    report(check, f"{STEPS} steps and an evaluation", "no recompilation")
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", compiled)
     for _ in range(STEPS):
         trainer.step()
     with evaluation_mode(trainer.model), trainer.hardware.autocast():
         loss_fn(trainer.model, machine.batch(trainer.hardware.micro_batch_size))
     if machine.choice.compile:
-        assert compiled, "the layers could not be compiled (the log says why)"
+        assert compiled, "the layers could not be compiled (the log gives the reason)"
 
 
-def test_nothing_waits_for_the_device(trainer, report):
+def test_a_micro_batch_does_not_synchronize_with_the_device(trainer, report):
     if trainer.hardware.device.type != "cuda":
-        pytest.skip("only a card computes while the program goes on")
-    report("no hidden waiting", "copy of a batch, forward and backward", "no wait")
+        pytest.skip("only CUDA devices run asynchronously")
+    report("no synchronization", "copy of a batch, forward and backward", "no wait")
     batch = next(trainer.loader).micro_batches[0]
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -53,41 +53,41 @@ def test_nothing_waits_for_the_device(trainer, report):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_peak_of_a_step_is_the_predicted_one(machine, report):
-    """Of the table's micro batch, uncompiled."""
+def test_peak_memory_of_a_step_is_as_predicted(machine, report):
+    """Uncompiled, with the micro-batch size of the hardware table."""
     if machine.choice.device != "cuda":
-        pytest.skip("only a card's allocator counts its peak")
+        pytest.skip("only the CUDA allocator records its peak")
     rows = machine.choice.micro_batch_size
     trainer = Trainer(machine, rows, compile_=False)
     predicted = trainer.predicted_peak(machine, rows)
     trainer.step()
     torch.cuda.reset_peak_memory_stats()
     trainer.step()
-    held = torch.cuda.max_memory_allocated()
-    figure = f"{held / 1e9:.2f} GB of {predicted / 1e9:.2f} GB predicted, {rows} rows"
-    report("peak of a step", figure, "+-15%")
-    assert abs(held / predicted - 1) < 0.15
+    peak = torch.cuda.max_memory_allocated()
+    figure = f"{peak / 1e9:.2f} GB, predicted {predicted / 1e9:.2f} GB, {rows} rows"
+    report("peak memory of a step", figure, "+-15%")
+    assert abs(peak / predicted - 1) < 0.15
 
 
-def test_speed_of_the_best_product(machine, report):
+def test_speed_of_the_fastest_matrix_product(machine, report):
     precision = machine.hardware().precision
     peak = matmul_peak(torch.device(machine.choice.device), precision)
-    report("best product", f"{peak / 1e12:.2f} TFLOP/s in {precision}")
+    report("fastest matrix product", f"{peak / 1e12:.2f} TFLOP/s in {precision}")
 
 
-@pytest.mark.parametrize("how", ["uncompiled", "compiled"])
-@pytest.mark.parametrize("share", [8, 2, 1])
-def test_speed_of_steps(share, how, machine, report):
-    """Of an eighth, of half and of all rows of the table's micro batch."""
-    most = machine.choice.micro_batch_size
-    rows = max(1, most // share)
-    if share > 1 and rows == max(1, most // (share // 2)):
+@pytest.mark.parametrize("mode", ["uncompiled", "compiled"])
+@pytest.mark.parametrize("divisor", [8, 2, 1])
+def test_speed_of_steps(divisor, mode, machine, report):
+    """An eighth, a half and all rows of the hardware table's micro-batch."""
+    full = machine.choice.micro_batch_size
+    rows = max(1, full // divisor)
+    if divisor > 1 and rows == max(1, full // (divisor // 2)):
         pytest.skip(f"{rows} rows are measured by another test")
-    if how == "compiled" and not machine.choice.compile:
+    if mode == "compiled" and not machine.choice.compile:
         pytest.skip("layers are not compiled here")
-    trainer = Trainer(machine, rows, compile_=how == "compiled")
-    if how == "compiled" and not trainer.hardware.compile:
-        how = "uncompiled, as compiling failed"
+    trainer = Trainer(machine, rows, compile_=mode == "compiled")
+    if mode == "compiled" and not trainer.hardware.compile:
+        mode = "uncompiled, because compilation failed"
     trainer.step()
     trainer.synchronize()
     begin, before = time.perf_counter(), trainer.tokens
@@ -97,5 +97,5 @@ def test_speed_of_steps(share, how, machine, report):
     trainer.synchronize()
     speed = (trainer.tokens - before) / (time.perf_counter() - begin)
     peak = matmul_peak(trainer.hardware.device, trainer.hardware.precision)
-    used = speed * flops_per_token(trainer.model, machine.data.mean_context_length()) / peak
-    report(f"{rows} rows, {how}", f"{speed:,.0f} tokens/s, MFU {used:.0%}")
+    mfu = speed * flops_per_token(trainer.model, machine.data.mean_context_length()) / peak
+    report(f"{rows} rows, {mode}", f"{speed:,.0f} tokens/s, MFU {mfu:.0%}")

@@ -139,5 +139,5 @@ def test_the_picture_names_stages_and_baselines(tmp_path):
         plot_demo.draw(plot_demo.read_curves(tmp_path), picture)
     one, two = (picture.read_text(encoding="utf-8") for picture in pictures)
     assert one == two  # Drawn again, it does not change.
-    for text in ("pretraining", "fine-tuning", "preference optimisation", "uniform 3.90", "2.40"):
+    for text in ("pretraining", "fine-tuning", "preference optimization", "uniform 3.90", "2.40"):
         assert f">{text}<" in one, text
