@@ -227,9 +227,9 @@ def statute_conversations(articles: list[Article]) -> Iterator[Row]:
 
 
 def is_for_sft(row: Row) -> bool:
-    """Return whether a conversation is also for SFT: all, but only one in 24 about statutes.
+    """Return whether SFT uses a conversation: one in 24 of those about statutes, and all others.
 
-    With all 1,724 of those, a small model answered health questions with statutes.
+    With all 1,724 about statutes, a small model answered health questions with statutes.
     """
     return row.source != "statutes" or stable_hash(row.line) % 24 == 0
 
@@ -288,7 +288,7 @@ def preferences(archives: dict[str, Path], rows: list[Row]) -> Iterator[Row]:
 
 
 def ranked_pairs(published: list[dict[str, Any]]) -> Iterator[Row]:
-    """Yield published pairs in our format, with their ranking."""
+    """Convert the published pairs and keep their ranking."""
     roles = {"system": "system", "human": "user", "gpt": "assistant"}
     for pair in published:
         prompt = [message(roles[m["from"]], m["value"]) for m in pair["conversations"]]
@@ -328,7 +328,7 @@ def behaviour_pairs(rows: list[Row]) -> Iterator[Row]:
 
 
 def another_answer(question: str, answer: str, answers: list[str]) -> str | None:
-    """Return the most similar in length of 16 answers chosen by hash; None if there is no other.
+    """Return, of 16 answers chosen by hash, the closest in length; None if there is no other.
 
     With all answers as candidates, the few of a rare length would be rejected again and again.
     """
@@ -367,7 +367,7 @@ def repeat_passage(text: str) -> str | None:
 
 
 def continuation_pairs(articles: list[Article]) -> Iterator[Row]:
-    """Yield pairs of an article's second half and that of another article of the same law."""
+    """Pair the second half of an article with that of another article of the same law."""
     by_law: dict[str, list[tuple[Article, str, str]]] = {}
     for article in articles:
         halves = split_halves(article.text)

@@ -222,7 +222,7 @@ def _pip_config(config_file: str | None) -> dict[str, str]:
 
 
 class _Unverified(HTTPAdapter):
-    """Skips TLS verification for pip's trusted-host; `fetch` still verifies the sha256."""
+    """HTTP adapter without TLS verification, for pip's trusted-host; `fetch` checks the sha256."""
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> Any:
         kwargs["verify"] = False

@@ -28,7 +28,7 @@ NO_LETTERS = ("digits", "emoji", "other")
 SHINGLE = 8
 NUM_HASHES, BAND = 12, 4
 MIN_EQUAL_HASHES = 10
-"""Number of hashes of near-duplicates that agree: a Jaccard similarity of about 0.83."""
+"""Equal hashes that make two texts near-duplicates: a Jaccard similarity of about 0.83."""
 MAX_TEXTS = 2_000_000
 
 

@@ -28,7 +28,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tokenizer.bpe import SPECIAL_TOKENS
 from trainlib.data.containers import utf8_error
 
-# Merges never cross these pieces: English contractions, letters with one preceding character (a
+# Merges stay within these pieces: English contractions, letters with one preceding character (a
 # space, a comma), single digits, punctuation with the newlines after it, spaces. A newline after
 # anything but punctuation is a separate piece, so encode("assistant\n" + text) equals
 # encode("assistant\n") + encode(text) for every text, and the loss mask always fits the ids of the
@@ -45,7 +45,7 @@ PRE_TOKENIZE_PATTERN = (
 
 SECTION_BYTES = 1 << 20
 HELD_OUT_BYTES = 20_000_000
-"""Enough for bytes per token with three digits."""
+"""Enough to measure bytes per token to three digits."""
 # A row has one of the first three keys, or some of the others.
 TEXT_KEYS = (
     *("text", "conversations", "messages"),
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Train a byte-level BPE vocabulary.",
     )
     parser.add_argument(
-        "--data", nargs="+", required=True, type=Path, help=".jsonl or .txt files; repeats count"
+        "--data", nargs="+", required=True, type=Path, help=".jsonl or .txt; repeats count again"
     )
     parser.add_argument("--vocab-size", type=int, default=6400)
     parser.add_argument("--sample-bytes", type=byte_count, default="1GB", help="e.g. 200MB")
