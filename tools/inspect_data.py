@@ -202,7 +202,7 @@ def _rejecting_format(stage: str) -> Format:
 
 
 def _reject(row: Any, options: ReadOptions) -> Any:
-    raise ValueError(f"unknown row format (its keys: {formats.keys_of(row)})")
+    raise ValueError(f"unknown row format (keys: {formats.keys_of(row)})")
 
 
 class Analyzer:

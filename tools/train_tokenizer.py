@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Train a byte-level BPE vocabulary.",
     )
     parser.add_argument(
-        "--data", nargs="+", required=True, type=Path, help=".jsonl or .txt; duplicates count twice"
+        "--data", nargs="+", required=True, type=Path, help=".jsonl/.txt; a repeat counts twice"
     )
     parser.add_argument("--vocab-size", type=int, default=6400)
     parser.add_argument("--sample-bytes", type=byte_count, default="1GB", help="e.g. 200MB")

@@ -65,7 +65,7 @@ def test_every_row_of_a_file_of_the_wrong_format_is_broken(tmp_path, capsys):
     assert code == 1 and len(report["broken"]) == report["rows"] == 2
     code, [report] = doctor(capsys, write(tmp_path / "b.jsonl", [{"zzz": 1}, {"zzz": 2}]))
     assert code == 1 and len(report["broken"]) == 2 and report["kind"] is None
-    assert report["broken"][0]["reason"] == "unknown row format (its keys: zzz)"
+    assert report["broken"][0]["reason"] == "unknown row format (keys: zzz)"
     assert "tools.inspect_data --help" in data_report.terminal_text([report], "en", False)
     code, [report] = doctor(capsys, write(tmp_path / "c.jsonl", []))
     assert code == 1 and "empty" in report["broken"][0]["reason"]
@@ -177,7 +177,7 @@ def test_a_page_only_replaces_pages(tmp_path, capsys, monkeypatch):
     assert inspect_data.main([str(path), "--html", str(page)]) == 0
     capsys.readouterr()
     monkeypatch.setattr(inspect_data, "inspect", lambda *_: pytest.fail("inspected a file"))
-    for target, error in ((path, "would be lost"), (tmp_path / "no" / "a.html", "no folder"),
+    for target, error in ((path, "exists"), (tmp_path / "no" / "a.html", "no folder"),
                           (tmp_path, "is a folder")):  # fmt: skip
         assert inspect_data.main([str(path), "--html", str(target)]) == 1
         assert error in capsys.readouterr().err
