@@ -1,15 +1,15 @@
-"""Is training right on this machine's card, and how fast? A few minutes, one table.
+"""Correctness and speed of training on this machine's GPU: a few minutes, one table.
 
     python -m tools.gpu_check [--out docs/gpu.md] [CHECK ...]
 
     attention   each kernel against fp64 arithmetic, forward and backward, on packed documents
-    model       logits and gradient in fp32 against the CPU's, loss in 16 bits against fp32
-    steps       training compiles once, forward and backward wait for nothing, the predicted peak of
-                a step against the allocator's, tokens a second with and without compilation
-    stages      each stage for some steps, the first one killed and resumed
+    model       fp32 logits and gradients against those of the CPU, 16-bit loss against fp32
+    steps       training compiles once; forward and backward never synchronize; predicted against
+                allocated peak memory of a step; tokens per second with and without compilation
+    stages      a few steps of each stage; the first stage is killed and resumed
 
-Runs the tests with the marker `cuda` in tests/cuda/, and prints their results and figures. Exit
-code 1 if a check fails or there is no card. The table of all checks goes to docs/gpu.md.
+Runs the tests marked `cuda` in tests/cuda/ and prints their results and figures. The exit code is
+1 if a check fails or there is no GPU. If all checks run, the table is written to docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from trainlib.core.errors import UserError
 from trainlib.core.files import ROOT, refuse_to_overwrite
 
 CHECKS = ("attention", "model", "steps", "stages")
-WORDS = {"passed": "OK", "failed": "FAILED", "skipped": "skipped"}
+LABELS = {"passed": "OK", "failed": "FAILED", "skipped": "skipped"}
 TABLE = ("| check | result | figure | limit |", "| --- | --- | --- | --- |")
 
 
 class Row(NamedTuple):
-    """A row of the table."""
+    """One row of the table."""
 
     check: str
     result: str
@@ -39,44 +39,44 @@ class Row(NamedTuple):
     limit: str
 
     def line(self) -> str:
-        """Return the row in Markdown; a bar would end a cell."""
+        """Return the row in Markdown; "|" is replaced, as it would end a cell."""
         return f"| {' | '.join(cell.replace('|', '/') for cell in self)} |"
 
 
 class Results:
-    """A plugin of pytest that makes one row of each test."""
+    """Pytest plugin that collects one row per test."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Add a row for a test that has run, or that could not be set up or cleaned up."""
+        """Add a row for a test that ran, or whose setup or teardown did not pass."""
         if report.when == "call" or report.outcome != "passed":
-            self.rows.append(row_of(report))
+            self.rows.append(make_row(report))
 
     @property
     def passed(self) -> bool:
-        """Whether there was something to check and nothing failed."""
+        """Return whether at least one check passed and none failed."""
         results = {row.result for row in self.rows}
-        return WORDS["passed"] in results and WORDS["failed"] not in results
+        return LABELS["passed"] in results and LABELS["failed"] not in results
 
 
-def row_of(report: Any) -> Row:
-    """Return the row of a test's report: what it noted, else its name and why it ended."""
-    noted = dict(report.user_properties)
-    figure = noted.get("figure", "")
+def make_row(report: Any) -> Row:
+    """Return the row of a test report: its recorded properties, else its name and the reason."""
+    properties = dict(report.user_properties)
+    figure = properties.get("figure", "")
     if report.outcome == "skipped":
         figure = report.longrepr[2].removeprefix("Skipped: ")
     elif report.outcome == "failed":
         crash = getattr(report.longrepr, "reprcrash", None)
         reason = (str(crash.message if crash else report.longrepr).strip() or "?").splitlines()[0]
         figure = f"{figure} ({reason[:150]})".strip()
-    check = noted.get("check", report.nodeid.rpartition("::")[2])
-    return Row(check, WORDS[report.outcome], figure, noted.get("limit", ""))
+    check = properties.get("check", report.nodeid.rpartition("::")[2])
+    return Row(check, LABELS[report.outcome], figure, properties.get("limit", ""))
 
 
 def describe() -> str:
-    """Return the card's name and what drives it."""
+    """Return the GPU's name, memory and capability, the software versions and the date."""
     card = torch.cuda.get_device_properties(0)
     size = f"{card.total_memory / 2**30:.0f} GiB, capability {card.major}.{card.minor}"
     versions = f"CUDA {torch.version.cuda}, torch {torch.__version__}"
@@ -84,34 +84,34 @@ def describe() -> str:
 
 
 def run_tests(checks: list[str]) -> Results:
-    """Run the tests of the named checks; pytest prints what goes wrong."""
+    """Run the tests of the named checks; pytest prints the failures."""
     try:
         import pytest
     except ImportError:
         sys.exit("error: gpu_check needs pytest. Run `pip install -r requirements-dev.txt`.")
     results = Results()
     files = [str(ROOT / f"tests/cuda/test_card_{check}.py") for check in checks]
-    words = ["-q", "--no-header", "--tb=short", "-m", "cuda", f"--rootdir={ROOT}"]
-    pytest.main([*words, *files], plugins=[results])
+    options = ["-q", "--no-header", "--tb=short", "-m", "cuda", f"--rootdir={ROOT}"]
+    pytest.main([*options, *files], plugins=[results])
     return results
 
 
 def main() -> None:
-    """Run all checks, or those that are named, and print the table."""
+    """Run the named checks, or all of them, and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.gpu_check", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"of {', '.join(CHECKS)}")
-    parser.add_argument("--out", type=Path, help="where the table goes; of all checks docs/gpu.md")
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"any of {', '.join(CHECKS)}")
+    parser.add_argument("--out", type=Path, help="file for the table (all checks: docs/gpu.md)")
     options = parser.parse_args()
     for check in options.checks:
         if check not in CHECKS:
-            parser.error(f"{check} is none of {', '.join(CHECKS)}")
+            parser.error(f"{check} is not a check. Choose from {', '.join(CHECKS)}.")
     if not torch.cuda.is_available():
         sys.exit(
-            "error: torch sees no CUDA device here, so nothing was checked. See `sees no card` in "
-            "docs/troubleshooting.md."
+            "error: torch found no CUDA device, so nothing was checked. See the section Training "
+            "of docs/troubleshooting.md."
         )
     out = options.out or (None if options.checks else ROOT / "docs/gpu.md")
     if out:

@@ -1,15 +1,15 @@
-"""The data doctor: what is in these files, and what training on them would see.
+"""The data doctor: what data files contain, and what training would see of them.
 
     python -m tools.inspect_data FILE... [--stage STAGE] [--sample 1GB] [--json] [--html OUT]
 
-Every file is read to its end and every broken row is listed with line and reason; tokens, lengths
-and duplicates come from at most --sample bytes of it, spread over all of it (then "sampled" is
-true and "tokens" is an estimate for the whole). Exit code 1 when any row is broken or a file
-cannot be read; whatever else is found leaves 0.
+Every file is read in full, and every broken row is listed with its line and the reason. Tokens,
+lengths and duplicates are computed on at most --sample bytes of each file, spread over its length;
+for a larger file "sampled" is true and "tokens" is an estimate. The exit code is 1 if a row is
+broken or a file cannot be read. Other findings do not change it.
 
---json prints one object, {"files": [...]}, each file with path, format and kind (null if unknown),
-rows (all that were read), broken [{"line", "reason"}], tokens (positions of one epoch, as the log
-of a training run counts them), supervised_tokens (those under the loss), and the rest of Report.
+--json prints one object, {"files": [...]}. Each file has path, format and kind (null if unknown),
+rows (all rows of the file), broken [{"line", "reason"}], tokens (positions of one epoch, counted
+as in a training log), supervised_tokens (those in the loss), and the other fields of Report.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dataset import expand
 from tokenizer.bpe import SPECIAL_TOKENS, Sequence, Tokenizer, default_folder
 from tools.data_report import LANGUAGE, MARK, html_page, terminal_text
 from tools.past_runs import newest_speed, stage_settings
-from tools.text_statistics import MinHashes, above, bare, language, scripts, text_hash, words_of
+from tools.text_statistics import MinHashes, alnum, language, role_texts, score, scripts, text_hash
 from tools.train_tokenizer import byte_count, bytes_per_token, train
 from trainlib.core.errors import UserError
 from trainlib.core.files import refuse_to_overwrite
@@ -42,29 +42,29 @@ from trainlib.data.packing import pack_best_fit
 from trainlib.data.readers import Source
 
 DEFAULT_SAMPLE = 2_000_000_000
-MOST_LINES = 20
-"""Line numbers that a finding lists; its count is of all."""
+MAX_LINES = 20
+"""Number of lines that a finding lists; its count includes all rows."""
 TOKENIZER_SAMPLE = 3_000_000
-BETTER = 1.10
+MIN_RETRAIN_GAIN = 1.10
 
 
 @dataclass
 class Finding:
-    """How many rows something is true of, and the lines of the first."""
+    """The number of rows with a property, and the line numbers of the first ones."""
 
     count: int = 0
     lines: list[int] = field(default_factory=list)
 
     def add(self, line: int) -> None:
-        """One more row."""
+        """Count the row at a line."""
         self.count += 1
-        if len(self.lines) < MOST_LINES:
+        if len(self.lines) < MAX_LINES:
             self.lines.append(line)
 
 
 @dataclass
 class Report:
-    """All that is found in one file; shares are of 1, lengths in positions, disk in bytes."""
+    """The findings in one file; shares are between 0 and 1, lengths in tokens, sizes in bytes."""
 
     path: str
     format: str | None = None
@@ -109,7 +109,7 @@ class Report:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command and return its exit code."""
     doc = (__doc__ or "").split("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m tools.inspect_data",
@@ -118,17 +118,17 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a file, a folder or a pattern")
-    parser.add_argument("--stage", choices=list(ENCODERS), help="what it is meant for")
+    parser.add_argument("--stage", choices=list(ENCODERS), help="stage to check the files for")
     parser.add_argument("--sample", type=byte_count, default=DEFAULT_SAMPLE,
-                        help="bytes of each file to tokenize (default 2GB)")  # fmt: skip
+                        help="bytes of each file to tokenize (default: 2GB)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--html", type=Path, metavar="OUT", help="write a page for a projector")
-    parser.add_argument("--format", default="auto", choices=formats.NAMES, help="as data.format")
+    parser.add_argument("--html", type=Path, metavar="OUT", help="also write an HTML page to OUT")
+    parser.add_argument("--format", default="auto", choices=formats.NAMES, help="see data.format")
     parser.add_argument("--alpaca-join", default="newline", choices=["newline", "none"])
-    parser.add_argument("--tokenizer", type=Path, default=None, help="a folder (default: ours)")
-    parser.add_argument("--sequence-length", type=int, help="positions of a row (default: config)")
+    parser.add_argument("--tokenizer", type=Path, help="folder (default: the project's tokenizer)")
+    parser.add_argument("--sequence-length", type=int, help="tokens per row (default: config)")
     parser.add_argument("--tokens-per-second", type=float,
-                        help="speed (default: of the stage's newest run in runs/)")  # fmt: skip
+                        help="speed (default: the stage's newest run in runs/)")  # fmt: skip
     options = parser.parse_args(argv)
     try:
         if options.html:
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def inspect(path: Path, options: argparse.Namespace, tokenizer: Tokenizer) -> Report:
-    """Read one file to its end."""
+    """Read one file in full and return its report."""
     report = Report(str(path))
     read_options = ReadOptions(options.format, "\n" if options.alpaca_join == "newline" else "")
     try:
@@ -163,7 +163,7 @@ def inspect(path: Path, options: argparse.Namespace, tokenizer: Tokenizer) -> Re
         report.format, report.kind = format_.name, format_.kind
     share = min(1.0, options.sample / max(1, report.bytes))
     report.sampled = share < 1
-    looker = Looker(report, format_.kind, tokenizer, options)
+    analyzer = Analyzer(report, format_.kind, tokenizer, options)
     line = 0
     try:
         for line, row in formats.check_items(source.items(), path, format_, read_options):
@@ -175,38 +175,38 @@ def inspect(path: Path, options: argparse.Namespace, tokenizer: Tokenizer) -> Re
                 elif "different prompts" in row.reason:
                     report.different_prompts.add(line)
             elif share == 1 or (line * 0x9E3779B97F4A7C15 >> 32) % 2**20 < share * 2**20:
-                looker.look(row)
+                analyzer.add(row)
     except UserError as error:
         report.broken.append({"line": line + 1, "reason": str(error)})
-    looker.finish()
+    analyzer.finish()
     return report
 
 
 def _find_format(path: Path, options: argparse.Namespace) -> tuple[Source, Format, str]:
-    """The format, or one that takes no row, so that each is listed as broken."""
+    """Return the format, or one that rejects every row, so that each is listed as broken."""
     try:
         found = formats.detect(path, options.stage, options.format)
     except UserError:
         source = Source(path)
         if options.stage:
-            return source, _of(options.stage), ""
-        return source, Format("", "", "", lambda row: True, _none), ""
+            return source, _rejecting_format(options.stage), ""
+        return source, Format("", "", "", lambda row: True, _reject), ""
     if options.stage and found.format.kind != options.stage:
-        return found.source, _of(options.stage), found.reason
+        return found.source, _rejecting_format(options.stage), found.reason
     return found.source, found.format, found.reason
 
 
-def _of(stage: str) -> Format:
+def _rejecting_format(stage: str) -> Format:
     expected = formats.EXAMPLES[stage]
-    return Format("", stage, expected, lambda row: False, _none)
+    return Format("", stage, expected, lambda row: False, _reject)
 
 
-def _none(row: Any, options: ReadOptions) -> Any:
-    raise ValueError(f"no known kind of row (its keys: {formats.keys_of(row)})")
+def _reject(row: Any, options: ReadOptions) -> Any:
+    raise ValueError(f"unknown row format (keys: {formats.keys_of(row)})")
 
 
-class Looker:
-    """Looks at the rows of one file, one after the other, and keeps numbers alone."""
+class Analyzer:
+    """Statistics of the rows of one file, collected row by row."""
 
     def __init__(
         self, report: Report, kind: str, tokenizer: Tokenizer, options: argparse.Namespace
@@ -230,8 +230,8 @@ class Looker:
         self.texts: list[str] = []
         self.texts_bytes = 0
 
-    def look(self, record: Record) -> None:
-        """One row."""
+    def add(self, record: Record) -> None:
+        """Tokenize a row and add it to the statistics."""
         report, line = self.report, record.line
         report.rows_looked_at += 1
         sequences = ENCODERS[self.kind](self.tokenizer, record)
@@ -241,9 +241,9 @@ class Looker:
         self.supervised += sum(sum(sequence.mask) for sequence in sequences)
         if not any(any(sequence.mask[: self.length + 1]) for sequence in sequences):
             report.no_supervised.add(line)
-        words = list(words_of(record.value))
-        text = "\n".join(text for _, text in words)
-        if any(not text.strip() for role, text in words if role in ("text", "assistant")):
+        texts = list(role_texts(record.value))
+        text = "\n".join(text for _, text in texts)
+        if any(not text.strip() for role, text in texts if role in ("text", "assistant")):
             report.empty.add(line)
         if any(token in text for token in SPECIAL_TOKENS):
             report.special_text.add(line)
@@ -251,7 +251,7 @@ class Looker:
         self.hashes.append(text_hash(text))
         self.near.add(text)
         if isinstance(record.value, tuple):
-            self._look_at_pair(record.value[0], record.value[1], line)
+            self._add_pair(record.value[0], record.value[1], line)
         if len(report.examples) < 3:
             report.examples.append({"line": line, "pieces": self._pieces(sequences)})
 
@@ -268,18 +268,18 @@ class Looker:
             self.texts.append(text)
             self.texts_bytes += size
 
-    def _look_at_pair(self, chosen: list, rejected: list, line: int) -> None:
-        one, other = chosen[-1]["content"], rejected[-1]["content"]
-        if bare(one) == bare(other):
+    def _add_pair(self, chosen: list, rejected: list, line: int) -> None:
+        good, bad = chosen[-1]["content"], rejected[-1]["content"]
+        if alnum(good) == alnum(bad):
             self.report.template_pairs.add(line)
         prompt = set("".join(message["content"] for message in chosen[:-1]))
-        overlap = [len(prompt & set(text)) / max(1, len(set(text))) for text in (one, other)]
-        self.rules["longer"] += above(len(one), len(other))
-        self.rules["shorter"] += above(len(other), len(one))
-        self.rules["more overlap"] += above(overlap[0], overlap[1])
+        overlap = [len(prompt & set(text)) / max(1, len(set(text))) for text in (good, bad)]
+        self.rules["longer"] += score(len(good), len(bad))
+        self.rules["shorter"] += score(len(bad), len(good))
+        self.rules["more overlap"] += score(overlap[0], overlap[1])
 
     def _pieces(self, sequences: list[Sequence]) -> list[list[Any]]:
-        """Text of stretches of ids, each with: is it under the loss."""
+        """Return [text, in_loss] for each run of ids with the same loss mask."""
         pieces: list[list[Any]] = []
         for sequence in sequences:
             ids: list[int] = []
@@ -293,12 +293,12 @@ class Looker:
         return pieces
 
     def finish(self) -> None:
-        """Turn what was counted into the report."""
+        """Fill in the report."""
         report, lengths = self.report, np.array(self.lengths, np.int64)
         if not len(lengths):
             return
-        good = report.rows - len(report.broken)
-        scale = max(1.0, good / len(lengths)) if report.sampled else 1.0
+        valid_rows = report.rows - len(report.broken)
+        scale = max(1.0, valid_rows / len(lengths)) if report.sampled else 1.0
         report.tokens = round(int(lengths.sum()) * scale)
         report.supervised_tokens = round(self.supervised * scale)
         report.bytes_per_token = self.text_bytes / max(1, self.text_tokens)
@@ -309,17 +309,17 @@ class Looker:
         lines = np.array(self.lines)
         order = np.argsort(np.array(self.hashes, np.uint64), kind="stable")
         sorted_hashes = np.array(self.hashes, np.uint64)[order]
-        again = np.zeros(len(lines), bool)
-        again[order[1:]] = sorted_hashes[1:] == sorted_hashes[:-1]
-        report.exact_duplicates = Finding(int(again.sum()), lines[again][:MOST_LINES].tolist())
-        near = self.near.repeated() & ~again[: self.near.count]
+        exact = np.zeros(len(lines), bool)
+        exact[order[1:]] = sorted_hashes[1:] == sorted_hashes[:-1]
+        report.exact_duplicates = Finding(int(exact.sum()), lines[exact][:MAX_LINES].tolist())
+        near = self.near.duplicates() & ~exact[: self.near.count]
         report.near_duplicates = Finding(
-            int(near.sum()), lines[: self.near.count][near][:MOST_LINES].tolist()
+            int(near.sum()), lines[: self.near.count][near][:MAX_LINES].tolist()
         )
         if self.rules:
             report.trivial_rules = {rule: n / len(lengths) for rule, n in self.rules.items()}
         width = 2 if self.tokenizer.vocab_size <= 1 << 16 else 4
-        report.cache_bytes = report.tokens * (width + 1) + good * 26
+        report.cache_bytes = report.tokens * (width + 1) + valid_rows * 26
         report.steps_per_epoch = math.ceil(
             report.tokens / (1 - report.padding_packed) / report.tokens_per_step
         )
@@ -328,17 +328,17 @@ class Looker:
         self._retrain()
 
     def _retrain(self) -> None:
-        """Bytes per token on a fifth of the texts of a vocabulary that the others made."""
+        """Train a vocabulary on four fifths of the texts and evaluate it on the others."""
         if self.texts_bytes < 200_000:
-            return  # Too little to say anything.
+            return  # Not enough text for a meaningful figure.
         held_out = self.texts[::5]
         texts = (text for i, text in enumerate(self.texts) if i % 5)
-        made = bytes_per_token(train(texts, self.tokenizer.vocab_size), held_out)
+        retrained = bytes_per_token(train(texts, self.tokenizer.vocab_size), held_out)
         ids = sum(len(self.tokenizer.encode(text)) for text in held_out)
-        ours = sum(len(text.encode()) for text in held_out) / max(1, ids)
-        self.report.retrained_bytes_per_token = made
-        readable = self.report.path.endswith((".jsonl", ".txt"))  # By that program.
-        if made > BETTER * ours and readable:
+        current = sum(len(text.encode()) for text in held_out) / max(1, ids)
+        self.report.retrained_bytes_per_token = retrained
+        readable = self.report.path.endswith((".jsonl", ".txt"))  # By train_tokenizer.
+        if retrained > MIN_RETRAIN_GAIN * current and readable:
             self.report.retrain_command = (
                 f"python -m tools.train_tokenizer --data {self.report.path} "
                 f"--vocab-size {self.tokenizer.vocab_size} --out my_tokenizer"
@@ -361,8 +361,8 @@ def _describe_lengths(report: Report, lengths: np.ndarray, kind: str) -> None:
     report.padding_unpacked = 1 - float(np.minimum(lengths, row).sum() / (len(lengths) * row))
     units = lengths
     if kind == "pretrain":
-        whole, rest = np.divmod(lengths, row)
-        units = np.concatenate([np.full(int(whole.sum()), row), rest[rest > 0]])
+        full, rest = np.divmod(lengths, row)
+        units = np.concatenate([np.full(int(full.sum()), row), rest[rest > 0]])
     units = np.minimum(units, row)[:200_000]
     num_rows = len(pack_best_fit(units, row))
     report.padding_packed = 1 - float(units.sum()) / (num_rows * row)

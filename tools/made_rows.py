@@ -1,4 +1,4 @@
-"""Rows for each stage that need no download, for trying whether training works at all."""
+"""Synthetic rows for each stage, for quick tests of training without a download."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 
 def write_data(folder: Path) -> None:
-    """Rows for each stage, from sentences that count."""
+    """Write one JSONL file of counting sentences for each stage."""
     sentences = [f"第{i}条 {i} and {i} make {2 * i}. " * (1 + i * 7 % 23) for i in range(2000)]
 
-    def talk(question: str, answer: str) -> list[dict[str, str]]:
+    def chat(question: str, answer: str) -> list[dict[str, str]]:
         return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
     rows: dict[str, list[dict[str, Any]]] = {
         "pretrain": [{"text": text} for text in sentences],
-        "sft": [{"conversations": talk(f"{i}?", f"It is {i}.")} for i in range(400)],
+        "sft": [{"conversations": chat(f"{i}?", f"It is {i}.")} for i in range(400)],
         "dpo": [
-            {"chosen": talk(f"{i}?", f"It is {i}."), "rejected": talk(f"{i}?", f"No, {i + 1}!")}
+            {"chosen": chat(f"{i}?", f"It is {i}."), "rejected": chat(f"{i}?", f"No, {i + 1}!")}
             for i in range(400)
         ],
     }

@@ -1,4 +1,4 @@
-"""The time that past runs took: minutes of training, and the speed of the newest run of a stage."""
+"""Timings of past runs: the minutes of training, and the speed of a stage's newest run."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from trainlib.engine.run_folder import read_identity
 RUNS = Path("runs")
 
 
-def stage_settings(kind: str) -> dict[str, int]:
-    """sequence_length and tokens_per_step of configs/<stage>.yaml."""
-    path = ROOT / "configs" / f"{kind or 'pretrain'}.yaml"
+def stage_settings(stage: str) -> dict[str, int]:
+    """Return sequence_length and tokens_per_step from configs/<stage>.yaml."""
+    path = ROOT / "configs" / f"{stage or 'pretrain'}.yaml"
     default = {"sequence_length": 512, "tokens_per_step": 131072}
-    given = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {key: int(given.get(key, value)) for key, value in default.items()}
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {key: int(config.get(key, value)) for key, value in default.items()}
 
 
-def newest_speed(kind: str) -> tuple[float | None, str]:
-    """Return the tokens per second of the newest run of a stage that has some, and its folder."""
+def newest_speed(stage: str) -> tuple[float | None, str]:
+    """Return the last tokens per second of a stage's newest run that logged any, and its folder."""
     logs = [
         path
         for path in RUNS.rglob("metrics.jsonl")
-        if read_identity(path.parent).get("stage", "") == kind
+        if read_identity(path.parent).get("stage", "") == stage
     ]
     for log in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True):
         rows = read_metrics(log.parent)
@@ -36,11 +36,11 @@ def newest_speed(kind: str) -> tuple[float | None, str]:
 
 
 def minutes_trained(rows: list[dict[str, float]]) -> list[float]:
-    """Return the minutes of training at each row, without start, evaluations and checkpoints."""
-    minutes, tokens, found = 0.0, 0.0, []
+    """Return training minutes up to each row, excluding startup, evaluation and checkpoints."""
+    minutes, tokens, result = 0.0, 0.0, []
     for row in rows:
         if TRAIN_SPEED in row:
             minutes += (row[TRAIN_TOKENS] - tokens) / row[TRAIN_SPEED] / 60
             tokens = row[TRAIN_TOKENS]
-        found.append(minutes)
-    return found
+        result.append(minutes)
+    return result

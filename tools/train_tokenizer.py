@@ -1,14 +1,14 @@
-"""The trainer of a vocabulary: byte-level BPE over the text of the given files.
+"""Tokenizer training: byte-level BPE on the text of the given files.
 
 `python -m tools.train_tokenizer --data FILES --vocab-size N --sample-bytes 1GB --out DIR`
 
-1. `read_texts` streams at most `sample_bytes`, the same share of each file; of a file that is
-   larger, sections spread over its length. A file named twice counts twice.
-2. `_hold_out` keeps one text in fifty for evaluation, chosen by its sha1.
+1. `read_texts` streams at most `sample_bytes` in total, with an equal share for each file. Larger
+   files are sampled in sections spread over their length. A file named twice counts twice.
+2. `_hold_out` holds out one text in fifty, chosen by its sha1, for evaluation.
 3. `train` builds the vocabulary: special tokens, 256 bytes, then merges.
 4. `run` writes DIR/tokenizer.json and prints `bytes_per_token` of the held-out texts.
 
-Special tokens are never parsed out of the text, neither here nor in training a model.
+Special tokens are never parsed in the text, neither here nor when a model is trained.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tokenizer.bpe import SPECIAL_TOKENS
 from trainlib.data.containers import utf8_error
 
-# Pieces that no merge crosses: English contractions, letters with one character before them (a
-# space, a comma), single digits, punctuation with the newlines after it, blanks. A newline after
-# anything but punctuation is a piece of its own, so encode("assistant\n" + text) is
-# encode("assistant\n") + encode(text) for every text: the loss mask always fits the ids of the
-# chat template. Without any merges of newlines, texts would have 3 % more tokens.
+# Merges stay within these pieces: English contractions, letters with one preceding character (a
+# space, a comma), single digits, punctuation with the newlines after it, spaces. A newline after
+# anything but punctuation is a separate piece, so encode("assistant\n" + text) equals
+# encode("assistant\n") + encode(text) for every text, and the loss mask always fits the ids of the
+# chat template. Without any merges of newlines, texts would have 3% more tokens.
 PRE_TOKENIZE_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -45,8 +45,8 @@ PRE_TOKENIZE_PATTERN = (
 
 SECTION_BYTES = 1 << 20
 HELD_OUT_BYTES = 20_000_000
-"""Enough for three digits of bytes per token."""
-# A row has one of the first three, or some of the others.
+"""Enough to measure bytes per token to three digits."""
+# A row has one of the first three keys, or some of the others.
 TEXT_KEYS = (
     *("text", "conversations", "messages"),
     *("prompt", "chosen", "rejected", "instruction", "input", "output"),
@@ -61,11 +61,11 @@ def main(argv: list[str] | None = None) -> int:
         description="Train a byte-level BPE vocabulary.",
     )
     parser.add_argument(
-        "--data", nargs="+", required=True, type=Path, help=".jsonl or .txt; twice counts twice"
+        "--data", nargs="+", required=True, type=Path, help=".jsonl/.txt; a repeat counts twice"
     )
     parser.add_argument("--vocab-size", type=int, default=6400)
     parser.add_argument("--sample-bytes", type=byte_count, default="1GB", help="e.g. 200MB")
-    parser.add_argument("--out", type=Path, required=True, help="folder of tokenizer.json")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("--force", action="store_true", help="replace an existing tokenizer.json")
     options = parser.parse_args(argv)
     try:
@@ -77,18 +77,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train and write a vocabulary; raises ValueError for what the user can fix."""
+    """Train and write a vocabulary; raises ValueError for errors that the user can fix."""
     target = options.out / "tokenizer.json"
     if target.exists() and not options.force:
         raise ValueError(
-            f"{target} exists, and models trained with it need it: choose another --out, or"
-            " --force to replace it"
+            f"{target} exists, and models trained with it need it. Pass another --out, or --force"
+            " to replace it."
         )
     smallest = len(SPECIAL_TOKENS) + 256
     if options.vocab_size < smallest:
         raise ValueError(
             f"--vocab-size {options.vocab_size} is too small: {len(SPECIAL_TOKENS)} special tokens"
-            f" and 256 bytes need {smallest}"
+            f" and 256 bytes need {smallest}. Pass a larger --vocab-size."
         )
     held_out: list[str] = []
     texts = _hold_out(read_texts(options.data, options.sample_bytes), held_out)
@@ -104,11 +104,11 @@ def run(options: argparse.Namespace) -> None:
         temporary.unlink(missing_ok=True)
     print(f"wrote {target}: {bpe.get_vocab_size()} entries")
     if held_out:
-        print(f"held-out slice: {bytes_per_token(bpe, held_out):.3f} bytes per token")
+        print(f"held-out texts: {bytes_per_token(bpe, held_out):.3f} bytes per token")
 
 
 def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Return a byte-level BPE tokenizer whose first ids are SPECIAL_TOKENS, in their order."""
+    """Return a byte-level BPE tokenizer whose first ids are SPECIAL_TOKENS, in that order."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -129,14 +129,14 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def bytes_per_token(bpe: Tokenizer, texts: list[str]) -> float:
-    """Return the number of UTF-8 bytes of the texts divided by the number of their tokens."""
+    """Return the number of UTF-8 bytes of the texts divided by their number of tokens."""
     bpe.encode_special_tokens = True
     encodings = bpe.encode_batch(texts, add_special_tokens=False)
     return sum(len(t.encode("utf-8")) for t in texts) / sum(len(e.ids) for e in encodings)
 
 
 def _hold_out(texts: Iterator[str], held_out: list[str]) -> Iterator[str]:
-    """Yield the texts but one in fifty, which is appended to `held_out`."""
+    """Yield the texts, except one in fifty, which is appended to `held_out`."""
     held_out_bytes = 0
     for text in texts:
         if hashlib.sha1(text.encode("utf-8")).digest()[0] % 50 or held_out_bytes > HELD_OUT_BYTES:
@@ -152,11 +152,11 @@ def _hold_out(texts: Iterator[str], held_out: list[str]) -> Iterator[str]:
 def read_texts(files: list[Path], sample_bytes: int) -> Iterator[str]:
     """Yield the texts of all files, from at most sample_bytes in total.
 
-    Raises ValueError for a file that is missing or has a broken line.
+    Raises ValueError if a file is missing or has a broken line.
     """
     for file in files:
         if not file.is_file():
-            raise ValueError(f"{file} is not a file")
+            raise ValueError(f"{file} is not a file. Pass .jsonl or .txt files to --data.")
     sizes = [file.stat().st_size for file in files]
     for file, share in zip(files, shares(sizes, sample_bytes), strict=True):
         for line, offset in _lines(file, share):
@@ -167,7 +167,7 @@ def read_texts(files: list[Path], sample_bytes: int) -> Iterator[str]:
 
 
 def shares(sizes: list[int], total: int) -> list[int]:
-    """Return the bytes to read of each file: equal shares, but small files leave more to others."""
+    """Return the bytes to read per file: equal shares; unused bytes go to larger files."""
     result = [0] * len(sizes)
     remaining = total
     for rank, i in enumerate(sorted(range(len(sizes)), key=lambda i: sizes[i])):
@@ -177,14 +177,14 @@ def shares(sizes: list[int], total: int) -> list[int]:
 
 
 def _lines(file: Path, share: int) -> Iterator[tuple[str, int]]:
-    """Yield lines (JSONL) or groups of lines (.txt) and their byte offset, `share` bytes in all."""
+    """Yield lines (JSONL) or groups of lines (.txt), `share` bytes in all, and their offsets."""
     size = file.stat().st_size
     num_sections = 1 if share >= size else max(1, min(64, share // SECTION_BYTES))
     with file.open("rb") as stream:
         for number in range(num_sections):
             stream.seek(size * number // num_sections)
             if number:
-                stream.readline()  # The rest of a line that began before.
+                stream.readline()  # Skip the rest of a partial line.
             remaining = share // num_sections
             while remaining > 0 and (raw := _next_text(stream, file)):
                 offset = stream.tell() - len(raw)
@@ -195,7 +195,7 @@ def _lines(file: Path, share: int) -> Iterator[tuple[str, int]]:
 
 
 def _decode(raw: bytes, file: Path, offset: int) -> str:
-    """Return the text of lines that start at a byte of a file; raises ValueError if not UTF-8."""
+    """Decode lines that start at a byte offset of a file; raises ValueError if not UTF-8."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -206,26 +206,26 @@ def _decode(raw: bytes, file: Path, offset: int) -> str:
 
 
 def _next_text(stream: Any, file: Path) -> bytes:
-    """Return the next line; of a .txt file, lines of about 4 KB, as newlines are text there."""
+    """Return the next line, or about 4 KB of lines of a .txt file, where newlines are text."""
     if file.suffix != ".txt":
         return stream.readline()
     return b"".join(stream.readlines(4_000))
 
 
 def _texts_of(line: str, file: Path, offset: int) -> Iterator[str]:
-    """Yield the texts of a row of JSONL, each turn of a conversation separately."""
+    """Yield the texts of a JSONL row, each turn of a conversation separately."""
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{file}, at byte {offset}: not a line of JSON ({error})") from error
+        raise ValueError(f"{file}, line at byte {offset}: not valid JSON ({error})") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{file}, at byte {offset}: not a JSON object")
-    found = [row[key] for key in TEXT_KEYS if isinstance(row.get(key), str | list)]
-    if not found:
+        raise ValueError(f"{file}, line at byte {offset}: not a JSON object")
+    values = [row[key] for key in TEXT_KEYS if isinstance(row.get(key), str | list)]
+    if not values:
         raise ValueError(
-            f"{file}, at byte {offset}: none of {', '.join(TEXT_KEYS)} in {sorted(row)[:8]}"
+            f"{file}, line at byte {offset}: none of {', '.join(TEXT_KEYS)} in {sorted(row)[:8]}"
         )
-    for value in found:
+    for value in values:
         for turn in value if isinstance(value, list) else [value]:
             content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn
             if isinstance(content, str) and content:
@@ -233,11 +233,11 @@ def _texts_of(line: str, file: Path, offset: int) -> Iterator[str]:
 
 
 def byte_count(text: str) -> int:
-    """Parse a number of bytes like 300000, 500KB, 20MB or 1GB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|)", text.strip().upper())
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes like 500MB or 1GB")
-    return int(float(found[1]) * UNITS[found[2]])
+    """Parse a number of bytes such as 300000, 500KB, 20MB or 1GB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|)", text.strip().upper())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a byte count such as 500MB or 1GB")
+    return int(float(match[1]) * UNITS[match[2]])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Protects make gpu-check: its table, and on a CPU what of the tests in tests/cuda/ holds there."""
+"""Protects make gpu-check: its table, and the tests in tests/cuda/ that also run on a CPU."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from tools import gpu_check
-from tools.gpu_check import CHECKS, Results, row_of
+from tools.gpu_check import CHECKS, Results, make_row
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def report(outcome, when="call", longrepr=None, **noted):
-    """A report as pytest makes one of each phase of a test."""
+def report(outcome, when="call", longrepr=None, **properties):
+    """Return a report like those that pytest makes for each phase of a test."""
     return SimpleNamespace(
         nodeid="tests/cuda/test_card_steps.py::test_speed", when=when, outcome=outcome,
-        longrepr=longrepr, user_properties=list(noted.items()),
+        longrepr=longrepr, user_properties=list(properties.items()),
     )  # fmt: skip
 
 
@@ -36,7 +36,7 @@ SKIPPED = report("skipped", "setup", ("file", 3, "Skipped: attention is varlen h
 
 
 @pytest.mark.parametrize(
-    "found, line",
+    "test_report, line",
     [
         (PASSED, "| logits in fp32 | OK | off by 2.0e-06 | 1e-03 |"),
         (FAILED, "| loss | FAILED | +2% (assert 2 < 1) |  |"),
@@ -44,11 +44,11 @@ SKIPPED = report("skipped", "setup", ("file", 3, "Skipped: attention is varlen h
         (report("failed", "setup", "a | b"), "| test_speed | FAILED | (a / b) |  |"),
     ],
 )
-def test_a_test_is_a_row(found, line):
-    assert row_of(found).line() == line
+def test_each_test_becomes_a_row(test_report, line):
+    assert make_row(test_report).line() == line
 
 
-def test_all_must_pass_and_something_must_run():
+def test_no_check_may_fail_and_one_must_pass():
     def passed(*reports):
         results = Results()
         for each in reports:
@@ -63,9 +63,9 @@ def test_all_must_pass_and_something_must_run():
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Run the command with a card and these reports; gives its exit code."""
+    """Return a function that runs the command with a GPU and test reports; gives the exit code."""
 
-    def command(*words, reports=()):
+    def command(*arguments, reports=()):
         def tests(checks):
             results = Results()
             for each in reports:
@@ -76,7 +76,7 @@ def run(monkeypatch, tmp_path):
         monkeypatch.setattr(gpu_check, "describe", lambda: "A card")
         monkeypatch.setattr(gpu_check, "run_tests", tests)
         monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-        monkeypatch.setattr(sys, "argv", ["gpu_check", *words])
+        monkeypatch.setattr(sys, "argv", ["gpu_check", *arguments])
         with pytest.raises(SystemExit) as exit_:
             gpu_check.main()
         return int(exit_.value.code or 0)
@@ -94,11 +94,11 @@ def test_the_table_is_printed_and_written(run, tmp_path, capsys):
     assert "FAILED" in (tmp_path / "docs/gpu.md").read_text()
 
 
-def test_some_checks_leave_the_page_alone(run, tmp_path, capsys):
+def test_running_some_checks_does_not_write_the_page(run, tmp_path, capsys):
     assert run("model", reports=[PASSED]) == 0
     assert not (tmp_path / "docs/gpu.md").exists() and "| OK |" in capsys.readouterr().out
     assert run("modle") == 2
-    assert "modle is none of attention, model" in capsys.readouterr().err
+    assert "modle is not a check. Choose from attention, model" in capsys.readouterr().err
 
 
 def test_a_file_without_a_table_is_not_replaced(run, tmp_path, capsys):
@@ -107,27 +107,27 @@ def test_a_file_without_a_table_is_not_replaced(run, tmp_path, capsys):
     assert "gpu.md exists and would be lost" in capsys.readouterr().err
 
 
-def test_without_a_card_or_pytest_the_command_says_so(monkeypatch):
+def test_a_missing_card_or_pytest_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu_check"])
-    with pytest.raises(SystemExit, match="no CUDA device here, so nothing was checked"):
+    with pytest.raises(SystemExit, match="no CUDA device, so nothing was checked"):
         gpu_check.main()
     monkeypatch.setitem(sys.modules, "pytest", None)
     with pytest.raises(SystemExit, match="pip install -r requirements-dev.txt"):
         gpu_check.run_tests(["model"])
 
 
-def test_every_check_has_its_tests():
+def test_every_check_has_tests():
     files = {path.stem.removeprefix("test_card_") for path in ROOT.glob("tests/cuda/test_*.py")}
     assert files == set(CHECKS)
 
 
 @pytest.mark.slow
-def test_what_holds_on_a_cpu_too_passes_there():
-    words = ["-q", "-m", "cuda", "-k", "not speed", "-p", "no:cacheprovider", "tests/cuda"]
+def test_the_cuda_tests_that_apply_to_a_cpu_pass_there():
+    arguments = ["-q", "-m", "cuda", "-k", "not speed", "-p", "no:cacheprovider", "tests/cuda"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words],
+        [sys.executable, "-m", "pytest", *arguments],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "CUDA_TESTS_DEVICE": "cpu"},
     )  # fmt: skip
-    # Two kernels or one, three of the model, one of the steps, three stages.
+    # One or two kernels, three model tests, one step test, three stages.
     assert re.search(r"\b[89] passed, [45] skipped", done.stdout), done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Protects the data doctor: all rows counted, all broken ones listed, and findings are true."""
+"""Protects the data doctor: every row is counted, broken rows are listed, findings are correct."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def chat(question, answer):
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft", "dpo"])
-def test_counts_are_those_of_training(kind, tmp_path, capsys, tokenizer):
+def test_counts_match_training(kind, tmp_path, capsys, tokenizer):
     rows = {
         "pretrain": [{"text": f"row {i} 行"} for i in range(30)],
         "sft": [chat(f"q{i}", f"a{i} 答") for i in range(30)],
@@ -59,13 +59,13 @@ def test_every_broken_row_is_listed_and_the_exit_code_is_one(tmp_path, capsys):
     assert all(set(row) == {"line", "reason"} and row["reason"] for row in report["broken"])
 
 
-def test_a_file_of_another_kind_or_none_is_broken_throughout(tmp_path, capsys):
+def test_every_row_of_a_file_of_the_wrong_format_is_broken(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
     code, [report] = doctor(capsys, path, "--stage", "sft")
     assert code == 1 and len(report["broken"]) == report["rows"] == 2
     code, [report] = doctor(capsys, write(tmp_path / "b.jsonl", [{"zzz": 1}, {"zzz": 2}]))
     assert code == 1 and len(report["broken"]) == 2 and report["kind"] is None
-    assert report["broken"][0]["reason"] == "no known kind of row (its keys: zzz)"
+    assert report["broken"][0]["reason"] == "unknown row format (keys: zzz)"
     assert "tools.inspect_data --help" in data_report.terminal_text([report], "en", False)
     code, [report] = doctor(capsys, write(tmp_path / "c.jsonl", []))
     assert code == 1 and "empty" in report["broken"][0]["reason"]
@@ -74,7 +74,7 @@ def test_a_file_of_another_kind_or_none_is_broken_throughout(tmp_path, capsys):
     assert report["broken"][0]["reason"].endswith("absent.jsonl does not exist")
 
 
-def test_hours_are_those_of_the_newest_run_of_the_stage(tmp_path, capsys):
+def test_hours_use_the_speed_of_the_newest_run_of_the_stage(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{"text": "a"}])
     assert doctor(capsys, path)[1][0]["tokens_per_second"] is None
     runs = {"pretrain_old": ("pretrain", 10.0), "mine": ("pretrain", 20.0),
@@ -87,7 +87,7 @@ def test_hours_are_those_of_the_newest_run_of_the_stage(tmp_path, capsys):
         os.utime(folder / "metrics.jsonl", (age, age))
     [report] = doctor(capsys, path)[1]
     assert (report["tokens_per_second"], report["speed_of"]) == (20.0, "runs/mine")
-    assert "20 tokens per second (as in runs/mine)" in data_report.terminal_text(
+    assert "20 tokens per second (measured in runs/mine)" in data_report.terminal_text(
         [report], "en", False
     )
 
@@ -106,7 +106,7 @@ def test_findings(tmp_path, capsys):
         chat("天地玄黄宇宙洪荒", "日月盈昃辰宿列张"),
     ]  # fmt: skip
     code, [report] = doctor(capsys, write(tmp_path / "a.jsonl", rows), "--sequence-length", 256)
-    assert code == 0  # Findings other than broken rows leave it.
+    assert code == 0  # Only broken rows change it.
     assert report["special_text"] == {"count": 1, "lines": [1]}
     assert report["empty"]["lines"] == [2] and report["exact_duplicates"]["lines"] == [4]
     assert report["near_duplicates"]["lines"] == [6]
@@ -116,7 +116,7 @@ def test_findings(tmp_path, capsys):
     assert report["packing_gain"] > 1.5 and report["padding_packed"] < report["padding_unpacked"]
 
 
-def test_what_the_context_loses_is_to_be_mended(tmp_path, capsys):
+def test_truncation_that_loses_tokens_needs_a_fix(tmp_path, capsys):
     long = "word " * 300
     cases = {
         "fits": ([chat("q", "a")] * 3, False),
@@ -126,9 +126,9 @@ def test_what_the_context_loses_is_to_be_mended(tmp_path, capsys):
     for name, (rows, lost) in cases.items():
         path = write(tmp_path / f"{name}.jsonl", rows)
         code, [report] = doctor(capsys, path, "--sequence-length", 64)
-        said = data_report.terminal_text([report], "en", False)
-        assert code == 0 and ("nothing to mend" in said) is not lost, name
-        assert ("lost beyond the context" in said and "sequence_length=" in said) is lost, name
+        text = data_report.terminal_text([report], "en", False)
+        assert code == 0 and ("nothing to fix" in text) is not lost, name
+        assert ("lost to truncation" in text and "sequence_length=" in text) is lost, name
     assert "data.too_long=drop" in data_report.html_page(
         doctor(capsys, tmp_path / "most.jsonl", "--sequence-length", 64)[1], "en"
     )
@@ -149,14 +149,14 @@ def test_preference_findings(tmp_path, capsys):
 def test_a_sample_reads_all_rows_and_estimates_tokens(tmp_path, capsys):
     rows = [{"text": f"row {i} of many rows"} for i in range(1500)] + ["{\n"]
     path = write(tmp_path / "a.jsonl", rows)
-    _, [whole] = doctor(capsys, path)
-    code, [part] = doctor(capsys, path, "--sample", "12KB")
-    assert code == 1 and part["sampled"] and part["rows"] == whole["rows"] == 1501
-    assert part["broken"] == whole["broken"] and 100 < part["rows_looked_at"] < 900
-    assert part["tokens"] == pytest.approx(whole["tokens"], rel=0.05)
+    _, [full] = doctor(capsys, path)
+    code, [sampled] = doctor(capsys, path, "--sample", "12KB")
+    assert code == 1 and sampled["sampled"] and sampled["rows"] == full["rows"] == 1501
+    assert sampled["broken"] == full["broken"] and 100 < sampled["rows_looked_at"] < 900
+    assert sampled["tokens"] == pytest.approx(full["tokens"], rel=0.05)
 
 
-def test_terminal_and_page_in_both_languages(tmp_path, capsys, monkeypatch):
+def test_terminal_and_page_work_in_both_languages(tmp_path, capsys, monkeypatch):
     page = tmp_path / "page.html"
     files = [GOLDEN / "minimind.jsonl", GOLDEN / "wyf3_dpo.json", GOLDEN / "unpaired.jsonl"]
     assert inspect_data.main([*map(str, files), "--html", str(page)]) == 1
@@ -170,21 +170,21 @@ def test_terminal_and_page_in_both_languages(tmp_path, capsys, monkeypatch):
     assert data_report._language() == "zh"
 
 
-def test_a_page_replaces_pages_alone(tmp_path, capsys, monkeypatch):
+def test_a_page_only_replaces_pages(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "a.jsonl", [{"text": "a"}])
     page = tmp_path / "page.html"
     assert inspect_data.main([str(path), "--html", str(page)]) == 0
     assert inspect_data.main([str(path), "--html", str(page)]) == 0
     capsys.readouterr()
-    monkeypatch.setattr(inspect_data, "inspect", lambda *_: pytest.fail("began to work"))
-    for place, said in ((path, "would be lost"), (tmp_path / "no" / "a.html", "no folder"),
-                        (tmp_path, "is a folder")):  # fmt: skip
-        assert inspect_data.main([str(path), "--html", str(place)]) == 1
-        assert said in capsys.readouterr().err
+    monkeypatch.setattr(inspect_data, "inspect", lambda *_: pytest.fail("inspected a file"))
+    for target, error in ((path, "exists"), (tmp_path / "no" / "a.html", "no folder"),
+                          (tmp_path, "is a folder")):  # fmt: skip
+        assert inspect_data.main([str(path), "--html", str(target)]) == 1
+        assert error in capsys.readouterr().err
     assert path.read_text() == '{"text": "a"}\n'
 
 
-def test_a_page_and_a_terminal_never_run_what_the_data_say(tmp_path, capsys):
+def test_a_page_and_a_terminal_never_execute_text_of_the_data(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{"text": "<script>alert(1)</script>\x1b[2J"}, "<b>\n"])
     page = tmp_path / "page.html"
     inspect_data.main([str(path), "--html", str(page)])

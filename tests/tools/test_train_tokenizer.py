@@ -1,4 +1,4 @@
-"""Protects the vocabulary: its ids, what its pieces may not cross, and what it was trained on."""
+"""Protects the vocabulary: its ids, the boundaries of merges, and its training data."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def committed() -> Tokenizer:
 
 
 @pytest.mark.parametrize("which", ["small", "committed"])
-def test_special_tokens_have_the_first_ids_in_their_order(
+def test_special_tokens_have_the_first_ids_in_order(
     which: str, request: pytest.FixtureRequest
 ) -> None:
     bpe: Tokenizer = request.getfixturevalue(which)
@@ -46,19 +46,19 @@ def test_special_tokens_have_the_first_ids_in_their_order(
 
 
 @pytest.mark.parametrize("which", ["small", "committed"])
-def test_every_text_comes_back(which: str, request: pytest.FixtureRequest) -> None:
+def test_decoding_restores_every_text(which: str, request: pytest.FixtureRequest) -> None:
     bpe: Tokenizer = request.getfixturevalue(which)
     ascii_signs = "".join(map(chr, range(32, 127)))
     signs = "e\u0301 \U0001f600 \t\r\n \u3000 <|im_start|><think>\x00" + ascii_signs
     for text in (*TEXT, signs, "", " ", "\n\n\n"):
         ids = bpe.encode(text, add_special_tokens=False).ids
         assert bpe.decode(ids, skip_special_tokens=False) == text
-        assert not ids or min(ids) >= len(SPECIAL_TOKENS), "special text must stay text"
+        assert not ids or min(ids) >= len(SPECIAL_TOKENS), "a special token was parsed"
 
 
 @pytest.mark.parametrize("which", ["small", "committed"])
-def test_a_turn_can_be_cut_after_its_role(which: str, request: pytest.FixtureRequest) -> None:
-    """What the loss mask relies on: role + newline never merges with the text that follows."""
+def test_a_turn_can_be_split_after_its_role(which: str, request: pytest.FixtureRequest) -> None:
+    """The loss mask requires that role + newline never merges with the following text."""
     bpe: Tokenizer = request.getfixturevalue(which)
 
     def ids(text: str) -> list[int]:
@@ -81,26 +81,26 @@ def test_a_turn_can_be_cut_after_its_role(which: str, request: pytest.FixtureReq
             assert ids(role + text) == ids(role) + ids(text), (role, text)
 
 
-def test_digits_stay_single(committed: Tokenizer) -> None:
+def test_digits_are_never_merged(committed: Tokenizer) -> None:
     assert len(committed.encode("1234567890").ids) == 10
     texts = set(committed.get_vocab()) - set(SPECIAL_TOKENS)
     assert not [text for text in texts if len(text) > 1 and re.search("[0-9]", text)]
 
 
-def test_the_committed_vocabulary_has_its_size(committed: Tokenizer) -> None:
+def test_the_committed_vocabulary_has_6400_entries(committed: Tokenizer) -> None:
     assert committed.get_vocab_size() == 6_400
 
 
-@pytest.mark.parametrize(("language", "least"), [("zh", 3.54), ("en", 3.21)])
+@pytest.mark.parametrize(("language", "minimum"), [("zh", 3.54), ("en", 3.21)])
 def test_the_committed_vocabulary_compresses(
-    committed: Tokenizer, language: str, least: float
+    committed: Tokenizer, language: str, minimum: float
 ) -> None:
-    """Against minimind's vocabulary of the same size, on held-out rows that neither has seen."""
+    """It beats the 6,400-entry vocabulary of minimind on rows that neither was trained on."""
     path = ROOT / f"dataset/sample/val/pretrain/alpaca_{language}.jsonl"
     if not path.exists():
         pytest.skip("needs the sample: python -m tools.prepare_data")
     rows = path.read_text(encoding="utf-8").splitlines()
-    assert bytes_per_token(committed, [json.loads(row)["text"] for row in rows]) >= least
+    assert bytes_per_token(committed, [json.loads(row)["text"] for row in rows]) >= minimum
 
 
 # ---- the program ----------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def test_an_existing_vocabulary_is_not_replaced_unasked(
+def test_an_existing_vocabulary_is_only_replaced_with_force(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--data", str(data), "--vocab-size", "350", "--out", str(tmp_path / "made")]
@@ -124,31 +124,31 @@ def test_an_existing_vocabulary_is_not_replaced_unasked(
     assert main(command) == 1
     assert "--force" in capsys.readouterr().err
     assert main([*command, "--force"]) == 0
-    assert (tmp_path / "made" / "tokenizer.json").read_bytes() == first, "not the same bytes again"
+    assert (tmp_path / "made" / "tokenizer.json").read_bytes() == first, "not deterministic"
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["tokenizer.json"]
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("not json\n", "not a line of JSON"),
+        ("not json\n", "not valid JSON"),
         ("[1]\n", "not a JSON object"),
         ('{"body": "x"}\n', "none of text, conversations"),
     ],
 )
-def test_a_broken_line_is_named(
+def test_the_error_names_a_broken_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, words: str
 ) -> None:
     path = tmp_path / "broken.jsonl"
     path.write_text('{"text": "good"}\n' + content)
     assert main(["--data", str(path), "--out", str(tmp_path / "made")]) == 1
     err = capsys.readouterr().err
-    assert words in err and "broken.jsonl, at byte 17" in err
+    assert words in err and "broken.jsonl, line at byte 17" in err
     assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize(("name", "offset"), [("gbk.txt", 10), ("gbk.jsonl", 16)])
-def test_a_file_of_another_encoding_is_named(
+def test_the_error_names_a_file_with_another_encoding(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, offset: int
 ) -> None:
     path = tmp_path / name
@@ -164,7 +164,7 @@ def test_a_file_of_another_encoding_is_named(
     assert not (tmp_path / "made").exists()
 
 
-def test_other_mistakes_are_named(
+def test_other_errors_are_named(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--data", str(tmp_path / "none.jsonl"), "--out", str(tmp_path)]) == 1
@@ -173,18 +173,18 @@ def test_other_mistakes_are_named(
     assert "need 292" in capsys.readouterr().err
 
 
-def test_all_kinds_of_rows_are_read(tmp_path: Path) -> None:
+def test_rows_of_all_formats_are_read(tmp_path: Path) -> None:
     rows = [
         {"text": "one"},
         {"conversations": [{"role": "user", "content": "two"}, {"from": "gpt", "value": "three"}]},
         {"chosen": [{"role": "user", "content": "four"}], "rejected": [{"content": "five"}]},
-        {"prompt": "asked", "chosen": "six", "rejected": "seven"},
+        {"prompt": "question", "chosen": "six", "rejected": "seven"},
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("\ufeff" + "\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
     plain = tmp_path / "plain.txt"
     plain.write_text("eight\nnine\n", encoding="utf-8")
-    expected = "one two three four five asked six seven".split()
+    expected = "one two three four five question six seven".split()
     assert list(read_texts([path, plain], 10**6)) == [*expected, "eight\nnine"]
 
 
@@ -193,7 +193,7 @@ def test_a_file_named_twice_counts_twice(data: Path) -> None:
     assert list(read_texts([data, data], 10**6)) == once + once
 
 
-def test_the_sample_is_even_over_files_and_over_each_file(tmp_path: Path) -> None:
+def test_the_sample_is_spread_evenly_over_files_and_within_each_file(tmp_path: Path) -> None:
     assert shares([10, 1_000, 2_000], 810) == [10, 400, 400]
     assert shares([10, 20], 1_000) == [10, 20]
     big = tmp_path / "big.jsonl"
@@ -203,11 +203,11 @@ def test_the_sample_is_even_over_files_and_over_each_file(tmp_path: Path) -> Non
     numbers = [int(text[:6]) for text in read_texts([big], 3_000_000)]
     assert sum(1 for _ in numbers) * 109 == pytest.approx(3_000_000, rel=0.01)
     assert len(set(numbers)) == len(numbers)
-    assert numbers[0] == 0 and max(numbers) > 40_000, "a sample of the beginning alone"
+    assert numbers[0] == 0 and max(numbers) > 40_000, "sampled only the beginning"
 
 
 @pytest.mark.parametrize(
     ("text", "count"), [("300", 300), ("500KB", 500_000), ("1.5gb", 1_500_000_000)]
 )
-def test_byte_counts(text: str, count: int) -> None:
+def test_byte_counts_are_parsed(text: str, count: int) -> None:
     assert byte_count(text) == count
