@@ -1,13 +1,13 @@
-# The environment that ./build.sh builds. The code is not in it: the repository is mounted over
-# /workspace, so a change of code rebuilds nothing. Only features of Dockerfile 1.2, and no syntax line,
-# which would be a second download from Docker Hub.
+# The image that ./build.sh builds. It does not contain the code: the repository is mounted at
+# /workspace, so changing the code needs no rebuild. It uses only features of Dockerfile 1.2 and no
+# syntax line, which would require a second download from Docker Hub.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE}
 WORKDIR /workspace
 
-# A C and a C++ compiler for torch.compile; procps for ps and watch. Certificates of a company's
-# proxy lie in docker/certs/*.crt.
+# C and C++ compilers for torch.compile; procps for ps and watch. Certificates for a corporate
+# proxy go into docker/certs/*.crt.
 ARG APT_MIRRORS=
 RUN --mount=type=bind,source=docker/certs,target=/certs \
     --mount=type=cache,target=/var/cache/apt,sharing=locked \
@@ -15,7 +15,7 @@ RUN --mount=type=bind,source=docker/certs,target=/certs \
     --mount=type=bind,source=docker/install.sh,target=/install.sh \
     sh /install.sh apt g++ gcc git libc6-dev procps && sh /install.sh certificates
 
-# torch alone: hundreds of megabytes that a change of the other requirements does not touch.
+# torch has its own layer, so changing other requirements does not download it again.
 ARG TORCH_VERSION=2.13.0
 ARG TORCH_INDEX_URLS=
 ARG PIP_INDEX_URLS=
@@ -31,8 +31,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     PIP_CERT=/etc/ssl/certs/ca-certificates.crt PIP_ROOT_USER_ACTION=ignore \
     sh /install.sh lock /requirements.lock
 
-# A user with the host's numbers, so that files in runs/ belong to who started the training. Homes
-# are open to all, so that another number works too.
+# A user with the host's ids, so that files in runs/ belong to the user who started the training. The
+# home directory is writable by all, so that other ids work too.
 ARG HOST_UID=1000
 ARG HOST_GID=1000
 RUN --mount=type=bind,source=docker/entrypoint.sh,target=/entrypoint.sh \
@@ -43,7 +43,7 @@ RUN --mount=type=bind,source=docker/entrypoint.sh,target=/entrypoint.sh \
         || useradd --no-log-init --uid "${HOST_UID}" --gid "${HOST_GID}" --home-dir /home/train --shell /bin/bash train; }; \
     fi \
     && mkdir -p /home/train/.cache && chmod 0777 /home/train /home/train/.cache /workspace
-# torch asks for the user's name (KeyError "uid not found" else: pytorch#140765).
+# torch looks up the user name and raises KeyError "uid not found" without these (pytorch#140765).
 ENV HOME=/home/train USER=train LOGNAME=train \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     TORCHINDUCTOR_CACHE_DIR=/home/train/.cache/inductor TRITON_CACHE_DIR=/home/train/.cache/triton \

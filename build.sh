@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Looks at this machine, chooses settings for it, writes .env and builds the image. bash 3.2 or newer.
+# Detect the hardware, choose settings, write .env and build the image. Needs bash 3.2 or newer.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 ROOT=$(pwd -P)
@@ -19,8 +19,8 @@ ENV_FILE=${ENV_FILE:-$ROOT/.env}
 . "$LIB/mirrors.sh"
 # shellcheck source=docker/lib/host.sh
 . "$LIB/host.sh"
-# shellcheck source=docker/lib/cures.sh
-. "$LIB/cures.sh"
+# shellcheck source=docker/lib/fixes.sh
+. "$LIB/fixes.sh"
 # shellcheck source=docker/lib/settings.sh
 . "$LIB/settings.sh"
 # shellcheck source=docker/lib/doctor.sh
@@ -28,13 +28,13 @@ ENV_FILE=${ENV_FILE:-$ROOT/.env}
 
 usage() {
   say "usage: ./build.sh [auto|$(profiles "$TABLE" | sed 's/ *$//; s/ /|/g')] [options]
-       ./build.sh doctor     checks everything from the card to ten training steps
-  --devices all|0,1|free:N   cards to use; default: all that nobody else is using
-  --mirror auto|cn|off       where packages come from; auto asks which answers
-  --env-only                 write .env, nothing else
-  --no-build                 check and write .env, do not build
-  --dry-run                  show what would be chosen and written, write nothing
-exit codes: 0 done, 2 wrong usage or setting, 3 Docker, 4 card, driver or toolkit, 5 build, 6 doctor found something
+       ./build.sh doctor     check everything, from the GPU to ten training steps
+  --devices all|0,1|free:N   cards to use; default: all that no one else is using
+  --mirror auto|cn|off       package sources; auto probes which ones are reachable
+  --env-only                 only write .env
+  --no-build                 run the checks and write .env, but do not build
+  --dry-run                  show the choice and the new .env without writing anything
+exit codes: 0 success, 2 invalid option or setting, 3 Docker, 4 card, driver or toolkit, 5 build failed, 6 doctor found a problem
 language: TRAIN_LANG=en|zh" \
     "用法：./build.sh [auto|$(profiles "$TABLE" | sed 's/ *$//; s/ /|/g')] [选项]
       ./build.sh doctor      逐项检查，从显卡到十步真实训练
@@ -53,7 +53,7 @@ parse_arguments() {
     case "$1" in
       -h | --help) usage && exit 0 ;;
       --devices | --mirror)
-        [ $# -ge 2 ] || die 2 "$1 wants a value" "$1 需要一个值"
+        [ $# -ge 2 ] || die 2 "$1 requires a value" "$1 需要一个值"
         if [ "$1" = --devices ]; then devices=$2; else mirror=$2; fi
         shift
         ;;
@@ -67,68 +67,68 @@ parse_arguments() {
       *)
         case " $(profiles "$TABLE")" in
           *" $1 "*) profile=$1 ;;
-          *) die 2 "unknown argument '$1'; profiles are: auto $(profiles "$TABLE")" "未知参数 '$1'；可用配置：auto $(profiles "$TABLE")" ;;
+          *) die 2 "unknown argument '$1'. Run ./build.sh --help. Profiles: auto $(profiles "$TABLE")" "未知参数 '$1'；可用配置：auto $(profiles "$TABLE")" ;;
         esac
         ;;
     esac
     shift
   done
-  case "$mirror" in auto | cn | off) ;; *) die 2 "--mirror $mirror: give auto, cn or off" "--mirror $mirror：请用 auto、cn 或 off" ;; esac
+  case "$mirror" in auto | cn | off) ;; *) die 2 "--mirror $mirror: use auto, cn or off" "--mirror $mirror：请用 auto、cn 或 off" ;; esac
   case "$devices" in
     "") ;;
-    free:*[!0-9]* | free: | free:0) die 2 "--devices $devices: free:N wants a number of cards" "--devices $devices：free:N 需要显卡数量" ;;
+    free:*[!0-9]* | free: | free:0) die 2 "--devices $devices: use free:N, where N is a number of cards greater than 0" "--devices $devices：free:N 需要显卡数量" ;;
     free:*) ;;
-    *) valid_devices "$devices" || die 2 "--devices $devices: give all, numbers like 0,1, UUIDs, or free:N" "--devices $devices：请用 all、0,1 这样的编号、UUID 或 free:N" ;;
+    *) valid_devices "$devices" || die 2 "--devices $devices: use all, indices such as 0,1, UUIDs, or free:N" "--devices $devices：请用 all、0,1 这样的编号、UUID 或 free:N" ;;
   esac
 }
 
 check_engine() {
   local problem_code=3
   case "$engine_state" in
-    absent) die $problem_code "docker is not installed: docs.docker.com/engine/install (Windows and Mac: Docker Desktop)" "没有安装 docker：docs.docker.com/engine/install（Windows、Mac 使用 Docker Desktop）" ;;
-    denied) die $problem_code "no permission to use Docker. Once: sudo usermod -aG docker \$USER, then log out and in" "没有使用 Docker 的权限。请执行一次：sudo usermod -aG docker \$USER，然后重新登录" ;;
-    down) die $problem_code "the Docker engine does not answer. Start it: sudo systemctl start docker (Windows and Mac: open Docker Desktop)" "Docker 引擎没有响应。请启动：sudo systemctl start docker（Windows、Mac 打开 Docker Desktop）" ;;
+    absent) die $problem_code "Docker is not installed. Install it: docs.docker.com/engine/install (on Windows and Mac, use Docker Desktop)" "没有安装 docker：docs.docker.com/engine/install（Windows、Mac 使用 Docker Desktop）" ;;
+    denied) die $problem_code "no permission to use Docker. Run this once: sudo usermod -aG docker \$USER; then log out and back in" "没有使用 Docker 的权限。请执行一次：sudo usermod -aG docker \$USER，然后重新登录" ;;
+    down) die $problem_code "the Docker engine does not respond. Start it: sudo systemctl start docker (on Windows and Mac, open Docker Desktop)" "Docker 引擎没有响应。请启动：sudo systemctl start docker（Windows、Mac 打开 Docker Desktop）" ;;
   esac
-  [ -n "$compose" ] || die $problem_code "no Docker Compose that works with engine $engine_version: apt-get install docker-compose-plugin (docker-compose 1.x ends at engine 24)" \
+  [ -n "$compose" ] || die $problem_code "found no Docker Compose that works with engine $engine_version. Run: apt-get install docker-compose-plugin (docker-compose 1.x works up to engine 24)" \
     "没有与引擎 $engine_version 兼容的 Docker Compose：apt-get install docker-compose-plugin（docker-compose 1.x 只支持到引擎 24）"
 }
 
 prepare_folders() {
-  # Made here, or the engine would make them as root.
+  # If they did not exist, the engine would create them as root.
   local folder
   for folder in runs_dir cache_dir; do
-    mkdir -p "${!folder}" || die 2 "cannot make ${!folder}" "无法创建 ${!folder}"
+    mkdir -p "${!folder}" || die 2 "cannot create ${!folder}. Check its permissions" "无法创建 ${!folder}"
   done
 }
 
 build_image() {
   local log=$ROOT/.cache/docker-build.log started=$SECONDS status=0 flags=""
   if [ "$compose" = "docker compose" ]; then flags=--progress=plain; fi
-  say "building $image; the log is $log" "正在构建 $image；日志：$log"
+  say "building $image; log: $log" "正在构建 $image；日志：$log"
   export DOCKER_BUILDKIT=1 COMPOSE_DOCKER_CLI_BUILD=1 BUILDKIT_PROGRESS=plain
-  # The proxy of this machine is passed on by name, as Docker's predefined arguments.
+  # Proxies are passed by name, as Docker's predefined build arguments.
   proxies=$(proxy_arguments)
   # shellcheck disable=SC2086
   (unset_loopback_proxies && $compose build $proxies $flags train) 2>&1 | tee "$log" || status=$?
   if [ "$status" != 0 ]; then
     echo >&2
-    cure_of "$log" >&2
-    die 5 "the build failed; the log is $log" "构建失败；日志：$log"
+    print_fixes "$log" >&2
+    die 5 "the build failed; log: $log" "构建失败；日志：$log"
   fi
   say "built $image in $((SECONDS - started)) s" "已构建 $image，用时 $((SECONDS - started)) 秒"
 }
 
 next_steps() {
   local ssh_hint=""
-  [ -z "${SSH_CONNECTION:-}" ] || ssh_hint=" (from your own machine: ssh -L $tb_port:localhost:$tb_port THIS_HOST)"
+  [ -z "${SSH_CONNECTION:-}" ] || ssh_hint=" (from your own computer: ssh -L $tb_port:localhost:$tb_port THIS_HOST)"
   say "
 next:
   $compose up -d train
-  $compose exec train python -m tools.prepare_data   (the sample, unless dataset/ holds data of yours)
+  $compose exec train python -m tools.prepare_data   (downloads the sample; skip it if dataset/ has your own data)
   $compose exec train python train.py
   $compose logs -f train
   TensorBoard: http://localhost:$tb_port$ssh_hint
-  the container is $container" "
+  container: $container" "
 下一步：
   $compose up -d train
   $compose exec train python -m tools.prepare_data   （样例数据；dataset/ 里有自己的数据就不需要）
@@ -144,23 +144,23 @@ main() {
     run_doctor
     return
   fi
-  look_at_engine
+  inspect_engine
   [ "$env_only$dry_run" != nono ] || check_engine
-  look_at_cards
+  inspect_cards
   choose_settings
   explain
   host_warnings "$ROOT"
   if [ "$dry_run" = yes ]; then
     say "
-.env would be:" "
+the new .env would be:" "
 .env 将会是："
     env_text "$ENV_FILE" "$(env_block)"
     return
   fi
   prepare_folders
   write_generated
-  write_env "$ENV_FILE" "$(env_block)" || die 2 "cannot write $ENV_FILE" "无法写入 $ENV_FILE"
-  warn_of_running
+  write_env "$ENV_FILE" "$(env_block)" || die 2 "cannot write $ENV_FILE. Check its permissions" "无法写入 $ENV_FILE"
+  warn_if_training
   [ "$build" = yes ] && build_image
   [ "$env_only" = yes ] || next_steps
 }

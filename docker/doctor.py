@@ -1,7 +1,7 @@
-"""The part of `./build.sh doctor` inside the container: from torch to ten real training steps.
+"""Checks that `./build.sh doctor` runs inside the container: from torch to ten training steps.
 
-Prints a line for each check, "OK name: detail" or "NO name: why", and exits 1 after any NO. Nothing
-that it prints names a path of the user or a file of theirs.
+Prints one line per check, "OK name: detail" or "NO name: reason", and exits with 1 after any NO.
+The output contains no paths or file names of the user.
 """
 
 from __future__ import annotations
@@ -17,44 +17,44 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 300  # Seconds that a check may take.
+LIMIT = 300  # Seconds per check.
 
 
 def torch_version() -> str:
-    """Which torch, for which CUDA, and how many cards it sees."""
+    """Return the versions of torch and CUDA and the number of visible cards."""
     import torch
 
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if os.environ.get("GPU_PROFILE", "cpu") != "cpu" and not cards:
         raise RuntimeError(
             f"the profile is {os.environ['GPU_PROFILE']}, but torch {torch.__version__} sees no "
-            "card. On the host: nvidia-smi; then docker compose up -d --force-recreate train"
+            "card. On the host, run nvidia-smi, then docker compose up -d --force-recreate train"
         )
     return f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {cards} cards"
 
 
 def matmul() -> str:
-    """One product where training will compute: a card without kernels fails here and not before."""
+    """Multiply two matrices on the training device: a card without kernels fails only here."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a = torch.eye(256, device=device)
     if not torch.equal(a @ a, a):
-        raise RuntimeError("a product of identity matrices is not one")
+        raise RuntimeError("the product of two identity matrices is not the identity matrix")
     capability = torch.cuda.get_device_capability() if device == "cuda" else ""
     return f"on {device} {capability}".strip()
 
 
 def shared_memory() -> str:
-    """/dev/shm: Docker's own 64 MB let data workers die with "Bus error"."""
-    megabytes = shutil.disk_usage("/dev/shm").total // 1_000_000
-    if megabytes < 500:
-        raise RuntimeError(f'{megabytes} MB. export SHM_SIZE="2gb", or put it into .env; then up')
-    return f"{megabytes} MB"
+    """Check the size of /dev/shm: with Docker's 64 MB, data workers fail with "Bus error"."""
+    size = shutil.disk_usage("/dev/shm").total // 1_000_000
+    if size < 500:
+        raise RuntimeError(f"{size} MB. Set SHM_SIZE=2gb in .env; run docker compose up -d train")
+    return f"{size} MB"
 
 
 def two_ranks() -> str:
-    """A sum over two processes, on two cards where there are two."""
+    """Run an all-reduce over two processes, on two cards if available."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "ranks.py"
         script.write_text(
@@ -76,28 +76,28 @@ def two_ranks() -> str:
 
 
 def disk() -> str:
-    """Room for checkpoints, and the right to write them."""
+    """Check the free space in runs/ and the permission to write there."""
     with tempfile.NamedTemporaryFile(dir=ROOT / "runs"):
         free = shutil.disk_usage(ROOT / "runs").free // 1_000_000_000
     if free < 5:
         raise RuntimeError(f"{free} GB free in runs/; a checkpoint of the 26.9M model takes 0.4 GB")
-    return f"{free} GB free in runs/, which can be written"
+    return f"{free} GB free in runs/, which is writable"
 
 
 def data() -> str:
-    """What training would find in dataset/."""
-    own = [path for path in (ROOT / "dataset").iterdir() if path.is_file()]
-    own = [path for path in own if path.name != "README.md"]
+    """Count the data files that training would find in dataset/."""
+    files = [path for path in (ROOT / "dataset").iterdir() if path.is_file()]
+    files = [path for path in files if path.name != "README.md"]
     sample = (ROOT / "dataset/sample/pretrain.jsonl").is_file()
     broken = [path for path in (ROOT / "dataset").iterdir() if not path.exists()]
     if broken:
-        raise RuntimeError(f"{len(broken)} links in dataset/ lead outside the container; set "
-                           "DATASET_DIR in .env to the folder that holds the files")  # fmt: skip
-    return f"{len(own)} files in dataset/, " + ("the sample" if sample else "no sample")
+        raise RuntimeError(f"{len(broken)} links in dataset/ point outside the container. Set "
+                           "DATASET_DIR in .env to the folder that contains the files")  # fmt: skip
+    return f"{len(files)} files in dataset/, " + ("the sample" if sample else "no sample")
 
 
 def ten_steps() -> str:
-    """Ten optimizer steps of train.py, on text made here."""
+    """Run ten optimizer steps of train.py on generated text."""
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.jsonl"
         rows = [{"text": f"{i} and {i} make {2 * i}. " * 20} for i in range(200)]
@@ -113,19 +113,19 @@ def ten_steps() -> str:
         seconds = time.perf_counter() - started
         lines = (Path(folder) / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
         if not (Path(folder) / "run/final/model.safetensors").is_file():
-            raise RuntimeError("train.py ended without a model")
+            raise RuntimeError("train.py exited with 0 but wrote no model")
     return f"done in {seconds:.0f} s, {len(lines)} lines of metrics"
 
 
 def run(command: list[str]) -> str:
-    """Standard output of a command; RuntimeError with the end of what it said, when it fails."""
+    """Return a command's standard output; raise RuntimeError with its last lines on failure."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"not done after {LIMIT} s; is the machine busy? (top)") from None
+        raise RuntimeError(f"timed out after {LIMIT} s. Check the load with top") from None
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()[-3:]
-        raise RuntimeError(f"exit code {done.returncode}: " + " / ".join(said))
+        last_lines = (done.stderr or done.stdout).strip().splitlines()[-3:]
+        raise RuntimeError(f"exit code {done.returncode}: " + " / ".join(last_lines))
     return done.stdout
 
 
@@ -141,12 +141,12 @@ CHECKS: dict[str, Callable[[], str]] = {
 
 
 def main() -> int:
-    """Every check, also after one that fails."""
+    """Run every check, even after one fails."""
     failed = 0
     for name, check in CHECKS.items():
         try:
             print(f"OK {name}: {check()}", flush=True)
-        except Exception as error:  # noqa: BLE001  # Whatever fails is the finding.
+        except Exception as error:  # noqa: BLE001  # Any failure is reported.
             failed += 1
             print(f"NO {name}: {str(error) or type(error).__name__}", flush=True)
     return min(failed, 1)

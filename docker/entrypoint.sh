@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The container's first process (below Docker's init).
-#   idle (default)   wait; run TRAIN_COMMAND if there is one; print what trainings write to their
-#                    train.log; on SIGTERM let every training save and end, however it was begun
-#   anything else    is run in its place
+# The container's main process (started by Docker's init).
+#   idle (default)   run TRAIN_COMMAND if it is set; copy every train.log to standard output; on
+#                    SIGTERM let every training save a checkpoint and exit, however it was started
+#   anything else    execute it instead
 #
-# Docker signals only this process, and shows only its output: a training begun by `docker exec`
-# would be killed without a word at `stop`, and be invisible in `logs` (moby#35703, moby#10166).
+# Docker signals only this process and shows only its output. Without it, `stop` would kill a
+# training started by `docker exec`, and `logs` would not show it (moby#35703, moby#10166).
 set -u
-STOP_WAIT=${STOP_WAIT:-110} # Seconds; compose's stop_grace_period is ten more.
+STOP_WAIT=${STOP_WAIT:-110} # Seconds; stop_grace_period in docker-compose.yml is ten seconds longer.
 RUNS=${RUNS:-/workspace/runs}
 
 [ "${1:-idle}" = idle ] || exec "$@"
@@ -16,8 +16,8 @@ note() { printf '[container] %s\n' "$*"; }
 
 # ---- trainings -----------------------------------------------------------------------------------
 
-# programs: process ids of Python programs, torchrun and data workers. Shells ignore SIGTERM, so
-# waiting for those would take the whole grace; helpers of torch.compile end with their parent.
+# programs: print the process ids of Python programs, torchrun and data workers. Shells ignore
+# SIGTERM, so waiting for them would use up the grace period; compile helpers exit with their parent.
 programs() {
   local folder comm state rest
   for folder in /proc/[0-9]*; do
@@ -38,8 +38,8 @@ on_stop() {
   local running waited=0
   running=$(programs)
   if [ -n "$running" ]; then
-    note "stopping: asking $(wc -w <<<"$running") programs to save and end"
-    # Those of another user (exec -u root) cannot be reached from here.
+    note "stopping: asking $(wc -w <<<"$running") processes to save and exit"
+    # Processes of another user (exec -u root) cannot be signaled from here.
     # shellcheck disable=SC2086
     kill -TERM $running 2>/dev/null
     while [ -n "$(programs)" ] && [ "$waited" -lt $((STOP_WAIT * 5)) ]; do
@@ -47,7 +47,7 @@ on_stop() {
       sleep 0.2
     done
     follow
-    if [ -n "$(programs)" ]; then note "some did not end within $STOP_WAIT s, and will be killed"; else note "all ended"; fi
+    if [ -n "$(programs)" ]; then note "some processes did not exit within $STOP_WAIT s and will be killed"; else note "all processes exited"; fi
   fi
   exit 0
 }
@@ -55,23 +55,23 @@ on_stop() {
 # ---- logs ----------------------------------------------------------------------------------------
 
 declare -A stream=() partial=()
-first_look=1
+first_pass=1
 
-# follow: print the lines that have come to any train.log since the last look. A line without its
-# end waits for it. What was there before the container started is not repeated.
+# follow: print the lines added to any train.log since the last call. Hold back an incomplete line
+# until it ends. Skip what was written before the container started.
 follow() {
   local file line name
   for file in "$RUNS"/train.log "$RUNS"/*/train.log "$RUNS"/*/*/train.log; do
     [ -f "$file" ] || continue
     if [ -n "${stream[$file]:-}" ] && ! [ "$file" -ef "/proc/self/fd/${stream[$file]}" ]; then
-      descriptor=${stream[$file]} # The run was moved aside, and this is a new one's.
+      descriptor=${stream[$file]} # The old run was moved aside; this file belongs to a new one.
       exec {descriptor}<&-
       unset "stream[$file]" "partial[$file]"
     fi
     if [ -z "${stream[$file]:-}" ]; then
       { exec {descriptor}<"$file"; } 2>/dev/null || continue
       stream[$file]=$descriptor
-      if [ "$first_look" = 1 ]; then cat <&"$descriptor" >/dev/null; fi
+      if [ "$first_pass" = 1 ]; then cat <&"$descriptor" >/dev/null; fi
     fi
     name=${file#"$RUNS"/}
     while IFS= read -r -u "${stream[$file]}" line; do
@@ -82,36 +82,36 @@ follow() {
     done
     partial[$file]=${partial[$file]:-}$line
   done
-  first_look=0
+  first_pass=0
 }
 
-# ---- life ----------------------------------------------------------------------------------------
+# ---- main ----------------------------------------------------------------------------------------
 
 trap on_stop TERM INT
 follow
 for folder in "$RUNS" /workspace/.cache; do
   if [ -d "$folder" ] && ! [ -w "$folder" ]; then
-    note "error: $folder belongs to user $(stat -c %u:%g "$folder"), and this container is user $(id -u):$(id -g): it cannot write there"
+    note "error: $folder belongs to user $(stat -c %u:%g "$folder"), but this container runs as user $(id -u):$(id -g) and cannot write to it"
     note "错误：$folder 属于用户 $(stat -c %u:%g "$folder")，而容器以用户 $(id -u):$(id -g) 运行，无法写入"
-    note "  cure: ./build.sh on the host, or put these lines into .env and run: docker compose build && docker compose up -d train"
+    note "  fix: run ./build.sh on the host, or add these lines to .env and run: docker compose build && docker compose up -d train"
     note "  HOST_UID=$(stat -c %u "$folder")"
     note "  HOST_GID=$(stat -c %g "$folder")"
   fi
 done
 for link in /workspace/dataset/* /workspace/runs; do
   if [ -L "$link" ] && ! [ -e "$link" ]; then
-    note "warning: $link points to $(readlink "$link"), which is outside the mounts. Put its folder into .env, for example:"
+    note "warning: $link points to $(readlink "$link"), which is not mounted. Set its folder in .env, for example:"
     note "  DATASET_DIR=$(dirname "$(readlink "$link")")"
   fi
 done
 note "profile ${GPU_PROFILE:-cpu}, cards ${CUDA_DEVICES:-none}, /dev/shm $(df -h --output=size /dev/shm | tail -1 | tr -d ' '), user $(id -u):$(id -g)"
 if [ -n "${TRAIN_COMMAND:-}" ]; then
-  note "TRAIN_COMMAND: $TRAIN_COMMAND (its output: runs/train_command.log)"
+  note "TRAIN_COMMAND: $TRAIN_COMMAND (output: runs/train_command.log)"
   (
     bash -c "$TRAIN_COMMAND" >>"$RUNS/train_command.log" 2>&1
     code=$?
     [ "$code" = 0 ] || tr '\r' '\n' <"$RUNS/train_command.log" | tail -n 15
-    note "TRAIN_COMMAND ended with code $code"
+    note "TRAIN_COMMAND exited with code $code"
   ) &
 else
   note "ready: docker compose exec train python train.py"

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Steps of the image's build, each down an ordered list of addresses until one serves it to the end.
-#   install.sh apt PACKAGE...    from $APT_MIRRORS, then the image's own sources
-#   install.sh certificates      those of docker/certs, if any, beside those that the image has
-#   install.sh torch VERSION LOCK   pip by the lock; torch from $TORCH_INDEX_URLS, then $PIP_INDEX_URLS, then pip's default
-#   install.sh lock LOCK         every package by digest, from $PIP_INDEX_URLS, then pip's default
-# Progress is printed, since a download of minutes that says nothing looks like one that hangs.
+# Steps of the image build. Each tries an ordered list of addresses until one succeeds.
+#   install.sh apt PACKAGE...    from $APT_MIRRORS, then from the image's default sources
+#   install.sh certificates      add those in docker/certs, if any, to the image's
+#   install.sh torch VERSION LOCK   pip from LOCK; torch from $TORCH_INDEX_URLS, else like lock
+#   install.sh lock LOCK         packages by hash, from $PIP_INDEX_URLS, then pip's default
+# Progress is printed, because a long download without output looks like one that hangs.
 set -eu
 
 step() { printf '\n== %s\n' "$*"; }
@@ -12,32 +12,32 @@ step() { printf '\n== %s\n' "$*"; }
 apt_sources() { ls /etc/apt/sources.list /etc/apt/sources.list.d/*.sources 2>/dev/null; }
 
 install_apt() {
-  rm -f /etc/apt/apt.conf.d/docker-clean # It would empty the cache that the build keeps.
-  for file in $(apt_sources); do cp "$file" "$file.own"; done
-  for mirror in ${APT_MIRRORS:-} own; do
+  rm -f /etc/apt/apt.conf.d/docker-clean # It would empty the cache that builds share.
+  for file in $(apt_sources); do cp "$file" "$file.orig"; done
+  for mirror in ${APT_MIRRORS:-} default; do
     for file in $(apt_sources); do
-      cp "$file.own" "$file"
-      [ "$mirror" = own ] || sed -i -E "s#https?://(deb|security)\.debian\.org/debian(-security)?#${mirror%/}\2#g" "$file"
+      cp "$file.orig" "$file"
+      [ "$mirror" = default ] || sed -i -E "s#https?://(deb|security)\.debian\.org/debian(-security)?#${mirror%/}\2#g" "$file"
     done
     step "Debian packages from $mirror"
     if apt-get -o Acquire::Retries=2 -o Acquire::http::Timeout=30 update &&
       DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"; then
-      for file in $(apt_sources); do mv "$file.own" "$file"; done
+      for file in $(apt_sources); do mv "$file.orig" "$file"; done
       return 0
     fi
-    step "$mirror did not serve it"
+    step "$mirror failed"
   done
   return 1
 }
 
-# Rewriting the bundle would lose what a base image has put into it by hand: only when there is cause.
+# Rewriting the bundle would lose certificates that the base image added, so do it only if needed.
 install_certificates() {
   bundle=/etc/ssl/certs/ca-certificates.crt
   if [ ! -s "$bundle" ]; then install_apt ca-certificates; fi
   if ls /certs/*.crt >/dev/null 2>&1; then cp /certs/*.crt /usr/local/share/ca-certificates/ && update-ca-certificates; fi
 }
 
-# An index that does not answer would cost pip minutes of retries.
+# Skip an index that does not respond: pip would spend minutes on retries.
 answers() {
   python3 - "$1" <<'PYTHON'
 import sys, urllib.request
@@ -49,7 +49,7 @@ except OSError as error:
 PYTHON
 }
 
-# pip_from INDEX ARGUMENTS: pip's own default for INDEX "default"
+# pip_from INDEX ARGUMENTS: run pip install with an index; "default" is pip's own
 pip_from() {
   index=$1
   shift
@@ -66,7 +66,7 @@ install_pip() {
     step "$* from $index"
     if [ "$index" != default ] && ! answers "$index"; then continue; fi
     if pip_from "$index" "$@"; then return 0; fi
-    step "$index did not serve it"
+    step "$index failed"
   done
   return 1
 }
@@ -77,7 +77,7 @@ case "$what" in
   apt) install_apt "$@" ;;
   certificates) install_certificates ;;
   torch)
-    # First a pip that resumes broken downloads: torch with CUDA is up to 3 GB.
+    # First install a pip that resumes interrupted downloads: torch with CUDA is up to 3 GB.
     install_pip "${PIP_INDEX_URLS:-}" --require-hashes -r "$2"
     install_pip "${TORCH_INDEX_URLS:-} ${PIP_INDEX_URLS:-}" "torch==$1"
     ;;

@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# From cards to settings, by the table configs/hardware.tsv. Pure: text in, text out.
+# Choose settings for the cards from configs/hardware.tsv. Pure functions: text in, text out.
 
-# What PyPI's torch is built with: 2.10.0 CUDA 12.8 (sm_70 to sm_120), 2.13.0 CUDA 13.0 (sm_75 on).
-# CUDA 12.x wants driver 525, 13.x 580 (NVIDIA, "CUDA minor version compatibility").
+# PyPI's torch 2.10.0 is built with CUDA 12.8 (sm_70 to sm_120), 2.13.0 with CUDA 13.0 (from sm_75).
+# CUDA 12.x needs driver 525, CUDA 13.x needs 580 (NVIDIA, "CUDA minor version compatibility").
 TORCH_CUDA12=2.10.0
 TORCH_CUDA13=2.13.0
 TORCH_CPU=2.13.0
 CUDA12_DRIVER=525
 CUDA13_DRIVER=580
 
-# choose_row TABLE CAPABILITY MIB: the table's line for a card; "-" MiB is unknown, and counts as 0
+# choose_row TABLE CAPABILITY MIB: print the table's row for a card. Memory "-" (unknown) is 0.
 choose_row() {
   awk -F'\t' -v capability="$2" -v mib="$3" '
     function number(v, part) { split(v, part, "."); return part[1] * 100 + part[2] }
@@ -19,8 +19,8 @@ choose_row() {
     number($2) <= number(capability) && number(capability) <= number($3) && $4 + 0 <= mib + 0 { print; exit }' "$1"
 }
 
-# profile_row TABLE PROFILE MIB: the line of a profile that is asked for by name. MiB "-": its
-# typical line; too little memory for any: its last.
+# profile_row TABLE PROFILE MIB: print the row of a profile requested by name: its typical row if MIB
+# is "-", its last row if the memory is too small for every row.
 profile_row() {
   awk -F'\t' -v profile="$2" -v mib="$3" '
     /^#/ { next }
@@ -31,17 +31,17 @@ profile_row() {
     END { if (found == "") found = last; if (found != "") print found }' "$1"
 }
 
-# row_field TABLE ROW COLUMN: one value of a line, by the name of its column
+# row_field TABLE ROW COLUMN: print one value of a row, selected by column name
 row_field() {
   awk -F'\t' -v row="$2" -v column="$3" '
     /^#/ { next }
     { for (i = 1; i <= NF; i++) if ($i == column) { split(row, f, "\t"); print f[i] } exit }' "$1"
 }
 
-# profiles TABLE: names that a user may ask for
+# profiles TABLE: print the profile names that a user may request
 profiles() { awk -F'\t' '/^#/ {next} !seen {seen = 1; next} $1 != "mps" && !had[$1]++ {print $1}' "$1" | tr '\n' ' '; }
 
-# weakest <CARDS: "capability MiB", least of each; MiB "-" when a card does not tell
+# weakest <CARDS: print "capability MiB", the minimum of each; MiB is "-" if any is unknown
 weakest() {
   awk -F'\t' '
     function number(v, part) { split(v, part, "."); return part[1] * 100 + part[2] }
@@ -51,13 +51,13 @@ weakest() {
     END { if (NR) print capability, unknown ? "-" : mib }'
 }
 
-# busy_cards <CARDS: indices of cards that somebody uses. A desktop takes up to 2 GB.
+# busy_cards <CARDS: print the indices of cards in use. A desktop environment may use up to 2 GB.
 busy_cards() {
   awk -F'\t' '($7 != "-" && $7 > 2000 && $7 * 10 > $3) || ($8 != "-" && $8 + 0 >= 50 && $7 != "-" && $7 > 500) {print $1}'
 }
 
-# without_kernels TABLE <CARDS: indices of cards for which no torch of PyPI has kernels: is_available()
-# is True there, and the first kernel dies with "no kernel image" (Pascal and older).
+# without_kernels TABLE <CARDS: print the indices of cards without kernels in PyPI's torch (Pascal
+# and older). is_available() is True on them, but the first kernel fails with "no kernel image".
 without_kernels() {
   local line capability row
   while IFS= read -r line; do
@@ -68,27 +68,27 @@ without_kernels() {
   done
 }
 
-# select_cards LIST <CARDS: the cards whose index or UUID is in a comma-separated list
-select_cards() { awk -F'\t' -v list="$1" 'BEGIN {n = split(list, a, ","); for (i = 1; i <= n; i++) want[a[i]] = 1} ($1 in want) || ($9 in want)'; }
+# select_cards LIST <CARDS: keep the cards whose index or UUID is in a comma-separated list
+select_cards() { awk -F'\t' -v list="$1" 'BEGIN {n = split(list, a, ","); for (i = 1; i <= n; i++) listed[a[i]] = 1} ($1 in listed) || ($9 in listed)'; }
 
-# drop_cards LIST <CARDS: the others
-drop_cards() { awk -F'\t' -v list="$1" 'BEGIN {n = split(list, a, ","); for (i = 1; i <= n; i++) bad[a[i]] = 1} !($1 in bad)'; }
+# drop_cards LIST <CARDS: remove the cards whose index is in the list
+drop_cards() { awk -F'\t' -v list="$1" 'BEGIN {n = split(list, a, ","); for (i = 1; i <= n; i++) listed[a[i]] = 1} !($1 in listed)'; }
 
-# joined <LINES: a,b,c
+# joined <LINES: join lines with commas
 joined() { tr '\n' ',' | sed 's/,$//'; }
 
-# torch_version TABLE DRIVER CAPABILITY...: the wheel that driver and cards both take; nothing and
-# the least driver when there is none
+# torch_version TABLE DRIVER CAPABILITY...: print the newest torch that both the driver and the cards
+# support. If there is none, print the minimum driver version and return 1.
 torch_version() {
-  local table=$1 major=${2%%.*} capability row least version=$TORCH_CUDA13
+  local table=$1 major=${2%%.*} capability row minimum version=$TORCH_CUDA13
   shift 2
   case "$major" in '' | *[!0-9]*) major=0 ;; esac
   for capability in "$@"; do
     row=$(choose_row "$table" "$capability" 999999)
-    least=$(row_field "$table" "$row" min_driver)
-    [ -n "$least" ] && [ "$least" != - ] || least=$CUDA12_DRIVER
-    if [ "$major" -lt "$least" ]; then
-      echo "$least"
+    minimum=$(row_field "$table" "$row" min_driver)
+    [ -n "$minimum" ] && [ "$minimum" != - ] || minimum=$CUDA12_DRIVER
+    if [ "$major" -lt "$minimum" ]; then
+      echo "$minimum"
       return 1
     fi
     [ "$(row_field "$table" "$row" cuda13)" = yes ] || version=$TORCH_CUDA12
@@ -97,13 +97,13 @@ torch_version() {
   echo "$version"
 }
 
-# valid_devices TEXT: all; or indices, GPU- or MIG- UUIDs separated by commas
+# valid_devices TEXT: accept all, or a comma-separated list of indices and GPU- or MIG- UUIDs
 valid_devices() { printf '%s' "$1" | grep -Eq '^(all|([0-9]+|GPU-[0-9A-Za-z-]+|MIG-[0-9A-Za-z/-]+)(,([0-9]+|GPU-[0-9A-Za-z-]+|MIG-[0-9A-Za-z/-]+))*)$'; }
 
-# valid_size TEXT: what both versions of Compose take as a size of memory
+# valid_size TEXT: accept a memory size that both versions of Compose understand
 valid_size() { printf '%s' "$1" | grep -Eq '^[1-9][0-9]* *[kKmMgG]([iI]?[bB])?$'; }
 
-# size_mib SIZE
+# size_mib SIZE: convert a memory size to MiB
 size_mib() {
   local number=${1%%[!0-9]*}
   case "$1" in
@@ -113,7 +113,7 @@ size_mib() {
   esac
 }
 
-# capped_size SIZE MEMORY_MIB: a size of /dev/shm, at most half of the RAM it is charged to
+# capped_size SIZE MEMORY_MIB: limit a size of /dev/shm to half of the RAM, which it counts against
 capped_size() {
   if [ "$2" -gt 0 ] && [ "$(size_mib "$1")" -gt $(($2 / 2)) ]; then echo "$(($2 / 2))mb"; else echo "$1"; fi
 }

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# What is in this machine. Paths of the host begin with $HOST_ROOT (empty but in tests).
-# A card is one line: index, name, MiB, capability, driver, MIG mode, MiB in use, % busy, UUID,
-# separated by tabs; "-" is what nvidia-smi did not tell.
+# Hardware detection. Paths of the host begin with $HOST_ROOT (empty except in tests).
+# A card is one line of tab-separated fields: index, name, MiB, capability, driver, MIG mode, MiB in
+# use, utilization in %, UUID. "-" is a value that nvidia-smi does not report.
 
-# run_limited SECONDS FILE COMMAND...: the command's output goes to FILE; 124 when it took longer.
-# A process that hangs in the kernel cannot be waited for, so it is polled and left behind.
+# run_limited SECONDS FILE COMMAND...: write a command's output to FILE; return 124 on a timeout.
+# Waiting for a process that hangs in the kernel would block, so poll it and abandon it.
 run_limited() {
   local ticks=$(($1 * 10)) file=$2 pid
   shift 2
@@ -22,15 +22,15 @@ run_limited() {
   wait "$pid"
 }
 
-# smi_path: where nvidia-smi is. WSL keeps it off the PATH of sudo (docker/for-win#10524).
+# smi_path: print the path of nvidia-smi. WSL keeps it off sudo's PATH (docker/for-win#10524).
 smi_path() {
   command -v nvidia-smi && return 0
   local wsl="${HOST_ROOT:-}/usr/lib/wsl/lib/nvidia-smi"
   [ -x "$wsl" ] && printf '%s\n' "$wsl"
 }
 
-# parse_cards FIELDS <CSV: cards, one a line, from nvidia-smi's "csv,noheader,nounits".
-# [N/A] memory: GB10 has unified memory (unsloth#10283).
+# parse_cards FIELDS <CSV: convert nvidia-smi's "csv,noheader,nounits" to one card per line.
+# Memory is [N/A] on GB10, whose memory is unified (unsloth#10283).
 parse_cards() {
   awk -F', *' -v fields="$1" '
     BEGIN { OFS = "\t"; n = split(fields, name, ",") }
@@ -45,13 +45,13 @@ parse_cards() {
     function known(v) { return v == "" ? "-" : v }'
 }
 
-# detect_cards: cards on standard output. Returns 0; 1 no nvidia-smi; 2 it fails (its words on
-# standard output); 3 it hangs; 4 it finds no card.
+# detect_cards: print the cards and return 0. Return 1 without nvidia-smi, 2 if it fails (and print
+# its output), 3 if it hangs, 4 if it finds no card.
 detect_cards() {
   local smi out status fields
   smi=$(smi_path) || return 1
   out=$(mktemp)
-  # Drivers before 510 refuse the whole query for compute_cap (candle#733, TensorRT-LLM#735).
+  # Drivers before 510 reject the entire query because of compute_cap (candle#733, TensorRT-LLM#735).
   for fields in index,name,memory.total,compute_cap,driver_version,mig.mode.current,memory.used,utilization.gpu,uuid \
     index,name,memory.total,driver_version,memory.used,utilization.gpu,uuid; do
     status=0
@@ -62,7 +62,7 @@ detect_cards() {
     rm -f "$out"
     return 3
   fi
-  # A driver without a card says so with one code or another, by version.
+  # The exit code of a driver without a card depends on its version.
   if grep -qi 'no devices were found' "$out"; then
     rm -f "$out"
     return 4
@@ -78,8 +78,8 @@ detect_cards() {
   return "$status"
 }
 
-# parse_slices CARDS <"nvidia-smi -L": a card a line for every MIG slice, its UUID as index.
-# memory.total of a card in MIG mode is the whole card's; the slice's is in its name: "3g.40gb".
+# parse_slices CARDS <"nvidia-smi -L": print each MIG slice as a card with its UUID as index.
+# In MIG mode memory.total is that of the full card; a slice's is in its name: "3g.40gb".
 parse_slices() {
   awk -v cards="$1" '
     BEGIN { OFS = "\t"; n = split(cards, line, "\n"); for (i = 1; i <= n; i++) { split(line[i], f, "\t"); card[f[1]] = line[i] } }
@@ -93,7 +93,7 @@ parse_slices() {
     }'
 }
 
-# detect_slices CARDS: slices of cards in MIG mode, if any.
+# detect_slices CARDS: print the slices of the cards in MIG mode, if any
 detect_slices() {
   local out
   case "$1" in *"	Enabled	"*) ;; *) return 0 ;; esac
@@ -102,12 +102,12 @@ detect_slices() {
   rm -f "$out"
 }
 
-# is_wsl, is_mac, has_amd: kinds of host
+# is_wsl, is_mac, has_amd: test the type of host
 is_wsl() { grep -qi microsoft "${HOST_ROOT:-}/proc/version" 2>/dev/null; }
 is_mac() { [ "${HOST_SYSTEM:-$(uname -s)}" = Darwin ]; }
 has_amd() { [ -e "${HOST_ROOT:-}/dev/kfd" ]; }
 
-# memory_mib: RAM of this machine in MiB, 0 where it cannot be told
+# memory_mib: print the RAM of this machine in MiB, or 0 if unknown
 memory_mib() {
   local kib bytes
   kib=$(awk '/^MemTotal/ {print $2}' "${HOST_ROOT:-}/proc/meminfo" 2>/dev/null)
@@ -120,5 +120,5 @@ memory_mib() {
   fi
 }
 
-# disk_gb FOLDER: free space in GB
+# disk_gb FOLDER: print the free space in GB
 disk_gb() { df -Pk "$1" 2>/dev/null | awk 'NR == 2 {printf "%d\n", $4 / 1000000}'; }

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# The engine and the host: what kind it is, and what of it would stop a user later.
+# Facts about the Docker engine and the host, and warnings about known problems.
 
-# engine_facts: "state<TAB>version<TAB>system<TAB>security<TAB>runtimes"; state is absent, denied,
-# down or ok
+# engine_facts: print "state<TAB>version<TAB>system<TAB>security<TAB>runtimes"; state is absent,
+# denied, down or ok
 engine_facts() {
   local out status=0
   if ! command -v docker >/dev/null; then
@@ -21,7 +21,7 @@ engine_facts() {
   rm -f "$out"
 }
 
-# engine_address: where docker's commands go
+# engine_address: print the address of the engine that docker commands use
 engine_address() {
   if [ -n "${DOCKER_HOST:-}" ]; then
     printf '%s\n' "$DOCKER_HOST"
@@ -30,16 +30,16 @@ engine_address() {
   fi
 }
 
-# engine_is_remote: then nvidia-smi here says nothing of the cards there. A socket of the user's own
-# (rootless, podman: unix:///run/user/...) is local.
+# engine_is_remote: test for an engine on another host, whose cards nvidia-smi here does not show. A
+# per-user socket (rootless, podman: unix:///run/user/...) is local.
 engine_is_remote() { case "$(engine_address)" in tcp://* | ssh://* | http://* | https://*) return 0 ;; *) return 1 ;; esac; }
 
-# engine_is_rootless FACTS, engine_is_desktop FACTS
+# engine_is_rootless FACTS, engine_is_desktop FACTS: test the type of engine
 engine_is_rootless() { case "$1" in *name=rootless*) return 0 ;; *) return 1 ;; esac; }
 engine_is_desktop() { case "$1" in *"Docker Desktop"*) return 0 ;; *) return 1 ;; esac; }
 
-# toolkit_present FACTS: the engine finds NVIDIA's hook on its PATH, so a runtime entry is no proof
-# of the contrary; Docker Desktop brings its own.
+# toolkit_present FACTS: test for the NVIDIA Container Toolkit. The engine may find NVIDIA's hook on
+# its PATH without listing a runtime; Docker Desktop includes the toolkit.
 toolkit_present() {
   engine_is_desktop "$1" && return 0
   case "$1" in *'"nvidia"'*) return 0 ;; esac
@@ -53,8 +53,8 @@ toolkit_present() {
   return 1
 }
 
-# compose_command ENGINE_VERSION: "docker compose" or "docker-compose"; nothing when neither works.
-# Version 1 speaks an API that engines from 25 on answer badly (compose#11742) and 29 not at all.
+# compose_command ENGINE_VERSION: print "docker compose" or "docker-compose"; fail if neither works.
+# The API of version 1 is broken on engines from 25 on (compose#11742) and unsupported by 29.
 compose_command() {
   local major=${1%%.*}
   if docker compose version >/dev/null 2>&1; then
@@ -69,18 +69,18 @@ compose_command() {
   fi
 }
 
-# path_hash FOLDER: six characters of a path
+# path_hash FOLDER: print six hexadecimal digits derived from the path
 path_hash() { printf '%s' "$1" | cksum | awk '{printf "%06x\n", $1 % 16777216}'; }
 
-# project_name FOLDER UID: private to user and folder, since Compose takes the last part of the
-# path alone, and two people's folders of one name would be one project (compose#5104)
+# project_name FOLDER UID: print a name unique to user and folder. Compose's own default is the last
+# part of the path, so two users' folders of the same name would be one project (compose#5104).
 project_name() {
   local base
   base=$(basename "$1" | tr '[:upper:]' '[:lower:]' | tr -c 'a-z0-9\n' '_' | sed 's/^_*//; s/__*/_/g; s/_*$//')
   echo "${base:-train_llm}_u$2_$(path_hash "$1")"
 }
 
-# container_name FOLDER: train_llm, unless another folder's container has that name
+# container_name FOLDER: print train_llm, or a unique name if another folder's container has it
 container_name() {
   local owner
   owner=$(docker inspect --type container --format '{{index .Config.Labels "com.docker.compose.project.working_dir"}}' train_llm 2>/dev/null) || owner=""
@@ -88,10 +88,10 @@ container_name() {
   if [ "$owner" = "$1" ]; then echo train_llm; else echo "train_llm_$(path_hash "$1")"; fi
 }
 
-# port_is_open PORT: whether something listens on this machine
+# port_is_open PORT: succeed if a process on this machine listens on the port
 port_is_open() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
-# free_port FIRST PROJECT: the first port that nobody has, or that this project's TensorBoard has
+# free_port FIRST PROJECT: print the first port that is free or used by this project's TensorBoard
 free_port() {
   local port=$1
   while [ "$port" -lt $(($1 + 50)) ]; do
@@ -103,7 +103,7 @@ free_port() {
   echo "$port"
 }
 
-# host_user ROOTLESS: "uid gid" for the container. In a rootless engine, root inside is the user outside.
+# host_user ROOTLESS: print "uid gid" for the container. A rootless engine maps root to the user.
 host_user() {
   if [ "$1" = yes ]; then
     echo "0 0"
@@ -114,7 +114,7 @@ host_user() {
   fi
 }
 
-# host_warnings FOLDER: what will be slow or short here, with the cure
+# host_warnings FOLDER: warn about a slow disk, little memory or little space, with the fix
 host_warnings() {
   local mib gb
   mib=$(memory_mib)
@@ -122,17 +122,17 @@ host_warnings() {
   if is_wsl; then
     case "$1" in
       /mnt/?/* | /mnt/?)
-        warn "$1 is a Windows disk, 10 to 50 times slower from WSL. Clone into the Linux home instead: cd ~ && git clone ..." \
+        warn "$1 is on a Windows disk, which is 10 to 50 times slower from WSL. Clone into your Linux home directory instead: cd ~ && git clone ..." \
           "$1 位于 Windows 磁盘，在 WSL 中慢 10 到 50 倍。请克隆到 Linux 主目录：cd ~ && git clone ..."
         ;;
     esac
     if [ "$mib" -gt 0 ] && [ "$mib" -lt 11500 ]; then
-      warn "WSL has $((mib / 1024)) GB of memory; 12 GB or more are better. In %UserProfile%\\.wslconfig: [wsl2] memory=12GB, then: wsl --shutdown" \
+      warn "WSL has $((mib / 1024)) GB of memory; at least 12 GB is recommended. Set [wsl2] memory=12GB in %UserProfile%\\.wslconfig, then run: wsl --shutdown" \
         "WSL 只有 $((mib / 1024)) GB 内存，建议至少 12 GB。在 %UserProfile%\\.wslconfig 中写入 [wsl2] memory=12GB，然后运行 wsl --shutdown"
     fi
   fi
   if [ -n "$gb" ] && [ "$gb" -lt 30 ]; then
-    warn "$gb GB of disk are free here; the image takes 2 GB on a CPU and about 9 GB with CUDA, a build twice that. To make room: docker builder prune --filter until=24h" \
+    warn "only $gb GB of disk space is free here. The image takes 2 GB on a CPU and about 9 GB with CUDA; a build needs twice that. Free space: docker builder prune --filter until=24h" \
       "此处只剩 $gb GB 磁盘空间；CPU 镜像约 2 GB，CUDA 镜像约 9 GB，构建时需要两倍。清理：docker builder prune --filter until=24h"
   fi
 }

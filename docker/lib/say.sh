@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Words for people: Chinese or English by TRAIN_LANG, else by the locale; errors show both.
+# Messages in Chinese or English, by TRAIN_LANG or else the locale. Errors show both languages.
 
-# language: zh or en
+# language: print zh or en
 language() {
   case "${TRAIN_LANG:-${LC_ALL:-${LC_MESSAGES:-${LANG:-en}}}}" in
     zh* | ZH* | cn | CN) echo zh ;;
@@ -9,13 +9,13 @@ language() {
   esac
 }
 
-# say ENGLISH CHINESE: one line on standard output
+# say ENGLISH CHINESE: print a message to standard output
 say() { if [ "$(language)" = zh ]; then printf '%s\n' "$2"; else printf '%s\n' "$1"; fi; }
 
-# warn ENGLISH CHINESE: one line on standard error
+# warn ENGLISH CHINESE: print a warning to standard error
 warn() { printf '! %s\n' "$(say "$1" "$2")" >&2; }
 
-# die CODE ENGLISH CHINESE: both languages on standard error, then exit CODE
+# die CODE ENGLISH CHINESE: print an error in both languages to standard error, then exit with CODE
 die() {
   printf 'error: %s\n' "$2" >&2
   printf '错误：%s\n' "$3" >&2

@@ -1,4 +1,4 @@
-"""Runs build.sh on a machine that a fixture describes."""
+"""Helper that runs build.sh on a simulated machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FAKES = ROOT / "tests/docker/fakes"
 
 
 class Result(NamedTuple):
-    """What build.sh did."""
+    """Exit code and output of build.sh."""
 
     code: int
     out: str
@@ -21,11 +21,11 @@ class Result(NamedTuple):
 
     @property
     def env(self) -> dict[str, str]:
-        """The lines of .env that it shows."""
+        """Return the lines of .env in the output."""
         return dict(re.findall(r"^([A-Z0-9_]+)=(.*)$", self.out, re.M))
 
     def row(self, name: str) -> str:
-        """A line of the table that explains the choice."""
+        """Return a row of the printed table of settings."""
         found = re.search(rf"^  {re.escape(name)}  +(.*)$", self.out, re.M)
         assert found, (name, self.out, self.err)
         return found[1]
@@ -35,7 +35,7 @@ def build(
     folder: Path, *arguments: str, cards: list[str] | None = None, listing: str = "",
     host: dict[str, str] | None = None, script: Path = ROOT / "build.sh", **env: str,
 ) -> Result:  # fmt: skip
-    """Run build.sh with fake tools. `host` are files below the root of the fake host."""
+    """Run build.sh with fake tools. `host` maps paths below the fake host's root to contents."""
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
     for tool in FAKES.iterdir():

@@ -1,4 +1,4 @@
-"""Protects the choice for a machine: cards, profile, precision, torch, devices, and its words."""
+"""Protects the settings for a machine: cards, profile, precision, torch, devices, messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def number(capability: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_machines_of_users(name: str, tmp_path):
+def test_reported_machines(name: str, tmp_path):
     machine: Machine = MACHINES[name]
     result = build(tmp_path, "--dry-run", cards=machine.cards)
     assert result.code == 0, result.err
@@ -25,16 +25,16 @@ def test_machines_of_users(name: str, tmp_path):
     assert (
         env["GPU_PROFILE"], micro_batch, result.row("precision").split(",")[0],
         env["TORCH_VERSION"], env["CUDA_DEVICES"],
-    ) == machine.answer  # fmt: skip
+    ) == machine.expected  # fmt: skip
     assert env["COMPOSE_FILE"].startswith("docker-compose.yml:docker-compose.gpu.yml")
-    # The same table inside the container gives the same: nothing needs to be told.
+    # In the container, auto reads the same table, so nothing needs to be passed.
     assert "TRAIN_LLM_PRECISION" not in env
 
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_auto_inside_the_container_agrees(name: str):
     cards = [line.split("|") for line in MACHINES[name].cards]
-    profile, micro_batch, precision, _, devices = MACHINES[name].answer
+    profile, micro_batch, precision, _, devices = MACHINES[name].expected
     used = [c for c in cards if devices == "all" or c[0] in devices.split(",")]
     facts = Facts(
         cuda=min(number(c[3]) for c in used),
@@ -46,7 +46,7 @@ def test_auto_inside_the_container_agrees(name: str):
     assert found == (profile, micro_batch, precision)
 
 
-def test_the_table_itself():
+def test_the_table_is_consistent():
     rows = table()
     assert {r["profile"] for r in rows} >= {
         "a100", "rtx40", "rtx30", "rtx50", "hopper", "blackwell", "turing", "volta", "cpu",
@@ -61,24 +61,24 @@ def test_the_table_itself():
             capability = number(row["min_capability"])
             numbers = "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
             assert row["precision"] == numbers
-            # Room for CUDA itself and for what a desktop takes; MiB are 1.049 MB. The last row of
-            # a profile holds whatever is smaller, so it has no bound.
+            # Reserve memory for CUDA itself and for a desktop; 1 MiB is 1.049 MB. The last row of a
+            # profile covers all smaller cards, so it has no bound.
             if int(row["min_mib"]):
                 assert float(row["peak_gb"]) + 1.5 <= int(row["min_mib"]) * 1.0486e-3, row
     (rtx40,) = [r for r in rows if r["profile"] == "rtx40" and r["typical"] == "yes"]
     assert float(rtx40["peak_gb"]) + 0.7 < 18
 
 
-def test_idle_cards_by_number(tmp_path):
+def test_a_number_of_idle_cards(tmp_path):
     result = build(tmp_path, "--dry-run", "--devices", "free:2", cards=eight({0, 1, 2, 3}))
     assert result.env["CUDA_DEVICES"] == "4,5"
     result = build(tmp_path, "--dry-run", "--devices", "free:5", cards=eight({0, 1, 2, 3}))
     assert result.code == 4 and "only 4 of the 5" in result.err and "空闲" in result.err
 
 
-def test_busy_cards_are_named_and_may_be_taken(tmp_path):
+def test_busy_cards_are_reported_and_can_be_requested(tmp_path):
     result = build(tmp_path, "--dry-run", cards=eight({2}))
-    assert "left out, since others use them: card 2" in result.err
+    assert "skipped because others are using them: card 2" in result.err
     assert result.env["CUDA_DEVICES"] == "0,1,3,4,5,6,7"
     result = build(tmp_path, "--dry-run", "--devices", "all", cards=eight({2}))
     assert result.env["CUDA_DEVICES"] == "all"
@@ -86,7 +86,7 @@ def test_busy_cards_are_named_and_may_be_taken(tmp_path):
     assert "every card is in use" in result.err and result.env["CUDA_DEVICES"] == "all"
 
 
-def test_devices_of_the_shell_and_of_the_users_lines(tmp_path):
+def test_devices_from_the_shell_and_the_users_lines(tmp_path):
     result = build(tmp_path, "--dry-run", cards=eight(set()), CUDA_DEVICES="0,1", SHM_SIZE="32gb")
     assert (result.env["CUDA_DEVICES"], result.env["SHM_SIZE"]) == ("0,1", "32gb")
     (tmp_path / ".env").write_text('CUDA_DEVICES="6,7" # mine\r\n')
@@ -99,12 +99,12 @@ def test_devices_of_the_shell_and_of_the_users_lines(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["half", "0gb", "8 tb", "-1g", "8gb; x"])
-def test_bad_sizes_of_shared_memory(size: str, tmp_path):
+def test_invalid_shared_memory_sizes_are_refused(size: str, tmp_path):
     result = build(tmp_path, "--dry-run", SHM_SIZE=size)
     assert result.code == 2 and f"SHM_SIZE={size}" in result.err
 
 
-def test_shared_memory_is_at_most_half_of_the_memory(tmp_path):
+def test_shared_memory_is_at_most_half_of_the_ram(tmp_path):
     host = {"proc/meminfo": "MemTotal:        8000000 kB\n"}
     result = build(tmp_path, "--dry-run", cards=eight(set())[:1], host=host)
     assert result.env["SHM_SIZE"] == "3906mb"
@@ -113,46 +113,46 @@ def test_shared_memory_is_at_most_half_of_the_memory(tmp_path):
 # ---- machines on which no card can be used -------------------------------------------------------
 
 
-def test_no_card_is_the_cpu(tmp_path):
+def test_no_card_selects_the_cpu(tmp_path):
     result = build(tmp_path, "--dry-run")
     assert (result.code, result.env["GPU_PROFILE"]) == (0, "cpu")
     assert result.env["COMPOSE_FILE"] == "docker-compose.yml" and "CUDA_DEVICES" not in result.env
 
 
 @pytest.mark.parametrize(
-    "state, words, expected",
+    "state, message, expected",
     [
         # mxnet#19930
         ("failing", "NVIDIA-SMI has failed because it couldn't communicate with the", "reboot"),
         ("failing", "Failed to initialize NVML: Driver/library version mismatch", "modprobe"),
-        ("hang", "", "does not answer"),
+        ("hang", "", "did not respond"),
     ],
 )  # fmt: skip
-def test_sick_cards_stop_with_the_cure(state, words, expected, tmp_path):
-    result = build(tmp_path, "--dry-run", FAKE_SMI=state, FAKE_WORDS=words)
+def test_failing_cards_stop_with_a_fix(state, message, expected, tmp_path):
+    result = build(tmp_path, "--dry-run", FAKE_SMI=state, FAKE_MESSAGE=message)
     assert result.code == 4 and expected in result.err and "./build.sh cpu" in result.err
-    result = build(tmp_path, "cpu", "--dry-run", FAKE_SMI=state, FAKE_WORDS=words)
+    result = build(tmp_path, "cpu", "--dry-run", FAKE_SMI=state, FAKE_MESSAGE=message)
     assert (result.code, result.env["GPU_PROFILE"]) == (0, "cpu")
 
 
 def test_a_driver_without_cards(tmp_path):
     result = build(tmp_path, "--dry-run", FAKE_SMI="none")
-    assert result.code == 0 and result.env["GPU_PROFILE"] == "cpu" and "sees no card" in result.err
+    assert result.code == 0 and result.env["GPU_PROFILE"] == "cpu" and "finds no card" in result.err
 
 
 @pytest.mark.parametrize(
-    "machine, least",
+    "machine, minimum",
     [
-        # candle#733, TensorRT-LLM#735: 470 does not know compute_cap
+        # candle#733, TensorRT-LLM#735: driver 470 does not know compute_cap
         ([card("NVIDIA GeForce RTX 3090", 24576, "8.6", "470.82.01")], "525"),
         ([card("NVIDIA GeForce RTX 3090", 24576, "8.6", "515.105.01")], "525"),
         ([card("NVIDIA GeForce RTX 5090", 32607, "12.0", "535.183.01")], "570"),
     ],
 )
-def test_old_drivers_stop_with_the_minimum(machine, least, tmp_path):
+def test_old_drivers_stop_with_the_minimum_version(machine, minimum, tmp_path):
     old = {"FAKE_SMI": "old"} if "470" in machine[0] else {}
     result = build(tmp_path, "--dry-run", cards=machine, **old)
-    assert result.code == 4 and f"needs {least} or newer" in result.err, result.err
+    assert result.code == 4 and f"needs {minimum} or newer" in result.err, result.err
     assert build(tmp_path, "cpu", "--dry-run", cards=machine, **old).code == 0
 
 
@@ -173,23 +173,23 @@ MIG_LIST = """GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-00000000-0000-0000-0000-00
 """
 
 
-def test_slices_of_a_card(tmp_path):
-    # nvitop#8: memory.total is the whole card's
-    whole = [card("NVIDIA A100-SXM4-80GB", 81920, "8.0", "550.54.15", mig="Enabled")]
-    result = build(tmp_path, "--dry-run", cards=whole, listing=MIG_LIST)
+def test_mig_slices(tmp_path):
+    # nvitop#8: memory.total is that of the full card
+    cards = [card("NVIDIA A100-SXM4-80GB", 81920, "8.0", "550.54.15", mig="Enabled")]
+    result = build(tmp_path, "--dry-run", cards=cards, listing=MIG_LIST)
     assert result.env["CUDA_DEVICES"] == "MIG-aaaa0000-1111-2222-3333-444444444444"
     assert result.env["GPU_PROFILE"] == "a100"
     small = "MIG-bbbb0000-1111-2222-3333-444444444444"
-    result = build(tmp_path, "--dry-run", "--devices", small, cards=whole, listing=MIG_LIST)
+    result = build(tmp_path, "--dry-run", "--devices", small, cards=cards, listing=MIG_LIST)
     assert result.env["CUDA_DEVICES"] == small and result.row("micro batch") == "32 x 512"
-    result = build(tmp_path, "--dry-run", cards=whole, listing=MIG_LIST.splitlines()[0])
+    result = build(tmp_path, "--dry-run", cards=cards, listing=MIG_LIST.splitlines()[0])
     assert result.code == 4 and "mig -cgi" in result.err
 
 
 # ---- engines and hosts ---------------------------------------------------------------------------
 
 
-def test_no_toolkit_is_the_cpu_with_the_cure(tmp_path):
+def test_a_missing_toolkit_selects_the_cpu_and_prints_the_fix(tmp_path):
     # LLaMA-Factory#5268: "could not select device driver"
     result = build(tmp_path, "--dry-run", cards=eight(set())[:1], FAKE_RUNTIMES='{"runc":{}}')
     assert result.env["GPU_PROFILE"] == "cpu"
@@ -207,7 +207,7 @@ def test_docker_desktop_needs_no_toolkit(tmp_path):
 @pytest.mark.parametrize(
     "where", [{"DOCKER_HOST": "ssh://box"}, {"FAKE_CONTEXT": "tcp://10.0.0.9:2376"}]
 )
-def test_a_remote_engine_wants_a_profile(where, tmp_path):
+def test_a_remote_engine_requires_a_profile(where, tmp_path):
     result = build(tmp_path, "--dry-run", cards=eight(set()), **where)
     assert result.code == 4 and "another host" in result.err
     result = build(tmp_path, "rtx40", "--dry-run", cards=eight(set()), **where)
@@ -217,7 +217,7 @@ def test_a_remote_engine_wants_a_profile(where, tmp_path):
 
 
 def test_a_rootless_engine(tmp_path):
-    # nerdctl#1937, podman#19319: root inside is the user outside
+    # nerdctl#1937, podman#19319: root in the container is the user outside
     result = build(
         tmp_path, "--dry-run", cards=eight(set())[:1], DOCKER_HOST="unix:///run/user/1000/docker.sock",
         FAKE_SECURITY='["name=seccomp,profile=default","name=rootless"]',
@@ -226,21 +226,21 @@ def test_a_rootless_engine(tmp_path):
     assert result.env["COMPOSE_FILE"].endswith("docker-compose.gpu.yml")
 
 
-def test_amd_and_apple(tmp_path):
+def test_amd_and_apple_select_the_cpu(tmp_path):
     result = build(tmp_path, "--dry-run", host={"dev/kfd": ""})
     assert result.env["GPU_PROFILE"] == "cpu" and "AMD" in result.err
     result = build(tmp_path, "--dry-run", HOST_SYSTEM="Darwin")
     assert result.env["GPU_PROFILE"] == "cpu" and "Metal" in result.err
 
 
-def test_wsl_without_memory(tmp_path):
+def test_wsl_with_little_memory(tmp_path):
     host = {
         "proc/version": "Linux version 5.15.167.4-microsoft-standard-WSL2",
         "proc/meminfo": "MemTotal:        8000000 kB\n",
     }
     result = build(tmp_path, "--dry-run", host=host)
     assert ".wslconfig" in result.err and "Windows" in result.err
-    # docker/for-win#10524: nvidia-smi is not on the PATH of sudo there
+    # docker/for-win#10524: nvidia-smi is not on sudo's PATH there
     smi = tmp_path / "host/usr/lib/wsl/lib/nvidia-smi"
     smi.parent.mkdir(parents=True)
     smi.symlink_to(ROOT / "tests/docker/fakes/nvidia-smi")
@@ -249,7 +249,7 @@ def test_wsl_without_memory(tmp_path):
     (tmp_path / "cards").write_text(cards[0] + "\n")
     result = build(tmp_path, "--dry-run", host=host, cards=cards)
     assert result.env["GPU_PROFILE"] == "rtx40"
-    # nvidia-container-toolkit#21: WSL shows every card, so torch is told which
+    # nvidia-container-toolkit#21: WSL shows every card, so torch is restricted
     two = [card("NVIDIA GeForce RTX 4070", 12282, "8.9", "572.16", i) for i in range(2)]
     result = build(tmp_path, "--dry-run", "--devices", "1", host=host, cards=two)
     assert "docker/compose.wsl.yml" in result.env["COMPOSE_FILE"]
@@ -257,11 +257,11 @@ def test_wsl_without_memory(tmp_path):
     assert "wsl" not in result.env["COMPOSE_FILE"]
 
 
-def test_engines_that_cannot_be_used(tmp_path):
-    for state, words in (("down", "systemctl start docker"), ("denied", "usermod -aG docker")):
+def test_unusable_engines_stop_with_a_fix(tmp_path):
+    for state, fix in (("down", "systemctl start docker"), ("denied", "usermod -aG docker")):
         result = build(tmp_path, "--no-build", FAKE_ENGINE=state)
-        assert result.code == 3 and words in result.err and not (tmp_path / ".env").exists()
-    # compose#11742, compose#13389: version 1 with engines from 25 on
+        assert result.code == 3 and fix in result.err and not (tmp_path / ".env").exists()
+    # compose#11742, compose#13389: version 1 fails with engines from 25 on
     result = build(tmp_path, "--no-build", FAKE_NO_V2="1", FAKE_VERSION="29.0.0")
     assert result.code == 3 and "docker-compose-plugin" in result.err
     result = build(tmp_path, "--dry-run", FAKE_NO_V2="1", FAKE_VERSION="20.10.24")
@@ -271,20 +271,20 @@ def test_engines_that_cannot_be_used(tmp_path):
 # ---- profiles by name, usage, language -----------------------------------------------------------
 
 
-def test_a_profile_against_the_card_warns_and_obeys(tmp_path):
+def test_a_profile_that_does_not_match_the_card_is_used_with_a_warning(tmp_path):
     cards = MACHINES["RTX 3060 12 GB"].cards
     result = build(tmp_path, "a100", "--dry-run", cards=cards)
-    assert result.code == 0 and "a100 was asked for" in result.err and "rtx30" in result.err
+    assert result.code == 0 and "a100 was requested" in result.err and "rtx30" in result.err
     assert result.env["GPU_PROFILE"] == "a100"
     assert result.env["TRAIN_LLM_MICRO_BATCH_SIZE"] == "128"
     result = build(tmp_path, "rtx30", "--dry-run", cards=cards)
-    assert "asked for" not in result.err and "TRAIN_LLM_MICRO_BATCH_SIZE" not in result.env
+    assert "requested" not in result.err and "TRAIN_LLM_MICRO_BATCH_SIZE" not in result.env
 
 
 @pytest.mark.parametrize("arguments", [
     ("a200",), ("--devices",), ("--devices", "free:x"), ("--mirror", "us"), ("--frobnicate",),
 ])  # fmt: skip
-def test_wrong_usage(arguments, tmp_path):
+def test_invalid_arguments(arguments, tmp_path):
     result = build(tmp_path, *arguments)
     assert result.code == 2 and "error:" in result.err and "错误" in result.err
 
@@ -295,8 +295,8 @@ def test_language(tmp_path):
     assert "用法" in build(tmp_path, "--help", TRAIN_LANG="zh").out
 
 
-def test_the_forty_series_has_no_peer_to_peer(tmp_path):
-    # fluxgym#283, accelerate#2328: in the 40 series only; linked 3090s have it
+def test_rtx_40_disables_peer_to_peer(tmp_path):
+    # fluxgym#283, accelerate#2328: only RTX 40 lacks it; linked 3090s have it
     result = build(tmp_path, "--dry-run", cards=MACHINES["RTX 4090"].cards)
     assert (result.env["NCCL_P2P_DISABLE"], result.env["NCCL_IB_DISABLE"]) == ("1", "1")
     result = build(tmp_path, "--dry-run", cards=MACHINES["RTX 3090"].cards)

@@ -1,6 +1,6 @@
-"""Protects what a user does with containers, on a real engine: each step is run as it is typed.
+"""Protects the container workflow on a real engine: each command is run as a user types it.
 
-Wants an engine that `docker info` finds; without one these tests are skipped, and fail under CI.
+Needs an engine that `docker info` finds. Without one these tests are skipped; under CI they fail.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ ENGINE = (
     and not subprocess.run(["docker", "info"], capture_output=True).returncode
 )
 if not ENGINE and not os.environ.get("CI"):
-    pytest.skip("no Docker engine answers here", allow_module_level=True)
+    pytest.skip("needs a Docker engine", allow_module_level=True)
 
 PEOPLE = [None]
 if os.geteuid() == 0:
-    PEOPLE.append("train-llm-tester")  # An ordinary user in the group docker.
-# One thread, since trainings run beside each other, and steps of milliseconds.
+    PEOPLE.append("train-llm-tester")  # A regular user in the group docker.
+# One thread, because several trainings run at once; each step takes milliseconds.
 TRAIN = (
     "env OMP_NUM_THREADS=1 python train.py configs/tiny_pretrain.yaml max_steps=1000000 "
     "save_every_steps=1000000 log_every_steps=1 eval_every_steps=0 data.files=dataset/text.jsonl "
@@ -42,7 +42,7 @@ REPORT: list[str] = []
 
 
 class Clone:
-    """A user's clone of the working tree, and the commands typed in it."""
+    """A user's clone of the working tree, and the commands run in it."""
 
     def __init__(self, folder: Path, user: str | None) -> None:
         self.folder, self.user = folder, user
@@ -61,7 +61,7 @@ class Clone:
             subprocess.run(["chown", "-R", user, str(folder)], check=True)
 
     def __call__(self, command: str, check: bool = True, limit: int = 900, **env: str) -> str:
-        """Run a line of shell as the user; its output and errors together."""
+        """Run a shell command as the user; return its output and errors."""
         done = subprocess.run(
             [*self._as(), "bash", "-c", command], cwd=self.folder, text=True, timeout=limit,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
@@ -71,7 +71,7 @@ class Clone:
         return done.stdout
 
     def start(self, command: str) -> subprocess.Popen:
-        """Begin a line of shell that goes on by itself."""
+        """Start a shell command in the background."""
         return subprocess.Popen(
             [*self._as(), "bash", "-c", command], cwd=self.folder, text=True, env=self._env({}),
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -95,7 +95,7 @@ class Clone:
         return {"PATH": os.environ["PATH"], "HOME": home, "LANG": "C.UTF-8", **more}
 
     def env(self, key: str) -> str:
-        """A line of .env."""
+        """Return the last value of a key in .env."""
         return re.findall(rf"^{key}=(.*)$", (self.folder / ".env").read_text(), re.M)[-1]
 
     @property
@@ -103,26 +103,26 @@ class Clone:
         return self.env("TRAIN_LLM_CONTAINER")
 
     def inspect(self, form: str) -> str:
-        """What the engine knows of the container."""
+        """Return a property of the container."""
         return self(f"docker inspect {self.container} --format '{form}'").strip()
 
     def logged(self, run: str) -> list[int]:
-        """Steps in the train.log of a run."""
+        """Return the steps in the train.log of a run."""
         path = self.folder / "runs" / run / "train.log"
         text = path.read_text() if path.exists() else ""
         return [int(number) for number in re.findall(r"^step +(\d+)", text, re.M)]
 
-    def wait(self, what: str, condition, limit: float = 120) -> None:
-        """Until something is so."""
+    def wait(self, description: str, condition, limit: float = 120) -> None:
+        """Wait until a condition holds."""
         end = time.monotonic() + limit
         while not condition():
-            assert time.monotonic() < end, what
+            assert time.monotonic() < end, f"timed out: {description}"
             time.sleep(0.5)
 
 
 @pytest.fixture(scope="module", params=PEOPLE, ids=lambda user: user or "me")
 def clone(request, tmp_path_factory):
-    """A clone with a built image and a running container."""
+    """Yield a clone with a built image and a running container."""
     user = request.param
     if user:
         subprocess.run(
@@ -144,16 +144,16 @@ def clone(request, tmp_path_factory):
     shutil.rmtree(base.parent if user or os.geteuid() else base, ignore_errors=True)
 
 
-def once(clone: Clone) -> None:
-    """What does not depend on who types is tried by one of them."""
+def skip_second_user(clone: Clone) -> None:
+    """Skip the second user for a test that does not depend on the user."""
     if clone.user:
-        pytest.skip("once is enough")
+        pytest.skip("does not depend on the user")
 
 
 def test_training_by_exec_is_logged_and_saved_by_stop(clone):
     training = clone.start(f"docker compose exec -T train {TRAIN} out_dir=runs/one")
     second = clone.start(f"docker compose exec -T train {TRAIN} out_dir=runs/more/two seed=1")
-    # An interactive shell beside it, which ignores SIGTERM (docs: moby#35703).
+    # An interactive shell at the same time, which ignores SIGTERM (moby#35703).
     shell = clone.start(f"script -qec 'docker exec -it {clone.container} bash' /dev/null")
     clone.wait(
         "two runs train", lambda: min(len(clone.logged("one")), len(clone.logged("more/two"))) > 3
@@ -184,18 +184,18 @@ def test_training_by_exec_is_logged_and_saved_by_stop(clone):
     assert code.strip() == "0"
 
 
-def test_the_run_goes_on_after_a_stop(clone):
+def test_a_run_resumes_after_a_stop(clone):
     clone("docker compose up -d train")
     step = int(next((clone.folder / "runs/one").glob("step_*")).name.split("_")[1])
     training = clone.start(f"docker compose exec -T train {TRAIN} out_dir=runs/one")
-    clone.wait("it goes on", lambda: clone.logged("one")[-1] > step)
+    clone.wait("the run resumes", lambda: clone.logged("one")[-1] > step)
     text = (clone.folder / "runs/one/train.log").read_text()
     assert f"resuming from step {step}" in text
     clone(f"docker exec {clone.container} pkill -TERM -f train.py")
     training.wait(timeout=60)
 
 
-def test_the_container_is_the_users(clone):
+def test_the_container_runs_as_the_user(clone):
     uid = pwd.getpwnam(clone.user).pw_uid if clone.user else os.geteuid()
     assert clone("docker compose exec -T train id -u").strip() == str(uid)
     out = clone(
@@ -206,7 +206,7 @@ def test_the_container_is_the_users(clone):
     size = int(clone.inspect("{{.HostConfig.ShmSize}}"))
     assert size == 2 << 30
     image = clone.env("TRAIN_LLM_IMAGE")
-    # Another number works too: torch asks for the user's name.
+    # Another user id works too, although torch looks up the user name.
     clone(
         f"docker run --rm --user 4242 {image} python -c 'import getpass, torch; getpass.getuser()'"
     )
@@ -216,36 +216,36 @@ def test_the_container_is_the_users(clone):
     assert "gcc" in clone("docker compose exec -T train gcc --version")
 
 
-def test_tensorboard_is_here_and_nowhere_else(clone):
+def test_tensorboard_listens_on_this_machine_only(clone):
     port = clone.env("TB_PORT")
 
-    def answers(host: str) -> bool:
+    def responds(host: str) -> bool:
         try:
             with urllib.request.urlopen(f"http://{host}:{port}/", timeout=5) as page:
                 return page.status == 200
         except OSError:
             return False
 
-    clone.wait("TensorBoard answers", lambda: answers("127.0.0.1"), 90)
+    clone.wait("TensorBoard responds", lambda: responds("127.0.0.1"), 90)
     listening = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
     addresses = re.findall(rf": (\w+):{int(port):04X} \w+:\w+ 0A", listening)
     assert addresses and set(addresses) == {"0100007F"}
-    # It reads only.
+    # Its mount is read-only.
     name = clone("docker compose ps -q tensorboard").strip()
     assert "Read-only" in clone(f"docker exec {name} touch /workspace/runs/x", check=False)
 
 
 def test_the_doctor(clone):
-    once(clone)
+    skip_second_user(clone)
     out = clone("./build.sh doctor")
     for check in ("engine", "container", "one matmul", "two ranks", "disk", "data", "ten steps"):
         assert f"OK {check}:" in out, out
-    pasted = out.split("```")[1]
-    assert str(clone.folder) not in pasted and (clone.user or "/root") not in pasted
+    report = out.split("```")[1]
+    assert str(clone.folder) not in report and (clone.user or "/root") not in report
 
 
-def test_a_busy_port_moves_tensorboard(clone):
-    once(clone)
+def test_a_busy_port_changes_tensorboards_port(clone):
+    skip_second_user(clone)
     clone("docker compose stop")
     port = int(clone.env("TB_PORT"))
     with socket.create_server(("127.0.0.1", port)):
@@ -256,33 +256,33 @@ def test_a_busy_port_moves_tensorboard(clone):
     clone("./build.sh cpu --env-only && docker compose up -d train")
 
 
-def test_the_overlay_of_cards(clone):
-    """A stand-in for NVIDIA's hook lets a container with cards start; there is none inside."""
-    once(clone)
+def test_the_gpu_overlay(clone):
+    """With a stand-in for NVIDIA's hook, a container that requests cards starts without any."""
+    skip_second_user(clone)
     overlay = "docker-compose.yml:docker-compose.gpu.yml"
     env = {"COMPOSE_FILE": overlay, "CUDA_DEVICES": "0,1", "GPU_PROFILE": "rtx40"}
     out = clone("docker compose up -d train; echo ended with $?", check=False, **env)
     if "could not select device driver" in out:
         (clone.folder / "log").write_text(out)
-        cure = clone(". docker/lib/say.sh; . docker/lib/cures.sh; cure_of log")
-        assert "nvidia-container-toolkit" in cure
+        fixes = clone(". docker/lib/say.sh; . docker/lib/fixes.sh; print_fixes log")
+        assert "nvidia-container-toolkit" in fixes
         clone("docker compose up -d train")
         return
     assert "ended with 0" in out, out
     request = json.loads(clone.inspect("{{json .HostConfig.DeviceRequests}}"))  # fmt: skip
     assert request[0]["DeviceIDs"] == ["0,1"] and request[0]["Driver"] == "nvidia"
-    # The engine tells the first process; what `exec` begins has compose's environment.
+    # The engine sets it for the main process; `exec` adds Compose's environment.
     seen = clone("docker compose exec -T train cat /proc/1/environ", **env).split("\0")
     assert {"NVIDIA_VISIBLE_DEVICES=0,1", "CUDA_DEVICES=0,1"} <= set(seen)
     training = f"docker compose exec -T train {TRAIN} device=cuda out_dir=runs/card"
-    said = clone(training, check=False, **env)
-    assert "no CUDA device" in said
+    output = clone(training, check=False, **env)
+    assert "no CUDA device" in output
     clone("docker compose up -d train")
 
 
-@pytest.mark.skipif(not shutil.which("docker-compose"), reason="no Compose of the old spelling")
-def test_the_old_spelling(clone):
-    once(clone)
+@pytest.mark.skipif(not shutil.which("docker-compose"), reason="needs docker-compose")
+def test_docker_compose_with_a_hyphen(clone):
+    skip_second_user(clone)
     clone("docker-compose down && docker-compose up -d train", COMPOSE_API_VERSION="1.41")
     clone("docker-compose exec -T train python train.py --help")
     assert "ready" in clone("docker-compose logs train")
@@ -294,23 +294,23 @@ def test_the_old_spelling(clone):
     clone("docker-compose down")
 
 
-def test_unattended(clone):
-    once(clone)
+def test_train_command_runs_unattended(clone):
+    skip_second_user(clone)
     command = f"{TRAIN} out_dir=runs/alone".replace("max_steps=1000000", "max_steps=3")
     with (clone.folder / ".env").open("a") as file:
         file.write(f"TRAIN_COMMAND={command}\nTRAIN_RESTART=unless-stopped\n")
     clone("docker compose up -d train")
-    clone.wait("it trains by itself", lambda: (clone.folder / "runs/alone/final").is_dir())
-    clone.wait("it says so", lambda: "ended with code 0" in clone("docker compose logs train"), 20)
+    clone.wait("the training finishes", lambda: (clone.folder / "runs/alone/final").is_dir())
+    clone.wait("the log", lambda: "exited with code 0" in clone("docker compose logs train"), 20)
     assert clone.inspect("{{.HostConfig.RestartPolicy.Name}}") == "unless-stopped"
 
 
-def test_two_clones_of_one_name_live_side_by_side(clone, tmp_path_factory):
-    once(clone)
+def test_two_clones_of_the_same_name_coexist(clone, tmp_path_factory):
+    skip_second_user(clone)
     before = clone.inspect("{{.Id}} {{.State.StartedAt}}")
     other = Clone(clone.folder.parent / "other" / clone.folder.name, None)
     other("./build.sh cpu --env-only")
-    image = f"TRAIN_LLM_IMAGE={clone.env('TRAIN_LLM_IMAGE')}\n"  # Of the same content.
+    image = f"TRAIN_LLM_IMAGE={clone.env('TRAIN_LLM_IMAGE')}\n"  # It has the same content.
     with (other.folder / ".env").open("a") as file:
         file.write(image)
     try:
@@ -329,7 +329,7 @@ def test_rebuilds(clone):
     started = time.monotonic()
     out = clone("./build.sh cpu")
     took = time.monotonic() - started
-    REPORT.append(f"{clone.user or 'root'}: rebuild after a change of code {took:.1f} s")
+    REPORT.append(f"{clone.user or 'root'}: rebuild after a code change {took:.1f} s")
     assert took < 10 and out.count("CACHED") >= 4
     if clone.user:
         return
@@ -338,7 +338,7 @@ def test_rebuilds(clone):
     started = time.monotonic()
     out = clone("./build.sh cpu")
     took = time.monotonic() - started
-    REPORT.append(f"rebuild after a change of requirements {took:.1f} s (wheels from the cache)")
+    REPORT.append(f"rebuild after a requirements change {took:.1f} s (wheels from the cache)")
     assert took < 120
     assert "Collecting torch" not in out
     clone("git checkout docker/requirements.lock && ./build.sh cpu")

@@ -1,7 +1,7 @@
-"""Protects trainings in a container: logged and stopped, however begun.
+"""Protects trainings in a container: they are logged and stopped, however they were started.
 
-There is no engine, but a bare namespace of processes. nsenter is what `docker exec` does; Docker's
-init is left out, which is the harder case.
+Runs without an engine, in a plain process namespace. nsenter plays the role of `docker exec`. There
+is no Docker init, which is the harder case.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.docker.driving import ROOT
 
 UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 if os.geteuid() or subprocess.run([*UNSHARE, "true"], capture_output=True).returncode:
-    pytest.skip("no right to make a process namespace here", allow_module_level=True)
+    pytest.skip("needs the right to create a process namespace", allow_module_level=True)
 
 TRAINER = """
 import signal, sys, time
@@ -35,7 +35,7 @@ while True:
 
 
 class Container:
-    """The entrypoint as the first process of a namespace, and what it prints."""
+    """The entrypoint as the first process of a namespace, with its output."""
 
     def __init__(self, folder: Path, *command: str, **env: str) -> None:
         self.folder, self.runs = folder, folder / "runs"
@@ -46,25 +46,25 @@ class Container:
             env={"PATH": os.environ["PATH"], "RUNS": str(self.runs), **env},
             stdout=self.output.open("w"), stderr=subprocess.STDOUT,
         )  # fmt: skip
-        self.first = 0
+        self.main_pid = 0
         if not command:
-            self.wait(lambda: "profile" in self.said())
+            self.wait(lambda: "profile" in self.logs())
             children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-            self.first = int(children.read_text().split()[0])
+            self.main_pid = int(children.read_text().split()[0])
 
-    def said(self) -> str:
+    def logs(self) -> str:
         return self.output.read_text()
 
     def exec(self, *command: str) -> subprocess.Popen:
-        """What `docker exec` does."""
-        enter = ["nsenter", "--target", str(self.first), "--pid", "--mount"]
+        """Run a command in the namespace, as `docker exec` does."""
+        enter = ["nsenter", "--target", str(self.main_pid), "--pid", "--mount"]
         return subprocess.Popen(
             [*enter, *command], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
     def train(self, name: str, seconds: float) -> None:
-        """Begin something that takes so long to save."""
+        """Start a process that takes this many seconds to save."""
         result = self.folder / name
         self.exec("python3", "-c", TRAINER, str(result), str(seconds))
         self.wait(result.with_suffix(".ready").exists)
@@ -72,13 +72,13 @@ class Container:
     def wait(self, condition, limit: float = 30) -> None:
         end = time.monotonic() + limit
         while not condition():
-            assert time.monotonic() < end, self.said()
+            assert time.monotonic() < end, self.logs()
             time.sleep(0.05)
 
     def stop(self) -> float:
-        """SIGTERM as the engine sends it; the seconds until the container is gone."""
+        """Send SIGTERM as the engine does; return the seconds until the container exits."""
         started = time.monotonic()
-        os.kill(self.first, signal.SIGTERM)
+        os.kill(self.main_pid, signal.SIGTERM)
         self.process.wait(timeout=60)
         return time.monotonic() - started
 
@@ -97,7 +97,7 @@ def start(tmp_path):
         container.process.wait()
 
 
-def test_two_trainings_save_and_a_shell_does_not_hold_them_up(start):
+def test_two_trainings_save_and_a_shell_does_not_delay_them(start):
     container = start()
     container.train("one", 0.5)
     container.train("two", 1.5)
@@ -108,71 +108,71 @@ def test_two_trainings_save_and_a_shell_does_not_hold_them_up(start):
     assert container.process.returncode == 0
     for name in ("one", "two"):
         assert (container.folder / name).read_text() == "saved"
-    assert took < 15 and "all ended" in container.said()
+    assert took < 15 and "all processes exited" in container.logs()
 
 
-def test_what_does_not_end_is_told_of(start):
+def test_processes_that_do_not_exit_are_reported(start):
     container = start(STOP_WAIT="2")
     container.train("slow", 600)
     assert container.stop() < 15
-    assert "did not end within 2 s" in container.said()
+    assert "did not exit within 2 s" in container.logs()
 
 
-def test_nothing_runs_nothing_is_waited_for(start):
+def test_stop_is_immediate_without_trainings(start):
     assert start().stop() < 5
 
 
-def test_lines_are_whole_and_said_once(start):
+def test_lines_are_complete_and_printed_once(start):
     container = start()
     (container.runs / "a").mkdir()
     log = container.runs / "a/train.log"
     with log.open("w") as file:
         file.write("step 1\nste")
         file.flush()
-        container.wait(lambda: "[a] step 1\n" in container.said())
+        container.wait(lambda: "[a] step 1\n" in container.logs())
         time.sleep(1.2)
-        assert "ste\n" not in container.said()
+        assert "ste\n" not in container.logs()
         file.write("p 2\nbar 50%\rbar 100%\rstep 3\r\n")
         file.flush()
-        container.wait(lambda: "[a] step 3\n" in container.said())
-    said = container.said()
-    assert said.count("step 1") == 1 and "[a] step 2\n" in said and "\r" not in said
+        container.wait(lambda: "[a] step 3\n" in container.logs())
+    output = container.logs()
+    assert output.count("step 1") == 1 and "[a] step 2\n" in output and "\r" not in output
 
 
-def test_a_new_run_of_the_name_and_one_deeper(start):
+def test_a_new_run_of_the_same_name_and_a_nested_run(start):
     container = start()
     first, deep = container.runs / "a", container.runs / "b/c"
     first.mkdir()
     deep.mkdir(parents=True)
     (first / "train.log").write_text("old 1\nold 2\n")
-    container.wait(lambda: "[a] old 2" in container.said())
+    container.wait(lambda: "[a] old 2" in container.logs())
     shutil.move(first, container.runs / "a.1")
     first.mkdir()
     (first / "train.log").write_text("new 1\n")
     (deep / "train.log").write_text("deep 1\n")
-    container.wait(lambda: "[a] new 1" in container.said() and "[b/c] deep 1" in container.said())
-    assert container.said().count("[a] new 1") == 1
+    container.wait(lambda: "[a] new 1" in container.logs() and "[b/c] deep 1" in container.logs())
+    assert container.logs().count("[a] new 1") == 1
 
 
-def test_what_was_there_before_is_not_repeated(start, tmp_path):
+def test_old_lines_are_not_repeated(start, tmp_path):
     (tmp_path / "runs/a").mkdir(parents=True)
     log = tmp_path / "runs/a/train.log"
     log.write_text("yesterday\n")
     container = start()
     with log.open("a") as file:
         file.write("today\n")
-    container.wait(lambda: "[a] today" in container.said())
-    assert "yesterday" not in container.said()
+    container.wait(lambda: "[a] today" in container.logs())
+    assert "yesterday" not in container.logs()
 
 
-def test_a_command_is_run_in_its_place(start):
-    container = start("echo", "in its place")
+def test_another_command_is_executed_instead(start):
+    container = start("echo", "a command")
     assert container.process.wait(timeout=10) == 0
-    assert container.said() == "in its place\n"
+    assert container.logs() == "a command\n"
 
 
 def test_train_command(start):
-    container = start(TRAIN_COMMAND="echo it goes; exit 3")
-    container.wait(lambda: "TRAIN_COMMAND ended with code 3" in container.said())
-    assert "it goes" in container.said()  # The end of what failed.
+    container = start(TRAIN_COMMAND="echo its output; exit 3")
+    container.wait(lambda: "TRAIN_COMMAND exited with code 3" in container.logs())
+    assert "its output" in container.logs()  # The last lines, because it failed.
     assert container.stop() < 5

@@ -1,4 +1,4 @@
-"""Protects .env, what Compose makes of it, mirrors, and the known failures with their cures."""
+"""Protects .env, how Compose reads it, mirrors, and the fixes for known failures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BASH_SOURCES = [ROOT / "build.sh", *sorted((ROOT / "docker/lib").glob("*.sh"))]
 # ---- .env ----------------------------------------------------------------------------------------
 
 
-def test_twice_is_once(tmp_path):
+def test_a_second_run_changes_nothing(tmp_path):
     build(tmp_path, "--env-only")
     first = (tmp_path / ".env").read_bytes()
     build(tmp_path, "--env-only")
@@ -29,7 +29,7 @@ def test_twice_is_once(tmp_path):
     assert not (tmp_path / ".env.bak").exists()
 
 
-def test_the_users_lines_stay_and_are_later(tmp_path):
+def test_the_users_lines_are_kept_and_come_last(tmp_path):
     own = '# mine\r\nSHM_SIZE="12gb" # a note\r\nTB_PORT=7000\r\nWANDB="a b=c"\r\n'
     (tmp_path / ".env").write_bytes(own.encode())
     result = build(tmp_path, "--env-only", cards=eight(set()))
@@ -38,14 +38,14 @@ def test_the_users_lines_stay_and_are_later(tmp_path):
     assert text.endswith('# mine\nSHM_SIZE="12gb" # a note\nTB_PORT=7000\nWANDB="a b=c"\n')
     assert (tmp_path / ".env.bak").read_bytes() == own.encode()
     assert text.startswith("# >>> written by build.sh")
-    # The block takes them over, and another choice replaces the block alone.
+    # The block adopts their values; another choice replaces only the block.
     assert text.count("SHM_SIZE=") == 2 and "SHM_SIZE=12gb\n" in text
     build(tmp_path, "cpu", "--env-only")
     again = (tmp_path / ".env").read_text()
     assert "GPU_PROFILE=cpu" in again and "a100" not in again and again.count("# mine") == 1
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_a_folder_that_is_not_writable(tmp_path):
     result = build(tmp_path, "--env-only", ENV_FILE=str(tmp_path / "no/such/.env"))
     assert result.code == 2 and "cannot write" in result.err
 
@@ -55,8 +55,8 @@ def test_dry_run_writes_nothing(tmp_path):
     assert "COMPOSE_FILE=docker-compose.yml" in result.out and not (tmp_path / ".env").exists()
 
 
-def copy_of_scripts(folder: Path) -> Path:
-    """A clone as far as build.sh needs it."""
+def copy_scripts(folder: Path) -> Path:
+    """Copy the files that build.sh needs; return its path."""
     for name in ("build.sh", "docker-compose.yml", "docker-compose.gpu.yml"):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder)
@@ -65,18 +65,18 @@ def copy_of_scripts(folder: Path) -> Path:
     return folder / "build.sh"
 
 
-def test_folders_of_one_name_are_two_projects(tmp_path):
-    # compose#5104, #4939: Compose takes the last part of the path
-    names = []
-    for place in ("ann", "bob", "with space"):
-        script = copy_of_scripts(tmp_path / place / "Train LLM")
+def test_folders_of_the_same_name_are_separate_projects(tmp_path):
+    # compose#5104, #4939: Compose uses only the last part of the path
+    environments = []
+    for parent in ("ann", "bob", "with space"):
+        script = copy_scripts(tmp_path / parent / "Train LLM")
         result = build(tmp_path, "--dry-run", script=script, FAKE_OWNER="/somebody/else")
         assert result.code == 0, result.err
-        names.append(result.env)
+        environments.append(result.env)
         assert result.env["COMPOSE_PROJECT_NAME"].startswith("train_llm_u")
         assert result.env["TRAIN_LLM_CONTAINER"].startswith("train_llm_")
     for key in ("COMPOSE_PROJECT_NAME", "TRAIN_LLM_CONTAINER", "TRAIN_LLM_IMAGE"):
-        assert len({env[key] for env in names}) == 3
+        assert len({env[key] for env in environments}) == 3
     result = build(tmp_path, "--dry-run", FAKE_OWNER=str(ROOT))
     assert result.env["TRAIN_LLM_CONTAINER"] == "train_llm"
 
@@ -84,16 +84,16 @@ def test_folders_of_one_name_are_two_projects(tmp_path):
 # ---- mirrors and proxies -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode, alive, indices", [
-    ("auto", ".", ""),  # the default answers
+@pytest.mark.parametrize("mode, reachable, indices", [
+    ("auto", ".", ""),  # the default responds
     ("auto", "tuna|aliyun", "tuna aliyun"),
     ("cn", ".", "tuna aliyun ustc"),
-    ("cn", "aliyun|ustc", "aliyun ustc"),  # tuna/issues#2603: refuses for a day
+    ("cn", "aliyun|ustc", "aliyun ustc"),  # tuna/issues#2603: refused requests for a day
     ("cn", "nothing", ""),
     ("off", "tuna", ""),
 ])  # fmt: skip
-def test_mirrors(mode, alive, indices, tmp_path):
-    result = build(tmp_path, "--mirror", mode, "--dry-run", FAKE_ALIVE=alive)
+def test_mirrors(mode, reachable, indices, tmp_path):
+    result = build(tmp_path, "--mirror", mode, "--dry-run", FAKE_REACHABLE=reachable)
     assert result.code == 0, result.err
     found = result.env["PIP_INDEX_URLS"].split()
     assert len(found) == len(indices.split())
@@ -102,7 +102,7 @@ def test_mirrors(mode, alive, indices, tmp_path):
         assert "no mirror" in result.err
 
 
-def test_own_addresses_are_stronger_than_mirrors(tmp_path):
+def test_the_users_addresses_override_mirrors(tmp_path):
     (tmp_path / ".env").write_text("PIP_INDEX_URLS=https://wheels.example/simple\nBASE_IMAGE=x:1\n")
     env = build(tmp_path, "--mirror", "cn", "--dry-run").env
     text = build(tmp_path, "--mirror", "cn", "--dry-run").out
@@ -116,13 +116,13 @@ def test_own_addresses_are_stronger_than_mirrors(tmp_path):
     ("http://localhost.example:80", False),
 ])  # fmt: skip
 def test_loopback_proxies(proxy, loopback, tmp_path):
-    # docker/for-win#14706: inside a build it is the build itself
+    # docker/for-win#14706: inside a build, 127.0.0.1 is the build container
     script = f'. "{ROOT}/docker/lib/mirrors.sh"; proxy_is_loopback "$1"'
     done = subprocess.run(["/bin/bash", "-c", script, "x", proxy])
     assert (done.returncode == 0) == loopback
 
 
-@pytest.mark.parametrize("words, cure", [
+@pytest.mark.parametrize("message, fix", [
     # deepwiki-open#108, CosyVoice#1344
     ("failed to resolve source metadata for docker.io/library/python", "--mirror cn"),
     ("Could not find a version that satisfies the requirement (from versions: none)", "mirror off"),
@@ -132,17 +132,17 @@ def test_loopback_proxies(proxy, loopback, tmp_path):
     ("THESE PACKAGES DO NOT MATCH THE HASHES", "damaged"),
     ("net/http: TLS handshake timeout", "run ./build.sh again"),
 ])  # fmt: skip
-def test_a_failed_build_says_the_cure(words, cure, tmp_path):
-    (tmp_path / "log").write_text(words)
-    script = copy_of_scripts(tmp_path / "clone")
+def test_a_failed_build_prints_the_fix(message, fix, tmp_path):
+    (tmp_path / "log").write_text(message)
+    script = copy_scripts(tmp_path / "clone")
     result = build(
         tmp_path, script=script, FAKE_BUILD_LOG=str(tmp_path / "log"), FAKE_BUILD_CODE="1",
     )  # fmt: skip
-    assert result.code == 5 and cure in result.err, result.err
+    assert result.code == 5 and fix in result.err, result.err
     assert "构建失败" in result.err
 
 
-# ---- what Compose makes of it --------------------------------------------------------------------
+# ---- Compose -------------------------------------------------------------------------------------
 
 COMPOSES = [
     command
@@ -154,7 +154,7 @@ POLLUTED = {"CONTAINER_NAME": "x", "UID": "77", "USER_ID": "78", "IMAGE": "y", "
 
 
 def render(command: list[str], files: str, env: dict[str, str], env_file: Path) -> dict:
-    """The configuration as one version of Compose sees it."""
+    """Return the configuration as one version of Compose reads it."""
     clean = {"PATH": os.environ["PATH"], "HOME": "/root", "COMPOSE_FILE": files, **env}
     option = ["--env-file", str(env_file)]
     done = subprocess.run(
@@ -164,9 +164,9 @@ def render(command: list[str], files: str, env: dict[str, str], env_file: Path) 
     return yaml.safe_load(done.stdout)
 
 
-@pytest.mark.skipif(not COMPOSES and not os.environ.get("CI"), reason="no Compose here")
+@pytest.mark.skipif(not COMPOSES and not os.environ.get("CI"), reason="needs Compose")
 @pytest.mark.parametrize("gpu, dotenv, shell", [*product([False, True], repeat=3)])
-def test_both_versions_of_compose_read_it_alike(gpu, dotenv, shell, tmp_path):
+def test_both_versions_of_compose_agree(gpu, dotenv, shell, tmp_path):
     assert COMPOSES
     cards = MACHINES["RTX 4090"].cards
     (tmp_path / ".env").touch()
@@ -189,12 +189,12 @@ def test_both_versions_of_compose_read_it_alike(gpu, dotenv, shell, tmp_path):
         assert ("deploy" in train) == gpu and "ulimits" not in train
         if gpu:
             (request,) = train["deploy"]["resources"]["reservations"]["devices"]
-            wanted = "0,1" if shell else "0" if dotenv else "all"
-            assert request["device_ids"] == [wanted] and request["capabilities"] == ["gpu"]
+            devices = "0,1" if shell else "0" if dotenv else "all"
+            assert request["device_ids"] == [devices] and request["capabilities"] == ["gpu"]
             assert request["driver"] == "nvidia"
 
 
-def test_the_dev_container_names_what_is_there(tmp_path):
+def test_the_dev_container_refers_to_existing_files(tmp_path):
     text = (ROOT / ".devcontainer/devcontainer.json").read_text()
     config = json.loads(
         "\n".join(li for li in text.splitlines() if not li.strip().startswith("//"))
@@ -203,20 +203,20 @@ def test_the_dev_container_names_what_is_there(tmp_path):
     service = compose["services"][config["service"]]
     assert any(str(v).endswith(f":{config['workspaceFolder']}") for v in service["volumes"])
     assert config["overrideCommand"] is False and config["shutdownAction"] == "none"
-    script = copy_of_scripts(tmp_path / "clone")
+    script = copy_scripts(tmp_path / "clone")
     build(tmp_path, "--env-only", script=script, cards=eight(set()), ENV_FILE="")
     for name in config["dockerComposeFile"]:
         assert (tmp_path / "clone/.devcontainer" / name).resolve().is_file(), name
 
 
-# ---- the sources themselves ----------------------------------------------------------------------
+# ---- sources -------------------------------------------------------------------------------------
 
 
 def linter(name: str) -> str:
-    """A linter's path. Under CI it must be there."""
+    """Return a linter's path. Skip the test if it is missing; fail under CI."""
     found = shutil.which(name, path=f"{ROOT}/.venv/bin:{os.environ['PATH']}")
     if not found and not os.environ.get("CI"):
-        pytest.skip(f"{name} is not here: pip install -r requirements-dev.txt")
+        pytest.skip(f"{name} is missing. Run pip install -r requirements-dev.txt")
     assert found, name
     return found
 
@@ -237,8 +237,8 @@ def test_hadolint():
     assert done.returncode == 0, done.stdout
 
 
-def test_no_bash_newer_than_a_mac_has():
-    # Of bash 4: associative arrays, mapfile, ${x,,}, |&, &>>, local -n, printf %(...)T
+def test_bash_3_2_is_enough():
+    # Features of bash 4: associative arrays, mapfile, ${x,,}, |&, &>>, local -n, printf %(...)T
     newer = [r"(declare|local) -[nA]", r"\b(mapfile|readarray|coproc)\b", r",,}", r"\^\^}"]
     newer += [r"\|&", r"&>>", r"%\("]
     for path in BASH_SOURCES:
@@ -248,7 +248,7 @@ def test_no_bash_newer_than_a_mac_has():
         assert done.returncode == 1, f"{path}: {done.stdout}"
 
 
-def test_nothing_but_old_dockerfile_features():
+def test_only_dockerfile_1_2_features():
     text = (ROOT / "Dockerfile").read_text()
     assert "syntax=" not in text and "<<" not in text and "--link" not in text
     lines = [

@@ -1,7 +1,7 @@
-"""Protects the image's packages: the lock's digests are those that the index lists.
+"""Protects the image's packages: the lock's hashes are those that the index lists.
 
-Nothing is downloaded but the index's pages. Installing with --require-hashes would show the same,
-and download every wheel to do so.
+Downloads only the index pages. Installing with --require-hashes would check the same, but would
+download every wheel.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.docker.driving import ROOT
 
 
 def locked(name: str) -> dict[tuple[str, str], set[str]]:
-    """(package, version) to its digests."""
+    """Map each (package, version) to its hashes."""
     text = (ROOT / "docker" / name).read_text().replace("\\\n", " ")
     found = {}
     for line in text.splitlines():
@@ -25,7 +25,7 @@ def locked(name: str) -> dict[tuple[str, str], set[str]]:
     return found
 
 
-def test_the_lock_is_what_the_index_has():
+def test_the_locks_hashes_are_on_the_index():
     lock = locked("requirements.lock")
     assert len(lock) > 20 and all(lock.values())
 
@@ -35,28 +35,28 @@ def test_the_lock_is_what_the_index_has():
             page = index.get_project_page(package)
         listed = {p.digests.get("sha256") for p in page.packages if p.version == version}
         if not digests <= listed:
-            return f"{package} {version}: {len(digests - listed)} digests that the index lacks"
+            return f"{package} {version}: {len(digests - listed)} hashes missing from the index"
         return None
 
     try:
         with ThreadPoolExecutor(8) as pool:
             wrong = [problem for problem in pool.map(compare, lock.items()) if problem]
     except OSError as error:
-        pytest.skip(f"no index answers: {error}")
+        pytest.skip(f"no index is reachable: {error}")
     assert not wrong, wrong
 
 
-def test_the_lock_holds_every_requirement_but_torch():
+def test_the_lock_has_every_requirement_except_torch():
     names = {name.lower().replace("_", "-") for name, _ in locked("requirements.lock")}
     text = (ROOT / "requirements.txt").read_text() + (ROOT / "docker/requirements.in").read_text()
-    wanted = {m.lower().replace("_", "-") for m in re.findall(r"^([\w-]+)", text, re.M)}
-    assert len(wanted) > 9 and wanted - names == {"torch"}
+    required = {m.lower().replace("_", "-") for m in re.findall(r"^([\w-]+)", text, re.M)}
+    assert len(required) > 9 and required - names == {"torch"}
     assert "torch" not in names
     pip = locked("pip.lock")
     assert list(pip) == [key for key in locked("requirements.lock") if key[0] == "pip"]
 
 
-def test_no_address_is_locked():
+def test_the_lock_has_no_addresses():
     assert "http" not in re.sub(
         r"httpx|httpcore", "", (ROOT / "docker/requirements.lock").read_text()
     )

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A laptop without a card, whose owner does not read: `docker compose up` right after the clone.
+# A laptop without a card, whose owner reads no docs: `docker compose up` right after cloning.
 # shellcheck source=tests/journeys/steps.sh
 . "$(dirname "$0")/steps.sh"
 home=$JOURNEY/train_llm_from_scratch
@@ -7,30 +7,30 @@ trap 'tidy_up "$home"; rm -rf "$JOURNEY"' EXIT
 unset HOST_UID HOST_GID
 export TRAIN_LLM_CONTAINER=train_llm_journey TRAIN_LLM_IMAGE=train_llm:journey TB_PORT=6106
 
-step "clones, and has the container up without build.sh"
+step "clone, and start the container without build.sh"
 fresh_clone "$home"
-chown -R 4711:4711 "$home" # Somebody whose number is not the image's 1000.
+chown -R 4711:4711 "$home" # A user whose id is not the image's 1000.
 cd "$home"
 docker compose up -d train
 expect "HOST_UID=4711" docker compose logs train
 
-step "puts the lines into .env, as the log says"
+step "add the lines to .env, as the log says"
 printf 'HOST_UID=4711\nHOST_GID=4711\n' >.env
 docker compose build -q train
 docker compose up -d train
 expect "ready: docker compose exec" docker compose logs train
 expect "^4711$" docker compose exec -T train id -u
 
-step "trains, and has a model that is theirs"
+step "train, and own the model's files"
 # shellcheck disable=SC2086
 docker compose exec -T train $TINY out_dir=runs/first
 test "$(stat -c %u runs/first/final/model.safetensors)" = 4711
 expect "\[first\] step 20 " docker compose logs train
 
-step "looks at TensorBoard"
+step "open TensorBoard"
 eventually 90 python3 -c "import urllib.request as u; u.urlopen('http://127.0.0.1:6106/')"
 
-step "shuts the lid: down takes the container away, and the run stays"
+step "close the lid: down removes the container but keeps the run"
 docker compose down
 test -f runs/first/final/model.safetensors
 test -z "$(docker ps -aq --filter name=train_llm_journey)"

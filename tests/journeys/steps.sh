@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# How a journey is told: each step is a command as a user types it, and what they must see.
+# Helpers of the user journeys: each step is a command as a user types it, with its expected output.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 JOURNEY=$(mktemp -d /var/tmp/train_llm_journey.XXXXXX)
 chmod 755 "$JOURNEY"
 
-# step WORDS: what the user does next
+# step TEXT: print what the user does next
 step() { printf '\n[%s %4d s] %s\n' "$(basename "$0" .sh)" "$SECONDS" "$*"; }
 
-# expect PATTERN COMMAND...: run it; its output must match, whatever its exit code
+# expect PATTERN COMMAND...: run a command; its output must match, whatever its exit code
 expect() {
   local pattern=$1 out
   shift
@@ -19,20 +19,20 @@ expect() {
   fi
 }
 
-# eventually SECONDS COMMAND...: until it succeeds
+# eventually SECONDS COMMAND...: repeat a command until it succeeds
 eventually() {
   local limit=$((SECONDS + $1))
   shift
   until "$@" >/dev/null 2>&1; do
     if [ "$SECONDS" -ge "$limit" ]; then
-      printf 'did not become true: %s\n' "$*" >&2
+      printf 'did not succeed in time: %s\n' "$*" >&2
       return 1
     fi
     sleep 1
   done
 }
 
-# fresh_clone FOLDER: the working tree as a user gets it by git clone, with a little data
+# fresh_clone FOLDER: clone the working tree as a user does, and add a little data
 fresh_clone() {
   git clone -q "$HERE" "$1"
   (cd "$HERE" && git ls-files -mo --exclude-standard) | while IFS= read -r name; do
@@ -47,12 +47,12 @@ fresh_clone() {
   done >"$1/dataset/text.jsonl"
 }
 
-# tidy_up FOLDER: what a journey started, and nothing else
+# tidy_up FOLDER: remove what a journey started, and nothing else
 tidy_up() {
   (cd "$1" && docker compose down -v && docker image rm "$(docker compose config --images | sort -u | head -1)") >/dev/null 2>&1 || true
 }
 
-# A training of small steps, with one thread, since others use this machine.
+# A training with small steps and one thread, because others may use this machine.
 TINY="env OMP_NUM_THREADS=1 python train.py configs/tiny_pretrain.yaml max_steps=20 log_every_steps=1 eval_every_steps=0
   data.files=dataset/text.jsonl tokens_per_step=4096 sequence_length=128 precision=fp32 model.hidden_size=64 model.num_hidden_layers=1"
 LONG=${TINY/max_steps=20/max_steps=1000000}

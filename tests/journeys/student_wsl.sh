@@ -1,40 +1,40 @@
 #!/usr/bin/env bash
-# A student in China with Windows: Git rewrites line ends, WSL has 8 GB of memory and an RTX 4060,
-# Docker Hub is far away. WSL and the card are played; the engine is real.
+# A student in China with Windows: Git rewrites line endings, WSL has 8 GB of memory and an RTX 4060,
+# Docker Hub is slow. WSL and the card are simulated; the engine is real.
 # shellcheck source=tests/journeys/steps.sh
 . "$(dirname "$0")/steps.sh"
 home=$JOURNEY/train_llm
 trap 'tidy_up "$home"; rm -rf "$JOURNEY"' EXIT
 export TRAIN_LANG=zh
 
-step "clones with Windows' Git, which would make scripts unreadable"
+step "clone with Git for Windows, which would break the scripts"
 export GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=core.autocrlf GIT_CONFIG_VALUE_0=true
 fresh_clone "$home"
 cd "$home"
 if grep -lq $'\r' build.sh docker/entrypoint.sh docker/lib/*.sh; then exit 1; fi
 
-step "is told what is wrong with the machine, in Chinese, and what will be chosen"
+step "read the warnings and the settings, in Chinese"
 wsl=$JOURNEY/host
 mkdir -p "$wsl/proc" "$wsl/usr/lib/wsl/lib"
 echo "Linux version 5.15.167.4-microsoft-standard-WSL2" >"$wsl/proc/version"
 echo "MemTotal:        8000000 kB" >"$wsl/proc/meminfo"
 cp "$HERE/tests/docker/fakes/nvidia-smi" "$wsl/usr/lib/wsl/lib/"
 echo "0|NVIDIA GeForce RTX 4060 Laptop GPU|8188|8.9|572.16|[N/A]|900|3|GPU-0" >"$JOURNEY/cards"
-HOST_ROOT=$wsl FAKE_CARDS=$JOURNEY/cards ./build.sh rtx40 --dry-run >"$JOURNEY/said" 2>&1
-grep -q "wslconfig" "$JOURNEY/said"
-grep -q "配置 .*rtx40" "$JOURNEY/said"
-grep -q "^TORCH_VERSION=2.10.0$" "$JOURNEY/said"
+HOST_ROOT=$wsl FAKE_CARDS=$JOURNEY/cards ./build.sh rtx40 --dry-run >"$JOURNEY/output" 2>&1
+grep -q "wslconfig" "$JOURNEY/output"
+grep -q "配置 .*rtx40" "$JOURNEY/output"
+grep -q "^TORCH_VERSION=2.10.0$" "$JOURNEY/output"
 
-step "a wrong word is answered in both languages"
+step "an invalid argument gets an error in both languages"
 expect "unknown argument 'rtx4060'" ./build.sh rtx4060
 expect "未知参数 'rtx4060'" ./build.sh rtx4060
 
-step "builds (on the CPU, since this engine has no card) and asks the doctor"
+step "build (for the CPU, because this engine has no card) and run the doctor"
 ./build.sh cpu >"$JOURNEY/build.log" 2>&1 || { tail -20 "$JOURNEY/build.log" && exit 1; }
 grep -q "已构建" "$JOURNEY/build.log"
 expect "OK ten steps" ./build.sh doctor
 
-step "trains, closes the terminal, and the training goes on"
+step "train and close the terminal: the training continues"
 docker compose up -d train
 # shellcheck disable=SC2086
 setsid docker compose exec -T train $LONG out_dir=runs/wsl </dev/null >/dev/null 2>&1 &
@@ -45,7 +45,7 @@ before=$(tail -1 runs/wsl/train.log)
 sleep 5
 test "$before" != "$(tail -1 runs/wsl/train.log)"
 
-step "Windows restarts for an update: stop, up, and the same command goes on"
+step "Windows restarts for an update: after stop and up, the same command resumes"
 docker compose stop
 docker compose up -d train
 # shellcheck disable=SC2086

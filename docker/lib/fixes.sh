@@ -1,47 +1,47 @@
 # shellcheck shell=bash
-# Known failures: the text that a tool prints, and what to do. docs/troubleshooting.md says more.
+# Known failures: the message that a tool prints, and its fix. See also docs/troubleshooting.md.
 
-# cure_of FILE: the cures for what a log says
-cure_of() {
+# print_fixes FILE: print the fix for each known failure in a log
+print_fixes() {
   local log=$1
   if grep -Eqi 'failed to resolve source metadata|load metadata for docker.io|registry-1.docker.io.*(timeout|refused|reset|EOF)|toomanyrequests' "$log"; then
-    say "Docker Hub did not answer. Take a mirror: ./build.sh --mirror cn, or name an image that you have: BASE_IMAGE=... in .env" \
+    say "Docker Hub is not reachable. Use a mirror: ./build.sh --mirror cn. Or use a local image: set BASE_IMAGE=... in .env" \
       "无法访问 Docker Hub。请使用镜像站：./build.sh --mirror cn，或在 .env 中指定已有镜像：BASE_IMAGE=..."
   fi
   if grep -Eqi 'no space left on device|disk quota exceeded' "$log"; then
-    say "The disk is full. See: docker system df. Free: docker builder prune --filter until=24h, and docker image rm of images that you know" \
+    say "The disk is full. Show usage: docker system df. Free space: docker builder prune --filter until=24h, and docker image rm for your own images" \
       "磁盘已满。查看：docker system df。清理：docker builder prune --filter until=24h，以及 docker image rm 删除你自己的镜像"
   fi
   if grep -Eqi 'buildx component is missing|--mount option requires BuildKit|buildkit is enabled but the buildx' "$log"; then
-    say "Docker's build plug-in is missing: apt-get install docker-buildx-plugin (Docker's packages) or docker-buildx (Debian's, Ubuntu's)" \
+    say "Docker's build plugin is missing. Run: apt-get install docker-buildx-plugin (Docker's packages), or docker-buildx (Debian, Ubuntu)" \
       "缺少 Docker 构建插件：apt-get install docker-buildx-plugin（Docker 官方包）或 docker-buildx（Debian/Ubuntu）"
   fi
   if grep -Eqi 'CERTIFICATE_VERIFY_FAILED|self.signed certificate|certificate signed by unknown authority' "$log"; then
-    say "A proxy signs the connection with a certificate of its own. Put its CA file into docker/certs/NAME.crt and run ./build.sh again" \
+    say "A proxy uses its own certificate. Copy its CA certificate to docker/certs/NAME.crt and run ./build.sh again" \
       "代理使用了自己的证书。请把它的 CA 证书放到 docker/certs/NAME.crt，再运行 ./build.sh"
   fi
   if grep -Eqi 'could not select device driver' "$log"; then
-    say "The engine has no NVIDIA Container Toolkit: apt-get install nvidia-container-toolkit; nvidia-ctk runtime configure --runtime=docker; systemctl restart docker. Until then: ./build.sh cpu" \
+    say "The NVIDIA Container Toolkit is missing. Run: apt-get install nvidia-container-toolkit; nvidia-ctk runtime configure --runtime=docker; systemctl restart docker. Until then, use the CPU: ./build.sh cpu" \
       "Docker 缺少 NVIDIA Container Toolkit：apt-get install nvidia-container-toolkit；nvidia-ctk runtime configure --runtime=docker；systemctl restart docker。在此之前：./build.sh cpu"
   fi
   if grep -Eqi '403 Forbidden|from versions: none|No matching distribution found' "$log"; then
-    say "A package mirror refused or lacks a package. Take others: ./build.sh --mirror off, or your own by PIP_INDEX_URLS=\"ADDRESS ADDRESS\" in .env" \
+    say "A package mirror refused the request or lacks a package. Use other sources: ./build.sh --mirror off, or set PIP_INDEX_URLS=\"URL URL\" in .env" \
       "镜像站拒绝访问或缺少该包。请更换：./build.sh --mirror off，或在 .env 中设置 PIP_INDEX_URLS=\"地址 地址\""
   fi
   if grep -Eqi 'THESE PACKAGES DO NOT MATCH THE HASHES' "$log"; then
-    say "A mirror served a damaged or changed file. Run ./build.sh again; if it stays so: ./build.sh --mirror off" \
+    say "A mirror served a damaged or modified file. Run ./build.sh again. If it fails again: ./build.sh --mirror off" \
       "镜像站返回的文件已损坏或被修改。请重新运行 ./build.sh；若仍如此：./build.sh --mirror off"
   fi
   if grep -Eqi "ContainerConfig|client version 1.[0-9]+ is too old|Minimum supported API version" "$log"; then
-    say "docker-compose 1.x is too old for this engine. Use: docker compose (apt-get install docker-compose-plugin)" \
+    say "docker-compose 1.x is too old for this engine. Use docker compose: apt-get install docker-compose-plugin" \
       "docker-compose 1.x 与当前 Docker 引擎不兼容。请使用 docker compose（apt-get install docker-compose-plugin）"
   fi
   if grep -Eqi 'port is already allocated|address already in use' "$log"; then
-    say "The port of TensorBoard is taken. ./build.sh --env-only finds another" \
+    say "TensorBoard's port is already in use. Run ./build.sh --env-only to choose another one" \
       "TensorBoard 端口已被占用。运行 ./build.sh --env-only 会换一个端口"
   fi
   if grep -Eqi 'TLS handshake timeout|i/o timeout|Temporary failure (in name resolution|resolving)|Read timed out|ProxyError' "$log"; then
-    say "The network failed. What was downloaded is kept: run ./build.sh again. Behind a proxy: export HTTPS_PROXY=http://HOST:PORT first, never 127.0.0.1" \
+    say "The network failed. Finished downloads are kept: run ./build.sh again. Behind a proxy, first export HTTPS_PROXY=http://HOST:PORT; HOST must not be 127.0.0.1" \
       "网络中断。已下载的部分会保留，请重新运行 ./build.sh。使用代理时先 export HTTPS_PROXY=http://主机:端口，不要用 127.0.0.1"
   fi
 }
