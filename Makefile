@@ -7,7 +7,7 @@ TORCH_CPU = https://download.pytorch.org/whl/cpu
 
 # MIRROR=cn: pip and torch from the first mirrors of docker/mirrors.conf that answer.
 ifdef MIRROR
-first_mirror = $(shell . docker/lib/mirrors.sh; alive docker/mirrors.conf $(1) $(MIRROR) | head -1)
+first_mirror = $(shell . docker/lib/mirrors.sh; reachable docker/mirrors.conf $(1) $(MIRROR) | head -1)
 export PIP_INDEX_URL := $(call first_mirror,pip)
 TORCH_CPU := $(call first_mirror,torch-cpu)
 $(if $(PIP_INDEX_URL),,$(error MIRROR=$(MIRROR): no package index of docker/mirrors.conf answers. Omit MIRROR))

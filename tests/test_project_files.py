@@ -27,7 +27,7 @@ def test_hooks_run_what_lint_runs_and_fetch_nothing():
 
 
 def make(*words: str, **env: str) -> str:
-    """Return what make prints, with a curl that answers for $FAKE_ALIVE only."""
+    """Return what make prints, with a curl that answers for $FAKE_REACHABLE only."""
     path = f"{ROOT / 'tests/docker/fakes'}:{os.environ['PATH']}"
     command = ["make", "--no-print-directory", "-f", "Makefile", *words]
     done = subprocess.run(
@@ -50,10 +50,10 @@ def test_mirror_chooses_the_first_index_that_answers(tmp_path):
     mirrors = (ROOT / "docker/mirrors.conf").read_text(encoding="utf-8")
     first, second = re.findall(r"^pip cn (\S+)", mirrors, re.M)[:2]
     torch = re.search(r"^torch-cpu cn (\S+)", mirrors, re.M)[1]
-    assert f"pip {first}, torch {torch}" in make(*show, "MIRROR=cn", FAKE_ALIVE=".")
-    out = make(*show, "MIRROR=cn", FAKE_ALIVE=f"{second}|{torch}")
+    assert f"pip {first}, torch {torch}" in make(*show, "MIRROR=cn", FAKE_REACHABLE=".")
+    out = make(*show, "MIRROR=cn", FAKE_REACHABLE=f"{second}|{torch}")
     assert f"pip {second}, torch {torch}" in out
-    assert "MIRROR=cn: no package index" in make(*show, "MIRROR=cn", FAKE_ALIVE="nothing answers")
+    assert "MIRROR=cn: no package index" in make(*show, "MIRROR=cn", FAKE_REACHABLE="nothing answers")
     assert first not in make(*show) and "download.pytorch.org" in make(*show)
 
 
