@@ -104,7 +104,7 @@ def test_some_checks_leave_the_page_alone(run, tmp_path, capsys):
 def test_a_file_without_a_table_is_not_replaced(run, tmp_path, capsys):
     (tmp_path / "docs/gpu.md").write_text("my notes")
     assert run(reports=[PASSED]) == 2
-    assert "gpu.md exists and would be lost" in capsys.readouterr().err
+    assert "gpu.md already exists" in capsys.readouterr().err
 
 
 def test_without_a_card_or_pytest_the_command_says_so(monkeypatch):

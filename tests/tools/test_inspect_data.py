@@ -177,7 +177,7 @@ def test_a_page_replaces_pages_alone(tmp_path, capsys, monkeypatch):
     assert inspect_data.main([str(path), "--html", str(page)]) == 0
     capsys.readouterr()
     monkeypatch.setattr(inspect_data, "inspect", lambda *_: pytest.fail("began to work"))
-    for place, said in ((path, "would be lost"), (tmp_path / "no" / "a.html", "no folder"),
+    for place, said in ((path, "already exists"), (tmp_path / "no" / "a.html", "no folder"),
                         (tmp_path, "is a folder")):  # fmt: skip
         assert inspect_data.main([str(path), "--html", str(place)]) == 1
         assert said in capsys.readouterr().err
