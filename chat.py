@@ -1,4 +1,4 @@
-"""Talk to a checkpoint: interactively, or one answer with --prompt."""
+"""Chat with a model interactively, or print one answer with --prompt."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from trainlib.core.errors import UserError
 from trainlib.models.generate import Sampling, generate, stream_text
 from trainlib.models.hf_folder import load_model, load_tokenizer
 
-NEWEST = ("runs/dpo/final", "runs/sft/final", "runs/demo/dpo/final")
+DEFAULT_MODELS = ("runs/dpo/final", "runs/sft/final", "runs/demo/dpo/final")
 
 
 def answer(
     model: Transformer, tokenizer: Tokenizer, messages: list[Message], sampling: Sampling
 ) -> str:
-    """Print the assistant's answer as it is generated, and return it; Ctrl-C ends it early.
+    """Print the answer of the assistant as it is generated, and return it; Ctrl-C stops it.
 
-    Removes the oldest exchanges from messages if they and the answer do not fit the context, of
-    which the answer takes at most half. Raises UserError if the last message alone does not fit.
+    Removes the oldest exchanges from `messages` if the prompt and an answer, for which at most half
+    of the context is reserved, do not fit. Raises UserError if the last message does not fit.
     """
     limit = model.config.max_position_embeddings
     longest = limit - min(sampling.max_new_tokens, limit // 2)
     first = 1 if messages[0]["role"] == "system" else 0
     while len(ids := render_prompt(tokenizer, messages)) > longest and len(messages) > first + 2:
         del messages[first : first + 2]
-        print("(the oldest exchange no longer fits the context)", file=sys.stderr)
+        print("(removed the oldest exchange, which no longer fits in the context)", file=sys.stderr)
     if len(ids) >= limit:
-        raise UserError(f"the prompt has {len(ids)} tokens; the model takes at most {limit - 1}")
+        raise UserError(f"the prompt has {len(ids)} tokens; shorten it to at most {limit - 1}")
     pieces = []
     new_ids = generate(model, ids, sampling, tokenizer.stop_ids)
     with contextlib.suppress(KeyboardInterrupt):
@@ -46,10 +46,10 @@ def answer(
 def converse(
     model: Transformer, tokenizer: Tokenizer, system: list[Message], sampling: Sampling
 ) -> None:
-    """Answer questions until the input ends; /new starts a new conversation, /quit exits."""
+    """Answer questions until end of input; /new starts a new conversation, /quit exits."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # Gives input() a history.
-    print("/new starts over, /quit leaves", file=sys.stderr)
+        import readline  # noqa: F401  # Adds a history to input().
+    print("/new starts a new conversation, /quit exits", file=sys.stderr)
     messages = list(system)
     while True:
         try:
@@ -72,23 +72,23 @@ def converse(
 
 
 def main() -> None:
-    """Parse the command line, and chat or answer once."""
+    """Parse the command line, then chat or answer once."""
     parser = argparse.ArgumentParser(description=__doc__)
-    default = next((name for name in NEWEST if Path(name).is_dir()), None)
+    default = next((name for name in DEFAULT_MODELS if Path(name).is_dir()), None)
     parser.add_argument("--model", default=default, help=f"model folder (default: {default})")
-    parser.add_argument("--prompt", help="answer this once, on stdout alone")
-    parser.add_argument("--system", default="", help="a system message; none by default")
+    parser.add_argument("--prompt", help="print one answer to this text on stdout and exit")
+    parser.add_argument("--system", default="", help="system message (default: none)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 = greedy")
     parser.add_argument("--top-p", type=float, default=0.9)
-    parser.add_argument("--top-k", type=int, default=0, help="0 = all")
+    parser.add_argument("--top-k", type=int, default=0, help="most likely tokens; 0 = all")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=None)
     options = parser.parse_args()
     try:
         if options.model is None:
-            raise UserError(f"no model: none of {', '.join(NEWEST)} is there; name one by --model")
+            raise UserError(f"no model in {', '.join(DEFAULT_MODELS)}; pass one with --model")
         if options.prompt is not None and not options.prompt.strip():
-            raise UserError("--prompt is empty: give it the text to answer")
+            raise UserError("--prompt is empty. Pass the text to answer.")
         sampling = Sampling(
             options.temperature, options.top_p, options.top_k, options.max_new_tokens, options.seed
         )

@@ -1,4 +1,4 @@
-"""Stage 3, direct preference optimization: chosen over rejected, by trainlib.engine.loop.fit.
+"""Stage 3, direct preference optimization on answer pairs, with trainlib.engine.loop.fit.
 
     python dpo_train.py [config.yaml] [init_from=runs/sft/final] [section.key=value ...]
 
@@ -34,14 +34,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DPOConfig(RunConfig):
-    """All settings of preference optimization; the model comes with init_from."""
+    """All settings of preference optimization; model and tokenizer are those of init_from."""
 
     out_dir: str = field(default="runs/dpo", metadata=EXECUTION_ONLY)
     """Folder of the run."""
     init_from: str = "runs/sft/final"
-    """Model folder that training starts from, and the reference."""
+    """Model folder to start training from; also the reference model."""
     beta: float = field(default=0.1, metadata={"above": 0})
-    """How dearly it costs to leave the reference: reward per nat of log-probability ratio."""
+    """Reward per nat of log-probability ratio to the reference; larger = stay closer to it."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation files."""
 
@@ -49,15 +49,15 @@ class DPOConfig(RunConfig):
 def dpo_loss(log_probs: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, MetricSums]:
     """Return the sum over pairs of -log sigmoid of the margin (arXiv:2305.18290, equation 7).
 
-    Shapes: log_probs, reference (2 P,), chosen and rejected of each pair in turn.
+    Shapes: log_probs, reference (2 P,), alternating chosen and rejected.
     """
     rewards = beta * (log_probs - reference)
     chosen, rejected = rewards.view(-1, 2).unbind(1)
     margin = chosen - rejected
-    right = torch.where(margin.abs() <= beta * TIE_NATS, 0.5, (margin > 0).float())
+    correct = torch.where(margin.abs() <= beta * TIE_NATS, 0.5, (margin > 0).float())
     means = log_probs.detach().view(-1, 2).sum(0)
     return -F.logsigmoid(margin).sum(), {
-        "reward_accuracy": (right.sum(), len(margin)),
+        "reward_accuracy": (correct.sum(), len(margin)),
         "reward_margin": (margin.sum(), len(margin)),
         "chosen_log_probs": (means[0], len(margin)),
         "rejected_log_probs": (means[1], len(margin)),
@@ -65,14 +65,14 @@ def dpo_loss(log_probs: Tensor, reference: Tensor, beta: float) -> tuple[Tensor,
 
 
 def prepare(config: DPOConfig) -> tuple[DPOConfig, Tokenizer, Datasets]:
-    """Return the settings, the tokenizer and the pairs, tokenized once into the cache."""
+    """Return the settings, the tokenizer and the pairs; tokenize files not yet cached."""
     tokenizer = load_tokenizer(config.init_from, config.sequence_length)
     datasets = load_datasets(config.data, "dpo", tokenizer, config.sequence_length, config.seed)
     return config, tokenizer, datasets
 
 
 def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Training:
-    """Move a fine-tuned model towards the preferred answers."""
+    """Set up preference optimization of a fine-tuned model."""
     model = load_model(config.init_from)
     run = start_run(config, "dpo", datasets.data_key, datasets.train.row_length)
 
@@ -96,7 +96,7 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
 
     files = model_files(model.config, tokenizer)
     training = Training.create(run, model, datasets, files, loss_fn, evaluate, finish)
-    # Log-probabilities by sequence id; fit calls the functions above, which read them, later.
+    # Log-probabilities by sequence id; the functions above read them once fit calls them.
     reference = reference_log_probs(training)
     latest = torch.full_like(reference, torch.nan)
     return training

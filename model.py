@@ -1,14 +1,14 @@
-"""The decoder: a Qwen3-shaped transformer in plain PyTorch, the reference for everything else.
+"""The reference decoder: a transformer with the architecture of Qwen3 in plain PyTorch.
 
-Differs from GPT-2: RMSNorm before each sublayer (no biases anywhere), rotary positions, grouped
+Differences from GPT-2: RMSNorm before each sublayer (no biases anywhere), rotary positions, grouped
 key/value heads with a norm on each query and key head, SwiGLU, embeddings tied to the output.
-Module and parameter names are those of `transformers.Qwen3ForCausalLM`, so a state dict of one is
-a state dict of the other.
+Module and parameter names are those of `transformers.Qwen3ForCausalLM`, so state dicts are
+interchangeable.
 
-First the sizes, then the formulas, then `ops`, which says what computes each formula, then the
-modules that call them.
+The file has four parts: sizes, formulas, `ops`, which maps each formula to the function that
+computes it, and the modules that call them.
 
-Shapes, as suffixes of local names:
+Shape suffixes of local names:
     B batch  T query length  S key length  D hidden_size  N query heads  G key/value heads
     H head_dim  F intermediate_size  V vocab_size
 
@@ -30,35 +30,35 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the decoder, by their Hugging Face names."""
+    """Sizes of the decoder, with their Hugging Face names."""
 
     vocab_size: int = field(default=6400, metadata={"above": 0})
-    """Entries of the vocabulary."""
+    """Number of entries in the vocabulary."""
     hidden_size: int = field(default=512, metadata={"above": 0})
     """Width of the residual stream."""
     intermediate_size: int = field(default=1408, metadata={"above": 0})
     """Width of the SwiGLU hidden layer."""
     num_hidden_layers: int = field(default=8, metadata={"above": 0})
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     num_attention_heads: int = field(default=8, metadata={"above": 0})
-    """Query heads."""
+    """Number of query heads."""
     num_key_value_heads: int = field(default=4, metadata={"above": 0})
-    """Key/value heads; each serves num_attention_heads / num_key_value_heads query heads."""
+    """Key/value heads; each is shared by num_attention_heads / num_key_value_heads query heads."""
     head_dim: int = field(default=64, metadata={"above": 0})
-    """Width of one head, even; need not be hidden_size / num_attention_heads."""
+    """Width of one head; must be even, need not be hidden_size / num_attention_heads."""
     max_position_embeddings: int = field(default=2048, metadata={"above": 0})
-    """Longest document in tokens that the model is meant for."""
+    """Maximum length of a document in tokens."""
     rope_theta: float = field(default=10000.0, metadata={"above": 0})
     """Base of the rotary wavelengths."""
     rms_norm_eps: float = field(default=1e-6, metadata={"above": 0})
     """Added to the mean square inside each norm."""
     tie_word_embeddings: bool = True
-    """Use the embedding matrix as the output matrix too."""
+    """Share the embedding matrix with the output layer."""
     initializer_range: float = field(default=0.02, metadata={"above": 0})
-    """Standard deviation of the initial weights, residual projections apart."""
+    """Standard deviation of the initial weights, except residual projections, which are zero."""
 
     def validation_errors(self) -> list[str]:
-        """Return what makes these sizes unusable together, one message each."""
+        """Return one message for each combination of sizes that cannot work."""
         errors = []
         if self.head_dim % 2:
             errors.append(f"model.head_dim={self.head_dim} must be even (rotary pairs)")
@@ -85,9 +85,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines of the rotary angles, in fp32 for every precision of the model.
+    """Return the cosines and sines of the rotary angles, always in fp32.
 
-    Shapes: position_ids (B, T) -> two of (B, 1, T, head_dim / 2), one for all heads.
+    Shapes: position_ids (B, T) -> two tensors (B, 1, T, head_dim / 2), shared by all heads.
     Source: arXiv:2104.09864, equation 15.
     """
     pairs = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
@@ -97,7 +97,7 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Te
 
 
 def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + H/2) of a head by its position's angle (the Hugging Face layout)."""
+    """Rotate each pair (i, i + H/2) of a head by the angle of its position (Hugging Face order)."""
     first, second = x_BNTH.chunk(2, dim=-1)
     cos, sin = cos.to(x_BNTH.dtype), sin.to(x_BNTH.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -114,10 +114,10 @@ def swiglu(gate: Tensor, up: Tensor, down_weight: Tensor) -> Tensor:
 def visible(
     query_positions: Tensor, key_positions: Tensor, query_documents: Tensor, key_documents: Tensor
 ) -> Tensor:
-    """Return which key each query may attend to: the only rule, for training and generation.
+    """Return which keys each query may attend to, in training and in generation.
 
-    A query sees the keys of its own document up to its own position. Three documents in a row of
-    six positions (1 = may attend):
+    A query attends to the keys of its own document up to its own position. Three documents in a row
+    of six positions (1 = may attend):
 
         document_ids  0 0 0 1 1 2      1 . . . . .
         position_ids  0 1 2 0 1 0      1 1 . . . .
@@ -136,7 +136,7 @@ def attention_bias(
     query_positions: Tensor, key_positions: Tensor, query_documents: Tensor,
     key_documents: Tensor, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Return what is added to attention scores: 0 where visible, else -inf; (B, 1, T, S)."""
+    """Return the bias for attention scores: 0 where visible, else -inf; (B, 1, T, S)."""
     seen = visible(query_positions, key_positions, query_documents, key_documents)
     zero = torch.zeros((), dtype=dtype, device=seen.device)
     return torch.where(seen, zero, -torch.inf)[:, None]
@@ -145,7 +145,7 @@ def attention_bias(
 def prepare(
     position_ids: Tensor, document_ids: Tensor, boundaries: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return the bias of a batch without a cache, made once for all layers."""
+    """Return the attention bias of a batch without a cache, computed once for all layers."""
     return attention_bias(position_ids, position_ids, document_ids, document_ids, dtype)
 
 
@@ -156,18 +156,18 @@ def attend(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, bias: Tensor) -> Tens
     """
     grouped = k_BGSH.shape[1] != q_BNTH.shape[1]
     if grouped and q_BNTH.is_cuda:
-        # On CUDA a mask together with enable_gqa falls back to the quadratic-memory kernel.
+        # On CUDA, a mask with enable_gqa falls back to the kernel with quadratic memory.
         repeats = q_BNTH.shape[1] // k_BGSH.shape[1]
         k_BGSH, v_BGSH = (x.repeat_interleave(repeats, dim=1) for x in (k_BGSH, v_BGSH))
         grouped = False
     return F.scaled_dot_product_attention(q_BNTH, k_BGSH, v_BGSH, bias, enable_gqa=grouped)
 
 
-# ---- which function computes each formula --------------------------------------------------------
+# ---- functions that compute the formulas ---------------------------------------------------------
 
 
 class AttentionOp(NamedTuple):
-    """prepare(position_ids, document_ids, boundaries, dtype), once a forward, and attend."""
+    """prepare(position_ids, document_ids, boundaries, dtype), once per forward, and attend."""
 
     prepare: Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor] = prepare
     attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attend
@@ -175,10 +175,10 @@ class AttentionOp(NamedTuple):
 
 @dataclass
 class Ops:
-    """The functions that the modules call: the formulas above, unless a run sets faster ones.
+    """The functions that the modules call: the formulas above, unless a run sets kernels.
 
-    A run compares each faster one with the formula first (trainlib/engine/kernels.py), so whoever
-    edits a formula gets what they wrote.
+    A run first compares each kernel with its formula (trainlib/engine/kernels.py), so if you edit a
+    formula, the run computes the edited one.
     """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
@@ -191,14 +191,14 @@ ops = Ops()
 
 
 class Cache(Protocol):
-    """What the decoder needs of a key/value cache (generate.KVCache is one)."""
+    """Interface of a key/value cache (trainlib.models.generate.KVCache implements it)."""
 
     def extend(self, position_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Append positions and documents of new keys and return those of all keys, (B, S)."""
+        """Append the positions and documents of new keys; return those of all keys, (B, S)."""
         ...
 
     def update(self, layer: int, k_BGTH: Tensor, v_BGTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new keys and values of a layer and return all of them, (B, G, S, H)."""
+        """Append the new keys and values of a layer; return all of them, (B, G, S, H)."""
         ...
 
 
@@ -206,7 +206,7 @@ class Cache(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """Scale to unit root mean square, then by a learned weight."""
+    """Scaling to unit root mean square, then by a learned weight."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention: N query heads share G key/value heads, each head normed."""
+    """Causal self-attention: N query heads share G key/value heads, with a norm on q and k."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -298,7 +298,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The language model: a decoder and the output matrix."""
+    """The language model: decoder and output layer."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -311,12 +311,12 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Give every parameter its initial value from torch's generator.
+        """Initialize all parameters with the default random generator.
 
         ==========================  ===========================================================
         norms                       one
-        o_proj, down_proj           zero: each block starts as the identity, so the first
-                                    steps train the embeddings through a clear path
+        o_proj, down_proj           zero: each block starts as the identity, so in the first
+                                    steps gradients reach the embeddings unchanged
         everything else             normal, standard deviation config.initializer_range
         ==========================  ===========================================================
         """
@@ -341,8 +341,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return the logits of the next token at each position, or where `select` is True.
 
-        Without document_ids a row is one document. `boundaries` repeat document_ids in the form
-        that the varlen kernel needs.
+        Without document_ids, a row is one document. `boundaries` contains the same information as
+        document_ids in the format of the varlen kernel.
 
         Shapes: input_ids, position_ids, document_ids (B, T), boundaries int32 (documents + 1,) ->
         (B, T, vocab_size), or (B, 1, vocab_size) with last_only; select bool (B, T) ->
@@ -352,7 +352,7 @@ class Transformer(nn.Module):
             position_ids = torch.ones_like(input_ids).cumsum(-1) - 1
         if document_ids is None:
             document_ids = torch.zeros_like(input_ids)
-        # A bias of another dtype than the queries' would be converted again in each layer.
+        # A bias with a dtype other than that of the queries would be converted in each layer.
         device, dtype = input_ids.device.type, self.lm_head.weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -368,5 +368,5 @@ class Transformer(nn.Module):
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of trainable values; tied ones count once."""
+    """Return the number of trainable values, counting tied ones once."""
     return sum(p.numel() for p in model.parameters())

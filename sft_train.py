@@ -1,4 +1,4 @@
-"""Stage 2, supervised fine-tuning: the assistant's words alone, by trainlib.engine.loop.fit.
+"""Stage 2, supervised fine-tuning on assistant messages only, with trainlib.engine.loop.fit.
 
 python sft_train.py [config.yaml] [init_from=runs/pretrain/final] [section.key=value ...]
 """
@@ -24,36 +24,36 @@ from trainlib.evaluation.worst_rows import write_worst_rows
 from trainlib.models.generate import Sampling, sample_answers
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
 
-QUESTIONS = ("你是谁？", "Name three colors.")  # Answered at every evaluation, for the eye.
+QUESTIONS = ("你是谁？", "Name three colors.")  # Answered at every evaluation, as samples.
 
 
 @dataclass(frozen=True)
 class SFTConfig(RunConfig):
-    """All settings of fine-tuning; model sizes and tokenizer come with init_from."""
+    """All settings of fine-tuning; model sizes and tokenizer are those of init_from."""
 
     out_dir: str = field(default="runs/sft", metadata=EXECUTION_ONLY)
     """Folder of the run."""
     init_from: str = "runs/pretrain/final"
-    """Model folder that training starts from."""
+    """Model folder to start training from."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation files."""
 
 
 def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, MetricSums]:
-    """Return the sum of -log p over the assistant's words and ends of turn."""
+    """Return the sum of -log p over assistant messages, including their end-of-turn tokens."""
     loss_sum = cross_entropy_sum(model(**batch.inputs), batch.selected(batch.labels))
     return loss_sum, {"bits_per_byte": (loss_sum / math.log(2), batch.num_bytes)}
 
 
 def prepare(config: SFTConfig) -> tuple[SFTConfig, Tokenizer, Datasets]:
-    """Return the settings, the tokenizer and the conversations, tokenized once into the cache."""
+    """Return the settings, the tokenizer and the conversations; tokenize files not yet cached."""
     tokenizer = load_tokenizer(config.init_from, config.sequence_length)
     loaded = load_datasets(config.data, "sft", tokenizer, config.sequence_length, config.seed)
     return config, tokenizer, with_baselines(loaded, tokenizer)
 
 
 def main(config: SFTConfig, tokenizer: Tokenizer, datasets: Datasets) -> Training:
-    """Teach a pretrained model to answer."""
+    """Set up fine-tuning of a pretrained model on conversations."""
     model = load_model(config.init_from)
     run = start_run(config, "sft", datasets.data_key, config.sequence_length)
 

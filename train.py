@@ -1,4 +1,4 @@
-"""Stage 1, pretraining: next-token prediction on packed documents, by trainlib.engine.loop.fit.
+"""Stage 1, pretraining: next-token prediction on packed documents, with trainlib.engine.loop.fit.
 
 python train.py [config.yaml] [section.key=value ...]
 """
@@ -38,7 +38,7 @@ from trainlib.models.hf_folder import (
 
 log = logging.getLogger(__name__)
 
-PROMPTS = ("第一条", "话说", "To be,")  # Continued after every evaluation, for the eye.
+PROMPTS = ("第一条", "话说", "To be,")  # Continued at every evaluation, as samples.
 
 
 @dataclass(frozen=True)
@@ -48,34 +48,34 @@ class PretrainConfig(RunConfig):
     out_dir: str = field(default="runs/pretrain", metadata=EXECUTION_ONLY)
     """Folder of the run."""
     tokenizer: str = ""
-    """Folder with a tokenizer.json; empty = the project's own. Any byte-level BPE, or BPE with byte
-    fallback; the special tokens of the chat format that it lacks are added after its last id."""
+    """Folder with a tokenizer.json; empty = the project's own. Byte-level BPE, or BPE with byte
+    fallback. Special tokens of the chat format that are missing are added after the last id."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Sizes of the model; vocab_size follows the tokenizer where it is not given."""
+    """Sizes of the model; vocab_size is taken from the tokenizer if not set."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation files."""
 
     def validation_errors(self) -> list[str]:
-        """Extend the list by a second tokenizer and by rows longer than the model is meant for."""
+        """Also check for two tokenizers, and for rows longer than max_position_embeddings."""
         errors, longest = super().validation_errors(), self.model.max_position_embeddings
         if self.tokenizer and self.init_from:
             both = f"tokenizer={self.tokenizer} and init_from={self.init_from}"
-            errors.append(f"{both}: the model has a tokenizer of its own, so keep one")
+            errors.append(f"{both}: the model comes with its own tokenizer; keep one")
         if not self.init_from:
             errors += too_long(self.sequence_length, longest, "model.max_position_embeddings")
         return errors
 
 
 def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, MetricSums]:
-    """Return the sum of -log p over the labels; bits per byte compare across vocabularies."""
+    """Return the sum of -log p over the labels, and bits per byte to compare vocabularies."""
     loss_sum = cross_entropy_sum(model(**batch.inputs), batch.selected(batch.labels))
     return loss_sum, {"bits_per_byte": (loss_sum / math.log(2), batch.num_bytes)}
 
 
 def open_tokenizer(config: PretrainConfig) -> tuple[PretrainConfig, Tokenizer]:
-    """Return the settings with the sizes that model and vocabulary decide, and the tokenizer.
+    """Return the settings with sizes from init_from or the vocabulary, and the tokenizer.
 
-    Raises UserError if they do not fit together.
+    Raises UserError if settings, model and tokenizer do not match.
     """
     if config.init_from:
         return adopt_model_config(config), load_tokenizer(config.init_from, config.sequence_length)
@@ -84,24 +84,24 @@ def open_tokenizer(config: PretrainConfig) -> tuple[PretrainConfig, Tokenizer]:
     if provenance(config)["model.vocab_size"] == "default":
         size = tokenizer.vocab_size
         return with_value(config, "model.vocab_size", size, "of the tokenizer"), tokenizer
-    fix = f"set model.vocab_size={tokenizer.vocab_size} or leave it out"
+    fix = f"set model.vocab_size={tokenizer.vocab_size} or omit it"
     check_vocabulary(config.model, tokenizer, "model.vocab_size", fix)
     return config, tokenizer
 
 
 def prepare(config: PretrainConfig) -> tuple[PretrainConfig, Tokenizer, Datasets]:
-    """Return the resolved settings, the tokenizer and the data, tokenized once into the cache."""
+    """Return the resolved settings, the tokenizer and the data; tokenize files not yet cached."""
     config, tokenizer = open_tokenizer(config)
     loaded = load_datasets(config.data, "pretrain", tokenizer, config.sequence_length, config.seed)
     return config, tokenizer, with_baselines(loaded, tokenizer)
 
 
 def main(config: PretrainConfig, tokenizer: Tokenizer, datasets: Datasets) -> Training:
-    """Train a model from scratch, or continue from init_from."""
+    """Set up training of a new model, or of the model in init_from."""
     initial = load_model(config.init_from) if config.init_from else None
     run = start_run(config, "pretrain", datasets.data_key, config.sequence_length)
     model = initial or Transformer(config.model)
-    log.info("model: %s parameters, vocabulary of %s", f"{count_parameters(model):,}",
+    log.info("model: %s parameters, vocabulary size %s", f"{count_parameters(model):,}",
              f"{model.config.vocab_size:,}")  # fmt: skip
 
     def evaluate(training: Training) -> tuple[Metrics, list[str]]:

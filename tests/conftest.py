@@ -1,4 +1,4 @@
-"""One thread and exact fp32 for every test; a stage's command line in this process."""
+"""Shared fixtures; every test runs with one thread and exact fp32."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ torch.set_float32_matmul_precision("highest")
 
 @pytest.fixture(autouse=True)
 def plain_ops() -> Iterator[None]:
-    """Every test begins with the formulas of model.py, whatever kernels the one before chose."""
+    """Reset model.ops to the formulas of model.py before each test."""
     vars(model.ops).update(vars(model.Ops()))
     yield
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """The project's own tokenizer."""
+    """Return the tokenizer of the project."""
     return Tokenizer(default_folder())
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch) -> None:
-    """An empty folder to work in, with caches of its own."""
+    """Change to an empty working folder with separate caches."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
 
 
 @pytest.fixture
 def run_stage(monkeypatch) -> Iterator[Callable[..., int]]:
-    """Run a stage's command line in this process; gives its exit code."""
+    """Yield a function that runs a stage in this process and returns its exit code."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
 
-    def run(stage: str, *words: str) -> int:
+    def run(stage: str, *arguments: str) -> int:
         script, module, cls = STAGES[stage]
-        monkeypatch.setattr(sys, "argv", [script, *words])
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
         streams, hangup = (sys.stdout, sys.stderr), signal.getsignal(signal.SIGHUP)
         try:
             launch(cls, stage, module.prepare, module.main)
@@ -59,5 +59,5 @@ def run_stage(monkeypatch) -> Iterator[Callable[..., int]]:
         return 0
 
     yield run
-    root.handlers[:] = handlers  # The stage's own writes to an output that ends with the test.
+    root.handlers[:] = handlers  # The stage logs to a stream that the test closes.
     root.setLevel(level)

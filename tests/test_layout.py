@@ -1,6 +1,6 @@
-"""Protects the layout: which part may import which, how large files, functions and the whole are.
+"""Protects the layout: import rules, and limits on the size of files, functions and the project.
 
-ALLOWED is the only place of the import rules; docs/development.md explains them.
+ALLOWED defines the import rules; docs/development.md explains them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("train.py", "sft_train.py", "dpo_train.py")
 
 ALLOWED: dict[str, set[str]] = {
-    # The ground: these import nothing of ours.
+    # Bottom level: these import no other part.
     "core": set(),
     "model": set(),
     "tokenizer": set(),
     "kernels": set(),
-    # trainlib, level by level, and what sits on it. A part may import what these parts may, too.
+    # trainlib by level, then its users. A part may also import what the parts in its row may.
     "data": {"core", "tokenizer"},
     "models": {"data", "model"},
     "engine": {"models", "kernels"},
@@ -39,7 +39,7 @@ FOLDERS = ("tokenizer", "kernels", "tools")
 
 
 def part_of(module: str) -> str | None:
-    """Return the part that a dotted module name belongs to; None for what is not ours."""
+    """Return the part that a dotted module name belongs to; None for external modules."""
     first, *rest = module.split(".")
     if first == "trainlib":
         return rest[0] if rest else None
@@ -52,14 +52,14 @@ def module_name(path: Path) -> str:
 
 
 def sources() -> list[Path]:
-    """Return every Python file of the library, the root and tools."""
+    """Return all Python files of the root folder, the library and tools."""
     folders = [ROOT / name for name in ("trainlib", *FOLDERS)]
     return sorted([*ROOT.glob("*.py"), *(p for f in folders for p in f.rglob("*.py"))])
 
 
 @functools.cache
 def imports(path: Path) -> set[str]:
-    """Return the modules that a file imports anywhere in it, type checking included."""
+    """Return the modules that a file imports anywhere, including for type checking."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -73,7 +73,7 @@ def imports(path: Path) -> set[str]:
 
 
 def closure(part: str) -> set[str]:
-    """Return what a part may import: the parts of its row, what these may import, and itself."""
+    """Return what a part may import: itself, the parts in its row, and what these may import."""
     found, todo = {part}, [part]
     while todo:
         new = ALLOWED[todo.pop()] - found
@@ -99,7 +99,7 @@ def test_every_import_is_allowed():
     assert {("train", "dataset"), ("engine", "core"), ("evaluation", "engine")} <= seen
 
 
-def test_a_wrong_import_would_be_seen():
+def test_forbidden_imports_are_detected():
     for here, there in (
         ("model", "core"), ("tokenizer", "core"), ("kernels", "model"), ("data", "models"),
         ("engine", "evaluation"), ("engine", "dataset"), ("evaluation", "dataset"),
@@ -109,8 +109,8 @@ def test_a_wrong_import_would_be_seen():
     assert part_of("trainlib.core.files") == "core" and part_of("torch.nn") is None
 
 
-def test_the_table_is_low():
-    """The longest path of the table has at most six steps above the ground."""
+def test_the_levels_are_few():
+    """The longest path in the table has at most six steps from the bottom level."""
 
     @functools.cache
     def height(part: str) -> int:
@@ -124,8 +124,8 @@ def test_the_table_is_low():
     assert set(ALLOWED) == packages | roots | set(FOLDERS) and len(roots) <= 7
 
 
-def test_the_whole_keeps_its_budget():
-    """Modules and lines outside tools/, bench/, docker/ and tests/; then lines of tools/."""
+def test_the_project_stays_within_its_budget():
+    """Limits apply outside tools/, bench/, docker/ and tests/; tools/ has its own."""
     tools = [path for path in sources() if path.is_relative_to(ROOT / "tools")]
     library = [path for path in sources() if path not in tools]
     assert 40 < sum(path.name != "__init__.py" for path in library) <= 60
@@ -133,10 +133,10 @@ def test_the_whole_keeps_its_budget():
     assert sum(map(lines, tools)) <= 4_500
 
 
-def test_no_module_imports_itself_by_way_of_others():
+def test_there_are_no_import_cycles():
     files = {module_name(path): path for path in sources()}
     graph = {name: imports(path) & set(files) - {name} for name, path in files.items()}
-    graphlib.TopologicalSorter(graph).prepare()  # Raises CycleError, which names the cycle.
+    graphlib.TopologicalSorter(graph).prepare()  # Raises CycleError with the cycle.
 
 
 def lines(path: Path) -> int:
@@ -146,8 +146,8 @@ def lines(path: Path) -> int:
 def test_no_file_or_function_is_too_long():
     for path in sources():
         name = str(path.relative_to(ROOT))
-        most = 120 if name in STAGES else 40 if path.name == "__init__.py" else 400
-        assert lines(path) <= most, name
+        max_lines = 120 if name in STAGES else 40 if path.name == "__init__.py" else 400
+        assert lines(path) <= max_lines, name
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno is not None
@@ -155,11 +155,11 @@ def test_no_file_or_function_is_too_long():
                 assert node.end_lineno - node.lineno < limit, f"{name}: {node.name}"
 
 
-def test_dataset_holds_data_alone():
+def test_the_dataset_folder_has_no_code():
     assert not list((ROOT / "dataset").glob("*.py"))
 
 
-def test_importing_the_model_imports_nothing_else_of_ours():
+def test_importing_the_model_imports_no_other_part():
     code = "import sys, model; print(*sorted(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert [name for name in out.stdout.split() if part_of(name)] == ["model"]
@@ -167,7 +167,7 @@ def test_importing_the_model_imports_nothing_else_of_ours():
 
 
 def body(stage: str) -> list[str]:
-    """Return the lines of a stage's functions but main, without the names of the stage."""
+    """Return the lines of a stage before main, with the name of the stage replaced."""
     text = (ROOT / stage).read_text(encoding="utf-8")
     text = text[text.index("@dataclass") :]
     text = re.sub(r"Pretrain|SFT|DPO|pretrain|sft|dpo", "X", text[: text.index("def main(")])

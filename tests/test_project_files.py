@@ -16,7 +16,7 @@ def load(name: str) -> dict:
     return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
 
 
-def test_hooks_run_what_lint_runs_and_fetch_nothing():
+def test_hooks_run_the_lint_commands_and_download_nothing():
     (repo,) = load(".pre-commit-config.yaml")["repos"]
     assert repo["repo"] == "local"
     assert {hook["language"] for hook in repo["hooks"]} == {"system"}
@@ -53,7 +53,9 @@ def test_mirror_chooses_the_first_index_that_answers(tmp_path):
     assert f"pip {first}, torch {torch}" in make(*show, "MIRROR=cn", FAKE_REACHABLE=".")
     out = make(*show, "MIRROR=cn", FAKE_REACHABLE=f"{second}|{torch}")
     assert f"pip {second}, torch {torch}" in out
-    assert "MIRROR=cn: no package index" in make(*show, "MIRROR=cn", FAKE_REACHABLE="nothing answers")
+    assert "MIRROR=cn: no package index" in make(
+        *show, "MIRROR=cn", FAKE_REACHABLE="nothing answers"
+    )
     assert first not in make(*show) and "download.pytorch.org" in make(*show)
 
 
@@ -63,7 +65,7 @@ def test_the_workflow_runs_what_ci_runs():
     assert os.access(ROOT / ".ci/run", os.X_OK)
 
 
-def test_citation_is_of_this_version():
+def test_citation_has_the_current_version():
     citation = load("CITATION.cff")
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'version = "{citation["version"]}"' in project
@@ -71,11 +73,11 @@ def test_citation_is_of_this_version():
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
 
 
-def test_the_form_asks_for_the_environment():
+def test_the_issue_form_requires_the_environment():
     form = load(".github/ISSUE_TEMPLATE/problem.yml")
     assert form["name"] and form["description"]
     fields = {part["id"]: part for part in form["body"] if part["type"] != "markdown"}
     environment = fields["environment"]
     assert environment["validations"]["required"]
-    asked = environment["attributes"]["description"]
-    assert "./build.sh doctor" in asked and "python -m torch.utils.collect_env" in asked
+    hint = environment["attributes"]["description"]
+    assert "./build.sh doctor" in hint and "python -m torch.utils.collect_env" in hint

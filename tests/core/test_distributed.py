@@ -1,4 +1,4 @@
-"""Protects several ranks: they learn what one learns, and only one of them writes."""
+"""Protects data-parallel training: same results as one rank, and only the main rank writes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SETTINGS = [
     "model.head_dim=16", "tokens_per_step=512", "sequence_length=64", "micro_batch_size=2",
     "log_every_steps=1", "max_steps=6", "eval_every_steps=3", "save_every_steps=2", "device=cpu",
     "precision=fp32", "data.files=a.jsonl", "data.val_fraction=0.1",
-    # Muon in bf16 makes much of what differs in the last digit, where a gradient has low rank.
+    # For a low-rank gradient, Muon in bf16 amplifies differences in the last digit.
     "optim.name=adamw",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with data and configs; its rows are so few that not all steps are full."""
+def workdir(tmp_path_factory):
+    """A folder with configs and data; with so few rows, some steps are not full."""
     path = tmp_path_factory.mktemp("ranks")
     (path / "configs").symlink_to(ROOT / "configs")
     rows = [
@@ -41,10 +41,10 @@ def place(tmp_path_factory):
     return path
 
 
-def start(place, *settings, prefix=(sys.executable,), script="train.py"):
-    env = {**os.environ, "TRAIN_LLM_CACHE_DIR": str(place / "cache"), "OMP_NUM_THREADS": "1"}
+def start(workdir, *settings, prefix=(sys.executable,), script="train.py"):
+    env = {**os.environ, "TRAIN_LLM_CACHE_DIR": str(workdir / "cache"), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*prefix, str(ROOT / script), *SETTINGS, *settings], cwd=place, env=env, text=True,
+        [*prefix, str(ROOT / script), *SETTINGS, *settings], cwd=workdir, env=env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -62,14 +62,14 @@ def metrics(folder):
 
 
 @pytest.fixture(scope="module")
-def alone(place):
-    finish(start(place, "out_dir=alone"))
-    return place / "alone"
+def single(workdir):
+    finish(start(workdir, "out_dir=single"))
+    return workdir / "single"
 
 
-def same(folder, alone):
-    """The same figures in the same steps; order of summation moves the last digits."""
-    ours, theirs = metrics(folder), metrics(alone)
+def assert_same_metrics(folder, single):
+    """Assert equal metrics in the same steps, up to rounding by the order of summation."""
+    ours, theirs = metrics(folder), metrics(single)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for mine, yours in zip(ours, theirs, strict=True):
         assert mine.keys() == yours.keys()
@@ -82,45 +82,45 @@ def same(folder, alone):
 @pytest.mark.parametrize(
     "ranks", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
 )
-def test_ranks_learn_what_one_learns(ranks, place, alone):
-    out = finish(start(place, f"out_dir=of{ranks}", f"ranks={ranks}"))
+def test_several_ranks_match_one_rank(ranks, workdir, single):
+    out = finish(start(workdir, f"out_dir=of{ranks}", f"ranks={ranks}"))
     assert f"starting {ranks} ranks" in out
-    assert out.count("finished 6 steps") == 1  # One of them speaks.
-    same(place / f"of{ranks}", alone)
+    assert out.count("finished 6 steps") == 1  # Only one rank prints.
+    assert_same_metrics(workdir / f"of{ranks}", single)
     weights, expected = (load_file(f / "final/model.safetensors") for f in
-                         (place / f"of{ranks}", alone))  # fmt: skip
+                         (workdir / f"of{ranks}", single))  # fmt: skip
     for name, value in expected.items():
         assert (weights[name] - value).abs().max() < 1e-4, name
 
 
 @pytest.mark.slow
-def test_ranks_with_muon_learn_the_same_to_what_bf16_leaves(place):
+def test_ranks_with_muon_match_one_rank_within_bf16_rounding(workdir):
     for name, ranks in (("muon1", 1), ("muon2", 2)):
-        finish(start(place, f"out_dir={name}", f"ranks={ranks}", "optim.name=muon"))
+        finish(start(workdir, f"out_dir={name}", f"ranks={ranks}", "optim.name=muon"))
     if not cpu_has_bf16():
-        same(place / "muon2", place / "muon1")
-    for mine, yours in zip(metrics(place / "muon2"), metrics(place / "muon1"), strict=True):
+        assert_same_metrics(workdir / "muon2", workdir / "muon1")
+    for mine, yours in zip(metrics(workdir / "muon2"), metrics(workdir / "muon1"), strict=True):
         for name in mine.keys() & {"train/loss", "val/loss"}:
             assert mine[name] == pytest.approx(yours[name], rel=1e-3), name
 
 
 @pytest.mark.slow
-def test_torchrun_starts_it_too_and_another_number_of_ranks_goes_on(place, alone):
+def test_torchrun_works_and_a_run_resumes_with_another_world_size(workdir, single):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    process = start(place, "out_dir=torchrun", "max_steps=6", prefix=[*torchrun, "2"])
+    process = start(workdir, "out_dir=torchrun", "max_steps=6", prefix=[*torchrun, "2"])
     finish(process)
-    same(place / "torchrun", alone)
-    # Its first half again, by one process, finished by three.
-    (place / "half").mkdir()
-    finish(start(place, "out_dir=half", f"resume={alone}/step_000004", "ranks=3"))
-    theirs = [row for row in metrics(alone) if row["step"] > 4]
-    for mine, yours in zip(metrics(place / "half"), theirs, strict=True):
+    assert_same_metrics(workdir / "torchrun", single)
+    # The first steps with one process, the remaining ones with three.
+    (workdir / "half").mkdir()
+    finish(start(workdir, "out_dir=half", f"resume={single}/step_000004", "ranks=3"))
+    theirs = [row for row in metrics(single) if row["step"] > 4]
+    for mine, yours in zip(metrics(workdir / "half"), theirs, strict=True):
         assert mine["step"] == yours["step"]
         if "train/loss" in yours:
             assert mine["train/loss"] == pytest.approx(yours["train/loss"], abs=1e-5)
 
 
-LEAVES = """
+SCRIPT = """
 from pathlib import Path
 
 import torch
@@ -130,7 +130,7 @@ def threads():
     return [name.read_text() for name in Path("/proc/self/task").glob("*/comm")]
 
 distributed = init_distributed("cpu")
-import torch._dynamo  # As torch's optimizers do.
+import torch._dynamo  # As optimizers of torch do.
 distributed.all_reduce([torch.ones(3)])
 print("joined", *threads())
 destroy_distributed()
@@ -139,15 +139,15 @@ print("left", *threads())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in /proc")
-def test_who_leaves_takes_the_threads_of_the_group_along(place):
-    # One that was still letting go of a tensor while Python shut down aborted a finished run.
+def test_leaving_the_process_group_ends_its_threads(workdir):
+    # A thread that freed a tensor while Python shut down aborted a finished run.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # fmt: skip
     processes = [
-        subprocess.Popen([sys.executable, "-c", LEAVES], env={**env, "RANK": str(rank)}, text=True,
+        subprocess.Popen([sys.executable, "-c", SCRIPT], env={**env, "RANK": str(rank)}, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for rank in range(2)
     ]  # fmt: skip
@@ -160,29 +160,29 @@ def test_who_leaves_takes_the_threads_of_the_group_along(place):
             process.kill()
 
 
-def test_sigterm_reaches_all_ranks_and_the_last_step_is_saved(place):
-    process = start(place, "out_dir=asked", "ranks=2", "max_steps=500", "save_every_steps=0")
-    log = place / "asked" / "train.log"
+def test_sigterm_reaches_all_ranks_and_saves_a_checkpoint(workdir):
+    process = start(workdir, "out_dir=stopped", "ranks=2", "max_steps=500", "save_every_steps=0")
+    log = workdir / "stopped" / "train.log"
     while process.poll() is None and not (log.exists() and "step 2 " in log.read_text()):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     out = finish(process)
     assert "saving a checkpoint" in out
-    folder = place / "asked"
+    folder = workdir / "stopped"
     assert (folder / "latest").exists() and not (folder / "final").exists()
 
 
-def test_a_refusal_is_said_once_and_ends_all(place, alone):
-    out = finish(start(place, "out_dir=alone", "ranks=2", "seed=7"), code=1)
+def test_a_user_error_is_printed_once_and_ends_all_ranks(workdir, single):
+    out = finish(start(workdir, "out_dir=single", "ranks=2", "seed=7"), code=1)
     assert out.count("holds a finished run") == 1 and "Traceback" not in out
-    out = finish(start(place, "out_dir=alone", "ranks=2"))
-    assert out.count("already finished: alone/final") == 1 and "Traceback" not in out
+    out = finish(start(workdir, "out_dir=single", "ranks=2"))
+    assert out.count("already finished: single/final") == 1 and "Traceback" not in out
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_the_others(place):
-    process = start(place, "out_dir=dies", "ranks=2", "max_steps=100000")
-    log = place / "dies" / "train.log"
+def test_if_a_rank_dies_the_others_end(workdir):
+    process = start(workdir, "out_dir=dies", "ranks=2", "max_steps=100000")
+    log = workdir / "dies" / "train.log"
     while process.poll() is None and not (log.exists() and "step 1 " in log.read_text()):
         time.sleep(0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -1,4 +1,4 @@
-"""Protects atomic writes: the old file or the new one, and nothing else in the folder."""
+"""Protects atomic writes: a folder has the old file or the new one, and nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from trainlib.core.files import replacing, write_atomically
 
 
-def test_a_failure_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path):
     path = tmp_path / "a.txt"
     write_atomically(path, "old\n")
     with pytest.raises(RuntimeError), replacing(path) as temporary:
@@ -20,7 +20,7 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
     assert path.read_bytes() == "new 小\r\n".encode() and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_temporary_path_keeps_the_suffix_that_numpy_would_add(tmp_path):
+def test_the_temporary_path_has_the_suffix_of_the_file(tmp_path):
     path = tmp_path / "a.npy"
     with replacing(path) as temporary:
         np.save(temporary, np.arange(3))

@@ -1,4 +1,4 @@
-"""Protects the fit to the machine: what auto means on each card, and that it is decided once."""
+"""Protects the choice of hardware settings: auto on each card, and the cached measurement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainlib.core.hardware import (
 
 TABLE = read_table()
 
-# Capability, MiB -> precision, compile, rows of 512. Memory as torch reports it.
+# Capability, MiB as torch reports it, precision, compile, rows of 512 positions.
 CARDS = {
     "V100 16 GB": ((7, 0), 16144, "fp16", True, 48),
     "RTX 2080 Ti": ((7, 5), 11011, "fp16", True, 32),
@@ -34,7 +34,7 @@ CARDS = {
     "H100 80 GB": ((9, 0), 81090, "bf16", True, 128),
     "B200": ((10, 0), 182000, "bf16", True, 128),
     "RTX 5090": ((12, 0), 32120, "bf16", True, 64),
-    "of tomorrow": ((15, 0), 49152, "bf16", True, 128),
+    "future card": ((15, 0), 49152, "bf16", True, 128),
 }
 
 
@@ -52,45 +52,45 @@ def test_auto_without_a_card():
     assert choose_hardware(Facts(threads=FEW_THREADS + 1), TABLE).attention == "masked"
     assert choose_hardware(Facts(amx=True), TABLE).matmul == "highest"
     mac = Facts(mps=True)
-    assert choose_hardware(mac, TABLE).device == "cpu"  # mps only when asked for.
+    assert choose_hardware(mac, TABLE).device == "cpu"  # mps only on request.
     metal = choose_hardware(mac, TABLE, device="mps")
     assert metal == Choice("mps", "fp32", "highest", "masked", False, 16)
 
 
-def test_a_setting_is_stronger_than_the_table():
+def test_settings_override_the_table():
     facts = Facts(cuda=(8, 9), memory_mib=24080, varlen=True)
-    given = {"precision": "fp32", "compile_": "off", "micro_batch_size": 3}
-    chosen = choose_hardware(facts, TABLE, **given)
+    settings = {"precision": "fp32", "compile_": "off", "micro_batch_size": 3}
+    chosen = choose_hardware(facts, TABLE, **settings)
     assert chosen == Choice("cuda", "fp32", "high", "masked", False, 3)
     assert choose_hardware(facts, TABLE, device="cpu", precision="bf16").precision == "bf16"
     assert choose_hardware(facts, TABLE, row_length=4096).micro_batch_size == 8
     assert choose_hardware(facts, TABLE, row_length=512 * 512).micro_batch_size == 1
 
 
-def test_what_is_not_there_is_refused_with_the_cure():
-    with pytest.raises(UserError, match="no CUDA device here. Use device=cpu"):
+def test_unavailable_devices_and_precisions_are_refused_with_a_fix():
+    with pytest.raises(UserError, match="no CUDA device here. Set device=cpu"):
         choose_hardware(Facts(), TABLE, device="cuda")
     with pytest.raises(UserError, match="no Metal device"):
         choose_hardware(Facts(), TABLE, device="mps")
-    with pytest.raises(UserError, match=r"has 7\.5\. Use precision=fp16"):
+    with pytest.raises(UserError, match=r"has 7\.5\. Set precision=fp16"):
         choose_hardware(Facts(cuda=(7, 5), memory_mib=11000), TABLE, precision="bf16")
 
 
-def test_a_cpu_is_measured_once(tmp_path, monkeypatch, caplog):
+def test_the_cpu_is_measured_only_once(tmp_path, monkeypatch, caplog):
     file = tmp_path / "cache" / "hardware.json"
     before = torch.get_float32_matmul_precision()
     first = measured_precision(file, "medium")
     assert first in ("fp32", "bf16") and torch.get_float32_matmul_precision() == before
     (key,) = json.loads(file.read_text())
     assert "threads" in key and torch.__version__ in key and instructions() in key
-    # What stands in the file counts, and nothing is measured again: two runs agree.
+    # The value in the file is used without another measurement, so two runs agree.
     monkeypatch.setattr("trainlib.core.hardware._seconds", lambda dtype: 1 / 0)
     other = {"fp32": "bf16", "bf16": "fp32"}[first]
     file.write_text(json.dumps({key: other}))
     assert measured_precision(file, "medium") == other
 
 
-def test_the_faster_precision_is_taken_and_a_broken_file_is_measured_anew(tmp_path, monkeypatch):
+def test_the_faster_precision_is_chosen_and_a_damaged_cache_is_rebuilt(tmp_path, monkeypatch):
     file = tmp_path / "hardware.json"
     for winner in ("fp32", "bf16"):
         file.write_text("{broken")
@@ -99,8 +99,8 @@ def test_the_faster_precision_is_taken_and_a_broken_file_is_measured_anew(tmp_pa
         assert measured_precision(file, "medium") == winner
 
 
-def test_a_card_that_torch_does_not_see_is_named(tmp_path, monkeypatch):
-    """By nvidia-smi on a host, by the profile in a container; a machine without says nothing."""
+def test_a_card_that_torch_does_not_see_is_reported(tmp_path, monkeypatch):
+    """Detected by nvidia-smi on a host and by the profile in a container; otherwise no warning."""
     monkeypatch.delenv("GPU_PROFILE", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not unseen_card()
@@ -110,7 +110,7 @@ def test_a_card_that_torch_does_not_see_is_named(tmp_path, monkeypatch):
     assert "--force-recreate" in unseen_card()
     monkeypatch.delenv("GPU_PROFILE")
     (tmp_path / "nvidia-smi").touch(mode=0o755)
-    assert "the CPU alone" in unseen_card() and "device=cpu" in unseen_card()
+    assert "the CPU only" in unseen_card() and "device=cpu" in unseen_card()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "CUDA 13.0" in unseen_card() and "torch==2.10.0" in unseen_card()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

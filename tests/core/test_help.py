@@ -1,4 +1,4 @@
-"""Protects --help: every setting of every stage, with its default, its meaning and its title."""
+"""Protects --help: all settings of all stages, with default, description and title."""
 
 from __future__ import annotations
 
@@ -10,58 +10,58 @@ import yaml
 
 from tests.support.stages import STAGES
 from trainlib.core.help import FLAGS, groups, help_text
-from trainlib.core.parsing import kind_text, value_text
+from trainlib.core.parsing import type_text, value_text
 from trainlib.core.settings import keys
 from trainlib.engine.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def shown(stage: str, file: str = "none.yaml") -> str:
+def stage_help(stage: str, file: str = "none.yaml") -> str:
     script, _, cls = STAGES[stage]
     return help_text(cls, script, stage, ROOT / file)
 
 
-def joined(text: str) -> str:
-    """Each setting and its doc in one line."""
+def unwrapped(text: str) -> str:
+    """Put each setting and its description on one line."""
     return re.sub(r"\n {6,}", " ", text)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_setting_stands_with_default_type_and_doc(stage):
-    lines = joined(shown(stage)).splitlines()
+def test_every_setting_has_default_type_and_description(stage):
+    lines = unwrapped(stage_help(stage)).splitlines()
     found = keys(STAGES[stage][2])
     assert len(found) > 30
     for key in found:
         assert len(key.doc) > 8 and key.doc.endswith("."), key.name
-        head = f"  {key.name}={value_text(key.default)}  ({kind_text(key.kind)})"
+        head = f"  {key.name}={value_text(key.default)}  ({type_text(key.type)})"
         assert [line for line in lines if line == f"{head} {key.doc}"], head
     settings = [line for line in lines if re.match(r"  [\w.]+=\S*  \(", line)]
     assert len(settings) == len(found)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_key_of_the_configs_stands_there(stage):
+def test_every_key_of_the_configs_is_listed(stage):
     for name in (f"{stage}.yaml", f"tiny_{stage}.yaml"):
         values = yaml.safe_load((ROOT / "configs" / name).read_text(encoding="utf-8"))
-        text = shown(stage, f"configs/{name}")
+        text = stage_help(stage, f"configs/{name}")
         for key, value in values.items():
             names = [f"{key}.{last}" for last in value] if isinstance(value, dict) else [key]
             assert all(f"\n  {name}=" in text for name in names)
-    text = shown("dpo", "configs/dpo.yaml")
-    assert re.search(r"optim\.name=muon  \(muon or adamw; adamw in \S+dpo\.yaml\)", joined(text))
-    assert not re.search("512 in", text)  # As the default is.
+    text = stage_help("dpo", "configs/dpo.yaml")
+    assert re.search(r"optim\.name=muon  \(muon or adamw; adamw in \S+dpo\.yaml\)", unwrapped(text))
+    assert not re.search("512 in", text)  # It equals the default.
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_it_fits_a_terminal_and_stands_under_titles(stage):
-    text = shown(stage)
+def test_it_fits_in_80_columns_and_has_titles(stage):
+    text = stage_help(stage)
     assert max(map(len, text.splitlines())) < 80
     titles = list(groups(STAGES[stage][2]))
-    wanted = ["run", "length", "hardware", "evaluation and saving", "data", "optim"]
+    expected = ["run", "length", "hardware", "evaluation and saving", "data", "optim"]
     if stage == "pretrain":
-        wanted.insert(4, "model")
-    assert [title.partition(":")[0] for title in titles] == wanted
+        expected.insert(4, "model")
+    assert [title.partition(":")[0] for title in titles] == expected
     assert all(f"\n\n{title}:\n" in text for title in titles)
     grouped = [name for names in RunConfig.GROUPS.values() for name in names]
     assert set(grouped) <= {key.name for key in keys(RunConfig)}

@@ -1,4 +1,4 @@
-"""Protects the reading of settings: by type, by precedence, with every problem at once."""
+"""Protects settings: parsing by type, precedence, and one report of all problems."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Inner:
 
 
 @dataclass(frozen=True)
-class Look:
+class Output:
     """Another section."""
 
     rate: int = field(default=2, metadata={"at_least": 0, "at_most": 100})
@@ -46,10 +46,10 @@ class Look:
 
 @dataclass(frozen=True)
 class Base:
-    """What all have."""
+    """Settings of all stages."""
 
     seed: int = 0
-    """Where random numbers begin."""
+    """Seed of random numbers."""
     device: str = field(default="auto", metadata={"recipe": False})
     micro_batch_size: int = field(default=0, metadata={"recipe": False})
 
@@ -71,7 +71,7 @@ class Settings(Base):
     files: tuple[str, ...] = ()
     sizes: tuple[int, ...] = (1, 2)
     inner: Inner = field(default_factory=lambda: Inner(rate=0.125))
-    look: Look = field(default_factory=Look, metadata={"recipe": False})
+    output: Output = field(default_factory=Output, metadata={"recipe": False})
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize("key, text, value", VALUES)
-def test_a_value_is_read_by_its_fields_type_wherever_it_stands(key, text, value, tmp_path):
+def test_a_value_is_parsed_by_the_type_of_its_field(key, text, value, tmp_path):
     section, _, last = key.rpartition(".")
     line = f"{last}: {text}\n"
     written = f"{section}:\n  {line}" if section else line
@@ -119,36 +119,36 @@ def test_a_value_is_read_by_its_fields_type_wherever_it_stands(key, text, value,
 
 
 WRONG = [
-    ("seed", "abc", "a whole number"), ("seed", "1.5", "a whole number"), ("seed", "", "a whole"),
-    ("seed", "1e400", "a whole number"), ("seed", "1e999999999", "a whole"),
-    ("seed", "inf", "a whole number"),
+    ("seed", "abc", "an integer"), ("seed", "1.5", "an integer"), ("seed", "", "an integer"),
+    ("seed", "1e400", "an integer"), ("seed", "1e999999999", "an integer"),
+    ("seed", "inf", "an integer"),
     ("inner.rate", "nan", "a number"), ("inner.rate", "snan", "a number"),
     ("inner.rate", "1e400", "a number"),
     ("inner.rate", "0.1x", "a number"), ("switch", "maybe", "on or off"),
     ("inner.kind", "sgd", "muon or adamw"), ("share", "", "a number"),
-    ("sizes", "[1, x]", "each a whole number"), ("files", "[a, [b]]", "a list like"),
+    ("sizes", "[1, x]", "each item an integer"), ("files", "[a, [b]]", "a list like"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("key, text, expected", WRONG)
-def test_a_wrong_value_names_key_value_place_and_what_is_expected(key, text, expected, tmp_path):
-    said = problems(f"{key}={text}")
-    assert f"{key}={text} (command line): expected" in said and expected in said
+def test_an_invalid_value_reports_key_value_source_and_expectation(key, text, expected, tmp_path):
+    message = problems(f"{key}={text}")
+    assert f"{key}={text} (command line): expected" in message and expected in message
     section, _, last = key.rpartition(".")
     line = f"{last}: {text}\n"
     written = f"# a comment\n{section}:\n  {line}" if section else f"# a comment\n\n{line}"
-    said = problems(text=written, folder=tmp_path)
-    assert f"({tmp_path / 'c.yaml'}:3): expected" in said and key in said
+    message = problems(text=written, folder=tmp_path)
+    assert f"({tmp_path / 'c.yaml'}:3): expected" in message and key in message
 
 
 def test_yaml_lists_and_dotted_keys_and_empty_sections(tmp_path):
-    cfg = load(text="files:\n- a\n- 010\ninner.rate: 2\nlook:\n", folder=tmp_path)
-    assert cfg.files == ("a", "010") and cfg.inner.rate == 2.0 and cfg.look == Look()
+    cfg = load(text="files:\n- a\n- 010\ninner.rate: 2\noutput:\n", folder=tmp_path)
+    assert cfg.files == ("a", "010") and cfg.inner.rate == 2.0 and cfg.output == Output()
     assert cfg.inner.fraction == 0.25
     assert load(text="", folder=tmp_path) == load(text="# nothing\n", folder=tmp_path) == Settings()
 
 
-def test_the_owners_default_of_a_section_stays_for_keys_that_are_not_given():
+def test_keys_that_are_not_set_keep_the_default_of_the_section():
     assert load("inner.kind=adamw").inner == Inner(rate=0.125, kind="adamw")
 
 
@@ -160,18 +160,18 @@ def test_precedence_and_provenance(tmp_path, monkeypatch):
     monkeypatch.setenv("TRAIN_LLM_PRECISION", "x")  # The class has no such key.
     cfg = load("micro_batch_size=3", "micro_batch_size=4", text=text, folder=tmp_path)
     assert (cfg.seed, cfg.device, cfg.micro_batch_size) == (1, "b", 4)
-    came = provenance(cfg)
-    assert came["seed"] == f"{tmp_path / 'c.yaml'}:1"
-    assert came["device"] == "environment TRAIN_LLM_DEVICE"
-    assert came["micro_batch_size"] == "command line" and came["inner.rate"] == "default"
+    sources = provenance(cfg)
+    assert sources["seed"] == f"{tmp_path / 'c.yaml'}:1"
+    assert sources["device"] == "environment TRAIN_LLM_DEVICE"
+    assert sources["micro_batch_size"] == "command line" and sources["inner.rate"] == "default"
     assert provenance(replace(cfg, start="x"))["start"] == "set by the program"
     monkeypatch.setenv("TRAIN_LLM_DEVICE", "")
     assert load(text=text, folder=tmp_path).device == "a"
     monkeypatch.setenv("TRAIN_LLM_MICRO_BATCH_SIZE", "many")
-    assert "(environment TRAIN_LLM_MICRO_BATCH_SIZE): expected a whole number" in problems()
+    assert "(environment TRAIN_LLM_MICRO_BATCH_SIZE): expected an integer" in problems()
 
 
-def test_the_first_yaml_argument_is_the_file(tmp_path):
+def test_the_first_yaml_argument_is_the_config_file(tmp_path):
     other = tmp_path / "lr=3" / "other.yml"
     other.parent.mkdir()
     other.write_text("seed: 8\n")
@@ -182,9 +182,9 @@ def test_the_first_yaml_argument_is_the_file(tmp_path):
 
 def test_all_problems_are_reported_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("TRAIN_LLM_MICRO_BATCH_SIZE", "x")
-    said = problems(
+    message = problems(
         "inner.rat=1", "sede=2", "rate=3", "zzzzzz=4", "--seed=5", "inner=6", "word",
-        "switch=7", "look.rate=-1",
+        "switch=7", "output.rate=-1",
         text="seed: a\nseed: b\nlimit:\n  x: 1\ninner:\n  rate: 0\nstart: [a]\n",
         folder=tmp_path,
     )  # fmt: skip
@@ -194,28 +194,28 @@ def test_all_problems_are_reported_at_once(tmp_path, monkeypatch):
         "zzzzzz=4 (command line): unknown key",
         "write it without dashes: seed=5", "inner=6 (command line): a section",
         "word (command line): expected a config file", "switch=7 (command line): expected on or",
-        f"seed ({file}:2): given twice, first in line 1", f"limit ({file}:3): expected one value",
+        f"seed ({file}:2): set twice, first in line 1", f"limit ({file}:3): expected a value",
         f"inner.rate={0.0} must be above 0 (inner.rate: {file}:6)",
-        f"start=[a] ({file}:7): expected a text, not a list",
+        f"start=[a] ({file}:7): expected a string, not a list",
         "environment TRAIN_LLM_MICRO_BATCH_SIZE", f"seed=a ({file}:1)",
     ):  # fmt: skip
-        assert part in said, part
-    count = int(said.split()[0])
-    assert count == said.count("\n  ") and count >= 15
-    assert "look.rate=-1 must be at least 0 and at most 100 (look.rate: command line)" in said
+        assert part in message, part
+    count = int(message.split()[0])
+    assert count == message.count("\n  ") and count >= 15
+    assert "output.rate=-1 must be at least 0 and at most 100 (output.rate: command" in message
 
 
-def test_what_follows_from_another_problem_is_not_reported():
-    # With the default fraction the sum would be too large; the fraction itself is what is wrong.
-    said = problems("inner.rate=8.9", "inner.fraction=x")
-    assert said.startswith("1 problem ") and "at most" not in said
+def test_problems_that_follow_from_others_are_not_reported():
+    # With the default fraction the sum would be too large, but only the fraction is invalid.
+    message = problems("inner.rate=8.9", "inner.fraction=x")
+    assert message.startswith("1 problem ") and "at most" not in message
     assert "at most 9" in problems("inner.rate=8.9", "inner.fraction=1")
 
 
-def test_bounds_hold_on_both_sides_up_to_the_limit_itself():
-    for allowed in ("look.rate=0", "look.rate=100", "inner.fraction=0", "inner.fraction=8.5"):
+def test_bounds_include_or_exclude_their_limits():
+    for allowed in ("output.rate=0", "output.rate=100", "inner.fraction=0", "inner.fraction=8.5"):
         load(allowed)
-    for key, value in (("look.rate", 101), ("inner.rate", 0.0), ("inner.fraction", 9.0)):
+    for key, value in (("output.rate", 101), ("inner.rate", 0.0), ("inner.fraction", 9.0)):
         assert f"{key}={value} must be " in problems(f"{key}={value}", "inner.kind=adamw")
     section = Inner(rate=float("nan"), fraction=-1)
     assert bound_errors(section, "inner.") == [
@@ -224,7 +224,7 @@ def test_bounds_hold_on_both_sides_up_to_the_limit_itself():
     ]
 
 
-def test_one_length_for_a_run(tmp_path):
+def test_a_run_has_only_one_length(tmp_path):
     def lengths(*argv, text=""):
         cfg = load(*argv, text=text, folder=tmp_path)
         return cfg.max_steps, cfg.max_tokens, cfg.epochs
@@ -234,13 +234,13 @@ def test_one_length_for_a_run(tmp_path):
     assert lengths("max_tokens=1e6", text="max_steps: 5") == (0, 1_000_000, 0)
     assert lengths("max_tokens=9", "epochs=0", text="max_steps: 5") == (0, 9, 0)
     assert lengths("max_steps=0", text="epochs: 2") == (0, 0, 2)
-    said = problems("max_steps=1", "max_tokens=2")
-    assert "max_steps=1 and max_tokens=2 (command line): two lengths of one run" in said
-    said = problems(text="max_steps: 1\nepochs: 2\n", folder=tmp_path)
-    assert "max_steps=1 and epochs=2" in said and "c.yaml:1" in said and "c.yaml:2" in said
+    message = problems("max_steps=1", "max_tokens=2")
+    assert "max_steps=1 and max_tokens=2 (command line): a run has only one length" in message
+    message = problems(text="max_steps: 1\nepochs: 2\n", folder=tmp_path)
+    assert "max_steps=1 and epochs=2" in message and "c.yaml:1" in message and "c.yaml:2" in message
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_unreadable_files_are_reported(tmp_path):
     missing = tmp_path / "none.yaml"
     with pytest.raises(UserError, match="none.yaml: cannot read .*No such file"):
         load_config(Settings, [], missing)
@@ -256,14 +256,14 @@ def test_files_that_cannot_be_read(tmp_path):
         with pytest.raises(UserError, match=message):
             load_config(Settings, [str(file)], None)
         with pytest.raises(UserError, match=message) as caught:
-            load_config(Settings, ["sede=1", "look.rate=-1", str(file)], None)
-        for part in ("did you mean seed?", "look.rate=-1 must be at least 0"):
+            load_config(Settings, ["sede=1", "output.rate=-1", str(file)], None)
+        for part in ("did you mean seed?", "output.rate=-1 must be at least 0"):
             assert part in str(caught.value)
     for content, message in (
-        ("{seed: 1, seed: 2}", r"seed \(.*:1\): given twice, first in line 1"),
+        ("{seed: 1, seed: 2}", r"seed \(.*:1\): set twice, first in line 1"),
         (
             "inner:\n  rate: 1\ninner.rate: 2\n",
-            r"inner.rate \(.*:3\): given twice, first in line 2",
+            r"inner.rate \(.*:3\): set twice, first in line 2",
         ),
         ("? [a]\n: 1\n", "bad.yaml:1: expected `key: value`"),
         ("inner: [1]\n", "inner .*a section; expected"),
@@ -283,22 +283,22 @@ def test_run_yaml_gives_the_same_settings(tmp_path):
     )  # fmt: skip
     path = tmp_path / "run.yaml"
     write_run_yaml(cfg, path)
-    again = load_config(Settings, [str(path)], None)
-    assert again == cfg and again.start == strange and again.files == (" a", "x, y", "")
+    loaded = load_config(Settings, [str(path)], None)
+    assert loaded == cfg and loaded.start == strange and loaded.files == (" a", "x, y", "")
     text = path.read_text(encoding="utf-8")
     assert "seed: 5  # command line\n" in text and "fraction: 0.25  # default" in text
     assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
 
 
-def test_the_recipe_is_what_is_learned_in_values_that_json_keeps():
+def test_the_recipe_has_only_settings_that_affect_learning_as_json_values():
     flat = recipe(load("files=[a]"))
     assert json.loads(json.dumps(flat)) == flat
     assert flat["files"] == ["a"] and flat["inner.kind"] == "muon" and "seed" in flat
-    assert not {"device", "micro_batch_size", "look.rate"} & set(flat)
+    assert not {"device", "micro_batch_size", "output.rate"} & set(flat)
 
 
-def test_docs_come_from_the_texts_under_the_fields():
+def test_docs_are_the_strings_under_the_fields():
     by_name = {key.name: key for key in keys(Settings)}
-    assert by_name["seed"].doc == "Where random numbers begin."  # Of the base class.
+    assert by_name["seed"].doc == "Seed of random numbers."  # From the base class.
     assert by_name["inner.rate"].doc == "Peak rate, over all steps."
     assert by_name["inner.rate"].default == 0.125 and by_name["start"].doc == ""

@@ -1,4 +1,4 @@
-"""Protects the step folders: whole or not there, exact, and readable without unpickling."""
+"""Protects step folders: complete or absent, exact, and readable without unpickling."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def saved(folder, step: int = 2, keep: int = 2, **state) -> nn.Module:
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-def test_two_steps_and_three_more_are_five_bit_for_bit(tmp_path, backwards):
-    whole = new_model()
-    start = {name: value.clone() for name, value in whole.state_dict().items()}
-    train(whole, new_optimizers(whole), range(5))
+def test_resuming_after_two_of_five_steps_is_bit_identical(tmp_path, backwards):
+    reference = new_model()
+    start = {name: value.clone() for name, value in reference.state_dict().items()}
+    train(reference, new_optimizers(reference), range(5))
 
     first = new_model()
     first.load_state_dict(start)
@@ -59,7 +59,7 @@ def test_two_steps_and_three_more_are_five_bit_for_bit(tmp_path, backwards):
     tensors, scalars = optimizer_tensors(optimizers, first)
     assert {"0/0.weight/momentum_buffer", "1/1.bias/exp_avg", "1/2.bias/step"} <= set(tensors)
     checkpoints.save(2, first, tensors, {"optimizers": scalars, "train": {"step": 2}})
-    train(first, optimizers, range(2, 4))  # The snapshot was taken at once: this is not in it.
+    train(first, optimizers, range(2, 4))  # Not in the snapshot, which is already taken.
     checkpoints.join()
 
     second = new_model()
@@ -68,11 +68,11 @@ def test_two_steps_and_three_more_are_five_bit_for_bit(tmp_path, backwards):
     assert restored[1]["train"] == {"step": 2}
     load_optimizer_tensors(second_optimizers, second, restored[0], restored[1]["optimizers"])
     train(second, second_optimizers, range(2, 5))
-    for name, value in whole.state_dict().items():
+    for name, value in reference.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
 
 
-def test_plain_numbers_of_an_optimizer_come_back(tmp_path):
+def test_scalar_optimizer_state_is_restored(tmp_path):
     model = new_model()
     optimizers = [torch.optim.ASGD(model.parameters(), lr=0.1)]
     train(model, optimizers, range(2))
@@ -86,8 +86,8 @@ def test_plain_numbers_of_an_optimizer_come_back(tmp_path):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_count_of_steps_goes_where_the_optimizer_wants_it(fused):
-    with torch.device("meta"):  # Stands for any device that is not the CPU.
+def test_the_step_count_is_restored_on_the_device_the_optimizer_needs(fused):
+    with torch.device("meta"):  # Represents any device other than the CPU.
         model = nn.Linear(2, 2, bias=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     optimizer.param_groups[0]["fused"] = fused
@@ -99,14 +99,14 @@ def test_the_count_of_steps_goes_where_the_optimizer_wants_it(fused):
     assert state["step"].device.type == ("meta" if fused else "cpu")
 
 
-def test_the_state_of_other_optimizers_is_refused_in_either_direction():
+def test_the_state_of_other_optimizers_is_refused_in_both_directions():
     model = new_model()
     one, two = [torch.optim.AdamW(model.parameters(), lr=0.1)], new_optimizers(model)
-    for before, now in ((one, two), (two, one)):
-        train(model, before, range(1))
-        tensors, scalars = optimizer_tensors(before, model)
-        with pytest.raises(UserError, match="written by other optimizers"):
-            load_optimizer_tensors(now, model, tensors, scalars)
+    for old, new in ((one, two), (two, one)):
+        train(model, old, range(1))
+        tensors, scalars = optimizer_tensors(old, model)
+        with pytest.raises(UserError, match="written with other optimizers"):
+            load_optimizer_tensors(new, model, tensors, scalars)
 
 
 def test_a_step_folder_is_a_model_folder(tmp_path):
@@ -130,32 +130,32 @@ def test_a_step_folder_is_a_model_folder(tmp_path):
     assert (tmp_path / "latest").read_text().strip() == "step_000007"
 
 
-def test_nothing_is_there_at_first(tmp_path):
+def test_a_new_folder_has_no_checkpoint(tmp_path):
     assert Checkpoints(tmp_path, 2).newest() is None
     assert Checkpoints(tmp_path / "none", 2).newest() is None
 
 
-def test_due():
+def test_due_steps_are_multiples():
     assert [s for s in range(1, 8) if due(s, 3)] == [3, 6]
     assert not any(due(s, 0) for s in range(8))
 
 
-def test_names_are_compared_as_numbers(tmp_path):
+def test_step_folders_are_sorted_by_number(tmp_path):
     for step in (999_998, 999_999, 1_000_000):
         saved(tmp_path, step)
-    left = {p.name for p in tmp_path.glob("step_*")}
-    assert left == {"step_999999", "step_1000000"}
+    names = {p.name for p in tmp_path.glob("step_*")}
+    assert names == {"step_999999", "step_1000000"}
     assert Checkpoints(tmp_path, 2).newest() == tmp_path / "step_1000000"
 
 
-def test_the_newest_is_what_latest_names_or_else_the_last_one(tmp_path):
+def test_the_newest_is_named_by_latest_or_has_the_highest_number(tmp_path):
     for step in (3, 4):
         saved(tmp_path, step)
     checkpoints, latest = Checkpoints(tmp_path, 2), tmp_path / "latest"
     latest.write_text("step_000003\n")
     assert checkpoints.newest() == tmp_path / "step_000003"
-    for torn in ("", "step_0000", "../elsewhere", "step_000009"):
-        latest.write_text(torn)
+    for invalid in ("", "step_0000", "../elsewhere", "step_000009"):
+        latest.write_text(invalid)
         assert checkpoints.newest() == tmp_path / "step_000004"
     latest.unlink()
     (tmp_path / ".writing-step_000009").mkdir()
@@ -163,7 +163,7 @@ def test_the_newest_is_what_latest_names_or_else_the_last_one(tmp_path):
     assert checkpoints.newest() == tmp_path / "step_000004"
 
 
-def test_going_on_from_an_earlier_one_keeps_what_it_writes(tmp_path):
+def test_resuming_from_an_earlier_checkpoint_keeps_the_new_one(tmp_path):
     for step in (2, 4):
         saved(tmp_path, step)
     saved(tmp_path, 3, keep=1, mark="new")
@@ -173,16 +173,16 @@ def test_going_on_from_an_earlier_one_keeps_what_it_writes(tmp_path):
     assert not (tmp_path / "step_000002").exists()
 
 
-def test_what_a_kill_left_behind_is_cleared_away(tmp_path):
-    left = tmp_path / ".writing-step_000001"
-    left.mkdir()
-    (left / "model.safetensors").write_bytes(b"half")
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    partial = tmp_path / ".writing-step_000001"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
     saved(tmp_path, 2)
     assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("I/O error")])
-def test_a_full_disk_is_told_and_the_one_before_stays_whole(tmp_path, monkeypatch, error):
+def test_a_full_disk_is_reported_and_old_checkpoints_stay(tmp_path, monkeypatch, error):
     model = saved(tmp_path, 1)
     checkpoints = Checkpoints(tmp_path, 1)
 
@@ -191,11 +191,11 @@ def test_a_full_disk_is_told_and_the_one_before_stays_whole(tmp_path, monkeypatc
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     checkpoints.save(2, new_model(), {}, {})
-    with pytest.raises(UserError, match="could not be written .*free some space"):
+    with pytest.raises(UserError, match="could not be written .*Free some space"):
         checkpoints.join()
-    checkpoints.join()  # It is told once.
+    checkpoints.join()  # It is reported only once.
     checkpoints.save(3, new_model(), {}, {})
-    with pytest.raises(UserError):  # The next save tells it, where nobody joined.
+    with pytest.raises(UserError):  # Without a join, the next save reports it.
         checkpoints.save(4, new_model(), {}, {})
     with pytest.raises(UserError, match="final.*could not be written"):
         checkpoints.write_final(model)
@@ -205,7 +205,7 @@ def test_a_full_disk_is_told_and_the_one_before_stays_whole(tmp_path, monkeypatc
     assert torch.equal(other[0].weight, model[0].weight)
 
 
-def test_a_folder_that_does_not_fit_is_refused_by_name_and_changes_nothing(tmp_path):
+def test_a_folder_of_another_model_is_refused_and_changes_nothing(tmp_path):
     saved(tmp_path, 1)
     for other, name in (
         (new_model(width=7), "0.weight"),
@@ -213,13 +213,13 @@ def test_a_folder_that_does_not_fit_is_refused_by_name_and_changes_nothing(tmp_p
         (nn.Sequential(*new_model(), nn.LayerNorm(4)), "3.weight"),
     ):
         before = {key: value.clone() for key, value in other.state_dict().items()}
-        with pytest.raises(UserError, match=rf"step_000001 does not fit .*{name}"):
+        with pytest.raises(UserError, match=rf"step_000001 does not match .*{name}"):
             Checkpoints(tmp_path, 1).restore(other, tmp_path / "step_000001")
         assert all(torch.equal(before[key], v) for key, v in other.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "train_state.json"])
-def test_a_damaged_folder_is_told(tmp_path, name):
+def test_a_damaged_folder_is_reported(tmp_path, name):
     saved(tmp_path / "run", 1)
     for content in (b"", b"{", None):
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Protects stopping: a signal is only noted, and read in one place; handlers are put back."""
+"""Protects stopping: signals are recorded, polled in one place, and their handlers restored."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def test_nothing_is_asked_for_at_first(tmp_path):
+def test_there_is_no_request_at_first(tmp_path):
     with Control(tmp_path, Clock(), DistributedContext()) as control:
         assert control.poll(1, SCHEDULE) == Requests(save=False, stop=False)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_asks_to_stop_and_says_so(name, caplog, tmp_path):
+def test_a_signal_requests_a_stop_and_is_logged(name, caplog, tmp_path):
     caplog.set_level(logging.INFO)
     with Control(tmp_path, Clock(), DistributedContext()) as control:
         send(getattr(signal, name))
@@ -33,23 +33,23 @@ def test_a_signal_asks_to_stop_and_says_so(name, caplog, tmp_path):
         assert "stopping after step 7: saving a checkpoint" in caplog.text
 
 
-def test_the_second_interrupt_ends_at_once(tmp_path):
+def test_an_interrupt_after_a_stop_request_raises_at_once(tmp_path):
     with Control(tmp_path, Clock(), DistributedContext()) as control:
         send(signal.SIGTERM)
-        send(signal.SIGTERM)  # Schedulers repeat it: the checkpoint must still be written.
+        send(signal.SIGTERM)  # Schedulers repeat SIGTERM; the checkpoint must still be written.
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
             control.poll(1, SCHEDULE)
 
 
-def test_sigusr1_asks_once_for_a_checkpoint(tmp_path):
+def test_sigusr1_requests_one_checkpoint(tmp_path):
     with Control(tmp_path, Clock(), DistributedContext()) as control:
         send(signal.SIGUSR1)
         assert control.poll(1, SCHEDULE) == Requests(save=True, stop=False)
         assert control.poll(2, SCHEDULE) == Requests(save=False, stop=False)
 
 
-def test_the_handlers_are_put_back_whatever_happens(tmp_path):
+def test_signal_handlers_are_restored_after_an_error(tmp_path):
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     before = [signal.getsignal(number) for number in numbers]
     with pytest.raises(RuntimeError), Control(tmp_path, Clock(), DistributedContext()):
@@ -58,18 +58,18 @@ def test_the_handlers_are_put_back_whatever_happens(tmp_path):
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-def test_finish_begins_the_decay_and_is_answered_once(tmp_path):
+def test_finish_starts_the_decay_only_once(tmp_path):
     schedule = Schedule(OptimConfig(decay_fraction=0.25), None)
     with Control(tmp_path, Clock(), DistributedContext()) as control:
         (tmp_path / "FINISH").touch()
         assert control.poll(40, schedule) == Requests(finish=50)
         schedule.begin_decay(40, 50)
         assert control.poll(41, schedule) == Requests()
-        # Killed before that was saved, it goes on from step 30 and finds the request again.
+        # A run that is killed before the next checkpoint resumes and finds the request again.
         assert control.poll(30, Schedule(OptimConfig(decay_fraction=0.5), None)).finish == 45
 
 
-def test_finish_never_makes_a_run_longer(tmp_path, caplog):
+def test_finish_never_extends_a_run(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     with Control(tmp_path, Clock(), DistributedContext()) as control:
         (tmp_path / "FINISH").touch()
@@ -78,7 +78,7 @@ def test_finish_never_makes_a_run_longer(tmp_path, caplog):
 
 
 class Time:
-    """A clock that only moves when told to."""
+    """A clock that the test advances."""
 
     now = 1000.0
 
@@ -94,8 +94,8 @@ def time(monkeypatch):
 
 
 @pytest.mark.parametrize("slow", [1.0, 2.0])
-def test_a_run_of_hours_ends_in_time(time, slow):
-    """An hour; 100 s to start, 2 s a step, and in the decay perhaps twice as long."""
+def test_a_run_with_a_time_limit_ends_in_time(time, slow):
+    """One hour: 100 s to start, 2 s per step, and 2 or 4 s per step in the decay."""
     clock, schedule, step = Clock(max_hours=1), Schedule(OptimConfig(), None), 0
     time.now += 100
     while not schedule.reached(step):
@@ -104,13 +104,13 @@ def test_a_run_of_hours_ends_in_time(time, slow):
         if (end := clock.plan(step, schedule)) is not None:
             schedule.begin_decay(step, end)
     used = time.now - 1000
-    assert 3100 < used <= 3500, used  # What the start took is kept back for the end.
+    assert 3100 < used <= 3500, used  # The duration of the start is reserved for the end.
     assert schedule.decay is not None and schedule.factor(step - 1) < 0.05
     if slow == 1:
         assert schedule.decay[0] == pytest.approx(step / 2, rel=0.05)  # decay_fraction is 0.5.
 
 
-def test_time_spent_before_a_resume_counts(time):
+def test_time_before_a_resume_counts(time):
     clock = Clock(max_hours=1)
     clock.earlier = 3000
     time.now += 500

@@ -1,4 +1,4 @@
-"""Protects what happens on a machine that cannot do all: fp16's scale, a missing compiler."""
+"""Protects runs on limited machines: fp16 loss scaling, no compiler, a closed terminal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Rows(SimpleNamespace):
 
 
 def step(model, optimizers, precision, scale, x, target):
-    """One optimizer step on the mean square error of x."""
+    """Run one optimizer step on the mean squared error of x."""
     hardware = Hardware(CPU, precision, "masked", False, 1)
     run = SimpleNamespace(
         hardware=hardware,
@@ -56,7 +56,7 @@ def step(model, optimizers, precision, scale, x, target):
     return optimizer_step(training, batch, scale)  # type: ignore[arg-type]
 
 
-def test_fp16_learns_what_fp32_learns():
+def test_fp16_losses_follow_fp32():
     x, target = torch.randn(16, 8), torch.randn(16, 8)
     losses = {}
     for precision, scale in (("fp32", 1.0), ("fp16", 2.0**10)):
@@ -69,11 +69,11 @@ def test_fp16_learns_what_fp32_learns():
     assert losses["fp16"][-1] < 0.8 * losses["fp16"][0]
     for half, full in zip(losses["fp16"], losses["fp32"], strict=True):
         assert half == pytest.approx(full, rel=0.02)
-    assert losses["fp16"] != losses["fp32"]  # It did compute in other numbers.
+    assert losses["fp16"] != losses["fp32"]  # It did use another precision.
 
 
-def test_the_scale_keeps_small_gradients_alive():
-    """A gradient of 1e-8 is 0 in fp16 (its smallest number is 6e-8), and is not when scaled."""
+def test_loss_scaling_preserves_small_gradients():
+    """A gradient of 1e-8 underflows in fp16 (smallest number: 6e-8), unless the loss is scaled."""
     norms = {}
     for scale in (1.0, 2.0**16):
         torch.manual_seed(0)
@@ -86,7 +86,7 @@ def test_the_scale_keeps_small_gradients_alive():
     assert norms[1.0] < norms[2.0**16] / 2
 
 
-def test_an_overflow_changes_nothing_and_halves_the_scale():
+def test_an_overflow_skips_the_step_and_halves_the_scale():
     model = nn.Linear(8, 8, bias=False)
     optimizers = build_optimizers(model, OptimConfig())
     before = model.weight.detach().clone()
@@ -95,7 +95,7 @@ def test_an_overflow_changes_nothing_and_halves_the_scale():
     assert not result.finite and torch.equal(model.weight, before)
     batch = StepBatch([], 4, 4, DataPosition(0, 1))
     state.advance(batch, result.finite)
-    # Finding the scale is no fault of the data: no bad step is counted.
+    # An overflow is part of finding the scale, so no bad step is counted.
     assert (state.loss_scale, state.bad_steps, state.step) == (2.0**29, 0, 1)
     for _ in range(SCALE_STEPS):
         state.advance(batch, True)
@@ -105,7 +105,7 @@ def test_an_overflow_changes_nothing_and_halves_the_scale():
     assert (plain.loss_scale, plain.bad_steps) == (1.0, 1)
 
 
-# ---- the whole program ---------------------------------------------------------------------------
+# ---- complete runs -------------------------------------------------------------------------------
 
 SETTINGS = [
     "configs/tiny_pretrain.yaml", "model.hidden_size=32", "model.intermediate_size=48",
@@ -121,8 +121,8 @@ from trainlib.engine.device import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()
-for turn in range(20):
-    if turn == 15:
+for step in range(20):
+    if step == 15:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(10_000_000)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -131,21 +131,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
 def test_freed_memory_is_kept():
-    """Of 40 MB five times over, some 50,000 pages of 4 KB are fetched anew, or none."""
+    """Five allocations of 40 MB cause no page faults, instead of about 50,000."""
     env = {k: v for k, v in os.environ.items() if "MALLOC" not in k and k != "LD_PRELOAD"}
     env.pop("GLIBC_TUNABLES", None)
-    kept, by_default = (
+    keeping, default = (
         int(
             subprocess.check_output([sys.executable, "-c", FAULTS, w], text=True, cwd=ROOT, env=env)
         )
         for w in ("keep", "default")
     )
-    assert kept < by_default / 10
+    assert keeping < default / 10
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a data file and the configs."""
+def workdir(tmp_path_factory):
+    """A folder with configs and a data file."""
     path = tmp_path_factory.mktemp("runtime")
     (path / "configs").symlink_to(ROOT / "configs")
     rows = ({"text": f"第{i}条 the text of row {i}. " * (i % 9 + 1)} for i in range(99))
@@ -153,17 +153,17 @@ def place(tmp_path_factory):
     return path
 
 
-def start(place, *settings, env=(), **more):
-    environment = {**os.environ, "TRAIN_LLM_CACHE_DIR": str(place / "cache"),
+def start(workdir, *settings, env=(), **options):
+    environment = {**os.environ, "TRAIN_LLM_CACHE_DIR": str(workdir / "cache"),
                    "OMP_NUM_THREADS": "1", **dict(env)}  # fmt: skip
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *SETTINGS, *settings], cwd=place, env=environment,
-        text=True, **more,
+        [sys.executable, str(ROOT / "train.py"), *SETTINGS, *settings], cwd=workdir,
+        env=environment, text=True, **options,
     )  # fmt: skip
 
 
-def run(place, *settings, code=0, env=()):
-    process = start(place, *settings, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def run(workdir, *settings, code=0, env=()):
+    process = start(workdir, *settings, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == code, out
     return out
@@ -174,30 +174,30 @@ def metrics(folder):
 
 
 @pytest.mark.slow
-def test_a_run_in_fp16(place):
-    run(place, "out_dir=fp16", "precision=fp16", "max_steps=20", "eval_every_steps=0")
-    rows = metrics(place / "fp16")
+def test_a_run_in_fp16_learns(workdir):
+    run(workdir, "out_dir=fp16", "precision=fp16", "max_steps=20", "eval_every_steps=0")
+    rows = metrics(workdir / "fp16")
     assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.3
-    state = json.loads((place / "fp16/step_000020/train_state.json").read_text())
+    state = json.loads((workdir / "fp16/step_000020/train_state.json").read_text())
     assert state["train"]["loss_scale"] > 1
 
 
 @pytest.mark.slow
-def test_compile_fails_without_a_compiler_and_says_so(place):
-    broken = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(place / "inductor")}
-    out = run(place, "out_dir=must", "compile=on", "max_steps=2", code=1, env=broken.items())
-    assert "compile=on, but compiling failed" in out and "Traceback" not in out
+def test_compile_on_without_a_compiler_is_an_error(workdir):
+    broken = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(workdir / "inductor")}
+    out = run(workdir, "out_dir=required", "compile=on", "max_steps=2", code=1, env=broken.items())
+    assert "compile=on, but compilation failed" in out and "Traceback" not in out
 
 
 @pytest.mark.slow
-def test_a_compiled_run_evaluates_and_samples(place):
-    """Generation meets a new length at each token, which compiled layers must not see."""
+def test_a_compiled_run_evaluates_and_samples(workdir):
+    """In generation, each token has a new length, which must not reach the compiled layers."""
     if shutil.which("g++") is None:
-        pytest.skip("compiling wants g++")
-    out = run(place, "out_dir=compiled", "compile=on", "max_steps=4", "eval_every_steps=2")
+        pytest.skip("compilation requires g++")
+    out = run(workdir, "out_dir=compiled", "compile=on", "max_steps=4", "eval_every_steps=2")
     assert "compiled in" in out
-    run(place, "out_dir=plain", "compile=off", "max_steps=4", "eval_every_steps=2")
-    for ours, theirs in zip(metrics(place / "compiled"), metrics(place / "plain"), strict=True):
+    run(workdir, "out_dir=plain", "compile=off", "max_steps=4", "eval_every_steps=2")
+    for ours, theirs in zip(metrics(workdir / "compiled"), metrics(workdir / "plain"), strict=True):
         for name in ("train/loss", "val/loss"):
             assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-3)
 
@@ -206,48 +206,48 @@ def wait_for_step(folder, step, process):
     log = folder / "train.log"
     while process.poll() is None and not (log.exists() and f"step {step} " in log.read_text()):
         time.sleep(0.02)
-    assert process.poll() is None, "it ended too early to test anything"
+    assert process.poll() is None, "the run ended before the test could act"
 
 
-def test_a_dead_terminal_does_not_end_a_run(place):
-    """The window is closed: SIGHUP comes, and writing to the terminal fails with EIO."""
+def test_a_run_survives_its_terminal(workdir):
+    """When the window is closed, SIGHUP arrives and writes to the terminal fail with EIO."""
     master, slave = pty.openpty()
     process = start(
-        place, "out_dir=closed", "max_steps=60", stdin=slave, stdout=slave, stderr=slave,
+        workdir, "out_dir=closed", "max_steps=60", stdin=slave, stdout=slave, stderr=slave,
         start_new_session=True,
     )  # fmt: skip
     os.close(slave)
-    wait_for_step(place / "closed", 3, process)
+    wait_for_step(workdir / "closed", 3, process)
     os.close(master)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=120) == 0
-    assert (place / "closed/final/model.safetensors").exists()
-    assert [r["step"] for r in metrics(place / "closed") if "train/loss" in r] == list(range(1, 61))
-    assert "step 60 loss" in (place / "closed/train.log").read_text()
+    assert (workdir / "closed/final/model.safetensors").exists()
+    assert [r["step"] for r in metrics(workdir / "closed") if "train/loss" in r] == [*range(1, 61)]
+    assert "step 60 loss" in (workdir / "closed/train.log").read_text()
 
 
-def test_a_closed_pipe_does_not_end_a_run(place):
+def test_a_run_survives_a_closed_pipe(workdir):
     process = start(
-        place, "out_dir=pipe", "max_steps=40", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        workdir, "out_dir=pipe", "max_steps=40", stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    wait_for_step(place / "pipe", 2, process)
+    wait_for_step(workdir / "pipe", 2, process)
     process.stdout.close()
     process.stderr.close()
     assert process.wait(timeout=120) == 0
-    assert (place / "pipe/final").is_dir()
+    assert (workdir / "pipe/final").is_dir()
 
 
 @pytest.mark.slow
-def test_finish_ends_with_a_finished_model_and_a_resume_keeps_the_decay(place):
+def test_finish_writes_final_and_a_resume_continues_the_decay(workdir):
     settings = ["max_hours=1", "save_every_steps=1", "eval_every_steps=0"]
-    process = start(place, "out_dir=hours", *settings, stdout=subprocess.DEVNULL)
-    folder = place / "hours"
+    process = start(workdir, "out_dir=hours", *settings, stdout=subprocess.DEVNULL)
+    folder = workdir / "hours"
     wait_for_step(folder, 40, process)
     (folder / "FINISH").touch()
     wait_for_step(folder, 50, process)
     process.kill()  # In the middle of the decay.
     process.wait()
-    assert "resuming from" in run(place, "out_dir=hours", *settings)
+    assert "resuming from" in run(workdir, "out_dir=hours", *settings)
     rates = [(row["step"], row["train/lr"]) for row in metrics(folder) if "train/lr" in row]
     peak = max(rate for _, rate in rates)
     last_at_peak = max(step for step, rate in rates if rate == peak)

@@ -1,7 +1,7 @@
-"""Protects the choice of kernels: one that agrees with model.py is used, any other is not.
+"""Protects the choice of kernels: those that agree with model.py are used, others are not.
 
-A kernel of varlen's contract, which only a card has, is registered for the CPU here, so that the
-real call, its autograd and its compilation run.
+The varlen kernel exists only for CUDA. A CPU kernel with the same signature is registered here, so
+that the real call, its autograd and its compilation are tested.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FUSED = ("rms_norm", "rotate", "swiglu")
 
 def forward(q, k, v, ends, ends_k, max_q, max_k, causal=False, scale=None, window=None,
             grouped=False, *rest):  # fmt: skip
-    """Document by document; NaN where none is, for there the real kernel writes nothing."""
+    """Compute attention per document; NaN elsewhere, where the real kernel writes nothing."""
     assert ends.dtype == torch.int32 and ends.is_contiguous() and int(ends[-1]) == len(q)
     assert q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
     assert all(x.stride(-1) == 1 for x in (q, k, v))
@@ -57,7 +57,7 @@ def forward(q, k, v, ends, ends_k, max_q, max_k, causal=False, scale=None, windo
 
 def backward(grad, q, k, v, out, lse, ends, ends_k, max_q, max_k, causal, rng, scale=None,
              window=None, *rest):  # fmt: skip
-    """The same, by hand: inside a kernel autograd does not record."""
+    """Compute the gradients explicitly, since autograd does not record inside a kernel."""
     repeats = q.shape[1] // k.shape[1]
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
     for begin, end in zip(ends.tolist(), ends.tolist()[1:], strict=False):
@@ -84,7 +84,7 @@ def kernel():
 
 @pytest.fixture
 def batch():
-    """Two rows of 12 positions; documents of 1 to 12, and the boundaries that packing makes."""
+    """Two rows of 12 positions, documents of 1 to 12, and boundaries as from packing."""
     ids = torch.tensor([[0] * 5 + [1] + [2] * 6, [3] * 12])
     edges = np.flatnonzero(np.diff(ids.reshape(-1).numpy())) + 1
     boundaries = np.full(8, 24, np.int32)
@@ -103,14 +103,14 @@ def hardware(
     return Hardware(CPU, precision, attention, compile_, 2)
 
 
-def choose(*words: Any, row_length: int = 40) -> tuple[str, ...]:
-    return choose_kernels(hardware(*words), SIZES, row_length, DistributedContext()).kernels
+def choose(*args: Any, row_length: int = 40) -> tuple[str, ...]:
+    return choose_kernels(hardware(*args), SIZES, row_length, DistributedContext()).kernels
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("row_length", [2, 12, 40, 700])
 def test_kernels_that_agree_are_used(precision, row_length, caplog):
-    """In rows shorter and longer than a block, and than what saves its probabilities."""
+    """Rows are shorter and longer than a block, and than the limit for saved probabilities."""
     caplog.set_level(logging.INFO)
     assert choose(precision, "blocks", row_length=row_length) == ("blocks", *FUSED)
     assert caplog.messages == ["kernels: blocks, rms_norm, rotate, swiglu"]
@@ -119,7 +119,7 @@ def test_kernels_that_agree_are_used(precision, row_length, caplog):
     assert model_module.ops.attention == AttentionOp()
 
 
-def test_varlen_is_used_where_it_agrees(kernel):
+def test_varlen_is_used_if_it_agrees(kernel):
     assert choose() == ("varlen", *FUSED)
 
 
@@ -134,17 +134,17 @@ def fails(q, k, v, boundaries):
 
 WRONG = {
     "fails": (fails, "RuntimeError: no kernel image"),
-    "gives no numbers": (lambda q, k, v, ends: v.repeat(1, 2, 1, 1) * torch.nan, "differs by nan"),
+    "returns NaN": (lambda q, k, v, ends: v.repeat(1, 2, 1, 1) * torch.nan, "differs by nan"),
     "swaps heads": (lambda *x: varlen_attention.attend(*x).flip(1), "output differs"),
-    "forgets a gradient": (
+    "drops a gradient": (
         lambda q, k, v, ends: varlen_attention.attend(q, k.detach(), v, ends), "gradient of k",
     ),
-    "forgets documents": (
+    "ignores documents": (
         lambda q, k, v, ends: F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=True
         ), "output differs",
     ),
-    "gives another dtype": (lambda *x: varlen_attention.attend(*x).float(), "torch.float32"),
+    "returns another dtype": (lambda *x: varlen_attention.attend(*x).float(), "torch.float32"),
 }  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def test_a_kernel_that_fails_or_disagrees_is_not_used(kernel, wrong, monkeypatch
     assert "not used: varlen (" in caplog.text and reason in caplog.text
 
 
-def test_a_full_memory_is_no_disagreement(monkeypatch):
+def test_out_of_memory_is_raised(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -177,7 +177,7 @@ EDITS = {
 
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edited_formula_is_what_a_run_computes(name, monkeypatch, caplog):
-    """The default of Ops stands for the formula in model.py."""
+    """The default of Ops represents the formula in model.py."""
     caplog.set_level(logging.INFO)
     field = "attention" if name == "blocks" else name
     edited = Ops(**{field: EDITS[name]})
@@ -188,17 +188,15 @@ def test_an_edited_formula_is_what_a_run_computes(name, monkeypatch, caplog):
     assert f"not used: {name} (" in caplog.text and "was model.py edited?" in caplog.text
 
 
-def test_all_ranks_use_what_all_accept(caplog):
-    distributed: Any = SimpleNamespace(
-        all_gather_object=lambda mine: [mine, {"rotate": "fails there"}]
-    )
+def test_all_ranks_use_the_kernels_that_all_accept(caplog):
+    distributed: Any = SimpleNamespace(all_gather_object=lambda value: [value, {"rotate": "fails"}])
     found = choose_kernels(hardware("fp32", "blocks"), SIZES, 40, distributed)
     assert found.kernels == ("blocks", "rms_norm", "swiglu")
 
 
 @pytest.mark.parametrize("name", ["varlen", "blocks"])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_model_learns_the_same_with_either(kernel, batch, name, compiled, monkeypatch):
+def test_gradients_are_the_same_with_either_attention(kernel, batch, name, compiled, monkeypatch):
     gradients = []
     for attention in (AttentionOp(), ATTENTION[name]):
         monkeypatch.setattr(model_module, "ops", Ops(attention=attention))
@@ -206,7 +204,7 @@ def test_a_model_learns_the_same_with_either(kernel, batch, name, compiled, monk
         model = Transformer(SIZES)
         for p in model.parameters():
             if not p.any():
-                torch.nn.init.normal_(p, std=0.2)  # Otherwise attention would add nothing.
+                torch.nn.init.normal_(p, std=0.2)  # Otherwise attention would have no effect.
         if compiled:
             for layer in model.model.layers:
                 layer.compile(fullgraph=True, dynamic=False)
@@ -220,7 +218,7 @@ def test_a_model_learns_the_same_with_either(kernel, batch, name, compiled, monk
 
 
 def test_generation_does_not_use_the_kernels(monkeypatch):
-    """With a cache, attention is always the plain pair: kernels know no cache."""
+    """With a cache, attention always uses the plain formulas; kernels do not support caches."""
     pair = AttentionOp(lambda *_: torch.zeros(()), fails)
     model, prompts = Transformer(SIZES), [[1, 2, 3], [4, 5, 6, 7, 8]]
     torch.nn.init.normal_(model.model.layers[0].self_attn.o_proj.weight, std=0.5)
@@ -230,22 +228,22 @@ def test_generation_does_not_use_the_kernels(monkeypatch):
     assert generate_batch(model, prompts, sampling) == plain
 
 
-def test_under_autocast_no_layer_makes_a_mask_of_its_own(batch):
-    copied = []
+def test_layers_do_not_convert_the_mask_under_autocast(batch):
+    copies = []
 
-    class Copies(TorchDispatchMode):
+    class RecordCopies(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             if func is torch.ops.aten._to_copy.default:
-                copied.append(tuple(out.shape))
+                copies.append(tuple(out.shape))
             return out
 
-    with torch.autocast("cpu", dtype=torch.bfloat16), Copies():
+    with torch.autocast("cpu", dtype=torch.bfloat16), RecordCopies():
         Transformer(SIZES)(**batch)
-    assert copied and (2, 1, 12, 12) not in copied
+    assert copies and (2, 1, 12, 12) not in copies
 
 
-def test_what_a_release_calls_causal():
+def test_causal_keywords_of_each_torch_release():
     def of_2_10(q, k, v, cu, cu_k, max_q, max_k, is_causal=False): ...
     def of_2_11(q, k, v, cu, cu_k, max_q, max_k, *, window_size=(-1, -1)): ...
     def of_2_12(q, k, v, cu, cu_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False): ...
@@ -253,11 +251,11 @@ def test_what_a_release_calls_causal():
     assert varlen_attention.keywords_of(of_2_10) == {"is_causal": True}
     assert varlen_attention.keywords_of(of_2_11) == {"window_size": (-1, 0)}
     assert varlen_attention.keywords_of(of_2_12) == {"window_size": (-1, 0), "enable_gqa": True}
-    assert varlen_attention.keywords_of(varlen.varlen_attn)  # The installed one too.
+    assert varlen_attention.keywords_of(varlen.varlen_attn)  # Also accepts the installed release.
 
 
-def warmed_up(batch, num_steps=None, flops=0.0, words=("bf16",), **config):
-    """Return a fresh model after the warm-up of a run, and the hardware in use."""
+def warmed_up(batch, num_steps=None, flops=0.0, choice=("bf16",), **config):
+    """Return a new model after the warm-up of a run, and the hardware in use."""
     torch.manual_seed(3)
     model = Transformer(SIZES)
     micro = SimpleNamespace(inputs=batch)
@@ -266,7 +264,7 @@ def warmed_up(batch, num_steps=None, flops=0.0, words=("bf16",), **config):
     loader._make = lambda position: StepBatch([micro], 24, 24, position)  # type: ignore[assignment]
     settings = SimpleNamespace(**{"kernels": "auto", "compile": "auto", **config})
     run: Any = SimpleNamespace(
-        hardware=hardware(*words), config=settings, distributed=DistributedContext()
+        hardware=hardware(*choice), config=settings, distributed=DistributedContext()
     )
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
@@ -277,9 +275,9 @@ def warmed_up(batch, num_steps=None, flops=0.0, words=("bf16",), **config):
     return model, found
 
 
-def test_plain_kernels_can_be_asked_for(batch):
-    model_module.ops.swiglu = fails  # As a run before this one may leave it.
-    _, found = warmed_up(batch, words=("bf16", "blocks"), kernels="plain")
+def test_plain_kernels_can_be_requested(batch):
+    model_module.ops.swiglu = fails  # As a previous run may leave it.
+    _, found = warmed_up(batch, choice=("bf16", "blocks"), kernels="plain")
     assert found.kernels == () and model_module.ops == Ops()
 
 
@@ -291,19 +289,19 @@ def test_plain_kernels_can_be_asked_for(batch):
 def test_a_long_run_on_a_cpu_is_compiled_in_bf16(
     batch, precision, compile_, num_steps, compiled, monkeypatch
 ):
-    """Steps of two rows of 12 positions, so a thousand steps are just long enough."""
-    asked = []
+    """A step has two rows of 12 positions, so 1000 steps reach LONG_RUN and 999 do not."""
+    calls = []
     monkeypatch.setattr("trainlib.engine.training.compile_layers",
-                        lambda hardware, *_, **__: asked.append(1) or hardware)  # fmt: skip
+                        lambda hardware, *_, **__: calls.append(1) or hardware)  # fmt: skip
     flops = LONG_RUN / 24_000
     _, found = warmed_up(batch, num_steps, flops, (precision, "blocks"), compile=compile_)
-    assert found.compile == compiled == bool(asked)
+    assert found.compile == compiled == bool(calls)
     assert found.kernels == (("blocks",) if compiled else ("blocks", *FUSED))
 
 
 @pytest.mark.slow
-def test_what_is_compiled_before_the_first_step_serves_training_and_evaluation(kernel, batch):
-    model, found = warmed_up(batch, words=("bf16", "varlen", True), compile="on")
+def test_warm_up_compiles_for_both_training_and_evaluation(kernel, batch):
+    model, found = warmed_up(batch, choice=("bf16", "varlen", True), compile="on")
     assert found.compile and found.kernels == ("varlen",)
     torch._dynamo.config.error_on_recompile = True
     try:

@@ -1,4 +1,4 @@
-"""Protects the step and exact resume: its gradient; all comes back as it was."""
+"""Protects exact resume, evaluation mode, and the gradient of an optimizer step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainlib.data.loader import StepBatch, StepLoader
 from trainlib.engine.checkpoint import Checkpoints
 from trainlib.engine.control import Clock
 from trainlib.engine.device import Hardware, evaluation_mode
-from trainlib.engine.metrics import MetricsLog, cut_back
+from trainlib.engine.metrics import MetricsLog, truncate_metrics
 from trainlib.engine.optim import OptimConfig, Schedule, build_optimizers
 from trainlib.engine.progress import Display
 from trainlib.engine.step import optimizer_step
@@ -28,7 +28,7 @@ SCHEDULE = Schedule(OptimConfig(), 10)
 
 
 class Loader:
-    """Remembers the position it was given."""
+    """Loader that records its position."""
 
     position = DataPosition()
 
@@ -36,7 +36,7 @@ class Loader:
         self.position = position
 
 
-def new_training(folder, model, optimizers, resume_from=None, precision="fp32", **more):
+def new_training(folder, model, optimizers, resume_from=None, precision="fp32", **fields):
     hardware = SimpleNamespace(precision=precision, kernels=(), device=torch.device("cpu"))
     run = SimpleNamespace(
         folder=folder,
@@ -49,7 +49,7 @@ def new_training(folder, model, optimizers, resume_from=None, precision="fp32", 
     )
     return SimpleNamespace(
         run=run, model=model, optimizers=optimizers, schedule=SCHEDULE, loader=Loader(),
-        checkpoints=Checkpoints(folder, 2), flops_per_token=1.0, **more,
+        checkpoints=Checkpoints(folder, 2), flops_per_token=1.0, **fields,
     )  # fmt: skip
 
 
@@ -62,12 +62,12 @@ def steps(model, optimizers, count):
     for _ in range(count):
         for optimizer in optimizers:
             optimizer.zero_grad()
-        model(torch.randn(4, 8)).square().sum().backward()  # Draws: the random state matters.
+        model(torch.randn(4, 8)).square().sum().backward()  # Depends on the RNG state.
         for optimizer in optimizers:
             optimizer.step()
 
 
-def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
+def test_a_restored_run_continues_bit_for_bit(tmp_path):
     torch.manual_seed(1)
     model, optimizers = new_model()
     steps(model, optimizers, 2)
@@ -75,7 +75,7 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
     save(training, TrainState(step=2, tokens=9, position=DataPosition(1, 5)))
     training.checkpoints.join()
     steps(model, optimizers, 3)
-    drawn = torch.rand(3)
+    expected = torch.rand(3)
     torch.manual_seed(77)
     other, other_optimizers = new_model()
     resumed = new_training(tmp_path, other, other_optimizers, tmp_path / "step_000002")
@@ -83,12 +83,12 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
     assert (state.step, state.tokens, state.position) == (2, 9, DataPosition(1, 5))
     assert resumed.loader.position == DataPosition(1, 5)
     steps(other, other_optimizers, 3)
-    assert torch.equal(torch.rand(3), drawn)
+    assert torch.equal(torch.rand(3), expected)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
 
 
-def test_each_baseline_is_spoken_of_once_across_a_resume(tmp_path, capsys):
+def test_each_passed_baseline_is_logged_once_across_a_resume(tmp_path, capsys):
     model, optimizers = new_model()
 
     baselines = {"uniform": 4.0, "unigram": 3.0, "bigram": 2.0}
@@ -141,7 +141,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert not list(tmp_path.glob(".writing*"))
 
 
-def test_evaluation_mode_changes_neither_mode_nor_random_state():
+def test_evaluation_mode_restores_mode_and_rng_state():
     model, _ = new_model()
     state = torch.get_rng_state()
     with evaluation_mode(model):
@@ -150,14 +150,14 @@ def test_evaluation_mode_changes_neither_mode_nor_random_state():
     assert model.training and torch.equal(state, torch.get_rng_state())
 
 
-def test_metrics_are_cut_back_to_the_saved_step(tmp_path):
+def test_metrics_are_truncated_to_the_saved_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    cut_back(path, 2)
+    truncate_metrics(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_another_precision_brings_its_own_loss_scale(tmp_path):
+def test_resuming_with_another_precision_resets_the_loss_scale(tmp_path):
     model, optimizers = new_model()
     training = new_training(tmp_path, model, optimizers)
     save(training, TrainState(step=1))
@@ -165,11 +165,11 @@ def test_another_precision_brings_its_own_loss_scale(tmp_path):
     training.checkpoints.join()
     for step, precision, expected in ((1, "fp16", 2.0**16), (2, "bf16", 1.0), (2, "fp16", 4.0)):
         step_folder = tmp_path / f"step_{step:06d}"
-        again = new_training(tmp_path, model, optimizers, step_folder, precision)
-        assert restore(again).loss_scale == expected
+        resumed = new_training(tmp_path, model, optimizers, step_folder, precision)
+        assert restore(resumed).loss_scale == expected
 
 
-def test_the_scale_of_fp16_never_becomes_that_of_fp32():
+def test_the_fp16_loss_scale_never_falls_to_1():
     state, batch = TrainState(loss_scale=4.0), StepBatch([], 1, 1, DataPosition())
     for _ in range(3):
         state.advance(batch, False)
@@ -195,13 +195,13 @@ class TwoRows:
         return len(rows), len(rows)
 
 
-def test_a_place_beyond_the_data_goes_on_with_the_next_epoch():
+def test_a_position_past_the_data_continues_with_the_next_epoch():
     loader = StepLoader(TwoRows(), tokens_per_step=2, micro_batch_size=2)
     loader.seek(DataPosition(0, 7))
     assert next(loader).after == DataPosition(2, 0)
 
 
-def test_for_a_card_micro_batches_are_pinned_where_they_are_made():
+def test_micro_batches_are_pinned_in_the_thread_that_creates_them():
     class Pinnable(list):
         def pin_memory(self):
             return threading.current_thread().name, list(self)
@@ -216,9 +216,9 @@ def test_for_a_card_micro_batches_are_pinned_where_they_are_made():
     assert type(next(StepLoader(Rows(), 2, 2)).micro_batches[0]) is Pinnable
 
 
-def test_a_folder_is_trained_in_by_one_process(tmp_path):
+def test_only_one_process_trains_in_a_folder(tmp_path):
     lock_folder(tmp_path)
-    with pytest.raises(UserError, match="another process is training there"):
+    with pytest.raises(UserError, match="another process is training in this folder"):
         refuse_if_locked(tmp_path)
     release_folders()
     refuse_if_locked(tmp_path)
@@ -226,8 +226,8 @@ def test_a_folder_is_trained_in_by_one_process(tmp_path):
 
 @pytest.mark.parametrize("clip", [0.5, 0.0, 1e6])
 @pytest.mark.parametrize("loss_scale", [1.0, 256.0])
-def test_a_steps_gradient_is_that_of_the_mean_loss_clipped(clip, loss_scale):
-    """Fails where gradients are not clipped over all parameters together, or clipped at 0."""
+def test_the_gradient_of_a_step_is_the_clipped_gradient_of_the_mean_loss(clip, loss_scale):
+    """Fails if gradients are clipped per parameter, or if grad_clip=0 clips."""
     torch.manual_seed(0)
     model, x = torch.nn.Linear(3, 2), 100 * torch.randn(4, 3)
     plain = copy.deepcopy(model)
@@ -238,14 +238,14 @@ def test_a_steps_gradient_is_that_of_the_mean_loss_clipped(clip, loss_scale):
     run = SimpleNamespace(hardware=hardware, distributed=DistributedContext(), config=config)
     optimizers = [torch.optim.SGD([p], lr=1.0) for p in model.parameters()]
     batch = StepBatch([x[:1], x[1:]], 4, 4, DataPosition())
-    for _ in range(2):  # The second one must not know of the first one's gradient.
+    for _ in range(2):  # The second step must not add to the gradient of the first.
         training = SimpleNamespace(
             run=run, model=model, optimizers=optimizers,
             loss_fn=lambda model, x: (model(x).sum(), {}),
         )  # fmt: skip
         result = optimizer_step(training, batch, loss_scale)  # type: ignore[arg-type]
         assert result.grad_norm == pytest.approx(norm) and norm > 10
-    share = min(1.0, clip / norm) if clip else 1.0
+    factor = min(1.0, clip / norm) if clip else 1.0
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        moved = theirs.detach() - ours.detach()
-        torch.testing.assert_close(moved, 2 * share * theirs.grad, rtol=1e-4, atol=1e-5)
+        update = theirs.detach() - ours.detach()
+        torch.testing.assert_close(update, 2 * factor * theirs.grad, rtol=1e-4, atol=1e-5)

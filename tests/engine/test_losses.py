@@ -1,4 +1,4 @@
-"""Protects the losses: sums over what is under the loss, by hand arithmetic."""
+"""Protects the losses: sums over supervised positions, checked against manual arithmetic."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from trainlib.data.batch import IGNORE_INDEX, Batch
 from trainlib.engine.losses import cross_entropy_sum, sequence_log_probs, token_losses
 
 
-def test_cross_entropy_is_a_sum():
-    """Two labels of probability 1/2 and 1/4: ln 2 + ln 4; a third position is ignored."""
+def test_cross_entropy_is_summed():
+    """Labels with probabilities 1/2 and 1/4 give ln 2 + ln 4; a third position is ignored."""
     logits = torch.tensor([[[0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [1.0, 1.0, 1.0]]]).log()
     labels = torch.tensor([[0, 1, IGNORE_INDEX]])
     assert float(cross_entropy_sum(logits.clone(), labels)) == pytest.approx(math.log(8))
@@ -24,14 +24,14 @@ def test_cross_entropy_is_a_sum():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_values_and_gradients_are_those_of_torch(dtype):
+def test_values_and_gradients_match_torch(dtype):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(7, 50, generator=generator) * torch.tensor(
         [[1.0], [9], [1], [1], [0], [1], [1]]
     )
     logits[3] += 3e4  # Far from 0, where exp alone would overflow.
     logits[5, 4] = 200.0  # All others have probability 0.
-    logits[6, 0] = torch.inf  # Not under the loss: torch gives NaN there, ours nothing.
+    logits[6, 0] = torch.inf  # Ignored: torch returns NaN there, ours 0.
     labels = torch.tensor([3, 49, IGNORE_INDEX, 0, 7, 1, IGNORE_INDEX])
     weights = torch.arange(1.0, 8.0)
     results = []
@@ -50,17 +50,17 @@ def test_values_and_gradients_are_those_of_torch(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_logits_can_be_used_again(dtype):
-    """A z-loss and an entropy term after the loss have the gradients of double precision.
+def test_the_logits_can_be_reused(dtype):
+    """A z-loss and an entropy term after the loss have the same gradients as in float64.
 
-    Fails if the loss changes its input: both terms read the logits after it.
+    Fails if the loss modifies the logits, which both terms read after it.
     """
 
     def gradient(logits: torch.Tensor, losses) -> torch.Tensor:
         leaf = logits.clone().requires_grad_()
-        used = leaf.clone()  # As a layer's output, which the loss could overwrite.
-        loss = losses(used, labels).sum()
-        wide = used.to(torch.promote_types(used.dtype, torch.float32))
+        output = leaf.clone()  # Like the output of a layer, which the loss could overwrite.
+        loss = losses(output, labels).sum()
+        wide = output.to(torch.promote_types(output.dtype, torch.float32))
         z_loss = 1e-4 * wide.logsumexp(-1).square().sum()
         entropy = -(wide.softmax(-1) * wide.log_softmax(-1)).sum()
         (loss + z_loss - 0.01 * entropy).backward()
@@ -73,32 +73,32 @@ def test_the_logits_can_be_used_again(dtype):
         x, y, ignore_index=IGNORE_INDEX, reduction="none"))  # fmt: skip
     ours = gradient(logits, token_losses)
     assert ours.dtype == dtype
-    close = (
+    tolerances = (
         {"rtol": 2e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
     )
-    torch.testing.assert_close(ours.double(), exact, **close)
+    torch.testing.assert_close(ours.double(), exact, **tolerances)
 
 
 def test_a_second_backward_pass_is_refused():
     loss = token_losses(torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1])).sum()
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="compute the loss again"):
+    with pytest.raises(RuntimeError, match="recompute the loss"):
         loss.backward()
 
 
-def test_sequence_log_probs_gathers_by_document_and_omits_padding():
+def test_sequence_log_probs_sums_by_document_and_omits_padding():
     logits = torch.randn(2, 3, 5)
     labels = torch.tensor([[1, 2, 3], [IGNORE_INDEX, 4, 0]])
     documents = torch.tensor([[0, 0, 1], [1, 1, 2]])
     log_p = logits.log_softmax(-1)
-    wanted = [log_p[0, 0, 1] + log_p[0, 1, 2], log_p[0, 2, 3] + log_p[1, 1, 4]]
+    expected = [log_p[0, 0, 1] + log_p[0, 1, 2], log_p[0, 2, 3] + log_p[1, 1, 4]]
     torch.testing.assert_close(
-        sequence_log_probs(logits, labels, documents, 2), torch.stack(wanted)
+        sequence_log_probs(logits, labels, documents, 2), torch.stack(expected)
     )
 
 
-def test_dpo_loss_by_hand():
-    """Margins 0 and ln 3 (beta 1): ln 2 and -ln(3/4); a tie counts half."""
+def test_dpo_loss_of_two_pairs():
+    """Margins 0 and ln 3 (beta 1) give ln 2 and -ln(3/4); a tie counts as half correct."""
     reference = torch.tensor([-3.0, -4.0, -1.0, -1.0])
     policy = reference + torch.tensor([0.5, 0.5, math.log(3), 0.0])
     loss, metrics = dpo_loss(policy, reference, 1.0)
@@ -109,7 +109,7 @@ def test_dpo_loss_by_hand():
 
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_beta_is_the_slope_of_the_dpo_loss(beta):
-    """Fails where beta is left out: margin beta ln 9, gradient -+ beta sigmoid(-margin)."""
+    """Fails if beta is omitted. The margin is beta ln 9, the gradient -+ beta sigmoid(-margin)."""
     policy = torch.tensor([math.log(9.0), 0.0], requires_grad=True)
     loss, metrics = dpo_loss(policy, torch.zeros(2), beta)
     loss.backward()
@@ -120,8 +120,8 @@ def test_beta_is_the_slope_of_the_dpo_loss(beta):
 
 
 @pytest.mark.parametrize("stage", [train, sft_train])
-def test_bits_per_byte_by_hand(stage):
-    """Fails where the logarithm has another base: 5 labels of 1 in 8, 12 bytes, 15 / 12 bits."""
+def test_bits_per_byte_of_a_uniform_model(stage):
+    """Fails if the logarithm has another base: 5 labels of 3 bits on 12 bytes are 15 / 12."""
     labels = torch.tensor([[3, 1, IGNORE_INDEX, 7], [0, IGNORE_INDEX, 2, IGNORE_INDEX]])
     zeros = torch.zeros_like(labels)
     batch = Batch(

@@ -1,4 +1,4 @@
-"""Protects the memory of --plan: the count of a step's tensors, and the formulas held to it."""
+"""Protects the memory of --plan: its formulas match a count of the tensors of a step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KERNELS = {"rms_norm": fused_cpu.rms_norm, "rotate": fused_cpu.rotate, "swiglu":
 
 
 def use_kernels(attention: str) -> None:
-    """Compute with the kernels of an uncompiled run on a CPU."""
+    """Set the kernels of an uncompiled run on a CPU."""
     vars(model_module.ops).update(KERNELS, attention=ATTENTION.get(attention, AttentionOp()))
 
 
@@ -33,9 +33,7 @@ def use_kernels(attention: str) -> None:
     [(1, "fp32", "blocks"), (6, "fp32", "blocks"), (6, "bf16", "masked")],
 )
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_the_formula_holds_what_a_step_is_counted_to_take(
-    path, rows, precision, attention, elsewhere
-):
+def test_the_formula_matches_the_counted_peak(path, rows, precision, attention, elsewhere):
     config, sizes, row_length = shipped(path)
     model = Transformer(ModelConfig(**vars(sizes)))
     use_kernels(attention)
@@ -57,7 +55,7 @@ def profiled_peak(model: torch.nn.Module, step) -> int:
 @pytest.mark.parametrize(
     "sizes, precision, rows, num_micro", [(SMALL, "fp32", 4, 1), (LARGER, "fp32", 2, 2)]
 )
-def test_the_counted_peak_is_what_torch_allocates(sizes, precision, rows, num_micro, attention):
+def test_the_counted_peak_matches_the_allocator(sizes, precision, rows, num_micro, attention):
     step = make_step(precision, rows, num_micro, 128)
     model = Transformer(sizes)
     use_kernels(attention)
@@ -81,21 +79,21 @@ def test_a_second_micro_batch_keeps_the_gradients_of_the_first():
 def on_card(
     rows: int, num_micro: int = 1, count: int = 1, optimizer: str = "muon", row_length: int = 512
 ) -> dict[str, float]:
-    """Bytes by name of a step of the default model on a card, not compiled."""
+    """Return the bytes by name of an uncompiled step of the default model on a card."""
     choice = Choice("cuda", "bf16", "high", "varlen", False, rows)
     terms = step_memory(Sizes(), optimizer, choice, row_length, num_micro, rows, count)
     return {term.name: term.bytes for term in terms}
 
 
 def test_several_cards_hold_a_flat_buffer_of_the_gradients():
-    alone, among = (on_card(1, 1, count, "adamw", 64) for count in (1, 4))
-    assert "all-reduce" in among and "all-reduce" not in alone
-    assert among["all-reduce"] == among["gradients"] == 4 * Sizes().parameters
-    # With many rows the loss is the moment that takes most: the buffer does not exist then.
+    single, several = (on_card(1, 1, count, "adamw", 64) for count in (1, 4))
+    assert "all-reduce" in several and "all-reduce" not in single
+    assert several["all-reduce"] == several["gradients"] == 4 * Sizes().parameters
+    # With many rows the peak is in the loss, when the buffer does not exist.
     assert on_card(64, 2, 1) == on_card(64, 2, 4)
 
 
-def test_the_table_tells_what_a_step_takes():
+def test_the_hardware_table_has_the_peak_of_a_step():
     cards = [row for row in table() if row["precision"] == "bf16"]
     assert len(cards) > 10
     for row in cards:

@@ -1,4 +1,4 @@
-"""Protects the records of a run: one line a step, strict JSON, no step twice after a resume."""
+"""Protects the metrics of a run: one line per step, strict JSON, no duplicates after a resume."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from trainlib.engine.metrics import MetricsLog, as_markdown, charts, cut_back, newly_passed
+from trainlib.engine.metrics import MetricsLog, as_markdown, charts, newly_passed, truncate_metrics
 
 
 def lines(folder: Path) -> list[dict]:
     def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
@@ -29,7 +29,7 @@ STEP = ("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", 
 
 
 def layout(events: EventAccumulator) -> dict[str, list[str]]:
-    """The names in each chart of the page, read back."""
+    """Return the metric names of each chart of the page, read from the events."""
     page = Layout.FromString(
         events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
     )
@@ -40,7 +40,7 @@ def layout(events: EventAccumulator) -> dict[str, list[str]]:
     return {title: [name[:-1] for name in tags] for title, tags in names.items()}
 
 
-def test_each_line_is_on_disk_at_once(tmp_path):
+def test_each_line_is_written_immediately(tmp_path):
     log = MetricsLog(tmp_path, None)
     log.write(0, {"val/loss": 2.0})
     log.write_step(1, {"train/loss": 1.5, "train/tokens": 64}, "step 1 loss 1.5000")
@@ -60,7 +60,7 @@ def test_each_line_is_on_disk_at_once(tmp_path):
         "第一条\n\n\n话说（一）", "", "  \n",
     ],
 )  # fmt: skip
-def test_a_sample_is_shown_as_it_is(text):
+def test_a_sample_is_displayed_literally(text):
     shown = markdown_to_safe_html(as_markdown([text, "the next"]))
     first, _, second = shown.partition("<hr>")
     assert not set(re.findall(r"<(\w+)", first)) - {"p", "br"}
@@ -71,7 +71,7 @@ def test_a_sample_is_shown_as_it_is(text):
     ]
 
 
-def test_the_page_shows_what_there_is(tmp_path):
+def test_the_page_has_charts_of_existing_metrics(tmp_path):
     log = MetricsLog(tmp_path, None)
     log.add_baselines({"unigram": 3.0, "bigram": 2.5})
     assert json.loads((tmp_path / "baselines.json").read_text()) == {"unigram": 3.0, "bigram": 2.5}
@@ -98,7 +98,7 @@ def test_the_page_shows_what_there_is(tmp_path):
     assert texts == [b"To be", b"To be&#44; or"]
 
 
-def test_the_page_of_preferences_has_rewards_and_no_bytes():
+def test_the_page_of_dpo_has_rewards_but_no_bits_per_byte():
     shown = charts(["val/loss", "val/reward_margin", "val/reward_accuracy"], [])
     assert {"reward margin", "reward accuracy"} < set(shown) and "bits per byte" not in shown
 
@@ -106,14 +106,14 @@ def test_the_page_of_preferences_has_rewards_and_no_bytes():
 def test_each_baseline_is_passed_once():
     lines = {"uniform": 4.0, "unigram": 3.0, "bigram": 2.0}
     assert newly_passed(math.inf, lines, []) == {} == newly_passed(math.nan, lines, [])
-    assert newly_passed(3.5, lines, []) == {}  # Below uniform is nothing to speak of.
+    assert newly_passed(3.5, lines, []) == {}  # uniform is skipped.
     assert newly_passed(2.4, lines, []) == {"unigram": "below the unigram line"}
     assert list(newly_passed(1.0, lines, [])) == ["unigram", "bigram"]
     assert newly_passed(1.0, lines, ["unigram"]) == {"bigram": "below the bigram line"}
     assert newly_passed(1.0, lines, ["bigram", "unigram"]) == {}
 
 
-def test_figures_that_are_not_finite_are_null(tmp_path):
+def test_values_that_are_not_finite_become_null(tmp_path):
     log = MetricsLog(tmp_path, None)
     log.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.0})
     log.close()
@@ -134,8 +134,8 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     log.close()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
     assert [line["train/loss"] for line in lines(tmp_path)] == [11.0, 12.0, 23.0, 24.0]
-    told = (tmp_path / "train.log").read_text().splitlines()
-    assert told[4:] == ["resuming from step 2", "step 3", "step 4"]
+    logged = (tmp_path / "train.log").read_text().splitlines()
+    assert logged[4:] == ["resuming from step 2", "step 3", "step 4"]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
@@ -143,19 +143,19 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob(".*"))
 
 
-def test_a_fresh_run_begins_with_nothing(tmp_path):
+def test_a_new_run_starts_with_an_empty_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     MetricsLog(tmp_path, None).close()
     assert lines(tmp_path) == []
 
 
 @pytest.mark.parametrize(
-    "torn", [b'{"st', b"5\n", b"[1]\n", b"null\n", b"\x00\x00", b'{"a": "\xe5']
+    "partial", [b'{"st', b"5\n", b"[1]\n", b"null\n", b"\x00\x00", b'{"a": "\xe5']
 )
-def test_whatever_a_crash_left_at_the_end_goes(tmp_path, torn):
+def test_incomplete_last_lines_are_removed(tmp_path, partial):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1, "a": 2.0}\n' + torn)
-    cut_back(path, 9)
+    path.write_bytes(b'{"step": 1, "a": 2.0}\n' + partial)
+    truncate_metrics(path, 9)
     assert path.read_bytes() == b'{"step": 1, "a": 2.0}\n'
-    cut_back(tmp_path / "none.jsonl", 9)
+    truncate_metrics(tmp_path / "none.jsonl", 9)
     assert not (tmp_path / "none.jsonl").exists()

@@ -1,4 +1,4 @@
-"""Protects the optimizers and the schedule: Muon equals torch's, the curve has its corners."""
+"""Protects the optimizers and the schedule: Muon and AdamW match references, settings work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainlib.engine.step import optimizer_step
 
 
 def small_model() -> Transformer:
-    """A model of every kind of weight, all random: of zeros a decay would not show."""
+    """Return a model with every type of weight, all nonzero, so that weight decay changes them."""
     torch.manual_seed(0)
     config = ModelConfig(
         vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
@@ -33,7 +33,7 @@ def small_model() -> Transformer:
 
 
 def is_matrix(name: str) -> bool:
-    """Whether a weight is a matrix inside a block; else it is of the embeddings or a norm."""
+    """Return whether a parameter is a matrix inside a block, not an embedding or a norm."""
     return "proj" in name
 
 
@@ -51,11 +51,11 @@ def test_muon_equals_torch_muon():
         a.step()
         b.step()
     for p, q in zip(ours, theirs, strict=True):
-        # torch rounds the direction to bf16: three digits of an update of 0.02.
+        # torch rounds the update of 0.02 to bf16, about three digits.
         torch.testing.assert_close(p, q, rtol=0, atol=2e-3)
 
 
-def test_matrices_and_the_rest_are_apart():
+def test_matrices_and_other_weights_have_separate_optimizers():
     config = ModelConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8,
@@ -70,7 +70,7 @@ def test_matrices_and_the_rest_are_apart():
     assert len(build_optimizers(model, OptimConfig(name="adamw"))) == 1
 
 
-def test_schedule_corners():
+def test_schedule_at_its_corners():
     wsd = Schedule(OptimConfig(warmup_fraction=0.1, decay_fraction=0.5), 100)
     assert [wsd.factor(s) for s in (9, 10, 49, 50)] == pytest.approx([10 / 11, 1, 1, 1])
     assert wsd.factor(75) == pytest.approx(0.5) and wsd.factor(99) == pytest.approx(0.02)
@@ -81,28 +81,28 @@ def test_schedule_corners():
     )
 
 
-def test_contradictions_are_refused():
+def test_invalid_settings_are_refused():
     wrong = OptimConfig(muon_lr=-1, momentum=2)
     assert bound_errors(wrong, "optim.") == [
         "optim.muon_lr=-1 must be above 0",
         "optim.momentum=2 must be at least 0 and below 1",
     ]
     (both,) = OptimConfig(warmup_fraction=0.6, decay_fraction=0.6).validation_errors()
-    assert "at most 1 together" in both
+    assert "must be at most 1" in both
     assert not OptimConfig(
         warmup_fraction=0.6, decay_fraction=0.6, schedule="cosine"
     ).validation_errors()
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_weight_decay_shrinks_the_matrices_alone(name):
-    """Fails where embeddings, the output matrix or norms decay, or a matrix does not."""
+def test_weight_decay_shrinks_only_the_matrices(name):
+    """Fails if embeddings, the output matrix or norms decay, or if a matrix does not."""
     model = small_model()
     config = OptimConfig(name, muon_lr=0.1, adamw_lr=0.1, embedding_lr=0.3, weight_decay=0.5)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizers = build_optimizers(model, config)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # What moves now, moves by decay alone.
+        parameter.grad = torch.zeros_like(parameter)  # Changes then come only from weight decay.
     for optimizer in optimizers:
         optimizer.step()
     for n, p in model.named_parameters():
@@ -110,12 +110,12 @@ def test_weight_decay_shrinks_the_matrices_alone(name):
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_adamw_is_the_formula_of_its_paper(name):
-    """Fails where the betas are swapped, or a weight has another's rate (arXiv:1711.05101)."""
+def test_adamw_follows_the_formula_of_the_paper(name):
+    """Fails if betas are swapped or a weight has the wrong learning rate (arXiv:1711.05101)."""
     model, config = small_model(), OptimConfig(name=name, beta1=0.6, beta2=0.9)
     optimizers = build_optimizers(model, config)
     ours = {n: p for n, p in model.named_parameters() if name == "adamw" or not is_matrix(n)}
-    wanted = {n: p.detach().clone() for n, p in ours.items()}
+    expected = {n: p.detach().clone() for n, p in ours.items()}
     first, second = dict.fromkeys(ours, 0.0), dict.fromkeys(ours, 0.0)
     for t in (1, 2, 3):
         for n, p in ours.items():
@@ -124,19 +124,19 @@ def test_adamw_is_the_formula_of_its_paper(name):
             second[n] = 0.9 * second[n] + 0.1 * p.grad**2
             lr = config.adamw_lr if is_matrix(n) else config.embedding_lr
             direction = (first[n] / (1 - 0.6**t)) / ((second[n] / (1 - 0.9**t)).sqrt() + 1e-8)
-            wanted[n] -= lr * direction
+            expected[n] -= lr * direction
         for optimizer in optimizers:
             optimizer.step()
     for n, p in ours.items():
-        torch.testing.assert_close(p.detach(), wanted[n], rtol=1e-5, atol=1e-5, msg=n)
+        torch.testing.assert_close(p.detach(), expected[n], rtol=1e-5, atol=1e-5, msg=n)
 
 
 @functools.cache
 def trained(config: OptimConfig) -> dict[str, torch.Tensor]:
-    """Weights after six steps of a run, by whether they are matrices.
+    """Return the weights after six steps, for matrices and for the rest.
 
-    The gradients are the same whatever the weights are, and differ in size from step to step: of
-    equal ones both optimizers would take the same step, clipped or not.
+    The gradients do not depend on the weights, and their size varies between steps. With gradients
+    of equal size, both optimizers would take the same steps with and without clipping.
     """
     model, generator = small_model(), torch.Generator().manual_seed(1)
     optimizers, schedule = build_optimizers(model, config), Schedule(config, 6)
@@ -154,10 +154,10 @@ def trained(config: OptimConfig) -> dict[str, torch.Tensor]:
         batch = StepBatch([torch.tensor(size)], 1, 1, DataPosition())
         training = SimpleNamespace(run=run, model=model, optimizers=optimizers, loss_fn=loss_fn)
         optimizer_step(training, batch, 1.0)  # type: ignore[arg-type]
-    kinds = {"matrices": [], "rest": []}
+    weights = {"matrices": [], "rest": []}
     for n, p in model.named_parameters():
-        kinds["matrices" if is_matrix(n) else "rest"].append(p.detach().flatten())
-    return {kind: torch.cat(weights) for kind, weights in kinds.items()}
+        weights["matrices" if is_matrix(n) else "rest"].append(p.detach().flatten())
+    return {group: torch.cat(values) for group, values in weights.items()}
 
 
 NONE, MATRICES, REST, ALL = set(), {"matrices"}, {"rest"}, {"matrices", "rest"}
@@ -169,28 +169,28 @@ CHANGES = {
     "schedule": ("cosine", ALL, ALL), "warmup_fraction": (0.5, ALL, ALL),
     "decay_fraction": (0.2, ALL, ALL), "final_lr_fraction": (0.5, ALL, ALL),
 }  # fmt: skip
-"""Another value of every setting, and which weights it moves otherwise under muon and adamw."""
+"""Another value for each setting, and the weights that it affects with muon and with adamw."""
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 @pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(OptimConfig)])
-def test_every_setting_moves_the_weights_that_it_is_of(key, name):
-    """Fails where a setting is read nowhere, or moves weights that are not its own."""
+def test_every_setting_affects_the_right_weights(key, name):
+    """Fails if a setting is not used, or affects other weights."""
     value, by_muon, by_adamw = CHANGES[key]
     base = OptimConfig(name=name)
     before, after = trained(base), trained(dataclasses.replace(base, **{key: value}))
-    moved = {kind for kind in ALL if not torch.equal(before[kind], after[kind])}
-    assert moved == (by_muon if name == "muon" else by_adamw)
-    assert all(float((before[kind] - after[kind]).abs().max()) > 1e-3 for kind in moved)
+    changed = {group for group in ALL if not torch.equal(before[group], after[group])}
+    assert changed == (by_muon if name == "muon" else by_adamw)
+    assert all(float((before[name] - after[name]).abs().max()) > 1e-3 for name in changed)
 
 
 @pytest.mark.parametrize("name, peaks", [("muon", [0.1, 0.3]), ("adamw", [0.2, 0.3])])
-def test_each_group_has_its_own_peak_times_the_factor(name, peaks):
-    """Fails where a group has another's rate, rates pile up, or fall below the final one."""
+def test_each_group_has_its_peak_rate_times_the_factor(name, peaks):
+    """Fails if a group has the wrong rate, rates accumulate, or they fall below the final one."""
     rates = {"muon_lr": 0.1, "adamw_lr": 0.2, "embedding_lr": 0.3}
     config = OptimConfig(name=name, final_lr_fraction=0.2, **rates)
     optimizers = build_optimizers(small_model(), config)
-    # Half way from 1 to 0.2, and at the end of either curve.
+    # Halfway from 1 to 0.2, and at the end of both schedules.
     cosine = Schedule(dataclasses.replace(config, schedule="cosine"), 100)
     for schedule, step, factor in (
         (Schedule(config, 100), 75, 0.6), (Schedule(config, 100), 100, 0.2), (cosine, 100, 0.2),

@@ -1,4 +1,4 @@
-"""Protects --plan: parameters and operations by formula, time by hand, and what it prints."""
+"""Protects --plan: parameters, operations and time by formula, and the output."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALL = [
 
 
 def update_flops(optimizers: list[torch.optim.Optimizer]) -> float:
-    """Return the operations of Muon's Newton-Schulz in one step: two products of 2 m m n, 2 m^3."""
+    """Return the operations of Newton-Schulz in one step: two products of 2 m m n, one of 2 m^3."""
     muons = [o for o in optimizers if isinstance(o, torch.optim.Muon)]
     total = 0.0
     for group in (group for muon in muons for group in muon.param_groups):
@@ -40,8 +40,8 @@ def update_flops(optimizers: list[torch.optim.Optimizer]) -> float:
     return total
 
 
-def hold(sizes: Sizes, optim: OptimConfig) -> None:
-    """Assert that the formulas say what a model of these sizes says."""
+def assert_formulas(sizes: Sizes, optim: OptimConfig) -> None:
+    """Assert that the formulas match a model of these sizes."""
     with torch.device("meta"):
         model = Transformer(ModelConfig(**vars(sizes)))
     assert sizes.parameters == count_parameters(model)
@@ -51,16 +51,16 @@ def hold(sizes: Sizes, optim: OptimConfig) -> None:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_the_formulas_of_the_shipped_configs(path, elsewhere):
+def test_the_formulas_hold_for_the_shipped_configs(path, elsewhere):
     config, sizes, _ = shipped(path)
-    hold(sizes, config.optim)
-    hold(sizes, OptimConfig(name="adamw"))
+    assert_formulas(sizes, config.optim)
+    assert_formulas(sizes, OptimConfig(name="adamw"))
 
 
-def test_the_formulas_of_other_sizes():
-    hold(Sizes(97, 32, 48, 3, 4, 2, 24, tie_word_embeddings=False), OptimConfig())
-    usual = ModelConfig()
-    assert vars(Sizes()) == vars(usual)
+def test_the_formulas_hold_for_other_sizes():
+    assert_formulas(Sizes(97, 32, 48, 3, 4, 2, 24, tie_word_embeddings=False), OptimConfig())
+    default = ModelConfig()
+    assert vars(Sizes()) == vars(default)
     # 16 of 512 x 512, 16 of 256 x 512, 24 of 512 x 1408; five steps of 4 m m n + 2 m m m each.
     assert Sizes().update_flops("muon") == 5 * (
         16 * 6 * 512**3 + 16 * (4 * 256**2 * 512 + 2 * 256**3)
@@ -68,11 +68,11 @@ def test_the_formulas_of_other_sizes():
     )  # fmt: skip
 
 
-def test_the_time_of_a_step_is_the_sum_by_hand():
+def test_the_time_of_a_step_has_the_expected_parts():
     card = Card("round", 100, 1000, 24000, (8, 9), 0.5, 10)
     sizes = Sizes(1000, 100, 200, 1, 2, 2, 50)
     # q, k, v, o of 100 x 100, gate, up and down of 200 x 100: 100,000 values; with the embedding
-    # 200,000, with the norms 200,400 parameters. Linear layers return 900 + 1000 values a token.
+    # 200,000, with norms 200,400 parameters. Linear layers return 900 + 1000 values per token.
     assert sizes.parameters == 200_400
     parts = step_time(card, sizes, "muon", True, 50, positions=1e6, num_micro=2, count=4)
     assert parts == pytest.approx({
@@ -80,7 +80,7 @@ def test_the_time_of_a_step_is_the_sum_by_hand():
         "attention": 0.25e6 * 12 * 100 * 50 / 40e12,
         "traffic": 0.25e6 * 1900 * 13.2 / 850e9,
         "weights": 2 * 200_400 * 20.5 / 850e9,
-        "launches": 0,  # The host takes 2 * 8 * 70 us, and the work 14 ms.
+        "launches": 0,  # The host takes 2 * 8 * 70 us, the device 14 ms.
         "update": 5 * (4 * 6e6 + 3 * 10e6) / 50e12,
         "all-reduce": 1.5 * 4 * 200_400 / 10e9,
     })  # fmt: skip
@@ -93,7 +93,7 @@ def test_the_time_of_a_step_is_the_sum_by_hand():
 
 
 def test_the_speed_of_a_4090():
-    """It does 350,000 to 450,000 tokens a second by the estimate that the table was made for."""
+    """The table of cards was estimated for 350,000 to 450,000 tokens per second on this card."""
     card = find_card("rtx4090")
     num_micro = micro_batch_shape(256, 64, 1)[0]
     seconds = sum(step_time(card, Sizes(), "muon", True, 256.5, 131072, num_micro).values())
@@ -101,7 +101,7 @@ def test_the_speed_of_a_4090():
     assert 131072 / seconds / card.slowest == pytest.approx(350_000, rel=0.05)
 
 
-def test_the_table_of_cards_is_sound():
+def test_the_table_of_cards_has_plausible_values():
     cards = read_cards()
     assert {"rtx2080ti", "rtx3060", "rtx3090", "rtx4090", "rtx5090", "a100", "h100", "h200",
             "v100"} <= set(cards)  # fmt: skip
@@ -116,7 +116,7 @@ def test_the_table_of_cards_is_sound():
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def test_the_words_of_a_plan_are_taken_out():
+def test_the_arguments_of_a_plan_are_removed():
     assert plan_request(["a.yaml", "seed=1"]) == (None, ["a.yaml", "seed=1"])
     words = ["--plan", "a.yaml", "--gpu", "rtx4090:4", "--budget=2h", "seed=1"]
     request, rest = plan_request(words)
@@ -139,18 +139,18 @@ def test_the_words_of_a_plan_are_taken_out():
         (["--plan", "--gpu", "a100:"], ["--gpu a100:"]),
         (["--plan", "--gpu"], ["unknown card"]),
         (["--plan", "--budget", "soon"], ["--budget soon", "45m, 2h, 1.5d"]),
-        (["--plan", "--budget", "0h"], ["--budget 0h", "above 0"]),
-        (["--plan", "--budget"], ["--budget : not a time"]),
-        (["--gpu", "a100"], ["--gpu belongs to --plan"]),
+        (["--plan", "--budget", "0h"], ["--budget 0h", "not a positive time"]),
+        (["--plan", "--budget"], ["--budget : not a positive"]),
+        (["--gpu", "a100"], ["--gpu requires --plan"]),
     ],
 )
-def test_what_cannot_be_planned_is_an_error(words, texts):
+def test_invalid_plan_arguments_are_errors(words, texts):
     with pytest.raises(UserError) as error:
         plan_request(words)
     assert all(text in str(error.value) for text in texts)
 
 
-# ---- whole plans ---------------------------------------------------------------------------------
+# ---- complete plans ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -181,12 +181,12 @@ def data(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def plan(data, run_stage, monkeypatch, capsys):
-    """Print a stage's plan, which must open and write nothing; gives the text."""
+    """Return a function that plans a stage; it must open no model and write nothing."""
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(data / "cache"))
     monkeypatch.chdir(data)
     monkeypatch.setattr("torch.nn.Module.__init__", None)
 
-    def of(stage: str, *words: str, code: int = 0) -> str:
+    def run_plan(stage: str, *words: str, code: int = 0) -> str:
         if stage != "pretrain":
             words = ("init_from=run/final", *words)
         common = ["out_dir=out", "sequence_length=64", "tokens_per_step=1024", *SMALL]
@@ -202,28 +202,28 @@ def plan(data, run_stage, monkeypatch, capsys):
         assert all(len(line) <= 100 for line in captured.out.splitlines())
         return captured.out + captured.err
 
-    return of
+    return run_plan
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
 def test_each_stage_plans_a_run_on_a_card(stage, plan, data):
     out = plan(stage, "--gpu", "a100:4", "max_steps=500")
     assert out.startswith(f"plan of {stage}: nothing is trained")
-    where = "the settings" if stage == "pretrain" else "run/final/config.json"
-    assert f" parameters by {where}; " in out
+    source = "the settings" if stage == "pretrain" else "run/final/config.json"
+    assert f" parameters, from {source}; " in out
     row_length = 128 if stage == "dpo" else 64
     assert f"1,024 tokens in {1024 // row_length} rows of {row_length}" in out
     assert "500 steps = 512,000 tokens" in out and "estimated from their size" in out
     assert "4 x a100, bf16, attention varlen, compiled" in out
     assert "at the peak of a step" in out and "0.7 GB for CUDA" in out and "fits" in out
     assert re.search(r"GB  weights +fp32\n.*GB  optimizer +fp32: two moments", out)
-    assert re.search(r"time +[\d,.]+ to [\d,.]+ ms a step, of which products", out)
+    assert re.search(r"time +[\d,.]+ to [\d,.]+ ms per step, of which products", out)
     for count in (1, 2, 4, 8):
         line = rf"\n  {count} x a100 .* yes .* k +(under 1 s|[\d.]+ to [\d.]+ s) +\d+%"
         assert re.search(line, out)
 
 
-def test_without_a_card_all_are_listed(plan):
+def test_without_gpu_all_cards_are_listed(plan):
     out = plan("pretrain", "epochs=1")
     assert all(f"\n  {name} " in out for name in read_cards())
     assert re.search(r"length +\d+ steps = [\d,]+ tokens, 1\.\d+ epochs", out)
@@ -232,7 +232,7 @@ def test_without_a_card_all_are_listed(plan):
     assert re.search(r"\n  t4 +precision=bf16 needs a card", out)
 
 
-def test_a_budget_says_how_many_tokens_it_holds(plan):
+def test_a_budget_is_converted_to_tokens(plan):
     out = plan("pretrain", "--gpu", "rtx4090", "--budget", "2h", "max_steps=5")
     assert "2 hours" in out and "max_tokens" in out
     low, tokens = re.search(r"1 x rtx4090.* ([\d,]+) to [\d,]+ k +(\d+) +100%", out).groups()  # type: ignore[union-attr]
@@ -242,7 +242,7 @@ def test_a_budget_says_how_many_tokens_it_holds(plan):
     assert "0.5 hours" in out and re.search(r"h100 .* yes .* \d{6,}\n", out)
 
 
-def test_what_does_not_fit_is_said_with_what_would(plan):
+def test_a_plan_that_does_not_fit_suggests_a_micro_batch_size(plan):
     words = ["--gpu", "rtx4060", "max_steps=5", "tokens_per_step=262144",
              "model.intermediate_size=2048"]  # fmt: skip
     out = plan("pretrain", *words, "micro_batch_size=4096")
@@ -252,25 +252,25 @@ def test_what_does_not_fit_is_said_with_what_would(plan):
     assert " NO" in plan("pretrain", *words, f"micro_batch_size={2 * fits}")
 
 
-def test_sizes_come_from_the_pretraining_config_where_there_is_no_model(plan):
+def test_sizes_are_from_the_pretraining_config_if_there_is_no_model(plan):
     out = " ".join(plan("sft", "init_from=nowhere").split())
-    assert "26,879,488 parameters by configs/pretrain.yaml, as nowhere/config.json does not" in out
+    assert "26,879,488 parameters, from configs/pretrain.yaml, as nowhere/config.json" in out
 
 
-def test_the_vocabulary_of_another_tokenizer_counts(plan, data, tokenizer):
+def test_the_vocabulary_size_of_another_tokenizer_is_used(plan, data, tokenizer):
     (data / "other").mkdir(exist_ok=True)
     values = {"model": {"vocab": {"a": 0, "b": 9998}}, "added_tokens": [{"id": 9999}]}
     (data / "other" / "tokenizer.json").write_text(json.dumps(values))
-    usual, other = (
+    default, other = (
         int(re.search(r"([\d,]+) parameters", plan("pretrain", *words))[1].replace(",", ""))  # type: ignore[index]
         for words in ((), ("tokenizer=other",))
     )
-    assert other - usual == (10_000 - 6400) * 32
+    assert other - default == (10_000 - 6400) * 32
     (data / "other" / "tokenizer.json").write_text("{")
-    assert "tokenizer.json: no sizes of a model" in plan("pretrain", "tokenizer=other", code=1)
+    assert "tokenizer.json: no model sizes" in plan("pretrain", "tokenizer=other", code=1)
 
 
-def test_the_length_of_an_epoch_by_the_token_cache(plan, run_stage, data, monkeypatch):
+def test_the_length_of_an_epoch_is_read_from_the_token_cache(plan, run_stage, data, monkeypatch):
     words = ["short.yaml", "data.files=pretrain.jsonl", "sequence_length=64", *SMALL]
     monkeypatch.undo()
     monkeypatch.chdir(data)
@@ -282,17 +282,17 @@ def test_the_length_of_an_epoch_by_the_token_cache(plan, run_stage, data, monkey
     (meta,) = (data / "cache" / "tokens").glob("pretrain-*/meta.json")
     values = json.loads(meta.read_text())
     assert count == values["tokens"] - values["records"]
-    os.utime(data / "pretrain.jsonl")  # What has changed since is estimated again.
+    os.utime(data / "pretrain.jsonl")  # A file changed after caching is estimated again.
     os.utime(meta, (1, 1))
     assert "estimated from their size" in plan("pretrain", "max_steps=5")
 
 
-def test_without_data_the_time_of_a_step_is_still_known(plan):
+def test_without_data_the_time_of_a_step_is_still_planned(plan):
     out = plan("dpo", "data.files=none.jsonl", "epochs=2", "--gpu", "a100")
-    assert "data say how many steps" in out and "ms a step" in out
+    assert "steps depend on the data" in out and "ms per step" in out
     assert re.search(r"1 x a100 .* k +- +100%", out)
 
 
-def test_plain_kernels_are_planned_with_the_mask(plan):
+def test_plain_kernels_are_planned_with_masked_attention(plan):
     assert "attention varlen" in plan("pretrain", "--gpu", "4090")
     assert "attention masked" in plan("pretrain", "--gpu", "4090", "kernels=plain")

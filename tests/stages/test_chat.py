@@ -1,4 +1,4 @@
-"""Protects the chat: the history stays within the context, errors end nothing but their turn."""
+"""Protects the chat: the history fits in the context, and an error ends only its turn."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model():
 
 
 def talk(monkeypatch, model, tokenizer, lines, system=()):
-    """Hold a conversation; returns the length of each prompt that the model was given."""
+    """Run a conversation; return the length of each prompt passed to the model."""
     questions, lengths, generate = iter([*lines, "/quit"]), [], chat.generate
 
     def spy(model, ids, *rest):
@@ -42,33 +42,33 @@ def talk(monkeypatch, model, tokenizer, lines, system=()):
     return lengths
 
 
-def test_oldest_exchanges_go_and_room_for_an_answer_stays(monkeypatch, capsys, model, tokenizer):
+def test_the_oldest_exchanges_are_removed_to_fit_an_answer(monkeypatch, capsys, model, tokenizer):
     system = [{"role": "system", "content": "be kind"}]
     lengths = talk(monkeypatch, model, tokenizer, ["hello there"] * 8, system)
     assert len(lengths) == 8 and max(lengths) > lengths[0]
     assert max(lengths) <= 64 - 12
-    # Each exchange is dropped, and said to be dropped, once.
+    # Each exchange is removed, and reported, once.
     assert 1 <= capsys.readouterr().err.count("oldest exchange") <= 7
 
 
-def test_new_forgets(monkeypatch, model, tokenizer):
+def test_new_clears_the_history(monkeypatch, model, tokenizer):
     lengths = talk(monkeypatch, model, tokenizer, ["hello", "hello", "/new", "hello"])
     assert lengths[1] > lengths[0] == lengths[2]
 
 
-def test_a_question_too_long_costs_its_turn_alone(monkeypatch, capsys, model, tokenizer):
+def test_a_question_that_is_too_long_ends_only_its_turn(monkeypatch, capsys, model, tokenizer):
     assert len(talk(monkeypatch, model, tokenizer, ["word " * 100, "hi"])) == 1
-    assert "takes at most 63" in capsys.readouterr().err
+    assert "at most 63" in capsys.readouterr().err
 
 
-def test_an_interrupted_answer_keeps_what_was_said(monkeypatch, capsys, model, tokenizer):
+def test_an_interrupted_answer_is_kept(monkeypatch, capsys, model, tokenizer):
     def interrupted(*_):
-        yield from tokenizer.encode("said so far")
+        yield from tokenizer.encode("the answer so far")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chat, "generate", interrupted)
     messages = [{"role": "user", "content": "hi"}]
-    assert chat.answer(model, tokenizer, messages, Sampling()) == "said so far"
+    assert chat.answer(model, tokenizer, messages, Sampling()) == "the answer so far"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_an_interrupted_answer_keeps_what_was_said(monkeypatch, capsys, model, t
     [
         (["--prompt", " "], "--prompt is empty"),
         (["--prompt", "hi", "--top-p", "2"], "top_p=2.0"),
-        (["--prompt", "word " * 100], "takes at most 63"),
+        (["--prompt", "word " * 100], "at most 63"),
         (["--prompt", "hi", "vocabulary"], "6144"),
     ],
 )
@@ -94,27 +94,27 @@ def test_errors_exit_with_one_and_no_traceback(tmp_path, model, tokenizer, optio
     assert not done.stdout and "Traceback" not in done.stderr
 
 
-def test_every_option_of_the_draw_is_passed_on(monkeypatch):
-    """Fails where an option of the command line is read and then left out, or swapped."""
-    asked = []
+def test_every_sampling_option_is_used(monkeypatch):
+    """Fails if a command-line option is parsed but not used, or swapped with another."""
+    calls = []
     for name in ("load_model", "load_tokenizer"):
         monkeypatch.setattr(chat, name, lambda *_: None)
-    monkeypatch.setattr(chat, "answer", lambda *words: asked.append(words[2:]))
-    words = "chat.py --model m --prompt hi --system be --temperature 0.2 --top-p 0.5 --top-k 3"
-    words += " --max-new-tokens 7 --seed 9"
-    monkeypatch.setattr(sys, "argv", words.split())
+    monkeypatch.setattr(chat, "answer", lambda *args: calls.append(args[2:]))
+    command = "chat.py --model m --prompt hi --system be --temperature 0.2 --top-p 0.5 --top-k 3"
+    command += " --max-new-tokens 7 --seed 9"
+    monkeypatch.setattr(sys, "argv", command.split())
     chat.main()
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]
     sampling = Sampling(temperature=0.2, top_p=0.5, top_k=3, max_new_tokens=7, seed=9)
-    assert asked == [(messages, sampling)]
+    assert calls == [(messages, sampling)]
 
 
-def test_a_run_for_its_model_is_told_with_the_option_that_was_given(tmp_path, monkeypatch, capsys):
+def test_a_run_folder_is_refused_with_the_path_of_its_model(tmp_path, monkeypatch, capsys):
     (tmp_path / "final").mkdir()
     (tmp_path / "final/config.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(tmp_path), "--prompt", "hi"])
     with pytest.raises(SystemExit):
         chat.main()
-    told = capsys.readouterr().err
-    assert f"error: --model {tmp_path}: no model folder there" in told
-    assert f"Did you mean --model {tmp_path}/final?" in told
+    message = capsys.readouterr().err
+    assert f"error: --model {tmp_path}: no model folder there" in message
+    assert f"Did you mean --model {tmp_path}/final?" in message

@@ -1,6 +1,6 @@
-"""Protects users' time and files: what cannot be run is told at once, and nothing is written.
+"""Protects users' time and files: errors are reported at the start, and nothing is written.
 
-Every case is a command line of a stage, run in this process from the reading of its words on.
+Every case is a command line of a stage, run in this process.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ FILES = {
 
 
 def write_model(folder: Path, tokenizer: Tokenizer, **changes: object) -> None:
-    """A model folder of random weights whose config.json says something else."""
+    """Write a model folder with random weights, and with `changes` in its config.json."""
     folder.mkdir()
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**SIZES))
@@ -71,9 +71,9 @@ def write_model(folder: Path, tokenizer: Tokenizer, **changes: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tokenizer):
-    """A folder as a user may have it: data good and bad, models good and bad."""
-    path = tmp_path_factory.mktemp("place")
+def workdir(tmp_path_factory, tokenizer):
+    """A folder like that of a user: valid and invalid data and models."""
+    path = tmp_path_factory.mktemp("workdir")
     (path / "configs").symlink_to(ROOT / "configs")
     for name, rows in FILES.items():
         (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -92,9 +92,9 @@ def place(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture
-def run(place, tmp_path, monkeypatch, capsys, run_stage):
-    """Run a stage's command line in the place; gives exit code and output."""
-    monkeypatch.chdir(place)
+def run(workdir, tmp_path, monkeypatch, capsys, run_stage):
+    """Return a function that runs a stage in that folder and returns exit code and output."""
+    monkeypatch.chdir(workdir)
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
 
     def stage(name: str, *settings: str) -> tuple[int, str]:
@@ -108,7 +108,7 @@ def run(place, tmp_path, monkeypatch, capsys, run_stage):
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Times and bytes of every file under a folder."""
+    """Return the modification time and the bytes of every file under a folder."""
     return {
         str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes())
         for p in folder.rglob("*")
@@ -116,7 +116,7 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-# stage, settings, and texts that the message holds
+# Stage, settings, and texts that the message contains.
 CASES = [
     ("pretrain", "optim.muon_rl=1", "optim.muon_rl=1 (command line): unknown key",
      "did you mean optim.muon_lr?"),
@@ -124,7 +124,7 @@ CASES = [
     ("sft", "model.head_dim=64", "model.head_dim=64 (command line): unknown key"),
     ("pretrain", "--max-steps=5", "--max-steps=5", "without dashes: max_steps=5"),
     ("pretrain", "seed=x optim.muon_lr=fast", "2 problems",
-     "seed=x (command line): expected a whole number",
+     "seed=x (command line): expected an integer",
      "optim.muon_lr=fast (command line): expected a number"),
     ("pretrain", "precision=fp8", "precision=fp8 (command line): expected auto or fp32"),
     ("pretrain", "model.tie_word_embeddings=maybe", "expected on or off"),
@@ -134,14 +134,14 @@ CASES = [
     ("dpo", "beta=0 log_every_steps=0", "2 problems",
      "beta=0.0 must be above 0 (beta: command line)",
      "log_every_steps=0 must be at least 1"),
-    ("pretrain", "optim.warmup_fraction=0.6 optim.decay_fraction=0.6", "at most 1 together"),
+    ("pretrain", "optim.warmup_fraction=0.6 optim.decay_fraction=0.6", "must be at most 1"),
     ("pretrain", "max_steps=1 epochs=1", "1 problem",
-     "max_steps=1 and epochs=1 (command line): two lengths of one run; keep one"),
-    ("pretrain", "max_steps=0 epochs=0", "give the length by one of"),
-    ("pretrain", "c.yaml", "3 problems", "max_steps=3 and max_tokens=99 (c.yaml:1, c.yaml:2): two",
+     "max_steps=1 and epochs=1 (command line): a run has only one length; keep one"),
+    ("pretrain", "max_steps=0 epochs=0", "set the length with one of"),
+    ("pretrain", "c.yaml", "3 problems", "max_steps=3 and max_tokens=99 (c.yaml:1, c.yaml:2): a",
      "optim.muon_rl (c.yaml:4): unknown key; did you mean optim.muon_lr?",
      "sead (c.yaml:5): unknown key; did you mean seed?"),
-    *((stage, f"configs/{file} seed=x", f"configs/{file} holds settings of {script}",
+    *((stage, f"configs/{file} seed=x", f"configs/{file} contains settings for {script}",
        f"configs/tiny_{stage}.yaml") for stage, file, script in (
         ("pretrain", "tiny_sft.yaml", "sft_train.py"), ("pretrain", "dpo.yaml", "dpo_train.py"),
         ("sft", "pretrain_6m.yaml", "train.py"))),
@@ -174,7 +174,7 @@ CASES = [
     ("pretrain", "tokenizer=nowhere", "nowhere/tokenizer.json does not exist"),
     ("pretrain", "tokenizer=bad_tokenizer", "bad_tokenizer/tokenizer.json has no \"model\""),
     ("pretrain", "tokenizer=base init_from=base seed=x", "2 problems", "seed=x (command line)",
-     "tokenizer=base and init_from=base: the model has a tokenizer of its own, so keep one"),
+     "tokenizer=base and init_from=base: the model comes with its own tokenizer; keep one"),
     ("pretrain", "data.val_fraction=2", "data.val_fraction=2.0 must be above 0 and below 1"),
     ("sft", "data.val_max_rows=-1", "data.val_max_rows=-1 must be"),
     ("pretrain", "deadline=23:30", "deadline=23:30 (command line): unknown key; --help lists all"),
@@ -185,7 +185,7 @@ CASES = [
       for stage in STAGES),
     ("pretrain", "ranks=-1 max_hours=-2", "3 problems", "max_steps=2 and max_hours=-2.0",
      "ranks=-1 must be at least 0", "max_hours=-2.0 must be at least 0"),
-    ("pretrain", "resume=base", "resume=base is no step folder"),
+    ("pretrain", "resume=base", "resume=base is not a step folder"),
     *(("pretrain", f"out_dir={name} resume={resume}", f"out_dir={name} cannot be used ({reason})")
       for name, reason in (("c.yaml", "c.yaml is a file"), ("c.yaml/a/b", "c.yaml is a file"),
                            ("/proc/none", "No such file or directory"))
@@ -195,42 +195,42 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[1]}")
-def test_what_cannot_be_run_is_told_and_writes_nothing(case, run, place, tmp_path):
+def test_invalid_commands_are_reported_and_write_nothing(case, run, workdir, tmp_path):
     stage, settings, *texts = case
-    before = contents(place)
+    before = contents(workdir)
     code, out = run(stage, *settings.split())
     assert code == 1 and "error: " in out
     for text in texts:
         assert text in out
-    assert contents(place) == before and not (place / "out").exists()
+    assert contents(workdir) == before and not (workdir / "out").exists()
     assert not list(tmp_path.glob("cache/tokens/.making-*"))
-    if "problem" in out:  # One line each, and no more than are said.
+    if "problem" in out:  # One line per problem, as many as counted.
         message = out[out.index("error: ") :].splitlines()
         assert len(message) == 1 + int(message[0].split()[1])
 
 
-def test_a_finished_or_another_run_stays_as_it_is(run, place, tmp_path):
+def test_a_finished_or_different_run_is_not_changed(run, workdir, tmp_path):
     other = tmp_path / "done"
     assert run("pretrain", f"out_dir={other}")[0] == 0
-    before = contents(tmp_path / "done"), contents(place)
+    before = contents(tmp_path / "done"), contents(workdir)
     code, out = run("pretrain", f"out_dir={other}", "log_every_steps=1")
     assert code == 0 and f"already finished: {other}/final (to train again, set" in out
-    assert (contents(tmp_path / "done"), contents(place)) == before
+    assert (contents(tmp_path / "done"), contents(workdir)) == before
     code, out = run("pretrain", f"out_dir={other}", "optim.muon_lr=0.5")
-    assert code == 1 and f"{other} holds a finished run of another recipe:" in out
-    assert "optim.muon_lr: 0.02 there, 0.5 now" in out
-    for way in ("out_dir=NEW", "resume=never", f"init_from={other}/final"):
-        assert way in out
+    assert code == 1 and f"{other} holds a finished run with another recipe:" in out
+    assert "optim.muon_lr: 0.02 before, 0.5 now" in out
+    for option in ("out_dir=NEW", "resume=never", f"init_from={other}/final"):
+        assert option in out
     (other / "final").rename(tmp_path / "final")
-    for settings, said in (
-        (["optim.muon_lr=0.5"], "optim.muon_lr: 0.02 there, 0.5 now"),
+    for settings, message in (
+        (["optim.muon_lr=0.5"], "optim.muon_lr: 0.02 before, 0.5 now"),
         (["data.files=no_turns.jsonl"], "line 1: not a pretrain row"),
         (["data.val_files=pretrain.jsonl"], "the data files or the tokenizer have changed"),
     ):
         code, out = run("pretrain", f"out_dir={other}", *settings)
-        assert code == 1 and said in out
+        assert code == 1 and message in out
     (tmp_path / "final").rename(other / "final")
-    assert (contents(tmp_path / "done"), contents(place)) == before
+    assert (contents(tmp_path / "done"), contents(workdir)) == before
 
 
 def test_a_finished_run_is_not_reported_as_finished_if_its_base_was_trained_again(run, tmp_path):
@@ -245,7 +245,7 @@ def test_a_finished_run_is_not_reported_as_finished_if_its_base_was_trained_agai
     assert code == 1 and f"init_from: {base}/final was written after this run finished" in out
 
 
-def test_only_a_run_is_moved_aside(run, place, tmp_path, monkeypatch):
+def test_only_runs_are_moved_aside(run, workdir, tmp_path, monkeypatch):
     data = tmp_path / "data"
     data.mkdir()
     (data / "mine.jsonl").write_text("{}\n")
@@ -258,34 +258,34 @@ def test_only_a_run_is_moved_aside(run, place, tmp_path, monkeypatch):
     assert not Path(f"{data}.1").exists()
     (tmp_path / "empty").mkdir()
     assert run("pretrain", f"out_dir={tmp_path}/empty", "resume=never")[0] == 0
-    monkeypatch.chdir(tmp_path / "empty")  # A folder that the system does not let go of.
-    words = [f"data.files={place}/pretrain.jsonl", "out_dir=.", "resume=never", *MODEL]
-    code, out = run("pretrain", *words, f"{place}/configs/tiny_pretrain.yaml")
+    monkeypatch.chdir(tmp_path / "empty")  # The system cannot rename this folder.
+    words = [f"data.files={workdir}/pretrain.jsonl", "out_dir=.", "resume=never", *MODEL]
+    code, out = run("pretrain", *words, f"{workdir}/configs/tiny_pretrain.yaml")
     assert code == 1 and "resume=never: . cannot be moved" in out
 
 
-def test_an_unfinished_run_offers_what_is_there_and_works(run, place, tmp_path):
+def test_the_options_offered_for_an_unfinished_run_work(run, workdir, tmp_path):
     out_dir, step = tmp_path / "stopped", tmp_path / "stopped/step_000002"
     assert run("pretrain", f"out_dir={out_dir}")[0] == 0
     (out_dir / "final").rename(tmp_path / "final")
-    for setting, offered in (
+    for setting, sources in (
         ("optim.muon_lr=0.5", ("resume", "init_from")),
         ("optim.name=adamw", ("init_from",)),
         ("model.intermediate_size=64", ()),
     ):
         code, out = run("pretrain", f"out_dir={out_dir}", setting)
-        assert code == 1 and "unfinished run of another recipe" in out
-        ways = out[out.index("Options:") :].splitlines()[1:]
-        names = ["out_dir=NEW", "resume=never", *(f"{key}={step}" for key in offered)]
-        assert [way.split()[0] for way in ways] == names
-        assert len({len(re.match(r" +\S+ +", way)[0]) for way in ways}) == 1  # Aligned.
+        assert code == 1 and "unfinished run with another recipe" in out
+        options = out[out.index("Options:") :].splitlines()[1:]
+        names = ["out_dir=NEW", "resume=never", *(f"{key}={step}" for key in sources)]
+        assert [option.split()[0] for option in options] == names
+        assert len({len(re.match(r" +\S+ +", o)[0]) for o in options}) == 1  # Aligned.
     assert run("pretrain", f"out_dir={out_dir}", "optim.muon_lr=0.5", f"resume={step}")[0] == 0
     words = (f"out_dir={tmp_path}/new", "optim.name=adamw", f"init_from={step}")
     assert run("pretrain", *words)[0] == 0
 
 
-def test_a_run_of_another_stage_is_refused_by_name(run, tmp_path):
-    """Also where resume= names its step folder; a run without a stage is compared by its recipe."""
+def test_a_run_of_another_stage_is_refused(run, tmp_path):
+    """Also with resume=; an older run, which has no stage, is compared by its recipe."""
     folder, step = tmp_path / "run", tmp_path / "run/step_000002"
     assert run("pretrain", f"out_dir={folder}")[0] == 0
     identity = json.loads((folder / "identity.json").read_text())
@@ -296,7 +296,7 @@ def test_a_run_of_another_stage_is_refused_by_name(run, tmp_path):
     assert f"init_from={folder}/final" in out
     for out_dir in (folder, tmp_path / "new"):
         code, out = run("sft", f"out_dir={out_dir}", f"resume={step}")
-        assert code == 1 and f"resume={step} is of a run of pretrain, but this is sft" in out
+        assert code == 1 and f"resume={step} is from a run of pretrain, but this is sft" in out
     assert contents(folder) == before
     (folder / "final").rename(tmp_path / "final")
     code, out = run("sft", f"out_dir={folder}")
@@ -304,15 +304,15 @@ def test_a_run_of_another_stage_is_refused_by_name(run, tmp_path):
     del identity["stage"]
     (folder / "identity.json").write_text(json.dumps(identity))
     code, out = run("sft", f"out_dir={folder}")
-    assert code == 1 and "unfinished run of another recipe" in out
+    assert code == 1 and "unfinished run with another recipe" in out
     code, out = run("pretrain", f"out_dir={folder}")
     assert code == 0 and "resuming from" in out
 
 
-def test_a_touched_file_resumes_and_a_changed_one_does_not(run, place, tmp_path):
+def test_a_run_resumes_with_touched_but_not_with_changed_data(run, workdir, tmp_path):
     data = tmp_path / "mine.jsonl"
     words = (f"out_dir={tmp_path}/run", f"data.files={data}")
-    shutil.copy(place / "pretrain.jsonl", data)
+    shutil.copy(workdir / "pretrain.jsonl", data)
     assert run("pretrain", *words)[0] == 0
     (tmp_path / "run/final").rename(tmp_path / "final")
     os.utime(data, (1, 1))
@@ -324,9 +324,9 @@ def test_a_touched_file_resumes_and_a_changed_one_does_not(run, place, tmp_path)
     assert code == 1 and "the data files or the tokenizer have changed" in out
 
 
-def test_pretraining_goes_on_from_a_model_and_keeps_its_sizes(run, place, tmp_path):
+def test_pretraining_continues_from_a_model_with_its_sizes(run, workdir, tmp_path):
     words = ("init_from=base", f"out_dir={tmp_path}/more")
-    assert run("pretrain", *words)[0] == 0  # Its sizes may be given again.
+    assert run("pretrain", *words)[0] == 0  # The same sizes may be set again.
     text = (tmp_path / "more/run.yaml").read_text()
     assert "vocab_size: 6400  # of init_from" in text
     (tmp_path / "more/final").rename(tmp_path / "final")
@@ -334,40 +334,40 @@ def test_pretraining_goes_on_from_a_model_and_keeps_its_sizes(run, place, tmp_pa
 
 
 @pytest.mark.parametrize("recipe", ["", "tiny_"])
-def test_the_next_command_keeps_to_the_recipe(recipe, run, tmp_path):
-    for stage, after in (("pretrain", "sft"), ("sft", "dpo")):
+def test_the_next_command_uses_the_same_recipe(recipe, run, tmp_path):
+    for stage, following in (("pretrain", "sft"), ("sft", "dpo")):
         code, out = run(stage, f"configs/{recipe}{stage}.yaml", f"out_dir={tmp_path}/{stage}")
-        file = f"configs/tiny_{after}.yaml " if recipe else ""
-        told = f"next: python {after}_train.py {file}init_from={tmp_path}/{stage}/final"
-        assert code == 0 and told in out.splitlines()
+        file = f"configs/tiny_{following}.yaml " if recipe else ""
+        command = f"python {following}_train.py {file}init_from={tmp_path}/{stage}/final"
+        assert code == 0 and f"next: {command}" in out.splitlines()
 
 
 @pytest.mark.parametrize(("stage", "positions"), [("sft", 64), ("dpo", 128)])
-def test_an_answer_longer_than_a_row_is_left_out_and_counted(stage, positions, run, place):
+def test_answers_longer_than_a_row_are_skipped_and_counted(stage, positions, run, workdir):
     code, out = run(stage, f"data.files=long_{stage}.jsonl", "--prepare-only")
-    assert code == 0 and not (place / "out").exists()
+    assert code == 0 and not (workdir / "out").exists()
     assert f"1 rows longer than {positions} positions were left out: long_{stage} 1" in out
 
 
-def test_a_document_longer_than_a_row_is_cut_and_kept(run, place, tokenizer):
+def test_a_document_longer_than_a_row_is_split_and_kept(run, workdir, tokenizer):
     text = "word " * 500
-    (place / "long.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (workdir / "long.jsonl").write_text(json.dumps({"text": text}) + "\n")
     settings = ["data.files=long.jsonl", "data.val_files=pretrain.jsonl", "--prepare-only"]
     code, out = run("pretrain", *settings)
-    (place / "long.jsonl").unlink()
+    (workdir / "long.jsonl").unlink()
     assert code == 0 and "left out" not in out
     assert f"train: {-(-(len(tokenizer.encode(text)) + 1) // 64)} units" in out
 
 
 @pytest.mark.parametrize("name", ["/elsewhere/a.jsonl", "link.jsonl"])
-def test_in_a_container_the_line_that_mounts_a_place_is_told(name, elsewhere, monkeypatch):
+def test_in_a_container_a_missing_file_is_reported_with_its_mount(name, elsewhere, monkeypatch):
     Path("link.jsonl").symlink_to("/elsewhere/a.jsonl")
     monkeypatch.setenv("GPU_PROFILE", "cpu")  # As docker-compose.yml sets it.
     tokenizer = Tokenizer(default_folder())
     with pytest.raises(UserError) as error:
         build_cache(Path(name), "pretrain", tokenizer, encode_document)
     assert "DATASET_DIR=/elsewhere" in str(error.value)
-    assert "name it dataset/a.jsonl" in str(error.value)
+    assert "use the path dataset/a.jsonl" in str(error.value)
     with pytest.raises(UserError) as error:
         build_cache(Path("none.jsonl"), "pretrain", tokenizer, encode_document)
     assert "DATASET_DIR" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Protects the list of settings: each key that --help names is set once, and a run obeys it."""
+"""Protects the settings: each key in --help is set once, and a run uses it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STAGES = {
 LENGTHS = {
     "max_steps": "4", "max_tokens": "1000", "epochs": "2", "max_hours": "0.002",
 }  # fmt: skip
-# Beside the lengths: a value that is not the default, for every key there is.
+# A value other than the default for every key except the lengths.
 VALUES = {
     "out_dir": "out", "init_from": "", "resume": "never", "seed": "7", "tokenizer": "",
     "tokens_per_step": "256", "sequence_length": "64", "device": "cpu", "ranks": "2",
@@ -54,8 +54,8 @@ VALUES = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Data of each stage, and a tokenizer of one's own."""
+def workdir(tmp_path_factory):
+    """A folder with configs and data for each stage."""
     path = tmp_path_factory.mktemp("keys")
     (path / "configs").symlink_to(ROOT / "configs")
 
@@ -74,7 +74,7 @@ def place(tmp_path_factory):
     return path
 
 
-def run(place, stage, length, out_dir, init_from):
+def run(workdir, stage, length, out_dir, init_from):
     script, cls = STAGES[stage]
     settings = {**VALUES, length: LENGTHS[length], "out_dir": out_dir}
     settings |= {"data.files": f"{stage}.jsonl", "data.val_files": f"{stage}_val.jsonl"}
@@ -82,30 +82,30 @@ def run(place, stage, length, out_dir, init_from):
     settings["tokenizer" if stage == "pretrain" else "init_from"] = init_from
     names = {key.name for key in keys(cls)}
     words = [f"{name}={value}" for name, value in settings.items() if name in names and value]
-    env = {**os.environ, "TRAIN_LLM_CACHE_DIR": str(place / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(ROOT / script), *words], cwd=place, env=env,
+    env = {**os.environ, "TRAIN_LLM_CACHE_DIR": str(workdir / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(ROOT / script), *words], cwd=workdir, env=env,
                           capture_output=True, text=True, timeout=200)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    written = yaml.safe_load((place / out_dir / "run.yaml").read_text())
+    written = yaml.safe_load((workdir / out_dir / "run.yaml").read_text())
     for key in keys(cls):
         value = settings.get(key.name)
         if value and key.name not in ("data.files", "data.val_files"):
             found = written
             for part in key.name.split("."):
                 found = found[part]
-            assert parse(key.kind, str(found)) == parse(key.kind, value), key.name
-    assert (place / out_dir / "final/model.safetensors").exists()
-    return [json.loads(line) for line in (place / out_dir / "metrics.jsonl").open()]
+            assert parse(key.type, str(found)) == parse(key.type, value), key.name
+    assert (workdir / out_dir / "final/model.safetensors").exists()
+    return [json.loads(line) for line in (workdir / out_dir / "metrics.jsonl").open()]
 
 
-def test_no_key_is_forgotten():
+def test_every_key_is_listed():
     for _, cls in STAGES.values():
         assert {key.name for key in keys(cls)} <= {*VALUES, *LENGTHS}
 
 
-def test_beta_scales_the_first_gradient(place, tmp_path, monkeypatch, run_stage, tokenizer):
-    """Fails where DPO does not use its beta: with no margin yet the gradient is in proportion."""
-    monkeypatch.chdir(place)
+def test_beta_scales_the_first_gradient(workdir, tmp_path, monkeypatch, run_stage, tokenizer):
+    """Fails if DPO does not use beta: at margin 0 the gradient is proportional to it."""
+    monkeypatch.chdir(workdir)
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 16}
@@ -127,9 +127,9 @@ def test_beta_scales_the_first_gradient(place, tmp_path, monkeypatch, run_stage,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_run_with_every_key_of_pretraining(place, length):
+def test_a_pretraining_run_with_every_key(workdir, length):
     tokenizer = str(ROOT / "tokenizer")
-    rows = run(place, "pretrain", length, f"pretrain_{length}", tokenizer)
+    rows = run(workdir, "pretrain", length, f"pretrain_{length}", tokenizer)
     steps = [row["step"] for row in rows if "train/loss" in row]
     if length in ("max_steps", "max_tokens"):
         assert steps[-1] == 4
@@ -138,9 +138,9 @@ def test_a_run_with_every_key_of_pretraining(place, length):
 
 
 @pytest.mark.slow
-def test_runs_with_every_key_of_the_later_stages(place):
-    if not (place / "pretrain_max_steps").exists():
-        run(place, "pretrain", "max_steps", "pretrain_max_steps", str(ROOT / "tokenizer"))
-    run(place, "sft", "epochs", "sft_all", "pretrain_max_steps/final")
-    rows = run(place, "dpo", "epochs", "dpo_all", "sft_all/final")
+def test_later_stages_with_every_key(workdir):
+    if not (workdir / "pretrain_max_steps").exists():
+        run(workdir, "pretrain", "max_steps", "pretrain_max_steps", str(ROOT / "tokenizer"))
+    run(workdir, "sft", "epochs", "sft_all", "pretrain_max_steps/final")
+    rows = run(workdir, "dpo", "epochs", "dpo_all", "sft_all/final")
     assert "val/reward_accuracy" in rows[0]

@@ -1,4 +1,4 @@
-"""Protects the whole: three stages end to end, exact resume after a kill, and clear refusals."""
+"""Protects complete runs: three stages, exact resume after a kill, and clear errors."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def run(script, *settings, code=0, cwd=None):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with data for each stage and the configs, and a cache of its own."""
-    path = tmp_path_factory.mktemp("place")
+def workdir(tmp_path_factory):
+    """A folder with configs and data for each stage, and a separate cache."""
+    path = tmp_path_factory.mktemp("workdir")
     (path / "configs").symlink_to(ROOT / "configs")
     os.environ["TRAIN_LLM_CACHE_DIR"] = str(path / "cache")
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -80,18 +80,18 @@ def metrics(folder):
 
 
 def figures(folder):
-    """Metrics without what a clock decides."""
+    """Return the metrics that do not depend on time."""
     clock = ("train/tokens_per_second", "train/data_wait", "train/mfu")
     return [{k: v for k, v in row.items() if k not in clock} for row in metrics(folder)]
 
 
 @pytest.fixture(scope="module")
-def pretrained(place):
-    run("train.py", *pretrain("whole"), cwd=place)
-    return place / "whole"
+def pretrained(workdir):
+    run("train.py", *pretrain("full"), cwd=workdir)
+    return workdir / "full"
 
 
-def test_a_run_leaves_what_it_promises(pretrained):
+def test_a_run_writes_all_documented_files(pretrained):
     rows = metrics(pretrained)
     assert [r["step"] for r in rows if "train/loss" in r] == list(range(1, 13))
     assert [r["step"] for r in rows if "val/loss" in r] == [0, 4, 8, 12]
@@ -104,8 +104,8 @@ def test_a_run_leaves_what_it_promises(pretrained):
     events = EventAccumulator(str(pretrained / "tensorboard"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    wanted = charts(list(rows[0]), ["uniform", "unigram", "bigram"])
-    assert {name for names in wanted.values() for name in names} <= tags
+    expected = charts(list(rows[0]), ["uniform", "unigram", "bigram"])
+    assert {name for names in expected.values() for name in names} <= tags
     assert [e.step for e in events.Scalars("baseline/unigram")] == [0, 4, 8, 12]
     assert [e.step for e in events.Tensors("samples/text_summary")] == [0, 4, 8, 12]
     assert len(events.Tensors("custom_scalars__config__")) == 1
@@ -115,9 +115,9 @@ def test_a_run_leaves_what_it_promises(pretrained):
     assert not any(info.values())
 
 
-def test_worst_rows_are_those_of_the_held_out_that_transformers_finds_hardest(place, pretrained):
+def test_worst_rows_match_the_loss_of_transformers(workdir, pretrained):
     rows = [json.loads(x) for x in (pretrained / "worst_rows.jsonl").read_text().splitlines()]
-    texts = [json.loads(x)["text"] for x in (place / "a.jsonl").read_text().splitlines()]
+    texts = [json.loads(x)["text"] for x in (workdir / "a.jsonl").read_text().splitlines()]
     model = transformers.AutoModelForCausalLM.from_pretrained(pretrained / "final").eval()
     words = transformers.AutoTokenizer.from_pretrained(pretrained / "final")
     assert rows and [r["bits_per_byte"] for r in rows] == sorted(
@@ -139,29 +139,29 @@ def test_worst_rows_are_those_of_the_held_out_that_transformers_finds_hardest(pl
             assert row["text"] == f"<|endoftext|>{text}<|endoftext|>"
 
 
-def test_killed_at_any_step_it_ends_bit_identical(place, pretrained):
+def test_a_killed_run_resumes_and_ends_bit_identical(workdir, pretrained):
     process = subprocess.Popen(
-        command("train.py", *pretrain("killed")), cwd=place, stdout=subprocess.DEVNULL,
+        command("train.py", *pretrain("killed")), cwd=workdir, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    folder = place / "killed"
+    folder = workdir / "killed"
     while process.poll() is None and not (folder / "latest").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (folder / "final").exists(), "the kill came too late to test anything"
-    assert "resuming from killed/step_0000" in run("train.py", *pretrain("killed"), cwd=place)
+    assert not (folder / "final").exists(), "the run finished before the kill"
+    assert "resuming from killed/step_0000" in run("train.py", *pretrain("killed"), cwd=workdir)
     ours, theirs = (load_file(f / "final/model.safetensors") for f in (folder, pretrained))
     assert all((ours[name] == theirs[name]).all() for name in theirs)
     assert figures(folder) == figures(pretrained)
 
 
-def test_sigterm_checkpoints_and_stops(place, pretrained):
+def test_sigterm_saves_a_checkpoint_and_stops(workdir, pretrained):
     process = subprocess.Popen(
-        command("train.py", *pretrain("asked", "save_every_steps=0")), cwd=place,
+        command("train.py", *pretrain("stopped", "save_every_steps=0")), cwd=workdir,
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    folder = place / "asked"
+    folder = workdir / "stopped"
     while process.poll() is None and "step 2" not in (
         (folder / "train.log").read_text() if (folder / "train.log").exists() else ""
     ):
@@ -170,83 +170,83 @@ def test_sigterm_checkpoints_and_stops(place, pretrained):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "saving a checkpoint" in out
     assert not (folder / "final").exists() and (folder / "latest").exists()
-    run("train.py", *pretrain("asked", "save_every_steps=0"), cwd=place)
+    run("train.py", *pretrain("stopped", "save_every_steps=0"), cwd=workdir)
     assert figures(folder) == figures(pretrained)
 
 
-def test_micro_batches_do_not_change_the_loss(place):
-    """In fp32: where bf16 is the faster it would be chosen, and rounds more than this allows."""
+def test_micro_batches_do_not_change_the_loss(workdir):
+    """In fp32, since bf16, chosen where it is faster, would exceed the tolerance."""
     for name, rows in (("wide", 2), ("micro", 3)):
         words = (f"micro_batch_size={rows}", "precision=fp32", "max_steps=12")
-        run("train.py", *pretrain(name, *words), cwd=place)
-    for ours, theirs in zip(figures(place / "micro"), figures(place / "wide"), strict=True):
+        run("train.py", *pretrain(name, *words), cwd=workdir)
+    for ours, theirs in zip(figures(workdir / "micro"), figures(workdir / "wide"), strict=True):
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, rel=1e-3), name
 
 
-def test_a_finished_or_other_run_is_never_overwritten(place, pretrained):
+def test_a_finished_or_different_run_is_never_overwritten(workdir, pretrained):
     before = {p: p.stat().st_mtime_ns for p in pretrained.rglob("*")}
-    out = run("train.py", *pretrain("whole"), code=1, cwd=place)
-    assert all(way in out for way in ("out_dir=NEW", "resume=never", "init_from=whole/final"))
+    out = run("train.py", *pretrain("full"), code=1, cwd=workdir)
+    assert all(x in out for x in ("out_dir=NEW", "resume=never", "init_from=full/final"))
     assert before == {p: p.stat().st_mtime_ns for p in pretrained.rglob("*")}
-    run("train.py", *pretrain("other", "max_steps=2", "eval_every_steps=0"), cwd=place)
-    (place / "other/final").rename(place / "other/gone")
-    out = run("train.py", *pretrain("other", "optim.muon_lr=0.5"), code=1, cwd=place)
-    assert "optim.muon_lr: 0.01 there, 0.5 now" in out
-    run("train.py", *pretrain("other", "resume=never", "max_steps=1"), cwd=place)
-    assert (place / "other.1/run.yaml").exists() and (place / "other/final").exists()
+    run("train.py", *pretrain("other", "max_steps=2", "eval_every_steps=0"), cwd=workdir)
+    (workdir / "other/final").rename(workdir / "other/moved")
+    out = run("train.py", *pretrain("other", "optim.muon_lr=0.5"), code=1, cwd=workdir)
+    assert "optim.muon_lr: 0.01 before, 0.5 now" in out
+    run("train.py", *pretrain("other", "resume=never", "max_steps=1"), cwd=workdir)
+    assert (workdir / "other.1/run.yaml").exists() and (workdir / "other/final").exists()
 
 
-def test_a_named_step_folder_goes_on_in_another_folder(place, pretrained):
-    step = "whole/step_000009"
-    out = run("train.py", *pretrain("whole", f"resume={step}"), code=1, cwd=place)
+def test_a_step_folder_can_be_resumed_in_another_folder(workdir, pretrained):
+    step = "full/step_000009"
+    out = run("train.py", *pretrain("full", f"resume={step}"), code=1, cwd=workdir)
     assert "would overwrite" in out
-    out = run("train.py", *pretrain("branch", f"resume={step}"), cwd=place)
+    out = run("train.py", *pretrain("branch", f"resume={step}"), cwd=workdir)
     assert f"resuming from {step}" in out
-    ours, theirs = (load_file(place / f"{f}/final/model.safetensors") for f in ("branch", "whole"))
+    ours, theirs = (load_file(workdir / f"{f}/final/model.safetensors") for f in ("branch", "full"))
     assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
-def test_three_stages(place, pretrained):
-    sft = ["configs/tiny_sft.yaml", "out_dir=sft", "init_from=whole/final", "data.files=sft.jsonl"]
-    out = run("sft_train.py", *sft, *COMMON, "max_steps=8", "sequence_length=64", cwd=place)
-    rows = metrics(place / "sft")
+def test_three_stages(workdir, pretrained):
+    sft = ["configs/tiny_sft.yaml", "out_dir=sft", "init_from=full/final", "data.files=sft.jsonl"]
+    out = run("sft_train.py", *sft, *COMMON, "max_steps=8", "sequence_length=64", cwd=workdir)
+    rows = metrics(workdir / "sft")
     assert rows[-1]["val/loss"] < rows[0]["val/loss"]
     assert "baselines in bits per byte" in out and "sample: 你是谁？ / " in out
     dpo = ["configs/tiny_dpo.yaml", "out_dir=dpo", "init_from=sft/final", "data.files=dpo.jsonl"]
     dpo += [*COMMON, "max_steps=20", "sequence_length=64", "optim.adamw_lr=2e-3"]
-    out = run("dpo_train.py", *dpo, "data.val_fraction=0.1", cwd=place)
-    rows = metrics(place / "dpo")
+    out = run("dpo_train.py", *dpo, "data.val_fraction=0.1", cwd=workdir)
+    rows = metrics(workdir / "dpo")
     assert rows[0]["val/loss"] == pytest.approx(0.693147, abs=1e-4)
     assert rows[0]["val/reward_accuracy"] == 0.5 and rows[1]["train/mfu"] > 0
-    assert not (place / "dpo/baselines.json").exists()
+    assert not (workdir / "dpo/baselines.json").exists()
     assert rows[1]["train/loss"] == pytest.approx(0.693147, abs=1e-4)
     assert rows[-1]["val/reward_accuracy"] > 0.8
-    assert "kind of pair" in out and json.loads((place / "dpo/report.json").read_text())["kind"]
-    worst = [json.loads(x) for x in (place / "dpo/worst_rows.jsonl").read_text().splitlines()]
+    assert "kind of pair" in out and json.loads((workdir / "dpo/report.json").read_text())["kind"]
+    worst = [json.loads(x) for x in (workdir / "dpo/worst_rows.jsonl").read_text().splitlines()]
     margins = [row["reward_margin"] for row in worst]
     assert margins == sorted(margins) and worst[0]["path"] == "dpo.jsonl"
     mean = sum(margins) / len(margins)
     assert mean == pytest.approx(rows[-1]["val/reward_margin"], abs=1e-3)
-    answer = json.loads((place / "sft/worst_rows.jsonl").read_text().splitlines()[0])
+    answer = json.loads((workdir / "sft/worst_rows.jsonl").read_text().splitlines()[0])
     assert f"q {answer['line'] - 1}" in answer["text"] and answer["bytes"] >= 32
-    shutil.rmtree(place / "dpo/final")
-    (place / "dpo/report.json").unlink()  # As a kill leaves it, before final/ is there.
-    run("dpo_train.py", *dpo, "data.val_fraction=0.1", cwd=place)
-    assert json.loads((place / "dpo/report.json").read_text())["kind"]
-    again = run("dpo_train.py", *dpo, "out_dir=dpo2", "data.val_fraction=0.1", cwd=place)
+    shutil.rmtree(workdir / "dpo/final")
+    (workdir / "dpo/report.json").unlink()  # As after a kill before final/ is written.
+    run("dpo_train.py", *dpo, "data.val_fraction=0.1", cwd=workdir)
+    assert json.loads((workdir / "dpo/report.json").read_text())["kind"]
+    again = run("dpo_train.py", *dpo, "out_dir=dpo2", "data.val_fraction=0.1", cwd=workdir)
     assert "reference: 0 answers computed" in again
 
 
-def test_prepare_only_and_help(place):
-    assert "caches are ready" in run("train.py", *pretrain("bad"), "--prepare-only", cwd=place)
-    assert not (place / "bad").exists()
+def test_prepare_only_and_help(workdir):
+    assert "caches are ready" in run("train.py", *pretrain("bad"), "--prepare-only", cwd=workdir)
+    assert not (workdir / "bad").exists()
     for script in ("train.py", "sft_train.py", "dpo_train.py"):
-        out = run(script, "--help", cwd=place)
+        out = run(script, "--help", cwd=workdir)
         assert "optim.muon_lr" in out and "Peak learning rate of the matrices under Muon" in out
 
 
-def test_run_yaml_gives_the_same_run(place, pretrained):
+def test_run_yaml_gives_the_same_run(workdir, pretrained):
     text = (pretrained / "run.yaml").read_text()
     assert "max_steps: 12  # command line" in text and "seed: 0  # default" in text
-    assert "already finished: whole/final" in run("train.py", "whole/run.yaml", cwd=place)
+    assert "already finished: full/final" in run("train.py", "full/run.yaml", cwd=workdir)

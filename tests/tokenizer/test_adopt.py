@@ -185,7 +185,7 @@ def run(workspace, monkeypatch, run_stage):
 
 def test_train_with_a_vocabulary_of_32000(workspace, run, capsys):
     assert run("pretrain", *PRETRAIN, "out_dir=run") == 0
-    assert "vocabulary of 32,000" in capsys.readouterr().out
+    assert "vocabulary size 32,000" in capsys.readouterr().out
     assert (workspace / "run/final/tokenizer.json").read_bytes() == (
         workspace / "tok/tokenizer.json"
     ).read_bytes()
@@ -209,7 +209,7 @@ def test_a_run_resumes_with_its_own_tokenizer_only(workspace, run, capsys):
     assert run("pretrain", *settings, "out_dir=other", "max_steps=1") == 0
     (workspace / "other/final").rename(workspace / "gone")
     assert run("pretrain", *settings, "out_dir=other", "max_steps=1", "tokenizer=two") == 1
-    assert "tokenizer: 'one' there, 'two' now" in capsys.readouterr().err
+    assert "tokenizer: 'one' before, 'two' now" in capsys.readouterr().err
     saved(llama_like(), workspace / "one")  # The same path, another content.
     assert run("pretrain", *settings, "out_dir=other", "max_steps=1") == 1
     assert "the data files or the tokenizer have changed" in capsys.readouterr().err

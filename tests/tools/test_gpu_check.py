@@ -104,7 +104,7 @@ def test_running_some_checks_does_not_write_the_page(run, tmp_path, capsys):
 def test_a_file_without_a_table_is_not_replaced(run, tmp_path, capsys):
     (tmp_path / "docs/gpu.md").write_text("my notes")
     assert run(reports=[PASSED]) == 2
-    assert "gpu.md exists and would be lost" in capsys.readouterr().err
+    assert "gpu.md already exists" in capsys.readouterr().err
 
 
 def test_a_missing_card_or_pytest_is_an_error(monkeypatch):

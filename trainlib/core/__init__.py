@@ -1,1 +1,1 @@
-"""The base of all other packages: errors, files, settings, hardware, distributed processes."""
+"""Foundations of all other packages: errors, files, settings, hardware, distributed processes."""

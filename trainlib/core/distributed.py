@@ -1,8 +1,8 @@
-"""Data-parallel training in several processes: collectives, and the launch of the processes.
+"""Data-parallel training in several processes: collectives, and a launcher for the processes.
 
-Every rank holds the whole model and takes its share of a step's rows. The gradients are
-all-reduced once a step. The environment is torchrun's (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
-MASTER_PORT), so `torchrun --nproc-per-node 2 train.py` works too.
+Every rank holds the full model and processes its share of the rows of a step. The gradients are
+all-reduced once per step. The environment variables are those of torchrun (RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT), so `torchrun --nproc-per-node 2 train.py` works too.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ T = TypeVar("T")
 
 PARENT = "TRAIN_LLM_PARENT"
 TIMEOUT = timedelta(minutes=30)
-"""Of a collective: the other ranks wait while rank 0 writes."""
+"""Timeout of collectives, in which the other ranks wait while rank 0 writes."""
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """Rank and world size of this process, and the collectives; a single process by default."""
+    """Rank and world size of this process, and its collectives; a single process by default."""
 
     rank: int = 0
     world_size: int = 1
 
     @property
     def local_rank(self) -> int:
-        """The index of this process, and of its card, on this host."""
+        """The index of this process, and of its GPU, on this host."""
         return int(os.environ.get("LOCAL_RANK", 0))
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the main process, the only one that writes."""
+        """True on the main process, the only one that writes."""
         return self.rank == 0
 
     def all_reduce(self, tensors: list[Tensor]) -> None:
-        """Sum each tensor over all ranks, in place, in one all-reduce of one flat buffer."""
+        """Sum each tensor over all ranks, in place, with a single all-reduce of a flat buffer."""
         if self.world_size == 1:
             return
         flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
@@ -66,7 +66,7 @@ class DistributedContext:
                 dist.broadcast(tensor.detach(), 0)
 
     def broadcast_object(self, value: Any) -> Any:
-        """Return rank 0's value, a small object."""
+        """Return the value of rank 0, a small object."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -74,7 +74,7 @@ class DistributedContext:
         return box[0]
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, small objects, in the order of ranks."""
+        """Return the values of all ranks, small objects, in rank order."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -86,7 +86,7 @@ SINGLE_PROCESS = DistributedContext()
 
 
 def is_launched_process() -> bool:
-    """Return whether this process is a rank already, launched by us or by torchrun."""
+    """Return whether this process is already a rank, launched by this module or by torchrun."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -95,14 +95,14 @@ def init_distributed(device: str) -> DistributedContext:
     if not is_launched_process() or int(os.environ["WORLD_SIZE"]) == 1:
         return DistributedContext()
     # This module keeps the process group that exists at its import as a default argument. The
-    # first optimizer would import it, by way of torch's compiler, and it would hold our group until
-    # the end. gloo's threads end only with the last reference to their group. A thread that frees a
+    # first optimizer would import it through torch's compiler, and it would hold our group until
+    # exit. Threads of gloo end only with the last reference to their group. A thread that frees a
     # tensor while Python shuts down aborts a finished run. Imported now, it holds no group.
     importlib.import_module("torch.distributed.nn.functional")  # `import` would hide `torch` above.
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if PARENT in os.environ:
         parent = int(os.environ[PARENT])
-        threading.Thread(target=_stop_without, args=(parent,), daemon=True).start()
+        threading.Thread(target=_stop_when_orphaned, args=(parent,), daemon=True).start()
     if device in ("auto", "cuda") and torch.cuda.is_available():
         card = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(card)
@@ -112,8 +112,8 @@ def init_distributed(device: str) -> DistributedContext:
     return DistributedContext(rank, world_size)
 
 
-def _stop_without(parent: int) -> None:
-    """Request a checkpoint and a stop once the process that launched the ranks is gone."""
+def _stop_when_orphaned(parent: int) -> None:
+    """Request a checkpoint and a stop once the process that launched the ranks has exited."""
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -128,7 +128,7 @@ def destroy_distributed() -> None:
 def run_on_main_process(distributed: DistributedContext, action: Callable[[], T]) -> T:
     """Call a function on rank 0 only, and return its result on all ranks.
 
-    A UserError of it is raised on all ranks.
+    If it raises UserError, all ranks raise that error.
     """
     outcome: Any = None
     if distributed.is_main:
@@ -144,48 +144,48 @@ def run_on_main_process(distributed: DistributedContext, action: Callable[[], T]
 
 
 def resolve_world_size(config: Any) -> int:
-    """Return the number of processes of a run: config.ranks, or one for each visible card.
+    """Return the number of processes of a run: config.ranks, or one for each visible GPU.
 
-    Raises UserError for more processes than cards.
+    Raises UserError if there are more processes than GPUs.
     """
-    use_cards = config.device in ("auto", "cuda") and torch.cuda.is_available()
-    cards = torch.cuda.device_count() if use_cards else 0
-    if cards and config.ranks > cards:
+    use_gpus = config.device in ("auto", "cuda") and torch.cuda.is_available()
+    gpus = torch.cuda.device_count() if use_gpus else 0
+    if gpus and config.ranks > gpus:
         raise UserError(
-            f"ranks={config.ranks}, but torch sees {cards} card{'s' if cards > 1 else ''}. Use at "
-            "most as many, or make more visible by CUDA_VISIBLE_DEVICES."
+            f"ranks={config.ranks}, but torch sees {gpus} GPU{'s' if gpus > 1 else ''}. Set ranks "
+            f"to at most {gpus}, or make more GPUs visible with CUDA_VISIBLE_DEVICES."
         )
-    return config.ranks or max(1, cards)
+    return config.ranks or max(1, gpus)
 
 
 def launch_processes(world_size: int) -> int:
     """Run this command as `world_size` ranks on this host, and return their exit code.
 
-    A rank that fails ends the others. Differs from torchrun in signals: its agent kills the ranks
-    30 seconds after a SIGTERM and then fails. Here signals are forwarded, and the ranks save, end
-    and decide the exit code.
+    If a rank fails, the others are killed. Signal handling differs from torchrun, whose agent kills
+    the ranks 30 seconds after a SIGTERM and then fails. Here signals are forwarded; the ranks save
+    a checkpoint, exit, and determine the exit code.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared[PARENT] = str(os.getpid())
+    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common[PARENT] = str(os.getpid())
     if "OMP_NUM_THREADS" not in os.environ:
         # By default each rank would use all cores.
-        shared["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // world_size))
+        common["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // world_size))
     processes: list[subprocess.Popen] = []
 
     def forward(number: int, frame: object) -> None:
         for process in processes:
-            process.send_signal(number)  # Does nothing to one that has ended.
+            process.send_signal(number)  # A no-op for a process that has exited.
 
     numbers = [signal.SIGTERM, signal.SIGINT, *filter(None, [getattr(signal, "SIGUSR1", None)])]
     before = {number: signal.signal(number, forward) for number in numbers}
     try:
         for rank in range(world_size):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
-            env = {**os.environ, **shared, **own}
-            # In a session of its own, so that a Ctrl-C reaches a rank only by way of this process.
+            env = {**os.environ, **common, **own}
+            # A new session for each rank: Ctrl-C then reaches the ranks only through this process.
             command = [sys.executable, *sys.argv]
             processes.append(subprocess.Popen(command, env=env, start_new_session=True))
         return _wait(processes)
@@ -195,7 +195,7 @@ def launch_processes(world_size: int) -> int:
 
 
 def _wait(processes: list[subprocess.Popen]) -> int:
-    """Wait for all processes, or for the first that fails; kill the others then."""
+    """Wait until all processes have exited; if one fails, kill the others."""
     while True:
         codes = [process.poll() for process in processes]
         if failed := next(filter(None, codes), 0):

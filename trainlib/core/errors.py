@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """A problem of settings, files or folders; its text says where, the value and what to do.
+    """A problem with settings, files or folders; the message gives location, value and fix.
 
     Entry points print it without a traceback and exit with code 1.
     """
@@ -22,7 +22,7 @@ class AlreadyFinished(UserError):  # noqa: N818  # Not an error: exit code 0.
 
 @contextlib.contextmanager
 def as_user_errors() -> Iterator[None]:
-    """Turn ValueError and OSError into UserError with the same text."""
+    """Convert ValueError and OSError to UserError with the same message."""
     try:
         yield
     except (ValueError, OSError) as error:

@@ -1,7 +1,7 @@
-"""Hardware of this machine, and how to compute on it: one pure function over one table.
+"""Hardware of this machine, and the choice of settings for it: a pure function of one table.
 
 configs/hardware.tsv has a row for each class of card; build.sh reads the same table for the
-container. A setting overrides what is chosen here.
+container. Settings take precedence over the choices made here.
 """
 
 from __future__ import annotations
@@ -33,45 +33,45 @@ log = logging.getLogger(__name__)
 TABLE = ROOT / "configs" / "hardware.tsv"
 CARDS = TABLE.with_name("cards.tsv")
 TABLE_ROW_LENGTH = 512
-"""Length of the rows that the table's micro-batch sizes count."""
+"""Row length in positions to which the micro-batch sizes of the table refer."""
 FEW_THREADS = 4
-"""Most threads with which attention uses blocks. Measured on two: 1.5 to 2.7 times as fast as a
-mask of the row for 8 heads, as fast for 3. The product of a block takes less than a millisecond,
-too little for many threads."""
+"""Largest number of threads for which attention uses blocks. With 2 threads, blocks were 1.5 to
+2.7 times as fast as a full mask for 8 heads, and equally fast for 3. The matrix product of a block
+takes less than a millisecond, too little work for many threads."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Properties of a machine that are known before anything is computed on it."""
+    """Properties of a machine, known before anything is computed on it."""
 
     cuda: tuple[int, int] | None = None
-    """Lowest compute capability of the visible cards; None without one."""
+    """Lowest compute capability of the visible cards; None if there is no card."""
     memory_mib: int = 0
-    """MiB of the smallest visible card."""
+    """Memory of the smallest visible card, in MiB."""
     mps: bool = False
-    """Whether torch has a Metal device."""
+    """True if torch has a Metal device."""
     varlen: bool = False
-    """Whether this torch has variable-length attention."""
+    """True if torch has variable-length attention."""
     amx: bool = False
-    """Whether the CPU has matrix tiles, with which "medium" products round to bf16."""
+    """True if the CPU has matrix tiles (AMX), with which "medium" products round to bf16."""
     threads: int = 1
-    """Threads of a matrix product on the CPU."""
+    """Threads that a matrix product on the CPU uses."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How to compute; except for rounding, nothing here changes what is learned."""
+    """Hardware settings of a run; apart from rounding, none changes what the model learns."""
 
     device: str
     precision: str
-    """fp32, bf16 or fp16; "measure" = the faster one of fp32 and bf16."""
+    """fp32, bf16 or fp16; "measure" = the faster of fp32 and bf16."""
     matmul: str
-    """Argument of torch.set_float32_matmul_precision."""
+    """Argument for torch.set_float32_matmul_precision."""
     attention: str
-    """masked (model.py), or a kernel of kernels/: varlen, blocks."""
+    """masked (the formula in model.py), or a kernel from kernels/: varlen, blocks."""
     compile: bool
     micro_batch_size: int
-    """Most rows in one forward pass."""
+    """Maximum number of rows in one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _read_tsv(path: Path) -> Iterator[dict[str, str]]:
 
 
 def read_table(path: Path = TABLE) -> list[HardwareRow]:
-    """Return the table of hardware, in its order."""
+    """Return the rows of the hardware table, in file order."""
     return [
         HardwareRow(r["profile"], capability(r["min_capability"]), capability(r["max_capability"]),
                     int(r["min_mib"]), int(r["micro_batch_size"]), r["precision"],
@@ -103,13 +103,13 @@ def read_table(path: Path = TABLE) -> list[HardwareRow]:
 
 
 def capability(text: str) -> tuple[int, int] | None:
-    """Parse a compute capability of the tables; "-" is none."""
+    """Parse a compute capability from a table; "-" means None."""
     major, _, minor = text.partition(".")
     return None if text == "-" else (int(major), int(minor))
 
 
 class Card(NamedTuple):
-    """A line of configs/cards.tsv; units there."""
+    """A row of configs/cards.tsv, which lists the units."""
 
     name: str
     tflops: float
@@ -121,15 +121,15 @@ class Card(NamedTuple):
 
     @property
     def slowest(self) -> float:
-        """Return how many times the time that --plan computes a step may take.
+        """Return the upper bound of a step's time, as a multiple of the time that --plan computes.
 
-        Before 8.0 no kernel skips what lies between documents, and Muon has no 16-bit numbers.
+        Below capability 8.0 no kernel skips pairs in different documents, and Muon runs in fp32.
         """
         return 4 / 3 if self.capability >= (8, 0) else 2.0
 
 
 def read_cards() -> dict[str, Card]:
-    """Return the table of cards by name, in its order."""
+    """Return the cards by name, in file order."""
     cards = {}
     for row in _read_tsv(CARDS):
         numbers = {key: float(row[key]) for key in ("tflops", "gbs", "gemm", "link")}
@@ -139,17 +139,17 @@ def read_cards() -> dict[str, Card]:
 
 
 def find_card(name: str) -> Card:
-    """Return a card by its name, in any case, with or without spaces; raises UserError."""
+    """Return a card by name, ignoring case and spaces; raises UserError if it is unknown."""
     cards = read_cards()
-    word = re.sub("[ _-]|nvidia|geforce|tesla", "", name.lower())
-    if found := cards.get(word) or cards.get(f"rtx{word}"):
+    key = re.sub("[ _-]|nvidia|geforce|tesla", "", name.lower())
+    if found := cards.get(key) or cards.get(f"rtx{key}"):
         return found
     names = ", ".join(cards)
-    raise UserError(f"--gpu {name}: unknown card. Name one of configs/{CARDS.name}: {names}.")
+    raise UserError(f"--gpu {name}: unknown card. Choose from configs/{CARDS.name}: {names}.")
 
 
 def find_row(facts: Facts, device: str, table: list[HardwareRow]) -> HardwareRow:
-    """Return the first row that fits a device; an unknown card is treated as the newest class."""
+    """Return the first matching row; an unknown card is treated like the newest class."""
     if device != "cuda" or facts.cuda is None:
         return next(row for row in table if row.profile == ("mps" if device == "mps" else "cpu"))
     cards = [row for row in table if row.highest and row.min_mib <= facts.memory_mib]
@@ -168,35 +168,35 @@ def choose_hardware(
     micro_batch_size: int = 0,
     row_length: int = TABLE_ROW_LENGTH,
 ) -> Choice:
-    """Return what "auto" stands for on a machine; a pure function.
+    """Resolve "auto" for a machine; a pure function.
 
-    Raises UserError for a device or precision that the machine does not have.
+    Raises UserError for a device or precision that the machine does not support.
     """
     if device == "auto":
-        device = "cuda" if facts.cuda else "cpu"  # mps only if a setting names it.
+        device = "cuda" if facts.cuda else "cpu"  # mps only on request.
     if device == "cuda" and not facts.cuda:
         raise UserError(
-            "device=cuda, but torch sees no CUDA device here. Use device=cpu, or check "
+            "device=cuda, but torch sees no CUDA device here. Set device=cpu, or check "
             '`nvidia-smi` and `python -c "import torch; print(torch.version.cuda)"`.'
         )
     if device == "mps" and not facts.mps:
-        raise UserError("device=mps, but torch has no Metal device here. Use device=cpu.")
+        raise UserError("device=mps, but torch has no Metal device here. Set device=cpu.")
     row = find_row(facts, device, table)
     if precision == "bf16" and device == "cuda" and facts.cuda and facts.cuda < (8, 0):
         raise UserError(
-            "precision=bf16 needs a card of compute capability 8.0 or more; this one has "
-            f"{facts.cuda[0]}.{facts.cuda[1]}. Use precision=fp16 or precision=fp32."
+            "precision=bf16 needs a card of compute capability 8.0 or higher; this one has "
+            f"{facts.cuda[0]}.{facts.cuda[1]}. Set precision=fp16 or precision=fp32."
         )
     if precision == "auto":
         precision = "measure" if device == "cpu" else row.precision
-    # On a CPU "medium" is oneDNN: exact fp32, up to 1.6 times as fast as "highest". With AMX it
-    # rounds to bf16. On CUDA "high" is TF32.
+    # On a CPU, "medium" uses oneDNN: exact fp32, up to 1.6 times as fast as "highest". With AMX it
+    # rounds to bf16. On CUDA, "high" means TF32.
     matmul = {"cuda": "high", "cpu": "highest" if facts.amx else "medium"}.get(device, "highest")
     if not micro_batch_size:
         micro_batch_size = max(1, row.micro_batch_size * TABLE_ROW_LENGTH // row_length)
     compiled = compile_ == "on" or (compile_ == "auto" and row.compile)
     attention = "blocks" if device == "cpu" and facts.threads <= FEW_THREADS else "masked"
-    # The varlen kernel needs capability 8.0 and 16-bit numbers.
+    # The varlen kernel requires capability 8.0 and a 16-bit dtype.
     modern = device == "cuda" and facts.cuda is not None and facts.cuda >= (8, 0)
     if facts.varlen and modern and precision in ("bf16", "fp16"):
         attention = "varlen"
@@ -207,7 +207,7 @@ def choose_hardware(
 
 
 def find_facts() -> Facts:
-    """Return the facts of this machine, for several cards their lowest values."""
+    """Return the facts of this machine; of several cards, the lowest values."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cards = [torch.cuda.get_device_properties(card) for card in range(count)]
     return Facts(
@@ -225,23 +225,23 @@ def unseen_card() -> str:
     in_container = os.environ.get("GPU_PROFILE", "cpu") != "cpu"
     if torch.cuda.is_available() or not (in_container or shutil.which("nvidia-smi")):
         return ""
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
     hint = (
         "On the host: docker compose up -d --force-recreate train"
         if in_container
-        else "CUDA 13 wants NVIDIA's driver 580 or newer; for 525 and newer: "
+        else "CUDA 13 requires NVIDIA driver 580 or newer; for 525 or newer: "
         "pip install torch==2.10.0"
     )
     return (
         f"torch {torch.__version__}, built for {built}, sees no card, so this runs on the CPU. "
-        f"{hint}. If the CPU is meant: device=cpu"
+        f"{hint}. If this is intended, set device=cpu"
     )
 
 
 def measured_precision(cache_file: Path, matmul: str) -> str:
     """Return fp32 or bf16, whichever is faster on this CPU.
 
-    The result is cached in a file, so that two runs on a machine agree. The key of the cache names
+    The result is cached in a file, so that all runs on a machine agree. The cache key contains
     everything that can change the result.
     """
     software = f"torch {torch.__version__} threads {torch.get_num_threads()} matmul {matmul}"
@@ -259,7 +259,7 @@ def measured_precision(cache_file: Path, matmul: str) -> str:
             torch.set_float32_matmul_precision(before)
         known[key] = min(seconds, key=lambda name: seconds[name])
         log.info(
-            "measured on this CPU: fp32 %.1f ms, bf16 %.1f ms for a product; using %s",
+            "measured a matrix product on this CPU: fp32 %.1f ms, bf16 %.1f ms; using %s",
             1e3 * seconds["fp32"], 1e3 * seconds["bf16"], known[key],
         )  # fmt: skip
         cache_file.parent.mkdir(parents=True, exist_ok=True)
@@ -268,13 +268,13 @@ def measured_precision(cache_file: Path, matmul: str) -> str:
 
 
 def _seconds(dtype: torch.dtype, budget: float = 0.15) -> float:
-    """Return the shortest time of the matrix product of a layer, within a budget of seconds."""
+    """Return the best time of a layer-sized matrix product, measured for `budget` seconds."""
     x, w = torch.ones(512, 512, dtype=dtype), torch.ones(512, 1408, dtype=dtype)
     return best_time(lambda: x @ w, budget)
 
 
 def best_time(action: Callable[[], object], budget: float) -> float:
-    """Return the shortest time of an action, in seconds; it is repeated within a budget."""
+    """Return the best time of an action in seconds, repeated for about `budget` seconds."""
     times: list[float] = []
     while len(times) < 2 or sum(times) < budget:
         begin = time.perf_counter()
@@ -286,7 +286,7 @@ def best_time(action: Callable[[], object], budget: float) -> float:
 
 
 def cpu_name() -> str:
-    """Return the vendor's name of the processor, and the number of cores."""
+    """Return the model name of the processor and the number of cores."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -296,10 +296,10 @@ def cpu_name() -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """Return whether this CPU has instructions for bfloat16 products."""
+    """Return whether this CPU has instructions for bfloat16 matrix products."""
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 def instructions() -> str:
-    """Return the instruction set of this CPU's matrix products, such as AVX2 or AVX512 bf16."""
+    """Return the instruction set for matrix products on this CPU, such as AVX2 or AVX512 bf16."""
     return f"{torch.backends.cpu.get_cpu_capability()}{' bf16' if cpu_has_bf16() else ''}"

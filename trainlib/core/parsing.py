@@ -13,53 +13,53 @@ SWITCHES = {"on": True, "true": True, "yes": True, "1": True}
 SWITCHES |= {"off": False, "false": False, "no": False, "0": False}
 
 
-def parse(kind: Any, value: str | list[str]) -> Any:
-    """Parse a text, or the texts of a list, as a type.
+def parse(type_: Any, value: str | list[str]) -> Any:
+    """Parse a string, or a list of strings, as a value of `type_`.
 
-    Raises ValueError, whose text says what is expected.
+    Raises ValueError with a message that says what is expected.
     """
-    origin, options = get_origin(kind), get_args(kind)
+    origin, options = get_origin(type_), get_args(type_)
     if origin is tuple:
         try:
             return tuple(parse(options[0], item) for item in _items(value))
         except ValueError:
-            raise ValueError(kind_text(kind)) from None
+            raise ValueError(type_text(type_)) from None
     if isinstance(value, list):
-        raise ValueError(f"{kind_text(kind)}, not a list")
-    if kind is str:
+        raise ValueError(f"{type_text(type_)}, not a list")
+    if type_ is str:
         return value
     text = value.strip()
     switch = SWITCHES.get(text.lower())
     if origin is Literal:
-        # YAML's other words for on and off count where these two are choices.
+        # If on and off are choices, all spellings of a YAML boolean are accepted.
         spelling = {True: "on", False: "off", None: text}[switch]
         found = text if text in options else spelling if spelling in options else None
-    elif kind is bool:
+    elif type_ is bool:
         found = switch
-    elif kind in (int, float):
-        found = _number(kind, text)
+    elif type_ in (int, float):
+        found = _number(type_, text)
     else:
-        raise TypeError(f"settings of type {kind} cannot be read")
+        raise TypeError(f"settings of type {type_} are not supported")
     if found is None:
-        raise ValueError(kind_text(kind))
+        raise ValueError(type_text(type_))
     return found
 
 
-def _number(kind: type, text: str) -> int | float | None:
-    """Return a finite number, whole for int; None if the text is none."""
+def _number(type_: type, text: str) -> int | float | None:
+    """Return a finite number, or None if the text is not a number of that type."""
     try:
         number = Decimal(text)
         value = float(number)
     except (InvalidOperation, ValueError):
         return None
-    if kind is float:
+    if type_ is float:
         return value if math.isfinite(value) else None
-    # The bound comes first: as an int, 1e999999999 would fill the memory.
+    # Check the bound first: as an int, 1e999999999 would exhaust memory.
     return int(number) if abs(value) < 2**63 and number == int(number) else None
 
 
 def _items(value: str | list[str]) -> list[str]:
-    """Return the texts of a list: [a, b], or one text alone; an empty text is the empty list."""
+    """Return the items of a list: [a, b], or a single item; an empty string is an empty list."""
     if isinstance(value, list):
         return value
     text = value.strip()
@@ -70,23 +70,23 @@ def _items(value: str | list[str]) -> list[str]:
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
     if not all(isinstance(item, str) for item in items):
-        raise ValueError("a list in a list")
+        raise ValueError("a flat list")
     return items
 
 
-def kind_text(kind: Any) -> str:
-    """Return a type in words."""
-    origin, options = get_origin(kind), get_args(kind)
+def type_text(type_: Any) -> str:
+    """Return a description of a type."""
+    origin, options = get_origin(type_), get_args(type_)
     if origin is tuple:
-        return f"a list like [a, b], each {kind_text(options[0])}"
+        return f"a list like [a, b], each item {type_text(options[0])}"
     if origin is Literal:
         return " or ".join(options)
-    names = {int: "a whole number", float: "a number", bool: "on or off", str: "a text"}
-    return names.get(kind, str(kind))
+    names = {int: "an integer", float: "a number", bool: "on or off", str: "a string"}
+    return names.get(type_, str(type_))
 
 
 def value_text(value: Any) -> str:
-    """Return a value as YAML, in the form that parse reads back."""
+    """Format a value as YAML that parse reads back."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, (tuple, list)):
@@ -94,5 +94,5 @@ def value_text(value: Any) -> str:
     text = repr(value) if isinstance(value, float) else str(value)
     if re.fullmatch(r"[\w./+-]+", text, re.ASCII):
         return text
-    # Quoted on one line, with escapes for whatever YAML would fold.
+    # Quoted on one line; characters that YAML would fold are escaped.
     return yaml.dump(text, default_style='"', allow_unicode=True, width=10**9).rstrip("\n")

@@ -1,8 +1,8 @@
 """Settings: frozen dataclasses filled from a YAML file, the environment and the command line.
 
 Sections are dataclass fields of the stage's class. Precedence: command line, environment
-(hardware keys only), YAML, default. A value is parsed by the type of its field, never by YAML's
-guess: `1e-3` is a number, `off` a switch and `23:30` a text, in a file and on the command line.
+(hardware keys only), YAML, default. A value is parsed by the type of its field, never by the rules
+of YAML: `1e-3` can be a number, `off` a boolean and `23:30` a string, in a file and in arguments.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from trainlib.core.parsing import parse, value_text
 
 T = TypeVar("T")
 HARDWARE_KEYS = ("device", "ranks", "micro_batch_size", "precision", "compile", "kernels")
-"""Keys that TRAIN_LLM_<KEY> in the environment may set."""
+"""Keys that the environment variables TRAIN_LLM_<KEY> may set."""
 COMMAND_LINE = "command line"
 
 
-class Given(NamedTuple):
-    """A value as it was written, one text or a list of texts, and its source."""
+class RawValue(NamedTuple):
+    """An unparsed value, a string or a list of strings, and its source."""
 
     value: str | list[str]
     source: str
 
     @property
-    def shown(self) -> str:
-        """The value as one text."""
+    def text(self) -> str:
+        """The value as a single string."""
         return self.value if isinstance(self.value, str) else "[" + ", ".join(self.value) + "]"
 
 
 @dataclass(frozen=True)
 class Key:
-    """One setting of a class: its dotted name, and its field's type, default and docstring."""
+    """One setting of a class: its dotted name, and the type, default and doc of its field."""
 
     name: str
-    kind: Any
+    type: Any
     default: Any
     doc: str
     recipe: bool
@@ -59,7 +59,7 @@ class Key:
 
 
 def keys(cls: type) -> list[Key]:
-    """Return all settings of a class and its sections, in the order of their definition.
+    """Return all settings of a class and its sections, in definition order.
 
     Every field must have a default.
     """
@@ -67,26 +67,26 @@ def keys(cls: type) -> list[Key]:
 
 
 def _walk(config: Any, prefix: str = "", recipe: bool = True) -> Iterator[Key]:
-    """Yield the settings of a config and its sections, with their values as defaults."""
+    """Yield the settings of a config and its sections, with the current values as defaults."""
     hints, docs_by_name = get_type_hints(type(config)), _attribute_docs(type(config))
     for field in fields(config):
         name, value = prefix + field.name, getattr(config, field.name)
-        learned = recipe and field.metadata.get("recipe", True)
+        in_recipe = recipe and field.metadata.get("recipe", True)
         if is_dataclass(value):
-            yield from _walk(value, name + ".", learned)
+            yield from _walk(value, name + ".", in_recipe)
         else:
-            yield Key(name, hints[field.name], value, docs_by_name.get(field.name, ""), learned)
+            yield Key(name, hints[field.name], value, docs_by_name.get(field.name, ""), in_recipe)
 
 
 def _attribute_docs(cls: type) -> dict[str, str]:
-    """Return the first paragraph of the literal under each field, base classes included."""
+    """Return the first paragraph of the docstring under each field, base classes included."""
     docs_by_name: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         if not is_dataclass(owner):
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-        except OSError:  # Without its source a class has no docs.
+        except OSError:  # The source is not available.
             continue
         body = tree.body[0].body  # type: ignore[attr-defined]
         for statement, after in zip(body, body[1:], strict=False):
@@ -99,19 +99,19 @@ def _attribute_docs(cls: type) -> dict[str, str]:
     return docs_by_name
 
 
-# ---- 2. given values -----------------------------------------------------------------------------
+# ---- 2. raw values -------------------------------------------------------------------------------
 
 
-def read_file(path: Path, names: list[str], errors: list[str]) -> dict[str, Given] | None:
-    """Return the dotted keys of a YAML file; None, and an error, if it cannot be read at all."""
+def read_file(path: Path, names: list[str], errors: list[str]) -> dict[str, RawValue] | None:
+    """Return the values of a YAML file by dotted key, or None if unreadable; append to `errors`."""
     try:
         root = yaml.compose(path.read_bytes().decode("utf-8-sig"), yaml.BaseLoader)
     except OSError as error:
-        hint = "name another as the first argument, like configs/NAME.yaml"
+        hint = "pass another as the first argument, like configs/NAME.yaml"
         errors.append(f"{path}: cannot read the config file ({error.strerror}); {hint}")
         return None
     except UnicodeDecodeError as error:
-        errors.append(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8")
+        errors.append(f"{path}: not UTF-8 (byte {error.start}); convert it to UTF-8")
         return None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -122,37 +122,37 @@ def read_file(path: Path, names: list[str], errors: list[str]) -> dict[str, Give
     if root is not None and not isinstance(root, yaml.MappingNode):
         errors.append(f"{path}:1: expected `key: value` lines")
         return {}
-    given: dict[str, Given] = {}
+    values: dict[str, RawValue] = {}
     lines: dict[str, int] = {}
     for name, line, node in _entries(root, names):
         source = f"{path}:{line}"
         if not name:
             errors.append(f"{source}: expected `key: value`")
         elif name in lines:
-            errors.append(f"{name} ({source}): given twice, first in line {lines[name]}; keep one")
+            errors.append(f"{name} ({source}): set twice, first in line {lines[name]}; keep one")
         elif _is_section(name, names):
             if not isinstance(node, yaml.MappingNode) and node.value != "":
-                errors.append(f"{name} ({source}): a section; expected `key: value` lines in it")
+                errors.append(f"{name} ({source}): a section; expected `key: value` lines under it")
         elif name not in names:
             errors.append(f"{name} ({source}): {_unknown(name, names)}")
         elif isinstance(node, yaml.ScalarNode):
-            given[name] = Given(node.value, source)
+            values[name] = RawValue(node.value, source)
         elif isinstance(node, yaml.SequenceNode) and all(
             isinstance(item, yaml.ScalarNode) for item in node.value
         ):
-            given[name] = Given([item.value for item in node.value], source)
+            values[name] = RawValue([item.value for item in node.value], source)
         else:
-            errors.append(f"{name} ({source}): expected one value, or a list of values")
+            errors.append(f"{name} ({source}): expected a value or a list of values")
         lines.setdefault(name, line)
-    return given
+    return values
 
 
 def _entries(
     node: yaml.MappingNode | None, names: list[str], prefix: str = ""
 ) -> Iterator[tuple[str, int, yaml.Node]]:
-    """Yield dotted key, line and value of each entry of a mapping and of the sections in it.
+    """Yield the dotted key, line and value of each entry of a mapping and of its sections.
 
-    A key that is a list or a mapping becomes the empty text.
+    A key that is a list or a mapping becomes an empty string.
     """
     for key, value in node.value if node else ():
         name = prefix + key.value if isinstance(key, yaml.ScalarNode) else ""
@@ -166,27 +166,27 @@ def _is_section(name: str, names: list[str]) -> bool:
 
 
 def _unknown(name: str, names: list[str]) -> str:
-    """Return the message for a name that is no key, with the nearest key."""
+    """Return the error message for an unknown key; it suggests the nearest key."""
     if _is_section(name, names):
         return f"a section; set a key in it, like {name}.KEY=value"
     last = name.rpartition(".")[2]
     by_last = {known.rpartition(".")[2]: known for known in reversed(names)}
     near = [by_last[last]] if last in by_last else difflib.get_close_matches(name, names, 1)
     near = near or [by_last[match] for match in difflib.get_close_matches(last, by_last, 1)]
-    return f"unknown key; did you mean {near[0]}?" if near else "unknown key; --help lists all"
+    return f"unknown key; did you mean {near[0]}?" if near else "unknown key; --help lists all keys"
 
 
 def _read_arguments(
     argv: list[str], names: list[str], errors: list[str]
-) -> tuple[Path | None, dict[str, Given]]:
-    """Return the config file, if one is named, and the keys; of equal keys the last one counts."""
+) -> tuple[Path | None, dict[str, RawValue]]:
+    """Return the config file, if any, and the values by key; the last of duplicate keys wins."""
     file: Path | None = None
-    given: dict[str, Given] = {}
+    values: dict[str, RawValue] = {}
     for argument in argv:
         name, equals, value = argument.partition("=")
         bare, error = name.lstrip("-").replace("-", "_"), ""
         if argument.endswith((".yaml", ".yml")) and (not equals or "/" in name):
-            error = f"a second config file after {file}" if file else ""
+            error = f"a second config file, after {file}; pass only one" if file else ""
             file = file or Path(argument)
         elif name.startswith("-") and bare in names:
             error = f"write it without dashes: {bare}={value or 'VALUE'}"
@@ -195,17 +195,17 @@ def _read_arguments(
         elif name not in names:
             error = _unknown(name, names)
         else:
-            given[name] = Given(value, COMMAND_LINE)
+            values[name] = RawValue(value, COMMAND_LINE)
         if error:
             errors.append(f"{argument} ({COMMAND_LINE}): {error}")
-    return file, given
+    return file, values
 
 
-def _read_environment(names: list[str]) -> dict[str, Given]:
-    """Return the hardware keys that the environment sets."""
+def _read_environment(names: list[str]) -> dict[str, RawValue]:
+    """Return the values of the hardware keys that are set in the environment."""
     variables = {name: f"TRAIN_LLM_{name.upper()}" for name in HARDWARE_KEYS if name in names}
     return {
-        name: Given(os.environ[variable], f"environment {variable}")
+        name: RawValue(os.environ[variable], f"environment {variable}")
         for name, variable in variables.items()
         if os.environ.get(variable)
     }
@@ -215,9 +215,9 @@ def _read_environment(names: list[str]) -> dict[str, Given]:
 
 
 def load_config(cls: type[T], argv: list[str], default_file: Path | None) -> T:
-    """Return the settings of a run from `[config.yaml] [section.key=value ...]`.
+    """Return the settings of a run from the arguments `[config.yaml] [section.key=value ...]`.
 
-    Raises UserError with every problem at once: key, value, source, and what is expected.
+    Raises a single UserError that lists all problems: key, value, source, and what is expected.
     """
     known = {key.name: key for key in keys(cls)}
     errors: list[str] = []
@@ -227,18 +227,18 @@ def load_config(cls: type[T], argv: list[str], default_file: Path | None) -> T:
     values: dict[str, Any] = {}
     sources = dict.fromkeys(known, "default")
     length_keys = [known[name] for name in getattr(cls, "LENGTH_KEYS", ())]
-    # Keys whose value is not known: an error that mentions one may follow from another error.
+    # Keys whose value is unknown: errors that mention one may follow from another error.
     failed = set(known) if in_file is None else set()
-    for given in (in_file or {}, _read_environment(list(known)), arguments):
-        for name, value in given.items():
+    for raw in (in_file or {}, _read_environment(list(known)), arguments):
+        for name, value in raw.items():
             sources[name] = value.source
             try:
-                values[name] = parse(known[name].kind, value.value)
+                values[name] = parse(known[name].type, value.value)
                 failed.discard(name)
             except ValueError as error:
-                errors.append(f"{name}={value.shown} ({value.source}): expected {error}")
+                errors.append(f"{name}={value.text} ({value.source}): expected {error}")
                 failed.add(name)
-        _keep_one_length(length_keys, set(given) - failed, values, sources, errors)
+        _keep_one_length(length_keys, set(raw) - failed, values, sources, errors)
     config = _replace_values(cls(), values)
     errors += _config_errors(config, sources, failed)
     if errors:
@@ -250,25 +250,25 @@ def load_config(cls: type[T], argv: list[str], default_file: Path | None) -> T:
 
 def _keep_one_length(
     length_keys: list[Key],
-    given: set[str],
+    names: set[str],
     values: dict[str, Any],
     sources: dict[str, str],
     errors: list[str],
 ) -> None:
-    """Let the length that a source gives replace those of weaker sources and of defaults."""
-    lengths = [key.name for key in length_keys if key.name in given and values[key.name]]
+    """Reset all other length keys if a source sets one, so that it overrides earlier sources."""
+    lengths = [key.name for key in length_keys if key.name in names and values[key.name]]
     if len(lengths) > 1:
         both = " and ".join(f"{name}={value_text(values[name])}" for name in lengths)
         origins = ", ".join(dict.fromkeys(sources[name] for name in lengths))
-        errors.append(f"{both} ({origins}): two lengths of one run; keep one")
+        errors.append(f"{both} ({origins}): a run has only one length; keep one")
     for key in length_keys:
-        # `max_steps=0` next to the new length is of the same source, and stays.
+        # An explicit zero such as `max_steps=0` stays as it is.
         if lengths and key.name != lengths[-1] and values.get(key.name, key.default):
             values[key.name], sources[key.name] = 0, f"replaced by {lengths[-1]}"
 
 
 def _replace_values(config: T, values: dict[str, Any], prefix: str = "") -> T:
-    """Return a config with the given values, by dotted key, in it and in its sections."""
+    """Return a copy of a config with values replaced by dotted key, also in its sections."""
     changes = {}
     for field in fields(config):  # type: ignore[arg-type]
         name, value = prefix + field.name, getattr(config, field.name)
@@ -285,11 +285,11 @@ BOUNDS = {
     "below": ("below", operator.lt),
     "at_most": ("at most", operator.le),
 }
-"""Bounds that the metadata of a field may hold: their words, and what a value must fulfil."""
+"""Bounds in the metadata of a field: the wording for messages, and the comparison."""
 
 
 def bound_errors(config: Any, prefix: str = "") -> list[str]:
-    """Return one message for each value that its field's bounds do not allow, sections excluded."""
+    """Return one message for each value that is out of bounds, without those of sections."""
     errors = []
     for field in fields(config):
         value = getattr(config, field.name)
@@ -303,10 +303,10 @@ def bound_errors(config: Any, prefix: str = "") -> list[str]:
 def _config_errors(
     config: Any, sources: dict[str, str], failed: set[str], prefix: str = ""
 ) -> list[str]:
-    """Return what is wrong with a config and its sections, with the sources of the keys.
+    """Return the errors of a config and its sections, with the sources of the keys.
 
-    Messages that mention a key of `failed` are skipped: they may follow from another problem. The
-    keys of a section with errors are added to it.
+    Skips messages that mention a key in `failed`, since they may follow from another problem. Adds
+    the keys of a section with errors to `failed`.
     """
     errors: list[str] = []
     for field in fields(config):
@@ -324,11 +324,11 @@ def _config_errors(
     return errors
 
 
-# ---- 4. a finished config ------------------------------------------------------------------------
+# ---- 4. a loaded config --------------------------------------------------------------------------
 
 
 def with_value(cfg: T, name: str, value: Any, source: str) -> T:
-    """Return the settings with one dotted key set by the program; provenance gives the source."""
+    """Return a copy of the settings with one dotted key changed, and record `source` for it."""
     head, _, rest = name.partition(".")
     inner = with_value(getattr(cfg, head), rest, value, source) if rest else value
     changed = dataclasses.replace(cfg, **{head: inner})  # type: ignore[type-var]
@@ -337,7 +337,7 @@ def with_value(cfg: T, name: str, value: Any, source: str) -> T:
 
 
 def resolved(cfg: T, **values: Any) -> T:
-    """Return the settings with the values that "auto" stands for; their source says so."""
+    """Return a copy of the settings with "auto" replaced by resolved values, of source "auto"."""
     for name, value in values.items():
         if value != getattr(cfg, name):
             cfg = with_value(cfg, name, value, "auto")
@@ -346,26 +346,26 @@ def resolved(cfg: T, **values: Any) -> T:
 
 def provenance(cfg: Any) -> dict[str, str]:
     """Return the source of each value: file:line, command line, environment X, default."""
-    noted, defaults = getattr(cfg, "_provenance", {}), keys(type(cfg))
+    recorded, defaults = getattr(cfg, "_provenance", {}), keys(type(cfg))
     return {
-        key.name: noted.get(key.name, "default" if key == default else "set by the program")
+        key.name: recorded.get(key.name, "default" if key == default else "set by the program")
         for key, default in zip(_walk(cfg), defaults, strict=True)
     }
 
 
 def recipe(cfg: Any) -> dict[str, Any]:
-    """Return the settings that decide what is learned, by dotted key, in values of JSON.
+    """Return the settings that determine what the model learns, by dotted key, as JSON values.
 
-    A field whose metadata says {"recipe": False} is skipped, with all of its section.
+    Skips a field with the metadata {"recipe": False}, and all of its section.
     """
     values = {key.name: key.default for key in _walk(cfg) if key.recipe}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 def write_run_yaml(cfg: Any, path: Path) -> None:
-    """Write the resolved settings as YAML that load_config can read, each with its source."""
+    """Write the resolved settings and their sources as YAML that load_config can read."""
     lines, section, sources = [], "", provenance(cfg)
-    # Keys without a section first: those after one would belong to it.
+    # Keys without a section come first; after a section header they would belong to it.
     for key in sorted(_walk(cfg), key=lambda key: key.name.count(".")):
         head, _, last = key.name.rpartition(".")
         if head != section:

@@ -1,4 +1,4 @@
-"""Streams and signals of a run that outlives its terminal: a closed window does not end it."""
+"""Streams and signals of a run that continues after its terminal is closed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DetachableStream(io.TextIOBase):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write, or drop the text if the other end is gone (EIO, EPIPE)."""
+        """Write text, or discard it if the other end is gone (EIO, EPIPE)."""
         try:
             return self._stream.write(text)
         except (OSError, ValueError):
@@ -25,7 +25,7 @@ class DetachableStream(io.TextIOBase):
             return len(text)
 
     def flush(self) -> None:
-        """Flush, or drop the buffer if the other end is gone."""
+        """Flush the buffer, or discard it if the other end is gone."""
         try:
             self._stream.flush()
         except (OSError, ValueError):
@@ -34,7 +34,7 @@ class DetachableStream(io.TextIOBase):
     def _detach(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
-            # The descriptor too, so that the stream can flush its buffer at exit.
+            # Redirect the descriptor too, so that the stream can flush its buffer at exit.
             os.dup2(null, self._stream.fileno())
             os.close(null)
 
@@ -46,17 +46,17 @@ class DetachableStream(io.TextIOBase):
         return self._stream.isatty()
 
     def fileno(self) -> int:
-        """Return the descriptor of the stream."""
+        """Return the file descriptor of the stream."""
         return self._stream.fileno()
 
 
 def survive_a_dead_terminal() -> None:
-    """Ignore SIGHUP, and replace stdout and stderr by streams that survive their terminal."""
+    """Ignore SIGHUP, and replace stdout and stderr with streams that survive their terminal."""
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # As under pythonw and some services.
+        if stream is None:  # For example under pythonw and some services.
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif not isinstance(stream, DetachableStream):
             setattr(sys, name, DetachableStream(stream))

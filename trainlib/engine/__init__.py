@@ -1,1 +1,1 @@
-"""How a model is trained: run, step, loop, validation, checkpoints, metrics."""
+"""Training: run, step, loop, validation, checkpoints, metrics."""

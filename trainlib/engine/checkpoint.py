@@ -1,12 +1,12 @@
-"""Step folders: each is a Hugging Face model folder with the training state next to it.
+"""Step folders: each is a Hugging Face model folder that also holds the training state.
 
     step_000200/   model.safetensors and extra_files (config.json, tokenizer.json, ...)
                    optimizer.safetensors   tensors by parameter name, RNG states
                    train_state.json        everything else
     latest         the name of the newest complete step folder
 
-Nothing is pickled, so loading cannot run code. A folder is written under another name, synced to
-the disk, and renamed when it is complete.
+Nothing is pickled, so loading cannot execute code. A folder is written under a temporary name,
+synced to disk, and renamed once it is complete.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from trainlib.core.files import sync, write_atomically
 
 
 class Checkpoints:
-    """The step folders of a run; a thread writes them from snapshots."""
+    """The step folders of a run, written from snapshots by a background thread."""
 
     def __init__(
         self, folder: Path, keep: int, writes: bool = True, files: dict[str, str] | None = None
     ) -> None:
         self.folder, self.keep = folder, keep
         self.writes = writes
-        """Whether this process writes; only rank 0 does."""
+        """True if this process writes, which only rank 0 does."""
         self.extra_files = files or {}
-        """Files that make a checkpoint a model folder: file name to content."""
+        """Contents by name of the files that make a checkpoint a model folder."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -49,7 +49,7 @@ class Checkpoints:
     ) -> None:
         """Take a snapshot and write it in the background.
 
-        Raises UserError if the previous one could not be written.
+        Raises UserError if the previous snapshot could not be written.
         """
         self.join()
         if not self.writes:
@@ -59,42 +59,42 @@ class Checkpoints:
         self._writing = self._thread.submit(self._write, step, weights, _snapshot(tensors), state)
 
     def join(self) -> None:
-        """Wait until the last snapshot is on disk. Raises UserError if it cannot be written."""
+        """Wait until the last snapshot is on disk; raises UserError if it could not be written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             try:
                 writing.result()
             except (OSError, SafetensorError) as error:
                 raise UserError(
-                    f"{self.folder}: a checkpoint could not be written ({error}). The one before,"
-                    " if any, is whole; free some space and start again to go on from it."
+                    f"{self.folder}: a checkpoint could not be written ({error}). The previous one,"
+                    " if any, is intact. Free some space, then rerun the command to resume."
                 ) from error
 
     def _write(
         self, step: int, weights: dict[str, Tensor], tensors: dict[str, Tensor], state: Any
     ) -> None:
-        """Write a step folder, make it the newest one, and remove the oldest ones."""
+        """Write a step folder, point `latest` to it, and remove the oldest folders."""
         name = f"step_{step:06d}"
-        # A killed process may have left some; only one thread writes here.
+        # Remove what a killed process left behind; only this thread writes here.
         for partial in self.folder.glob(".writing-*"):
             shutil.rmtree(partial, ignore_errors=True)
         with self._new_folder(name, weights) as partial:
             save_file(tensors, partial / "optimizer.safetensors")
             (partial / "train_state.json").write_text(json.dumps(state), encoding="utf-8")
         write_atomically(self.folder / "latest", name)
-        # Later ones exist if the run was resumed from an earlier one; they do not count.
-        up_to_here = [path for path in self._step_folders() if _step(path) <= step]
-        for old in up_to_here[: -self.keep]:
+        # A run resumed from an earlier checkpoint may have later folders, which do not count.
+        up_to_step = [path for path in self._step_folders() if _step(path) <= step]
+        for old in up_to_step[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def _step_folders(self) -> list[Path]:
-        """Return the complete step folders, the oldest first; by number, as widths differ."""
+        """Return the complete step folders sorted by number, as names differ in width."""
         names = (path for path in self.folder.glob("step_*") if path.name[5:].isdigit())
         return sorted(names, key=_step)
 
     @contextlib.contextmanager
     def _new_folder(self, name: str, weights: dict[str, Tensor]) -> Iterator[Path]:
-        """Yield a hidden model folder to add files to; sync and rename it on exit."""
+        """Yield a temporary model folder to add files to; sync and rename it on exit."""
         partial, folder = self.folder / f".writing-{name}", self.folder / name
         try:
             shutil.rmtree(partial, ignore_errors=True)
@@ -114,7 +114,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
 
     def write_final(self, model: nn.Module) -> None:
-        """Write final/, the model folder that the next stage starts from.
+        """Write final/, the model folder from which the next stage starts.
 
         Raises UserError if it cannot be written.
         """
@@ -125,21 +125,21 @@ class Checkpoints:
                 pass
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{self.folder / 'final'}: could not be written ({error}). The last step folder is"
-                " whole; free some space and start again to go on from it."
+                f"{self.folder / 'final'}: could not be written ({error}). The last checkpoint is"
+                " intact. Free some space, then rerun the command to resume."
             ) from error
 
     def newest(self) -> Path | None:
-        """Return the step folder that `latest` names, or else the last one."""
+        """Return the step folder that `latest` names, otherwise the one with the highest number."""
         folders, latest = self._step_folders(), self.folder / "latest"
         text = latest.read_text(encoding="utf-8", errors="replace") if latest.is_file() else ""
         named = [folder for folder in folders if folder.name == text.strip()]
         return next(reversed(named or folders), None)
 
     def restore(self, model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Load a step folder into a model; return tensors and state.
+        """Load a step folder into a model; return its other tensors and the state.
 
-        Raises UserError, and leaves the model unchanged, if the folder is damaged or does not fit.
+        Raises UserError and leaves the model unchanged if the folder is damaged or does not match.
         """
         try:
             weights = load_file(folder / "model.safetensors")
@@ -147,13 +147,13 @@ class Checkpoints:
             state = json.loads((folder / "train_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
-                f"{folder} is damaged ({error}). Resume from another with resume=FOLDER, or start"
-                " over with resume=never."
+                f"{folder} is damaged ({error}). Resume from another step folder with resume=PATH,"
+                " or start over with resume=never."
             ) from error
         parameters = dict(model.named_parameters())
         saved, needed = ({(n, t.shape) for n, t in d.items()} for d in (weights, parameters))
         if wrong := sorted({name for name, _ in saved ^ needed}):
-            raise UserError(f"{folder} does not fit the model: {', '.join(wrong[:5])}")
+            raise UserError(f"{folder} does not match the model: {', '.join(wrong[:5])}")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
@@ -161,7 +161,7 @@ class Checkpoints:
 
 
 def _step(folder: Path) -> int:
-    """Return the step of a step folder."""
+    """Return the step number of a step folder."""
     return int(folder.name.removeprefix("step_"))
 
 
@@ -173,15 +173,15 @@ def _snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def optimizer_tensors(
     optimizers: list[Optimizer], model: nn.Module
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimizers' state by parameter name: tensors, and other values."""
+    """Return the state of the optimizers by parameter name: tensors, and other values."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for index, optimizer in enumerate(optimizers):
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
-                into: dict[str, Any] = tensors if isinstance(value, Tensor) else scalars
-                into[f"{index}/{names[parameter]}/{key}"] = value
+                target: dict[str, Any] = tensors if isinstance(value, Tensor) else scalars
+                target[f"{index}/{names[parameter]}/{key}"] = value
     return tensors, scalars
 
 
@@ -191,14 +191,14 @@ def load_optimizer_tensors(
     tensors: dict[str, Tensor],
     scalars: dict[str, Any],
 ) -> None:
-    """Restore the optimizers' state by parameter name, in any order of the parameters.
+    """Restore the state of the optimizers by parameter name, in any order of parameters.
 
-    Raises UserError for the state of other optimizers.
+    Raises UserError if the state belongs to other optimizers.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     saved: dict[str, dict[str, dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
     for full_name, value in {**tensors, **scalars}.items():
-        if full_name[0].isdigit():  # Others are RNG states.
+        if full_name[0].isdigit():  # All others are RNG states.
             index, name, key = full_name.split("/")
             saved[index][name][key] = value
     for index, optimizer in enumerate(optimizers):
@@ -208,6 +208,6 @@ def load_optimizer_tensors(
         optimizer.load_state_dict({**optimizer.state_dict(), "state": ordered})
     if any(saved.values()):
         raise UserError(
-            "the checkpoint was written by other optimizers (optim.name). Start a new run from"
-            " its weights with init_from=FOLDER, or keep optim.name."
+            "the checkpoint was written with other optimizers (optim.name). Keep optim.name, or"
+            " start a new run from its weights with init_from=FOLDER."
         )

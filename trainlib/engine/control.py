@@ -15,21 +15,21 @@ from trainlib.engine.optim import Schedule
 log = logging.getLogger(__name__)
 
 MARGIN = 0.98
-"""Share of the remaining time that a plan uses, because steps differ in length."""
+"""Fraction of the remaining time to plan for, because the time of a step varies."""
 
 
 @dataclass(frozen=True)
 class Requests:
-    """Requests since the last step."""
+    """Requests received since the last step."""
 
     save: bool = False
     stop: bool = False
     finish: int | None = None
-    """The last step, if the learning rate is to decay from now on."""
+    """The last step of the run, if the learning rate is to decay from now on."""
 
 
 class Clock:
-    """The time that a run has taken, before resumes too, and the time that it has left."""
+    """Elapsed time of a run, including the time before resumes, and its remaining time."""
 
     def __init__(self, max_hours: float = 0) -> None:
         self._begin, self.earlier = time.monotonic(), 0.0
@@ -37,18 +37,18 @@ class Clock:
         self._first: tuple[int, float] | None = None
 
     def seconds(self) -> float:
-        """Return the seconds of this run so far, those before a resume included."""
+        """Return the elapsed seconds of this run, including those before a resume."""
         return self.earlier + time.monotonic() - self._begin
 
     def left(self) -> float | None:
-        """Return the seconds left; None for a run whose length is not a time."""
+        """Return the seconds left, or None for a run without a time limit."""
         return self._max_seconds - self.seconds() if self._max_seconds else None
 
     def plan(self, step: int, schedule: Schedule) -> int | None:
-        """Return the last step, if the decay has to begin now or to end earlier than planned.
+        """Return the last step if the decay must begin now or end earlier than planned, else None.
 
-        The decay takes decay_fraction of all steps. As much time is reserved for the end, which
-        has an evaluation and final/, as the start took, which had an evaluation and a compilation.
+        The decay takes decay_fraction of all steps. The end (evaluation, writing final/) is
+        allotted as much time as the start took (compilation, evaluation).
         """
         left, now = self.left(), time.monotonic()
         if left is None:
@@ -61,20 +61,20 @@ class Clock:
         left -= first_time - self._begin
         if schedule.num_steps is None:
             steps_left = max(0, int(MARGIN * left / per_step))
-            due = steps_left <= schedule.config.decay_fraction * (step + steps_left)
-            return step + steps_left if due else None
-        # The decay has begun with a margin, so only a run that became slower ends earlier.
+            begins = steps_left <= schedule.config.decay_fraction * (step + steps_left)
+            return step + steps_left if begins else None
+        # The decay was planned with a margin, so only a run that became slower ends earlier.
         steps_left = max(0, int(left / per_step))
         return step + steps_left if step + steps_left < schedule.num_steps else None
 
 
 class Control:
-    """Signals, the file FINISH in the run's folder, and the clock.
+    """Signals, the FINISH file in the folder of the run, and the clock.
 
     SIGTERM and SIGINT: save a checkpoint and stop. SIGUSR1: save a checkpoint and continue. SIGHUP,
-    which a closed terminal sends, is ignored (trainlib.engine.launch). FINISH: decay the learning
-    rate from now on, over decay_fraction of the steps done so far, then finish. Rank 0 decides for
-    all ranks.
+    sent when a terminal is closed, is ignored (trainlib.core.terminal). FINISH: decay the learning
+    rate from now on, for decay_fraction of the number of steps done so far, then finish the run.
+    Rank 0 decides for all ranks.
     """
 
     def __init__(self, folder: Path, clock: Clock, distributed: DistributedContext) -> None:
@@ -94,7 +94,7 @@ class Control:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        """Record a signal; a second SIGINT interrupts at once."""
+        """Record a signal; a SIGINT after a stop request raises KeyboardInterrupt."""
         if number == getattr(signal, "SIGUSR1", None):
             self._save = True
         elif self._stop and number == signal.SIGINT:
@@ -103,7 +103,7 @@ class Control:
             self._stop = True
 
     def poll(self, step: int, schedule: Schedule) -> Requests:
-        """Return the current requests; a request to save or to finish is returned once."""
+        """Return the current requests; each request to save or finish is returned only once."""
         requests = Requests()
         if self._distributed.is_main:
             requests = Requests(self._save, self._stop, self._finish(step, schedule))
@@ -114,12 +114,12 @@ class Control:
         return requests
 
     def _finish(self, step: int, schedule: Schedule) -> int | None:
-        """Return the last step, if the FINISH file or the clock asks for one."""
+        """Return the last step if the FINISH file or the clock requests the end, else None."""
         if self._finish_file.exists() and schedule.decay is None:
-            # The file stays: a run that is killed before its next checkpoint needs it again.
+            # Keep the file: a run that is killed before its next checkpoint needs it again.
             end = step + max(1, round(schedule.config.decay_fraction * step))
             if schedule.num_steps is not None and end >= schedule.num_steps:
-                log.info("FINISH: the run ends at step %d anyway", schedule.num_steps)
+                log.info("FINISH ignored: the run ends at step %d anyway", schedule.num_steps)
                 self._finish_file.unlink()
                 return None
             return end

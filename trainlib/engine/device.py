@@ -1,4 +1,4 @@
-"""How this process computes: autocast, compilation with its fallback, evaluation mode."""
+"""Autocast, compilation with a fallback, and evaluation mode."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Hardware:
-    """How this process computes; `kernels` is set by the warm-up."""
+    """Hardware settings of this process; the warm-up sets `kernels`."""
 
     device: torch.device
     precision: str
     attention: str
-    """Attention kernel that suits the device: masked, varlen or blocks."""
+    """Attention kernel for the device: masked, varlen or blocks."""
     compile: bool
     micro_batch_size: int
     kernels: tuple[str, ...] = ()
-    """Kernels in use instead of plain formulas (trainlib/engine/kernels.py)."""
+    """Kernels in use instead of the plain formulas (trainlib/engine/kernels.py)."""
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context of a forward pass: 16-bit products over fp32 weights, or nothing."""
+        """Return the forward-pass context: 16-bit products with fp32 weights, or a null context."""
         if self.precision in DTYPES:
             return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
         return contextlib.nullcontext()
@@ -51,14 +51,14 @@ def use_hardware(choice: Choice, local_rank: int = 0) -> Hardware:
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Options of mallopt in malloc.h of glibc."""
+"""Options of mallopt, from malloc.h of glibc."""
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory in this process for its next step, if malloc is that of glibc.
+    """Keep freed memory in this process for reuse, if malloc is from glibc.
 
-    Otherwise large tensors go back to the system, and every step spends 3 to 4 % of its time on
-    new pages. Memory that only the start of a run needs is kept as well.
+    Otherwise the memory of large tensors returns to the system, and every step spends 3 to 4 % of
+    its time on new pages. Memory that only the start of a run needs is kept as well.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
@@ -66,33 +66,33 @@ def keep_freed_memory() -> None:
 
 
 def compile_layers(
-    hardware: Hardware, layers: nn.ModuleList, try_out: Callable[[], object], required: bool
+    hardware: Hardware, layers: nn.ModuleList, run_once: Callable[[], object], required: bool
 ) -> Hardware:
-    """Compile a model's layers in place, try them out, and return the hardware in use.
+    """Compile the layers of a model in place, run them once, and return the hardware in use.
 
-    If compilation fails (no C compiler, a card that Triton does not know), the layers stay
-    uncompiled, and the log says why. Raises UserError if compilation is required.
+    If compilation fails (no C++ compiler, a card that Triton does not support), the layers stay
+    uncompiled and the reason is logged. Raises UserError instead if compilation is required.
     """
-    log.info("compiling the layers, once; a minute on a CPU the first time, seconds from a cache")
+    log.info("compiling the layers: up to a minute on a CPU, seconds from a cache")
     begin = time.perf_counter()
-    # Boundaries of documents come in a few lengths, with and without gradients: each is a variant.
+    # Each length of `boundaries`, with and without gradients, compiles to a variant.
     torch._dynamo.config.recompile_limit = 64
     for layer in layers:
         layer.compile(fullgraph=True, dynamic=False)
     try:
-        try_out()
+        run_once()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # noqa: BLE001  # Inductor, Triton and gcc fail in many ways.
+    except Exception as error:  # noqa: BLE001  # Inductor, Triton and gcc can fail in many ways.
         for layer in layers:
             layer._compiled_call_impl = None
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
         if required:
             raise UserError(
-                f"compile=on, but compiling failed ({reason}). It needs a C++ compiler (g++) and "
-                "Python's headers; use compile=auto to go on without."
+                f"compile=on, but compilation failed ({reason}). Install a C++ compiler (g++) and "
+                "the Python headers, or set compile=auto to run without compilation."
             ) from error
-        log.warning("compiling failed, so the layers run uncompiled (%s)", reason)
+        log.warning("compilation failed, so the layers run uncompiled (%s)", reason)
         return replace(hardware, compile=False)
     log.info("compiled in %.0f s", time.perf_counter() - begin)
     return hardware
@@ -100,7 +100,7 @@ def compile_layers(
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Set eval mode without gradients; restore mode and RNG state on exit."""
+    """Set eval mode without gradients; restore the mode and the RNG state on exit."""
     was_training, cpu_state = model.training, torch.get_rng_state()
     cuda_state = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     model.eval()

@@ -1,7 +1,7 @@
-"""Model FLOPs utilization: the operations that training needs, relative to the device's peak.
+"""Model FLOPs utilization (MFU): operations per second of training relative to the device peak.
 
-The peak is measured with matrix products instead of read from a data sheet, so a throttled or
-shared device is compared with itself.
+The peak is measured with matrix products, not read from a data sheet, so a throttled or shared
+device is compared with itself.
 
 Source: Chowdhery et al., PaLM, arXiv:2204.02311, appendix B.
 """
@@ -17,19 +17,19 @@ from torch import nn
 from model import ModelConfig
 from trainlib.core.hardware import DTYPES, best_time
 
-PEAK_SECONDS = 0.25  # About how long the measurement takes.
+PEAK_SECONDS = 0.25  # Approximate duration of the measurement.
 
 
 def flops_per_token(model: nn.Module, context_length: float) -> float:
     """Return the floating-point operations of training on one token: 6 M + 12 W S.
 
-    M    entries of all matrices that a token is multiplied with: every linear layer, the output
-         matrix too if it is tied; an embedding lookup has no operations
+    M    entries of all matrices that a token is multiplied with: every linear layer, including a
+         tied output matrix; an embedding lookup needs no operations
     W    query values of all layers: num_hidden_layers * num_attention_heads * head_dim
-    S    context_length: mean number of positions that a position attends to, itself included
+    S    context_length: mean number of positions that a position attends to, including itself
 
-    A multiply-add is two operations, scores and weighted values are two products of W S, and
-    backward costs twice forward: 6 = 2 * 3, 12 = 2 * 2 * 3.
+    A multiply-add is two operations. Scores and weighted values are two products of W S, and the
+    backward pass costs twice the forward pass: 6 = 2 * 3, 12 = 2 * 2 * 3.
     """
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     matrices = sum(m.in_features * m.out_features for m in linear.values())
@@ -38,42 +38,42 @@ def flops_per_token(model: nn.Module, context_length: float) -> float:
 
 
 class Sizes(ModelConfig):
-    """The sizes of a decoder, and what follows from them without a model."""
+    """The sizes of a decoder, and counts that follow from them without building a model."""
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
-        """Return the widths of the residual stream, of queries, of keys and of feed-forward."""
+        """Return the widths of the residual stream, queries, keys and the feed-forward layer."""
         query, key = self.num_attention_heads, self.num_key_value_heads
         return self.hidden_size, query * self.head_dim, key * self.head_dim, self.intermediate_size
 
     @property
     def matrices(self) -> Counter[tuple[int, int]]:
-        """Return how many matrices the layers have of each shape: (outputs, inputs)."""
+        """Return the number of matrices in the layers by shape: (outputs, inputs)."""
         d, q, k, f = self.widths
         shapes = [(q, d), (k, d), (k, d), (d, q), (f, d), (f, d), (d, f)]
         return Counter(shapes * self.num_hidden_layers)
 
     @property
     def matrix_values(self) -> int:
-        """Return the number of values of these matrices."""
+        """Return the number of values in these matrices."""
         return sum(count * rows * columns for (rows, columns), count in self.matrices.items())
 
     @property
     def parameters(self) -> int:
-        """Return the number of trainable values, tied ones once."""
+        """Return the number of trainable values, counting tied ones once."""
         d, embeddings = self.hidden_size, 1 if self.tie_word_embeddings else 2
         norms = self.num_hidden_layers * 2 * (d + self.head_dim) + d
         return self.matrix_values + embeddings * self.vocab_size * d + norms
 
     def flops(self, context_length: float) -> tuple[float, float]:
-        """Return the operations of training on a token: those of matrices, those of attention."""
+        """Return the operations of training on one token: (matrices, attention)."""
         products = 6.0 * (self.matrix_values + self.vocab_size * self.hidden_size)
         return products, 12.0 * self.num_hidden_layers * self.widths[1] * context_length
 
     def update_flops(self, optimizer: str) -> float:
-        """Return the operations of an update: Muon's five steps of Newton-Schulz.
+        """Return the operations of an update: five Newton-Schulz steps of Muon.
 
-        A step on a matrix of m x n, m <= n, is two products of 2 m m n and one of 2 m^3.
+        For an m x n matrix, m <= n, a step is two products of 2 m m n operations and one of 2 m^3.
         """
         pairs = [(*sorted(shape), count) for shape, count in self.matrices.items()]
         total = sum(count * (4.0 * m * m * n + 2.0 * m**3) for m, n, count in pairs)
@@ -82,9 +82,9 @@ class Sizes(ModelConfig):
 
 @functools.cache
 def matmul_peak(device: torch.device, precision: str) -> float:
-    """Measure the operations per second of the best of many square matrix products.
+    """Measure the peak operations per second, as the best of many square matrix products.
 
-    Measured once per process, without changing torch's RNG state. Skips sizes that take too long.
+    Runs once per process and does not change the RNG state. Skips sizes that take too long.
     """
     dtype = DTYPES.get(precision, torch.float32)
     synchronize = getattr(torch, device.type).synchronize
@@ -98,9 +98,9 @@ def matmul_peak(device: torch.device, precision: str) -> float:
             torch.mm(matrix, matrix, out=product)
             synchronize()
 
-        return best_time(multiply, PEAK_SECONDS / 4)  # The best: others may use the device.
+        return best_time(multiply, PEAK_SECONDS / 4)  # Robust if the device is shared.
 
-    seconds(512)  # The first product on a card loads the library, which takes far longer.
+    seconds(512)  # Warm up: the first product on a card loads the library.
     best = 0.0
     for size in (512, 1024, 2048, 4096, 8192):
         fastest = seconds(size)

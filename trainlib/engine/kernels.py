@@ -1,8 +1,8 @@
-"""Which functions compute the decoder's formulas: faster kernels where they agree with model.py.
+"""Choice of the functions that compute the decoder: kernels where they agree with model.py.
 
-Each candidate is compared with the plain formula on small inputs, before the model is used and
-without it. So a formula that was edited in model.py is what a run computes, and a kernel that
-fails on this device costs a line in the log.
+Before the model is used, each candidate is compared with the plain formula on small inputs. So if
+you edit a formula in model.py, a run computes the edited formula. A kernel that fails on the
+device is not used, and the log says why.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 ROWS = 2
 POSITIONS = 256
-"""Most positions of the inputs of functions that treat each position alone."""
+"""Maximum number of positions in the inputs of position-wise functions."""
 FACTOR, FLOOR = 2.0, 1e-4
-"""A kernel's error may be FACTOR times the plain formula's in the run's precision, plus FLOOR."""
+"""Error limit: FACTOR times the error of the plain formula in the run's precision, plus FLOOR."""
 ATTENTION = {
     "blocks": AttentionOp(block_attention.prepare, block_attention.attend),
     "varlen": AttentionOp(varlen_attention.prepare, varlen_attention.attend),
@@ -38,14 +38,14 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A faster function, and a call of it or of the plain one on given inputs."""
+    """A faster function, and how to call it or the plain formula on test inputs."""
 
     name: str
     op: str
-    """Its field of model.Ops."""
+    """The field of model.Ops that it replaces."""
     function: Any
     inputs: Values
-    """In the dtypes of a run."""
+    """Test inputs, in the dtypes of a run."""
     call: Callable[[Any, Values], Tensor]
 
 
@@ -53,20 +53,20 @@ def choose_kernels(
     hardware: Hardware, config: ModelConfig, row_length: int, distributed: DistributedContext,
     plain: bool = False,
 ) -> Hardware:  # fmt: skip
-    """Set model.ops for a run; returns the hardware with the names of the kernels in use.
+    """Set model.ops for a run; return the hardware with the names of the kernels in use.
 
-    Call it before layers are compiled. A candidate is used if, of its output and each gradient,
-    the relative L2 error against the plain formula in fp32 is at most FACTOR times that of the
-    plain formula in the run's precision, plus FLOOR. All ranks use what all of them accept.
-    With `plain` none is tried. Raises torch.OutOfMemoryError.
+    Call it before the layers are compiled. A candidate is used if the relative L2 errors of its
+    output and gradients against the plain formula in fp32 are at most FACTOR times those of the
+    plain formula in the precision of the run, plus FLOOR. All ranks use the kernels that every rank
+    accepts. With `plain`, no candidate is tested. Raises torch.OutOfMemoryError.
     """
     chosen, reasons = Ops(), {}
     candidates = [] if plain else find_candidates(hardware, config, row_length)
     for candidate in candidates:
         if reason := disagreement(candidate, hardware):
             reasons[candidate.name] = reason
-    for others in distributed.all_gather_object(reasons):
-        reasons = {**others, **reasons}
+    for gathered in distributed.all_gather_object(reasons):
+        reasons = {**gathered, **reasons}
     accepted = [candidate for candidate in candidates if candidate.name not in reasons]
     for candidate in accepted:
         setattr(chosen, candidate.op, candidate.function)
@@ -78,10 +78,10 @@ def choose_kernels(
 
 
 def find_candidates(hardware: Hardware, config: ModelConfig, row_length: int) -> list[Candidate]:
-    """Return the kernels that suit a device, each with inputs of the model's sizes.
+    """Return the kernels for a device, each with test inputs of the sizes of the model.
 
-    Inputs are normal around 1, so that no error cancels, from a generator of their own; the second
-    row of those of swiglu is larger, as a clamp would not show in small values.
+    Inputs are normal around 1, so that errors do not cancel, and come from a separate generator.
+    The second row for swiglu is larger, since a clamp would not show in small values.
     """
     generator = torch.Generator().manual_seed(0)
     device, dtype = hardware.device, DTYPES.get(hardware.precision, torch.float32)
@@ -99,7 +99,7 @@ def find_candidates(hardware: Hardware, config: ModelConfig, row_length: int) ->
             prepared = function.prepare(position_ids, document_ids, None, x["v"].dtype)
             return function.attend(x["q"], x["k"], x["v"], prepared)
 
-        # Under autocast QK-norm and rotation give fp32.
+        # Under autocast, QK-norm and rotation return fp32.
         qkv = {"q": normal(ROWS, heads, row_length, size),
                "k": normal(ROWS, groups, row_length, size),
                "v": normal(ROWS, groups, row_length, size, dtype=dtype)}  # fmt: skip
@@ -127,8 +127,8 @@ def find_candidates(hardware: Hardware, config: ModelConfig, row_length: int) ->
 
 
 def _documents(row_length: int) -> tuple[Tensor, Tensor]:
-    """Return positions and documents of two full rows: one long document, and many short ones."""
-    short = torch.arange(row_length).float().mul(2).sqrt().long() + 1  # Of 1, 2, 3, ... positions.
+    """Return the positions and documents of two rows: one long document, and many short ones."""
+    short = torch.arange(row_length).float().mul(2).sqrt().long() + 1  # Lengths 1, 2, 3, ...
     document_ids = torch.stack([torch.zeros(row_length, dtype=torch.int64), short])
     starts = torch.cat([torch.ones(ROWS, 1), document_ids.diff(dim=1)], 1) != 0
     index = torch.arange(row_length).expand(ROWS, -1)
@@ -137,7 +137,7 @@ def _documents(row_length: int) -> tuple[Tensor, Tensor]:
 
 
 def disagreement(candidate: Candidate, hardware: Hardware) -> str:
-    """Return in what a candidate fails or differs from the plain formula; "" if in nothing."""
+    """Return how a candidate fails or differs from the plain formula, or "" if it agrees."""
     plain = getattr(Ops(), candidate.op)
     exact_run = replace(hardware, precision="fp32")
     wide = replace(candidate, inputs={name: x.float() for name, x in candidate.inputs.items()})
@@ -149,9 +149,9 @@ def disagreement(candidate: Candidate, hardware: Hardware) -> str:
     except Exception as error:  # noqa: BLE001  # A kernel can refuse a device in many ways.
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     for name, value in found.items():
-        kinds = [None if x is None else x.dtype for x in (value, expected[name])]
-        if kinds[0] != kinds[1]:
-            return f"{name} is {kinds[0]}, not {kinds[1]}; was model.py edited?"
+        dtypes = [None if x is None else x.dtype for x in (value, expected[name])]
+        if dtypes[0] != dtypes[1]:
+            return f"{name} is {dtypes[0]}, not {dtypes[1]}; was model.py edited?"
         if value is None:
             continue
         error, allowed = (_error(x, exact[name]) for x in (value, expected[name]))
@@ -166,7 +166,7 @@ def _results(candidate: Candidate, function: Any, hardware: Hardware) -> dict[st
     with hardware.autocast():
         output = candidate.call(function, leaves)
     gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
-    gradient = gradient.bfloat16().to(output)  # The same values in every precision.
+    gradient = gradient.bfloat16().to(output)  # Use the same values in every precision.
     gradients = torch.autograd.grad(output, list(leaves.values()), gradient, allow_unused=True)
     named = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
     return {"output": output.detach(), **named}

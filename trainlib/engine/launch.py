@@ -1,4 +1,4 @@
-"""From a command line to a run: settings, data, the folder of the run, training or a plan."""
+"""Command line of a stage: settings, data, the folder of the run, then training or a plan."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def launch(
     prepare: Callable[[ConfigT], tuple[ConfigT, Tokenizer, Datasets]],
     main: Callable[[ConfigT, Tokenizer, Datasets], Training],
 ) -> None:
-    """Run a stage's command line: read the settings, build the token caches, train or plan.
+    """Run the command line of a stage: read the settings, build the token caches, train or plan.
 
-    `prepare` returns the settings with what tokenizer and model add to them, the tokenizer and the
-    data. A UserError is printed without a traceback; the exit code is 1, as for any failure.
+    `prepare` returns the resolved settings, the tokenizer and the data. `main` returns the training
+    to run. A UserError is printed without a traceback; the exit code is 1, as for any failure.
     """
     argv = sys.argv[1:]
     survive_a_dead_terminal()
@@ -84,15 +84,15 @@ def launch(
         if only_prepare:
             print("the token caches are ready")
         elif not is_launched_process() and (count := resolve_world_size(config)) > 1:
-            log.info("starting %d ranks, one a process (ranks=1 stops that)", count)
+            log.info("starting %d ranks, one process each (set ranks=1 for only one)", count)
             sys.exit(launch_processes(count))
         elif fit(training := main(*prepared)):
             print_next(training.run)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         sys.exit(
-            f"error: the card's memory is full ({reason}). Take fewer rows at a time by "
-            "micro_batch_size=N; what is learned stays the same."
+            f"error: out of memory on the card ({reason}). Set a smaller micro_batch_size; it does "
+            "not change what the model learns."
         )
     except AlreadyFinished as finished:
         log.info("%s", finished)
@@ -100,7 +100,7 @@ def launch(
         if first:
             print(f"error: {error}", file=sys.stderr)
         elif not error.reported:
-            print(f"error of rank {os.environ['RANK']}: {error}", file=sys.stderr)
+            print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
         sys.exit(1)
     finally:
         release_folders()
@@ -108,20 +108,20 @@ def launch(
 
 
 def refuse_other_stage(argv: list[str], stage: str) -> None:
-    """Raise UserError for a config file of the project that is another stage's, by its name."""
+    """Raise UserError for a file in configs/ whose name is that of another stage."""
     for file in (Path(word) for word in argv if word.endswith((".yaml", ".yml"))):
         name = file.stem.removeprefix("tiny_")
         for other, script in STAGES.items():
-            theirs = other != stage and name.startswith(other)
-            if theirs and file.resolve().parent == CONFIGS:
+            mismatch = other != stage and name.startswith(other)
+            if mismatch and file.resolve().parent == CONFIGS:
                 raise UserError(
-                    f"{file} holds settings of {script}: type `python {script} {file} ...`, or "
-                    f"give {STAGES[stage]} configs/tiny_{stage}.yaml or a file of your own"
+                    f"{file} contains settings for {script}. Run `python {script} {file} ...`, or "
+                    f"pass configs/tiny_{stage}.yaml or your own file to {STAGES[stage]}."
                 )
 
 
 def print_next(run: Run) -> None:
-    """Log the command of the next stage: after a tiny recipe the tiny one of that stage."""
+    """Log the command for the next stage; after a tiny recipe, the one with its tiny recipe."""
     tiny = f"configs/tiny_{run.stage}.yaml:"
     small = any(source.startswith(tiny) for source in provenance(run.config).values())
     chat = f"python chat.py --model {run.folder}/final"
@@ -130,20 +130,20 @@ def print_next(run: Run) -> None:
         file = f"configs/tiny_{later[0]}.yaml " if small else ""
         log.info("next: python %s %sinit_from=%s/final", STAGES[later[0]], file, run.folder)
     if run.stage != "pretrain":
-        log.info("%s: %s", "or talk to it" if later else "next", chat)
+        log.info("%s: %s", "or chat with it" if later else "next", chat)
 
 
 def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> Run:
     """Acquire the folder of a run and choose the hardware.
 
-    Writes nothing and raises AlreadyFinished if the folder holds this run, finished, and UserError
-    if it holds a run of another recipe or other data.
+    Writes nothing and raises AlreadyFinished if the folder holds the same run, finished, and
+    UserError if it holds a run with another recipe or other data.
     """
     folder = Path(config.out_dir)
     identity = {"stage": stage, "recipe": recipe(config), "data": data_key}
     distributed = init_distributed(config.device)
     if config.tokens_per_step < row_length and distributed.is_main:
-        log.warning("tokens_per_step=%s is less than a row, so a step has one row of %s positions",
+        log.warning("tokens_per_step=%s is less than a row, so a step is one row of %s positions",
                     config.tokens_per_step, row_length)  # fmt: skip
 
     choice = choose_hardware(
@@ -151,8 +151,8 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
         compile_=config.compile, micro_batch_size=config.micro_batch_size, row_length=row_length,
     )  # fmt: skip
 
-    lost = config.device == "auto" and choice.device == "cpu" and distributed.is_main
-    if lost and (warning := unseen_card()):
+    check_card = config.device == "auto" and choice.device == "cpu" and distributed.is_main
+    if check_card and (warning := unseen_card()):
         log.warning("%s", warning)
 
     resume_from = run_on_main_process(
@@ -165,26 +165,26 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
         choice = replace(choice, precision=precision)
     hardware = use_hardware(choice, distributed.local_rank)
     rows_per_step = max(1, config.tokens_per_step // row_length)
-    # As many rows as in training, so that evaluations are compiled for one shape too.
+    # Evaluation uses the same number of rows as training, so that layers compile for one shape.
     _, rows = micro_batch_shape(rows_per_step, hardware.micro_batch_size, distributed.world_size)
     hardware = replace(hardware, micro_batch_size=rows)
     torch.manual_seed(config.seed)
     if distributed.is_main:
         if resume_from is not None and resume_from.parent.resolve() == folder.resolve():
-            # The next checkpoint follows this one, whatever else is there.
+            # The next checkpoint follows this one, even if the folder has later ones.
             write_atomically(folder / "latest", resume_from.name)
         write_atomically(folder / IDENTITY, json.dumps(identity, ensure_ascii=False))
-        # The precision as chosen: a resume must keep it.
+        # Write the resolved precision, since a resume must keep it.
         write_run_yaml(resolved(config, precision=choice.precision), folder / "run.yaml")
     log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
     return Run(config, stage, folder, hardware, distributed, Clock(config.max_hours), resume_from)
 
 
 def _precision(folder: Path, resume_from: Path | None, matmul: str) -> str:
-    """Return the precision that a run began with, else the one measured to be faster here."""
+    """Return the precision of the run to resume, otherwise the faster one on this CPU."""
     run_yaml = folder / "run.yaml"
     if resume_from is not None and run_yaml.is_file():
-        before = yaml.safe_load(run_yaml.read_text(encoding="utf-8")).get("precision")
-        if before in ("fp32", "bf16"):
-            return before
+        previous = yaml.safe_load(run_yaml.read_text(encoding="utf-8")).get("precision")
+        if previous in ("fp32", "bf16"):
+            return previous
     return measured_precision(cache_dir() / "hardware.json", matmul)

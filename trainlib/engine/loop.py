@@ -1,4 +1,4 @@
-"""The training loop of all three stages."""
+"""The training loop that all three stages share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fit(training: Training) -> bool:
     """Train until the schedule ends or a stop is requested.
 
     Returns True on the main process if the run finished. Raises UserError after MAX_BAD_STEPS
-    consecutive steps without a finite gradient, and if the end cannot be written.
+    consecutive steps without a finite gradient, or if a checkpoint or report cannot be written.
     """
     run, schedule, checkpoints = training.run, training.schedule, training.checkpoints
     config, state = run.config, restore(training)
@@ -35,8 +35,8 @@ def fit(training: Training) -> bool:
         display.show_validation({f"val/{name}": v for name, v in values.items()}, samples)
 
     def evaluation_due() -> bool:
-        ends = state.step == 0 or schedule.reached(state.step)
-        return ends or due(state.step, config.eval_every_steps)
+        first_or_last = state.step == 0 or schedule.reached(state.step)
+        return first_or_last or due(state.step, config.eval_every_steps)
 
     with Control(run.folder, run.clock, run.distributed) as control, closing(display):
         if state.evaluated != state.step and evaluation_due():
@@ -52,20 +52,20 @@ def fit(training: Training) -> bool:
             display.count(batch, result, lr)
             if state.bad_steps == MAX_BAD_STEPS:
                 raise UserError(
-                    f"step {state.step}: loss or gradient was not finite in {MAX_BAD_STEPS} steps "
-                    f"on end. Lower optim.*_lr, or look at the data. The last checkpoint is kept."
+                    f"step {state.step}: loss or gradient not finite for {MAX_BAD_STEPS} steps in "
+                    "a row. Lower optim.*_lr, or check the data. The last checkpoint is kept."
                 )
             requests = control.poll(state.step, schedule)
             if requests.finish is not None:
                 schedule.begin_decay(state.step, requests.finish)
                 display.show_decay()
             end = schedule.reached(state.step)
-            stopping = requests.stop and not end  # In its last step a run ends as planned.
+            stopping = requests.stop and not end  # A stop request in the last step is ignored.
             if not stopping and evaluation_due():
                 run_evaluation()
             if requests.save or stopping or end or due(state.step, config.save_every_steps):
                 save(training, state)
-        # Before the signal handlers are restored: a second signal must not end the writing.
+        # Before the signal handlers are restored: a second signal must not interrupt the write.
         checkpoints.join()
         finished = schedule.reached(state.step)
         if finished:
@@ -75,8 +75,8 @@ def fit(training: Training) -> bool:
                     training.finish(training)
                 except OSError as error:
                     raise UserError(
-                        f"{run.folder}: the report could not be written ({error}). The last step "
-                        "folder is whole; free some space and start again to go on from it."
+                        f"{run.folder}: the report could not be written ({error}). The last "
+                        "checkpoint is intact. Free some space, then rerun the command to resume."
                     ) from error
             checkpoints.write_final(training.model)
     display.summary(finished)
@@ -85,5 +85,5 @@ def fit(training: Training) -> bool:
 
 
 def due(step: int, every: int) -> bool:
-    """Return whether something that happens every so many steps is due; 0 = never."""
+    """Return whether a step is a multiple of `every`; False if that is 0."""
     return bool(every) and step % every == 0

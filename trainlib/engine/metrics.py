@@ -1,4 +1,4 @@
-"""Metrics of a run on disk: metrics.jsonl, train.log and TensorBoard, with the same names."""
+"""Metrics of a run on disk: metrics.jsonl, train.log and TensorBoard, under the same names."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from torch.utils.tensorboard import SummaryWriter
 
 from trainlib.core.files import write_atomically
 
-TRAIN_LOSS = "train/loss"  # nats a target
+TRAIN_LOSS = "train/loss"  # nats per target
 TRAIN_LR = "train/lr"  # of the first parameter group
 TRAIN_GRAD_NORM = "train/grad_norm"  # before clipping
-TRAIN_TOKENS = "train/tokens"  # real positions so far
+TRAIN_TOKENS = "train/tokens"  # positions so far, without padding
 TRAIN_SPEED = "train/tokens_per_second"
-TRAIN_DATA_WAIT = "train/data_wait"  # share of the time
-TRAIN_MFU = "train/mfu"  # share of the measured matmul peak
+TRAIN_DATA_WAIT = "train/data_wait"  # fraction of the time
+TRAIN_MFU = "train/mfu"  # fraction of the measured matmul peak
 VAL_LOSS = "val/loss"
 VAL_BITS_PER_BYTE = "val/bits_per_byte"
-VAL_REWARD_ACCURACY = "val/reward_accuracy"  # share of pairs
-VAL_REWARD_MARGIN = "val/reward_margin"  # mean
+VAL_REWARD_ACCURACY = "val/reward_accuracy"  # fraction of pairs
+VAL_REWARD_MARGIN = "val/reward_margin"  # mean over pairs
 BASELINE = "baseline/"
 
 PAGE = "is it going well?"
 
 
 def charts(validation: list[str], baselines: list[str]) -> dict[str, list[str]]:
-    """Return the metric names of each chart, by title, without charts of other stages.
+    """Return the metric names of each chart by title, without the charts of other stages.
 
-    `validation` are the names that an evaluation returns.
+    `validation` lists the metric names that an evaluation returns.
     """
     charts = {
         "loss": [TRAIN_LOSS, VAL_LOSS],
@@ -53,14 +53,14 @@ def charts(validation: list[str], baselines: list[str]) -> dict[str, list[str]]:
 class MetricsLog:
     """Writer of metrics.jsonl, train.log and TensorBoard.
 
-    A resume from a step removes later lines of metrics.jsonl, and a torn last one. So each step has
-    at most one training line and one validation line.
+    Resuming from a step removes later lines of metrics.jsonl, and a truncated last line. So each
+    step has at most one training line and one validation line.
     """
 
     def __init__(self, folder: Path, resume_step: int | None) -> None:
         self._folder = folder
         path = folder / "metrics.jsonl"
-        cut_back(path, -1 if resume_step is None else resume_step)
+        truncate_metrics(path, -1 if resume_step is None else resume_step)
         self._metrics = path.open("a", encoding="utf-8")
         self._log = (folder / "train.log").open("a", encoding="utf-8")
         if resume_step is not None:
@@ -71,20 +71,20 @@ class MetricsLog:
         self._has_page = False
 
     def add_baselines(self, baselines: dict[str, float]) -> None:
-        """Write the baselines of val/bits_per_byte to baselines.json, and draw them as lines."""
+        """Write the baselines of val/bits_per_byte to baselines.json, and plot them as lines."""
         self._baselines = baselines
         if baselines:
             write_atomically(self._folder / "baselines.json", json.dumps(baselines, indent=2))
 
     def write_step(self, step: int, values: dict[str, float], text: str) -> None:
-        """Record a training step, and its line of train.log."""
+        """Record a training step, with its line in train.log."""
         self.write(step, values)
         self._line(text)
 
     def write_evaluation(
         self, step: int, values: dict[str, float], samples: list[str], log_lines: list[str]
     ) -> None:
-        """Record an evaluation: its metrics, the baselines, samples, and lines of train.log."""
+        """Record an evaluation: its metrics, baselines, samples, and lines in train.log."""
         self.write(step, values)
         for line in log_lines:
             self._line(line)
@@ -94,24 +94,24 @@ class MetricsLog:
             self._board.add_text("samples", as_markdown(samples), step)
         if not self._has_page:
             self._add_page(list(values))
-        self._board.flush()  # Otherwise the charts would lack their last point.
+        self._board.flush()  # Otherwise the charts would lack the last point.
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Record metrics of a step; values that are not finite become null."""
-        plain = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self._metrics.write(json.dumps({"step": step, **plain}) + "\n")
+        """Record the metrics of a step; non-finite values become null."""
+        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
         self._metrics.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush and close all three."""
+        """Flush and close all outputs."""
         self._metrics.close()
         self._log.close()
         self._board.close()
 
     def _add_page(self, validation: list[str]) -> None:
-        # TensorBoard matches names as regular expressions, from their beginning.
+        # TensorBoard matches names as regular expressions, anchored at the start only.
         page = {
             title: ["Multiline", [f"{name}$" for name in names]]
             for title, names in charts(validation, list(self._baselines)).items()
@@ -125,7 +125,7 @@ class MetricsLog:
 
 
 class NoMetricsLog(MetricsLog):
-    """The recorder of processes other than rank 0, which does nothing."""
+    """Metrics writer for ranks other than 0, which does nothing."""
 
     def __init__(self) -> None: ...
 
@@ -133,13 +133,13 @@ class NoMetricsLog(MetricsLog):
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Read the rows of a run's metrics.jsonl, without values that were not finite."""
+    """Return the rows of metrics.jsonl of a run, without values that were not finite."""
     rows = _complete_rows(folder / "metrics.jsonl")
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a metrics file; skip one that is being written, or that a kill tore."""
+    """Yield the rows of a metrics file; skip incomplete ones."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             row = json.loads(line)
@@ -148,9 +148,9 @@ def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def newly_passed(value: float, baselines: dict[str, float], passed: list[str]) -> dict[str, str]:
-    """Return the baselines that a value is below for the first time, with a text for each.
+    """Return the baselines that a value is below for the first time, with a message for each.
 
-    Without uniform, which a model that has learned nothing may be above or below.
+    Skips uniform: an untrained model may be above or below it.
     """
     return {
         name: f"below the {name} line"
@@ -160,23 +160,23 @@ def newly_passed(value: float, baselines: dict[str, float], passed: list[str]) -
 
 
 def as_markdown(samples: list[str]) -> str:
-    """Join texts, with their markup escaped and their line breaks kept.
+    """Join texts as Markdown, with markup escaped and line breaks preserved.
 
-    Code blocks are not used, because TensorBoard does not wrap their lines.
+    Code blocks are not used because TensorBoard does not wrap their lines.
     """
 
-    def plain(line: str) -> str:
+    def escape(line: str) -> str:
         text = line.lstrip(" ")
         indent = "&nbsp;" * (len(line) - len(text))
         return indent + re.sub(r"[!-/:-@\[-`{-~]", lambda found: f"&#{ord(found[0])};", text)
 
     return "\n\n---\n\n".join(
-        "  \n".join(plain(line) for line in text.splitlines()) for text in samples
+        "  \n".join(escape(line) for line in text.splitlines()) for text in samples
     )
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Keep the rows of a metrics file up to a step."""
+def truncate_metrics(path: Path, step: int) -> None:
+    """Remove the rows of a metrics file after a step."""
     if path.exists():
-        kept = [json.dumps(row) + "\n" for row in _complete_rows(path) if row["step"] <= step]
-        write_atomically(path, "".join(kept))
+        lines = [json.dumps(row) + "\n" for row in _complete_rows(path) if row["step"] <= step]
+        write_atomically(path, "".join(lines))

@@ -1,8 +1,8 @@
-"""Optimizers, and the schedule: the length of a run and its learning rate.
+"""Optimizers, and the schedule of a run: its length and learning rate.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices inside the blocks,
 AdamW (arXiv:1711.05101) for embeddings and norms; or AdamW for everything. The loop, the schedule
-and the checkpoint take a list of optimizers of any class.
+and the checkpoint accept a list of optimizers of any class.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class OptimConfig:
     """Settings of the optimizers and the schedule."""
 
     name: Literal["muon", "adamw"] = "muon"
-    """muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all."""
+    """muon: Muon for the matrices, AdamW for the rest; adamw: AdamW for all parameters."""
     muon_lr: float = field(default=0.02, metadata={"above": 0})
     """Peak learning rate of the matrices under Muon, relative to an orthogonal update."""
     adamw_lr: float = field(default=3e-3, metadata={"above": 0})
-    """Peak learning rate of the matrices under optim.name=adamw."""
+    """Peak learning rate of the matrices with optim.name=adamw."""
     embedding_lr: float = field(default=8e-3, metadata={"above": 0})
-    """Peak learning rate of embeddings and norms, by AdamW in both cases."""
+    """Peak learning rate of embeddings and norms, which always use AdamW."""
     weight_decay: float = field(default=0.0, metadata={"at_least": 0})
-    """Decoupled decay of the matrices; embeddings and norms have none."""
+    """Decoupled weight decay of the matrices; embeddings and norms have none."""
     momentum: float = field(default=0.95, metadata={"at_least": 0, "below": 1})
     """Momentum of Muon (Nesterov)."""
     beta1: float = field(default=0.9, metadata={"at_least": 0, "below": 1})
@@ -40,31 +40,31 @@ class OptimConfig:
     beta2: float = field(default=0.95, metadata={"at_least": 0, "below": 1})
     """Second-moment decay of AdamW."""
     grad_clip: float = field(default=1.0, metadata={"at_least": 0})
-    """Largest norm of a step's gradient, over all parameters; 0 = no clipping."""
+    """Maximum norm of the gradient over all parameters; 0 = no clipping."""
     schedule: Literal["wsd", "cosine"] = "wsd"
-    """wsd: warm up, stay, decay linearly; cosine: warm up, then half a cosine."""
+    """wsd: warmup, constant, linear decay; cosine: warmup, then half a cosine."""
     warmup_fraction: float = field(default=0.01, metadata={"at_least": 0, "at_most": 1})
-    """Share of the steps in which the rate rises from near 0 to its peak."""
+    """Fraction of the steps in which the learning rate rises from near 0 to its peak."""
     decay_fraction: float = field(default=0.5, metadata={"at_least": 0, "at_most": 1})
-    """Share of the steps in which wsd falls."""
+    """Fraction of the steps in which wsd decays the learning rate."""
     final_lr_fraction: float = field(default=0.0, metadata={"at_least": 0, "at_most": 1})
-    """The rate at the very end, as a share of the peak."""
+    """Learning rate at the end, as a fraction of the peak."""
 
     def validation_errors(self) -> list[str]:
-        """Return what makes these settings unusable together, one message each."""
+        """Return one message for each combination of settings that cannot work."""
         warmup, decay = self.warmup_fraction, self.decay_fraction
         if self.schedule != "wsd" or max(warmup, decay) > 1 or warmup + decay <= 1:
             return []
         both = f"optim.warmup_fraction={warmup} and optim.decay_fraction={decay}"
-        return [f"{both} must be at most 1 together"]
+        return [f"the sum of {both} must be at most 1"]
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Return whether matrix products in bfloat16 are faster than in fp32 on this device."""
+    """Return whether matrix products on this device are faster in bfloat16 than in fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        # Without the instructions a 512 x 512 Newton-Schulz took 2.2 s in bf16, 0.03 s in fp32.
+        # Without them, a 512 x 512 Newton-Schulz iteration took 2.2 s in bf16, 0.03 s in fp32.
         return cpu_has_bf16()
     return False
 
@@ -72,7 +72,7 @@ def fast_bfloat16(device: torch.device) -> bool:
 def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
     """Replace the singular values of each matrix by values near 1 (quintic Newton-Schulz).
 
-    Shapes: (M, rows, columns) -> the same. Source: the Muon post, coefficients as in
+    Shapes: (M, rows, columns) -> the same. Source: the Muon post, with the coefficients of
     torch.optim.Muon.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -88,11 +88,11 @@ def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.f
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon that orthogonalizes matrices of one shape together, in the faster dtype.
+    """torch.optim.Muon that orthogonalizes matrices of equal shape together, in the faster dtype.
 
-    torch's own step orthogonalizes one matrix at a time, always in bfloat16: 40 to 70 times slower
-    than fp32 on a CPU without bfloat16 instructions. Settings, state and update rule are torch's,
-    which a test checks.
+    torch.optim.Muon orthogonalizes one matrix at a time, always in bfloat16: 40 to 70 times slower
+    than fp32 on a CPU without bfloat16 instructions. Settings, state and update rule are the same,
+    as a test checks.
     """
 
     @torch.no_grad()
@@ -125,9 +125,9 @@ class Muon(torch.optim.Muon):
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
-    """Build the optimizers: matrices inside the blocks apart from embeddings and norms.
+    """Build the optimizers, with separate groups for block matrices and for embeddings and norms.
 
-    Each parameter group keeps its peak rate as "peak_lr"; Schedule.set_rates sets "lr" from it.
+    Each parameter group stores its peak rate as "peak_lr"; Schedule.set_rates sets "lr" from it.
     """
     matrices, others = [], []
     for name, parameter in model.named_parameters():
@@ -155,25 +155,25 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
 
 
 OPEN_WARMUP_STEPS = 20
-"""Warmup of a run whose length is a time: its number of steps is not known."""
+"""Warmup steps of a run with a time limit, whose number of steps is unknown."""
 
 
 class Schedule:
-    """Length and learning rate of a run, as a function of the optimizer step.
+    """Length of a run, and its learning rate as a function of the optimizer step.
 
-    With num_steps None the run is open: the rate stays at its peak until `begin_decay` is called.
+    If num_steps is None, the rate stays at its peak until `begin_decay` is called.
     """
 
     def __init__(self, config: OptimConfig, num_steps: int | None) -> None:
         self.config, self.num_steps = config, num_steps
         self.decay: tuple[int, float, int] | None = None
-        """The decay that begin_decay started: (first step, factor there, last step)."""
+        """The decay that begin_decay started: (first step, factor at that step, last step)."""
         self.warmup = OPEN_WARMUP_STEPS
         if num_steps is not None:
             self.warmup = max(1, round(config.warmup_fraction * num_steps))
 
     def begin_decay(self, step: int, num_steps: int) -> None:
-        """Decay linearly from the present rate to the final one, and end at num_steps."""
+        """Decay linearly from the current rate to the final one, which is reached at num_steps."""
         self.restore((step, self.factor(step), num_steps))
 
     def restore(self, decay: tuple[int, float, int] | None) -> None:
@@ -182,7 +182,7 @@ class Schedule:
             self.decay, self.num_steps = decay, decay[2]
 
     def factor(self, step: int) -> float:
-        """Return the share of the peak rate in a step, counted from 0."""
+        """Return the learning rate of a step, counted from 0, as a fraction of the peak."""
         c = self.config
         if self.decay is not None:
             begin, high, end = self.decay
@@ -201,11 +201,11 @@ class Schedule:
         return c.final_lr_fraction + (1 - c.final_lr_fraction) * left
 
     def reached(self, step: int) -> bool:
-        """Return whether that many steps are the whole run."""
+        """Return whether the run is complete after `step` steps."""
         return self.num_steps is not None and step >= self.num_steps
 
     def set_rates(self, optimizers: list[Optimizer], step: int) -> float:
-        """Set the rate of every parameter group for a step; return that of the first group."""
+        """Set the learning rate of each parameter group for a step; return that of the first."""
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * self.factor(step)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: the bar, lines of the log, and the summary."""
+"""Progress display of a run: bar, log lines and summary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Display:
-    """What a person sees: the bar, the lines of the log, speed, and the summary at the end."""
+    """Progress bar, log lines with the speed, and the final summary of a run."""
 
     def __init__(self, training: Training, state: TrainState, metrics: MetricsLog) -> None:
         run = training.run
@@ -29,27 +29,27 @@ class Display:
         peak = matmul_peak(run.hardware.device, run.hardware.precision)
         self.mfu_per_speed = training.flops_per_token / (peak * run.distributed.world_size)
         metrics.add_baselines(self.baselines)
-        silent = None if run.distributed.is_main else True
+        disable = None if run.distributed.is_main else True
         self.bar = tqdm(total=self.schedule.num_steps, initial=state.step, unit="step",
-                        desc=run.stage, disable=silent)  # fmt: skip
+                        desc=run.stage, disable=disable)  # fmt: skip
         self._reset()
 
     def close(self) -> None:
-        """Leave the bar as it is; lines follow."""
+        """Close the bar; other lines may follow."""
         self.bar.close()
 
     def _reset(self) -> None:
         self.begin, self.tokens, self.waited, self.steps = time.perf_counter(), 0, 0.0, 0
 
     def wait_for(self, loader: StepLoader) -> StepBatch:
-        """Return the data of the next step, and count the time that it takes."""
+        """Return the data of the next step, and add the time spent waiting for it."""
         begin = time.perf_counter()
         batch = next(loader)
         self.waited += time.perf_counter() - begin
         return batch
 
     def count(self, batch: StepBatch, result: StepResult, lr: float) -> None:
-        """Count a step; write a line if one is due."""
+        """Count a step, and write a log line if one is due."""
         step = self.state.step
         self.tokens += batch.num_tokens
         self.steps += 1
@@ -87,7 +87,7 @@ class Display:
         self._reset()
 
     def show_validation(self, metrics: Metrics, samples: list[str]) -> None:
-        """Print and record an evaluation; its time does not count as training."""
+        """Print and record an evaluation, whose time does not count as training time."""
         step, baselines = self.state.step, self.baselines
         value = metrics.get(names.VAL_BITS_PER_BYTE, math.inf)
         passed = newly_passed(value, baselines, self.state.passed)
@@ -97,27 +97,27 @@ class Display:
             for name, text in passed.items()
         ]
         self.metrics.write_evaluation(step, metrics, samples, log_lines)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        sampled = [f"sample: {text.rstrip()}".replace("\n", " / ") for text in samples]
+        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        sample_lines = [f"sample: {text.rstrip()}".replace("\n", " / ") for text in samples]
         if self.run.distributed.is_main:
-            for line in (*sampled, f"step {step} {shown}", *log_lines):
+            for line in (*sample_lines, f"step {step} {values}", *log_lines):
                 tqdm.write(line)
         self._reset()
 
     def show_decay(self) -> None:
-        """Log from which step on the learning rate falls, and to which step."""
+        """Log the first and the last step of the learning rate decay."""
         begin, _, end = self.schedule.decay or (0, 0, 0)
         self.bar.total = end
-        log.info("the learning rate falls from step %d on; the run ends with step %d", begin, end)
+        log.info("the learning rate decays from step %d; the run ends at step %d", begin, end)
 
     def summary(self, finished: bool) -> None:
-        """Log how the run ended."""
+        """Log whether the run finished or was stopped."""
         s = self.state
         if finished:
             log.info("finished %d steps, %s tokens: %s", s.step, f"{s.tokens:,}",
                      self.run.folder / "final")  # fmt: skip
         else:
             log.info(
-                "stopped after step %d; the same command goes on from %s/step_%06d",
+                "stopped after step %d; run the same command to resume from %s/step_%06d",
                 s.step, self.run.folder, s.step,
             )  # fmt: skip

@@ -14,14 +14,14 @@ from trainlib.engine.checkpoint import Checkpoints
 log = logging.getLogger(__name__)
 
 IDENTITY = "identity.json"
-"""What a run is: its stage, recipe and data. A folder with this file holds a run."""
+"""Identity of a run: stage, recipe and data. A folder with this file holds a run."""
 
 
 def acquire_run_folder(folder: Path, resume: str, identity: dict[str, Any]) -> Path | None:
-    """Create and lock a run's folder; return the step folder to resume from, if any.
+    """Create and lock the folder of a run; return the step folder to resume from, if any.
 
-    Raises UserError if another process uses it, if the run would overwrite something in it, or if
-    it cannot be created.
+    Raises UserError if another process uses the folder, if the run would overwrite files in it, or
+    if it cannot be created.
     """
     try:
         refuse_if_locked(folder)
@@ -29,11 +29,11 @@ def acquire_run_folder(folder: Path, resume: str, identity: dict[str, Any]) -> P
         folder.mkdir(parents=True, exist_ok=True)
         lock_folder(folder)
     except OSError as error:
-        # If a part of the path is a file, Python only says that the file exists.
+        # If a parent of the path is a file, Python only reports that the file exists.
         file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
         reason = f"{file} is a file" if file else error.strerror
         raise UserError(
-            f"out_dir={folder} cannot be used ({reason}); give another folder by out_dir=NEW"
+            f"out_dir={folder} cannot be used ({reason}). Use another folder: out_dir=NEW."
         ) from error
     return step_folder
 
@@ -41,24 +41,24 @@ def acquire_run_folder(folder: Path, resume: str, identity: dict[str, Any]) -> P
 def resolve_resume(folder: Path, resume: str, identity: dict[str, Any]) -> Path | None:
     """Return the step folder to resume from, or None to start in an empty folder.
 
-    Raises AlreadyFinished if the folder holds the same run, finished, and UserError if this run
-    would overwrite something in it.
+    Raises AlreadyFinished if the folder holds the same run, finished, and UserError if the run
+    would overwrite files in it.
     """
     if resume not in ("auto", "never"):
         return _named_step_folder(folder, Path(resume), identity["stage"])
     if not _occupied(folder):
         return None
     if not (folder / IDENTITY).is_file():
-        # These may be any files, data too, so they are not moved.
+        # These may be any files, even data, so never move them.
         raise UserError(
-            f"{folder} holds files, but no run of this program: give another folder by out_dir=NEW"
+            f"{folder} holds files, but no run of this program. Use another folder: out_dir=NEW."
         )
     if resume == "never":
         try:
-            log.info("moved the run that was in %s to %s", folder, move_aside(folder))
+            log.info("moved the run in %s to %s", folder, move_aside(folder))
         except OSError as error:
             text = f"resume=never: {folder} cannot be moved ({error.strerror})"
-            raise UserError(f"{text}; give another folder by out_dir=NEW") from error
+            raise UserError(f"{text}. Use another folder: out_dir=NEW.") from error
         return None
     existing = read_identity(folder)
     finished = {"init_from": "final"} if (folder / "final").is_dir() else {}
@@ -77,7 +77,7 @@ def resolve_resume(folder: Path, resume: str, identity: dict[str, Any]) -> Path 
         lines = "".join(f"\n  {text}" for text in differing.values())
         options = _options(folder, finished or _uses(newest, set(differing)))
         state = "a finished" if finished else "an unfinished"
-        raise UserError(f"{folder} holds {state} run of another recipe:{lines}\n{options}")
+        raise UserError(f"{folder} holds {state} run with another recipe:{lines}\n{options}")
     return Checkpoints(folder, 1).newest()
 
 
@@ -89,9 +89,9 @@ def _newer(base: str, final: Path) -> bool:
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
-    """Return what the run in a folder is; empty if the folder holds no run.
+    """Return the identity of the run in a folder; empty if the folder holds no run.
 
-    An older run has no "stage".
+    The identity of an older run has no "stage".
     """
     path = folder / IDENTITY
     try:
@@ -101,44 +101,44 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 
 def _named_step_folder(folder: Path, step_folder: Path, stage: str) -> Path:
-    """Return the step folder of resume=; raise UserError if a resume would overwrite something."""
+    """Return the step folder of resume=; raise UserError if resuming would overwrite files."""
     if not (step_folder / "train_state.json").is_file():
-        raise UserError(f"resume={step_folder} is no step folder (it has no train_state.json)")
+        raise UserError(f"resume={step_folder} is not a step folder (no train_state.json in it)")
     if (other := read_identity(step_folder.parent).get("stage", stage)) != stage:
         raise UserError(
-            f"resume={step_folder} is of a run of {other}, but this is {stage}; "
-            f"start a new run from its model by init_from={step_folder}"
+            f"resume={step_folder} is from a run of {other}, but this is {stage}. "
+            f"Start a new run from its model with init_from={step_folder}."
         )
     inside = step_folder.resolve().parent == folder.resolve()
     if (folder / "final").is_dir() or not inside and _occupied(folder):
         raise UserError(
-            f"{folder} holds files already, which resume={step_folder} would overwrite; "
-            "give another folder by out_dir=NEW"
+            f"{folder} already holds files, which resume={step_folder} would overwrite. "
+            "Use another folder: out_dir=NEW."
         )
     return step_folder
 
 
 def _occupied(folder: Path) -> bool:
-    """Return whether a folder holds more than a lock."""
+    """Return whether a folder holds files besides the lock."""
     return folder.exists() and any(path.name != LOCK for path in folder.iterdir())
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Return what differs between the identities of two runs: key to text."""
-    old, new = before["recipe"], now["recipe"]
+def _differences(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, str]:
+    """Return the differences between the identities of two runs: a message by key."""
+    old, new = saved["recipe"], current["recipe"]
     differing = {
-        key: f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        key: f"{key}: {old.get(key)!r} before, {new.get(key)!r} now"
         for key in sorted({*old, *new})
         if old.get(key) != new.get(key)
     }
-    if before["data"] != now["data"]:
+    if saved["data"] != current["data"]:
         differing["data"] = "the data files or the tokenizer have changed"
     return differing
 
 
 def _uses(step_folder: Path | None, differing: set[str]) -> dict[str, str]:
     """Return the settings that can use a step folder despite these differences."""
-    # Another model cannot use its weights, another optimizer not its optimizer state.
+    # Another model cannot use the weights, nor another optimizer the optimizer state.
     if step_folder is None or any(key.startswith(("model.", "tokenizer")) for key in differing):
         return {}
     keys = ("init_from",) if "optim.name" in differing else ("resume", "init_from")
@@ -146,13 +146,13 @@ def _uses(step_folder: Path | None, differing: set[str]) -> dict[str, str]:
 
 
 def _options(folder: Path, uses: dict[str, str]) -> str:
-    """Return the settings that a user can choose from, one a line."""
+    """Return a list of the settings that solve the problem, one per line."""
     texts = {
-        "resume": "go on from there with the settings of now",
+        "resume": "resume from there with the current settings",
         "init_from": "start a new run from its model (with out_dir=NEW)",
     }
     options = {
-        "out_dir=NEW": "train into another folder",
+        "out_dir=NEW": "train in another folder",
         "resume=never": f"move {folder} to {folder}.1 (or .2, ...) first",
         **{f"{key}={folder / name}": texts[key] for key, name in uses.items()},
     }

@@ -1,7 +1,7 @@
-"""One optimizer step, and the sums that its metrics are made of.
+"""One optimizer step, and the sums behind its metrics.
 
-The gradient of a step is that of (sum of losses) / (targets of the whole step): micro-batches of
-any size and number give the same update.
+The gradient of a step is that of (sum of losses) / (targets of the whole step), so the update does
+not depend on the number and size of micro-batches.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from trainlib.engine.training import Metrics, MetricSums, Training
 
 @dataclass
 class StepResult:
-    """What one optimizer step measured: means over its targets."""
+    """Results of one optimizer step: means over its targets."""
 
     loss: float
     grad_norm: float
-    """Before clipping."""
+    """Gradient norm before clipping."""
     finite: bool
     metrics: Metrics
 
 
 def optimizer_step(training: Training, batch: StepBatch, loss_scale: float) -> StepResult:
-    """Update the model from all micro-batches of all processes, unless a gradient is not finite.
+    """Update the model with all micro-batches of all ranks, unless loss or gradient is not finite.
 
-    The gradient's norm is clipped to optim.grad_clip over all parameters together. The backward
-    pass is of loss_scale times the loss, which keeps small fp16 gradients from becoming 0.
+    The global gradient norm is clipped to optim.grad_clip. The loss is multiplied by loss_scale
+    before the backward pass, so that small fp16 gradients do not underflow.
     """
     run, model, optimizers = training.run, training.model, training.optimizers
     for optimizer in optimizers:
@@ -55,7 +55,7 @@ def optimizer_step(training: Training, batch: StepBatch, loss_scale: float) -> S
         torch._foreach_mul_(gradients, 1 / loss_scale)  # pyright: ignore
     clip = run.config.optim.grad_clip or math.inf
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    # The one synchronization with the device: all figures of the step at once.
+    # The only synchronization with the device: transfer all results of the step at once.
     loss_value, *values, norm = torch.cat([figures, norm.float().view(1)]).tolist()
     finite = math.isfinite(loss_value) and math.isfinite(norm)
     if finite:
@@ -75,5 +75,5 @@ def add_metrics(sums: MetricSums, more: MetricSums) -> None:
 
 
 def means(sums: MetricSums) -> Metrics:
-    """Return sum over count of each metric that counted anything."""
+    """Return sum / count of each metric whose count is not zero."""
     return {name: float(value) / count for name, (value, count) in sums.items() if count}

@@ -13,44 +13,44 @@ from trainlib.engine.checkpoint import load_optimizer_tensors, optimizer_tensors
 from trainlib.engine.training import Training
 
 log = logging.getLogger(__name__)
-FIRST_SCALE, SCALE_STEPS = 2.0**16, 2000  # Of an fp16 loss, as torch's GradScaler has them.
-LEAST_SCALE = 2.0  # Of an fp16 loss; 1 is that of the other precisions, and stays.
+FIRST_SCALE, SCALE_STEPS = 2.0**16, 2000  # fp16 loss scaling, as in torch's GradScaler.
+LEAST_SCALE = 2.0  # For fp16; other precisions always use 1.
 
 
 @dataclass
 class TrainState:
-    """All that the result depends on, besides the weights and the optimizers."""
+    """All state that the result depends on, besides weights and optimizers."""
 
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0
-    """Real positions trained on, padding not counted."""
+    """Positions trained on, without padding."""
     position: DataPosition = field(default_factory=DataPosition)
-    """The next row of the data."""
+    """The next row of the data to read."""
     bad_steps: int = 0
-    """Consecutive steps whose gradient was not finite, and which changed nothing."""
+    """Consecutive steps that were skipped because the gradient was not finite."""
     evaluated: int = -1
     """The step of the last evaluation."""
     passed: list[str] = field(default_factory=list)
-    """Baselines that an evaluation was below."""
+    """Baselines that an evaluation has been below."""
     seconds: float = 0.0
-    """How long the run has taken up to its last checkpoint."""
+    """Duration of the run up to its last checkpoint."""
     decay: tuple[int, float, int] | None = None
-    """Where the rate began to fall on request (Schedule.decay)."""
+    """The decay that a request started, if any (Schedule.decay)."""
     loss_scale: float = 1.0
-    """What the loss is multiplied by before the backward pass; above 1 with fp16 only."""
+    """Factor on the loss before the backward pass; above 1 only with fp16."""
     scaled_steps: int = 0
-    """Consecutive steps whose gradient was finite at this loss_scale."""
+    """Consecutive steps with a finite gradient at this loss_scale."""
     kernels: list[str] | None = None
-    """Kernels that the steps were computed with; None in runs that did not record them."""
+    """Kernels used for the steps; None in runs that did not record them."""
 
     def advance(self, batch: StepBatch, finite: bool) -> None:
-        """Count a step; a skipped one is a step too. Halve or double an fp16 loss scale."""
+        """Count a step, including a skipped one; halve or double the fp16 loss scale if needed."""
         self.step += 1
         self.tokens += batch.num_tokens
         self.position = batch.after
         if self.loss_scale > LEAST_SCALE and not finite:
-            # Too large a scale is not an error of the data: this is how its size is found.
+            # An overflow is not a bad step: this is how the largest usable scale is found.
             self.loss_scale, self.scaled_steps = self.loss_scale / 2, 0
             return
         self.bad_steps = 0 if finite else self.bad_steps + 1
@@ -60,7 +60,7 @@ class TrainState:
 
 
 def save(training: Training, state: TrainState) -> None:
-    """Write a step folder from which training resumes bit for bit (on a CPU)."""
+    """Write a step folder from which training resumes exactly (bit for bit on a CPU)."""
     run, model = training.run, training.model
     state.seconds, state.decay = run.clock.seconds(), training.schedule.decay
     state.kernels = list(run.hardware.kernels)
@@ -74,7 +74,7 @@ def save(training: Training, state: TrainState) -> None:
 
 
 def restore(training: Training) -> TrainState:
-    """Resume from the step folder of the run, or return the state of step 0."""
+    """Restore the step folder to resume from, or return the state of step 0."""
     run, fp16 = training.run, training.run.hardware.precision == "fp16"
     if run.resume_from is None:
         return TrainState(loss_scale=FIRST_SCALE if fp16 else 1.0)
@@ -83,14 +83,14 @@ def restore(training: Training) -> TrainState:
     state = TrainState(**saved["train"])
     state.position = DataPosition(*state.position)
     training.loader.seek(state.position)
-    used = list(run.hardware.kernels)
-    if state.kernels not in (None, used):
+    kernels = list(run.hardware.kernels)
+    if state.kernels not in (None, kernels):
         log.warning(
-            "resuming with other kernels (%s) than before (%s): was model.py edited?",
-            ", ".join(used) or "plain", ", ".join(state.kernels or ()) or "plain",
+            "resuming with other kernels (%s) than before (%s); was model.py edited?",
+            ", ".join(kernels) or "plain", ", ".join(state.kernels or ()) or "plain",
         )  # fmt: skip
     if fp16 != (state.loss_scale > 1):
-        # Begun on another kind of card.
+        # The run started with another precision.
         state.loss_scale = FIRST_SCALE if fp16 else 1.0
     training.schedule.restore(tuple(state.decay) if state.decay else None)  # type: ignore[arg-type]
     run.clock.earlier = state.seconds

@@ -14,10 +14,10 @@ from trainlib.engine.training import LossFunction, Metrics, MetricSums, Training
 
 
 def validate(training: Training, loss_fn: LossFunction) -> Metrics:
-    """Return mean loss and metrics over each validation set, and over all of them together.
+    """Return the mean loss and metrics of each validation set, and of all sets combined.
 
-    {"loss": ..., "<name>/loss": ...}, likewise for every metric of loss_fn. The processes share
-    the work. Neither the random state nor the mode of the model changes.
+    Keys are "loss" and "<name>/loss", and likewise for every metric of loss_fn. The ranks share the
+    work. The RNG state and the mode of the model do not change.
     """
     run, model, shares = training.run, training.model, {}
     with evaluation_mode(model):
@@ -44,11 +44,11 @@ def validate(training: Training, loss_fn: LossFunction) -> Metrics:
 def micro_batches(
     dataset: PackedDataset, hardware: Hardware, distributed: DistributedContext = SINGLE_PROCESS
 ) -> Iterator[Batch]:
-    """Yield this process's share of the first epoch of a data set in micro-batches.
+    """Yield this rank's share of the first epoch of a data set in micro-batches.
 
-    For compiled layers all have one shape: the last one is filled up with empty rows.
+    For compiled layers, the last one is padded with empty rows so that all have the same shape.
     """
     rows, size = [row for row, _ in dataset.rows(DataPosition())], hardware.micro_batch_size
     for start in range(distributed.rank * size, len(rows), distributed.world_size * size):
-        some = rows[start : start + size]
-        yield dataset.collate(some, size if hardware.compile else len(some))
+        chunk = rows[start : start + size]
+        yield dataset.collate(chunk, size if hardware.compile else len(chunk))
