@@ -202,7 +202,7 @@ def _of(stage: str) -> Format:
 
 
 def _none(row: Any, options: ReadOptions) -> Any:
-    raise ValueError(f"no known kind of row (its keys: {formats.keys_of(row)})")
+    raise ValueError(f"unknown row format (keys: {formats.keys_of(row)})")
 
 
 class Looker:

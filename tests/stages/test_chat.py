@@ -116,5 +116,5 @@ def test_a_run_for_its_model_is_told_with_the_option_that_was_given(tmp_path, mo
     with pytest.raises(SystemExit):
         chat.main()
     told = capsys.readouterr().err
-    assert f"error: --model {tmp_path}: no model folder there" in told
+    assert f"error: --model {tmp_path}: no model found" in told
     assert f"Did you mean --model {tmp_path}/final?" in told

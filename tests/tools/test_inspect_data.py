@@ -65,7 +65,7 @@ def test_a_file_of_another_kind_or_none_is_broken_throughout(tmp_path, capsys):
     assert code == 1 and len(report["broken"]) == report["rows"] == 2
     code, [report] = doctor(capsys, write(tmp_path / "b.jsonl", [{"zzz": 1}, {"zzz": 2}]))
     assert code == 1 and len(report["broken"]) == 2 and report["kind"] is None
-    assert report["broken"][0]["reason"] == "no known kind of row (its keys: zzz)"
+    assert report["broken"][0]["reason"] == "unknown row format (keys: zzz)"
     assert "tools.inspect_data --help" in data_report.terminal_text([report], "en", False)
     code, [report] = doctor(capsys, write(tmp_path / "c.jsonl", []))
     assert code == 1 and "empty" in report["broken"][0]["reason"]
