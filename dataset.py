@@ -1,19 +1,19 @@
-"""The data module: which files a stage reads, and how they become rows of token ids.
+"""The data pipeline: which files a stage reads, and how they become rows of token ids.
 
-Files without a folder are here, the others in trainlib/data/.
+Steps without a file name are here, the others in trainlib/data/.
 
-1. choose_files            data.files, else the files of dataset/ that fit, else the sample
+1. choose_files            data.files, else matching files in dataset/, else the sample
 2. find_format             a file -> container and format, by its first rows    formats.py
 3. check_items             items -> checked records, or why one is broken       formats.py
 4. encode_*                a record -> ids and loss mask, in one pass           encode.py
 5. build_cache             all records of a file -> ids on disk, once           token_cache.py
-6. hold_out                which records are validation, by a hash of their content
+6. hold_out                which records are for validation, by a hash of their content
 7. PackedDataset           documents -> rows of one length, best fit            packing.py
 8. PackedDataset.collate   rows -> Batch: shift by one, IGNORE_INDEX            packing.py, batch.py
 9. StepLoader              rows -> micro-batches of each optimizer step         loader.py
 
-load_datasets runs 1 to 7. Every record is either trained on or held out, never both; records of
-equal content are on the same side. A record that does not fit a row is cut or dropped, and counted.
+load_datasets runs 1 to 7. Every record is either for training or held out, never both; records
+with equal content are in the same split. A record longer than a row is split, truncated or dropped.
 """
 
 from __future__ import annotations
@@ -43,39 +43,39 @@ log = logging.getLogger(__name__)
 DATASET_DIR = Path("dataset")
 MAX_HELD_OUT_BYTES = 2_000_000
 BYTES_PER_TOKEN = {"pretrain": 3.5, "sft": 4.5, "dpo": 6.0}
-"""Bytes of a data file per token, about as in the sample."""
+"""Bytes of a data file per token, approximately as in the sample."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which files are trained on, and which are held out."""
+    """Which files are for training and which for validation, and how they are read."""
 
     files: tuple[str, ...] = ()
-    """Training files, folders or patterns, all or none with a weight (a.jsonl:0.7), which is its
-    share of the tokens of an epoch; empty = those directly in dataset/ of the right kind, else the
-    sample."""
+    """Training files, folders or glob patterns. A weight (a.jsonl:0.7), on all or none, sets the
+    share of an epoch's tokens. Empty = files directly in dataset/ that this stage can read, else
+    the sample."""
     val_files: tuple[str, ...] = ()
-    """Validation files, each reported by its name; empty = a part of the training files."""
+    """Validation files, each reported by name; empty = hold out part of the training files."""
     val_fraction: float = field(default=0.005, metadata={"above": 0, "below": 1})
-    """Share of each training file that is held out where no validation file is named."""
+    """Fraction of each training file that is held out if data.val_files is empty."""
     val_max_rows: int = field(default=0, metadata={"at_least": 0})
-    """Rows of each validation set that one evaluation reads; 0 = all."""
+    """Maximum number of rows that an evaluation reads from each validation set; 0 = all."""
 
     format: str = "auto"
-    """Format of all files: auto = by their content; else a name (tools.inspect_data --help)."""
+    """Format of all files; auto = detect it. tools.inspect_data --help lists the names."""
     alpaca_join: Literal["newline", "none"] = "newline"
-    """What stands between instruction and input of an Alpaca row (wyf3: none)."""
+    """Separator between instruction and input of an Alpaca row (for wyf3 data: none)."""
 
     on_error: OnError = field(default="stop", metadata={"recipe": False})
-    """A broken row: stop with its line and reason, or skip it and list it (at most 1 %)."""
+    """On a broken row: stop with its line and reason, or skip and list it (at most 1 %)."""
     too_long: Literal["cut", "drop"] = "cut"
-    """A conversation longer than a row: cut after the last answer that fits, or drop it."""
+    """Cut a conversation longer than a row after the last answer that fits, or drop it."""
 
     def validation_errors(self) -> list[str]:
-        """Return what is wrong with the name of the format, if anything."""
+        """Return what makes these settings unusable, one message each."""
         if self.format in formats.NAMES:
             return []
-        return [f"data.format={self.format} is none of {', '.join(formats.NAMES)}"]
+        return [f"data.format={self.format} is not one of {', '.join(formats.NAMES)}"]
 
     @property
     def read_options(self) -> formats.ReadOptions:
@@ -83,9 +83,9 @@ class DataConfig:
         return formats.ReadOptions(self.format, {"newline": "\n", "none": ""}[self.alpaca_join])
 
     def estimate_tokens(self, kind: str, row_length: int) -> tuple[float, str]:
-        """Return the approximate number of tokens of an epoch, and how it is known.
+        """Return the approximate number of tokens in an epoch, and how it was determined.
 
-        Tokenizes nothing. The number is 0 if there is no usable data.
+        Does not tokenize. The number is 0 if there is no usable data.
         """
         try:
             groups = choose_files(self, kind).train
@@ -96,25 +96,25 @@ class DataConfig:
         except (UserError, ValueError, KeyError) as error:  # A cache may be damaged.
             return 0.0, str(error).splitlines()[0]
         tokens = [size / BYTES_PER_TOKEN[kind] for size in bytes_]
-        how = f"estimated from their size at {BYTES_PER_TOKEN[kind]} bytes a token"
+        method = f"estimated from their size at {BYTES_PER_TOKEN[kind]} bytes per token"
         if all(all(numbers) for numbers in counted):
-            tokens, how = [sum(numbers) for numbers in counted], "counted in the token cache"
+            tokens, method = [sum(numbers) for numbers in counted], "counted in the token cache"
         weights = sum(group.weight for group in groups)
-        # As in _repeats: the group that is largest for its weight is read once.
+        # As in _repeats: the group that is largest relative to its weight is read once.
         weighted = [n * weights / g.weight for n, g in zip(tokens, groups, strict=True) if g.weight]
-        return max(weighted, default=sum(tokens)), how
+        return max(weighted, default=sum(tokens)), method
 
 
-# ---- 1. which files ------------------------------------------------------------------------------
+# ---- 1. choose files -----------------------------------------------------------------------------
 
 
 class Group(NamedTuple):
-    """The files of one entry of data.files: one name in reports, one weight."""
+    """The files of one entry of data.files, with a name for reports and a weight."""
 
     name: str
     paths: list[Path]
     weight: float = 0.0
-    """Share of an epoch's tokens; 0 = no weights are given."""
+    """Share of an epoch's tokens; 0 = no weights are set."""
 
 
 class Files(NamedTuple):
@@ -136,7 +136,7 @@ def expand(name: str) -> list[Path]:
     elif path.exists() or not any(c in name for c in "*?["):
         parts = name.split(",")
         if len(parts) > 1 and not path.exists() and all(Path(part).exists() for part in parts):
-            raise UserError(f"{name} does not exist. Several files are a list: data.files=[{name}]")
+            raise UserError(f"{name} does not exist. Pass a list: data.files=[{name}]")
         return [path]
     else:
         found = [Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file()]
@@ -144,14 +144,14 @@ def expand(name: str) -> list[Path]:
             raise UserError(f"{name} matches nothing in {Path.cwd()}. Check the pattern.")
     if not found:
         raise UserError(
-            f"{name}: no data file is there (of a folder those are taken that end in "
-            f"{', '.join(SUFFIXES)}, also with {' or '.join(COMPRESSED)})"
+            f"{name} contains no data files. Add files that end in {', '.join(SUFFIXES)}, "
+            f"optionally followed by {' or '.join(COMPRESSED)}."
         )
     return sorted(found)
 
 
 def _is_data_file(path: Path) -> bool:
-    """Return whether the name is that of a data file; README.txt and LICENSE.txt are none."""
+    """Return whether a path is named like a data file; README.txt and LICENSE.txt are not."""
     return (
         bool({*path.suffixes} & {*SUFFIXES, *COMPRESSED})
         and not path.name.startswith(".")
@@ -160,11 +160,11 @@ def _is_data_file(path: Path) -> bool:
 
 
 def choose_files(config: DataConfig, kind: str) -> Files:
-    """Return the training and validation files of a stage; raises UserError if there are none."""
+    """Return the training and validation files of a stage; raise UserError if there are none."""
     val = _make_groups(config.val_files, "data.val_files")
     if config.files:
         return Files(_make_groups(config.files, "data.files"), val, "data.files")
-    own, unused = [], ""
+    matching, unused = [], ""
     for path in sorted(DATASET_DIR.glob("*")):
         if not (path.is_file() and _is_data_file(path)):
             continue
@@ -173,34 +173,34 @@ def choose_files(config: DataConfig, kind: str) -> Files:
         except UserError as error:
             found = f"not usable ({error})"
         if found == kind:
-            own.append(str(path))
+            matching.append(str(path))
         else:
             unused += f"\n  not used: {path} is {found}"
-    if own:
-        return Files(_make_groups(own), val, f"{kind} files in dataset/{unused}")
+    if matching:
+        return Files(_make_groups(matching), val, f"{kind} files in dataset/{unused}")
     sample = DATASET_DIR / "sample" / f"{kind}.jsonl"
     if sample.is_file():
         held_out = sorted((DATASET_DIR / "sample" / "val" / kind).glob("*.jsonl"))
         val = val or _make_groups([str(path) for path in held_out])
-        reason = f"the sample, as dataset/ has no {kind} file{unused}"
+        reason = f"the sample, because dataset/ has no {kind} file{unused}"
         return Files(_make_groups([str(sample)]), val, reason)
     raise UserError(
-        f"no {kind} data: looked for JSONL files of rows like {formats.EXAMPLES[kind]} in "
-        f"{DATASET_DIR.resolve()} and for {sample}.{unused}\n"
-        "Either fetch the sample:      python -m tools.prepare_data\n"
-        "or name a file of your own:   data.files=PATH (or put it into dataset/)"
+        f"no {kind} data: {DATASET_DIR.resolve()} has no file with rows like "
+        f"{formats.EXAMPLES[kind]}, and {sample} does not exist.{unused}\n"
+        "Either prepare the sample:    python -m tools.prepare_data\n"
+        "or pass your own file:        data.files=PATH (or put it into dataset/)"
     )
 
 
-# ---- 4. held-out documents -----------------------------------------------------------------------
+# ---- 6. held-out records -------------------------------------------------------------------------
 
 
 def hold_out(cache: TokenCache, fraction: float) -> np.ndarray:
-    """Return which records are held out for validation, bool (num_records,).
+    """Return a mask of the records held out for validation, bool (num_records,).
 
-    They are those with the smallest hashes, at least one record and at most about
-    MAX_HELD_OUT_BYTES, so the choice stays when rows are added. Records of equal content share
-    their hash.
+    They are the records with the smallest hashes, at least one and at most about
+    MAX_HELD_OUT_BYTES, so the choice is stable when rows are added. Records with equal content
+    have equal hashes.
     """
     order = np.argsort(cache.hashes, kind="stable")
     below = cache.hashes[order] < np.uint64(fraction * 2.0**64)
@@ -217,7 +217,7 @@ def hold_out(cache: TokenCache, fraction: float) -> np.ndarray:
 def load_datasets(
     config: DataConfig, kind: str, tokenizer: Tokenizer, sequence_length: int, seed: int
 ) -> Datasets:
-    """Choose, tokenize and pack the data of a stage, and log what it is.
+    """Choose, tokenize and pack the data of a stage, and log a summary.
 
     Raises UserError for missing, broken or unusable files.
     """
@@ -266,10 +266,10 @@ def load_datasets(
 
 
 def _repeats(groups: list[Group], selected: list[list[Part]]) -> list[float] | None:
-    """Return how often an epoch reads each file, so that the shares of tokens match the weights.
+    """Return how many times an epoch reads each file so that token shares match the weights.
 
-    None without weights. The group that is largest for its weight is read once, the others are
-    repeated: the shortest epoch that has every row.
+    None without weights. The group that is largest relative to its weight is read once, the others
+    are repeated. This is the shortest epoch that contains every row.
     """
     total = sum(group.weight for group in groups)
     if not total:
@@ -282,7 +282,7 @@ def _repeats(groups: list[Group], selected: list[list[Part]]) -> list[float] | N
     for group, size, parts in zip(groups, sizes, selected, strict=True):
         share = group.weight / total
         times = share * epoch / max(1, size)
-        log.info("%s: %.1f %% of the tokens, %.2f passes an epoch", group.name, 100 * share, times)
+        log.info("%s: %.1f %% of the tokens, %.2f passes per epoch", group.name, 100 * share, times)
         repeats += [times] * len(parts)
     return repeats
 
@@ -296,12 +296,12 @@ def _make_groups(names: SequenceABC[str], key: str = "") -> list[Group]:
         if found and not Path(name).exists():
             name, weight = found[1], float(found[2])
             if not weight or key == "data.val_files":
-                reason = "only data.files takes weights" if weight else "a weight must be above 0"
+                reason = "only data.files accepts weights" if weight else "a weight must be above 0"
                 raise UserError(f"{key}: {name}:{found[2]}: {reason}")
         groups.append(Group(_short_name(name), expand(name), weight))
     if 0 < sum(not group.weight for group in groups) < len(groups):
         unweighted = next(name for name, g in zip(names, groups, strict=True) if not g.weight)
-        raise UserError(f"{key}: {unweighted} has no weight: give one to all files or to none")
+        raise UserError(f"{key}: {unweighted} has no weight. Set one for all files or none.")
     counts, seen = Counter(group.name for group in groups), Counter()
     for i, group in enumerate(groups):
         name = group.name
@@ -313,7 +313,7 @@ def _make_groups(names: SequenceABC[str], key: str = "") -> list[Group]:
 
 
 def _short_name(name: str) -> str:
-    """Return a name for reports: of a file without its suffixes, or the fixed part of a pattern."""
+    """Return a name for reports: a file name without suffixes, or the fixed part of a pattern."""
     path = Path(name)
     while path.suffix.lower() in (*SUFFIXES, *COMPRESSED):
         path = path.with_suffix("")
@@ -322,17 +322,17 @@ def _short_name(name: str) -> str:
 
 
 def _log_summary(name: str, packed: PackedDataset) -> None:
-    """Log the size of a dataset, and how many rows were cut or dropped."""
+    """Log the size of a dataset, and the number of truncated and dropped rows."""
     size = f"{packed.num_units:,} units, {packed.num_tokens:,} tokens, {packed.num_rows():,} rows"
     log.info(
         "%s: %s of %d, %.1f %% padding  (%s)", name, size, packed.row_length,
         100 * packed.padding_fraction(), ", ".join(str(cache.path) for cache in packed.caches),
     )  # fmt: skip
-    for action, counts in (("left out", packed.num_dropped), ("cut", packed.num_cut)):
+    for action, counts in (("dropped", packed.num_dropped), ("truncated", packed.num_cut)):
         if counts:
             sources = ", ".join(f"{source} {n:,}" for source, n in sorted(counts.items()))
             log.warning(
-                "%s: %s rows longer than %d positions were %s: %s (sequence_length and "
-                "data.too_long decide)",
+                "%s: %s rows longer than %d positions were %s: %s (see sequence_length and "
+                "data.too_long)",
                 name, f"{sum(counts.values()):,}", packed.row_length, action, sources,
             )  # fmt: skip

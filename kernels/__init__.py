@@ -1,1 +1,1 @@
-"""Faster drop-in versions of the functions in model.py, which is right without them."""
+"""Optional faster replacements for functions in model.py."""

@@ -1,7 +1,7 @@
-"""Attention inside documents in plain products, block by block: fast on a CPU of few cores.
+"""Block-wise attention within documents by matrix products, fast on CPUs with few cores.
 
-Computes nothing between documents that share a row, where a masked kernel computes the whole row.
-Same values as model.attend under model.visible, to rounding.
+Nothing is computed between documents that share a row, while a masked kernel computes the full row.
+The results equal those of model.attend with model.visible up to rounding.
 
 Shapes as in model.py: B batch  T query length  S key length  N query heads  G key/value heads
 R = N / G  H head_dim.
@@ -21,12 +21,12 @@ from torch import Tensor
 def prepare(
     position_ids: Tensor, document_ids: Tensor, boundaries: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return what attend needs of a packed batch: the document ids, (B, T)."""
+    """Return what attend needs from a packed batch: the document ids, (B, T)."""
     return document_ids
 
 
 def attend(q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor, document_ids: Tensor) -> Tensor:
-    """Return causal attention inside documents, in the dtype of the values.
+    """Compute causal attention within documents, in the dtype of the values.
 
     Under autocast QK-norm gives fp32 queries and keys; they are cast to that dtype first.
     Shapes: q (B, N, T, H), k, v (B, G, T, H), document_ids (B, T) -> (B, N, T, H).
@@ -37,33 +37,33 @@ def attend(q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor, document_ids: Tensor)
 
 
 BLOCK = 128
-"""Queries whose scores are computed at a time: no more than BLOCK x S are held a head and row."""
+"""Number of queries processed at a time: at most BLOCK x S scores per head and row are held."""
 
 
 def blocks_of(document_ids: Tensor) -> Iterator[tuple[slice, int, int, int, Tensor]]:
-    """Yield BLOCK queries at a time, for all neighboring rows that documents divide alike.
+    """Yield (rows, start, begin, end, mask) for every block of at most BLOCK queries.
 
-    Yields those rows; the first position that any query of the block sees; the block's own
-    positions, from begin to end; and an additive mask among these: everything before them that the
-    block sees is visible.
+    `rows` are neighboring rows with equal document lengths, `start` is the first position that any
+    query of the block sees, and the queries are at positions begin to end. The additive mask is
+    among these positions; those from start to begin are visible to all queries.
     """
-    later = torch.full((BLOCK, BLOCK), -torch.inf).triu_(1)
+    future = torch.full((BLOCK, BLOCK), -torch.inf).triu_(1)
     end_row = 0
-    counts = (ids.unique_consecutive(return_counts=True)[1].tolist() for ids in document_ids)
-    for sizes, alike in itertools.groupby(counts):
-        rows = slice(end_row, end_row := end_row + len(list(alike)))
+    counts = (row.unique_consecutive(return_counts=True)[1].tolist() for row in document_ids)
+    for sizes, group in itertools.groupby(counts):
+        rows = slice(end_row, end_row := end_row + len(list(group)))
         for start, stop in _group_bounds(sizes):
-            own = document_ids[rows.start, start:stop]  # Other rows have other ids, divided alike.
+            ids = document_ids[rows.start, start:stop]  # Other rows have equal boundaries.
             for begin in range(start, stop, BLOCK):
                 end = min(begin + BLOCK, stop)
-                mask = later[: end - begin, : end - begin]
-                if len(own) <= BLOCK:
-                    mask = mask.masked_fill(own[:, None] != own, -torch.inf)
+                mask = future[: end - begin, : end - begin]
+                if len(ids) <= BLOCK:
+                    mask = mask.masked_fill(ids[:, None] != ids, -torch.inf)
                 yield rows, start, begin, end, mask
 
 
 def _group_bounds(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield the bounds of each long document, and of as many shorter ones as BLOCK holds."""
+    """Yield the bounds of each long document, and of groups of shorter ones that fit in BLOCK."""
     start = stop = 0
     for size in (*sizes, BLOCK + 1):
         if stop > start and stop + size - start > BLOCK:
@@ -73,7 +73,7 @@ def _group_bounds(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _group(x_BTNH: Tensor, num_groups: int) -> Tensor:
-    """Group the queries that share a key head: (B, T, N, H) -> (B, G, T R, H)."""
+    """Group queries that share a key head: (B, T, N, H) -> (B, G, T R, H)."""
     return x_BTNH.unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(2, 3)
 
 
@@ -83,9 +83,9 @@ def _ungroup(x: Tensor, length: int) -> Tensor:
 
 
 def _part(x: Tensor, rows: slice, positions: slice) -> Tensor:
-    """Return some positions of some rows: (B, G, T R, H) -> (rows G, positions, H).
+    """Select positions of rows: (B, G, T R, H) -> (rows G, positions, H).
 
-    Contiguous: a product would copy it anyway, and its transpose five times as slowly.
+    The result is contiguous: bmm would copy it anyway, and its transpose five times more slowly.
     """
     return x[rows, :, positions].flatten(0, 1).contiguous()
 
@@ -93,7 +93,7 @@ def _part(x: Tensor, rows: slice, positions: slice) -> Tensor:
 def _probabilities(q: Tensor, keys: Tensor, mask: Tensor, slot: Tensor | None = None) -> Tensor:
     """Return softmax(q k) of scaled q: (rows G, T R, H), (rows G, S, H) -> (rows G, T R, S).
 
-    In fp32; written into `slot` if one is given, which must be fp32.
+    The result is in fp32. It is written to `slot`, also in fp32, if that is given.
     """
     scores = torch.bmm(q, keys.mT, out=slot)
     scores.unflatten(1, (len(mask), -1))[..., -len(mask) :] += mask[:, None]
@@ -101,27 +101,27 @@ def _probabilities(q: Tensor, keys: Tensor, mask: Tensor, slot: Tensor | None = 
 
 
 MAX_SAVED_KEYS = 512
-"""Most keys that a query may see for its probabilities to be saved for backward.
+"""Probabilities are saved for backward if a query sees at most this many keys.
 
-For rows of 512 they are a fifth of a step's memory, and save a fifth to a third of the time of
-attention.
+With rows of 512 positions they take a fifth of a step's memory, and save a fifth to a third of the
+time of attention.
 """
 
 
 def _saved_buffer(q: Tensor, save: bool) -> Tensor:
     """Return a buffer for the probabilities that backward reuses.
 
-    It is large enough for any documents: a compiler asks before it knows them.
+    Its size is enough for any documents, because a compiler needs it before they are known.
     """
     batch, length, heads, _ = q.shape
-    # A document of S <= MAX_SAVED_KEYS positions saves at most S (S + BLOCK) / 2 a head; a longer
-    # one saves no more a position than one of MAX_SAVED_KEYS.
+    # A document of S <= MAX_SAVED_KEYS positions saves at most S (S + BLOCK) / 2 values per head; a
+    # longer one saves no more per position than one of MAX_SAVED_KEYS.
     size = batch * heads * length * (min(length, MAX_SAVED_KEYS) + BLOCK) // 2
     return q.new_empty(size if save else 0)
 
 
 def _next_slice(buffer: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Split off the slot of one block; return it and the rest of the buffer."""
+    """Return the slot of the next block and the rest of the buffer."""
     size = math.prod(shape)
     return buffer[:size].view(shape), buffer[size:]
 
@@ -134,21 +134,21 @@ def attend_blocks(
 
     Backward recomputes those of queries that see more than MAX_SAVED_KEYS keys, so memory does not
     grow with the square of the length. Scores and softmax are in fp32 for every dtype of q, k, v.
-    One operator for autograd and for a compiler: neither traces the loop.
-    Shapes: q (B, T, N, H); k, v (B, T, G, H); document_ids (B, T), equal ones side by side ->
-    (B, T, N, H) and one vector.
-    Source: FlashAttention, arXiv:2205.14135, with softmax over a block's whole rows.
+    This is one operator for autograd and for a compiler, so neither traces the loop.
+    Shapes: q (B, T, N, H); k, v (B, T, G, H); document_ids (B, T), with equal ids contiguous ->
+    (B, T, N, H) and a vector.
+    Source: FlashAttention, arXiv:2205.14135, but with softmax over full rows of a block.
     """
     groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
     queries, keys, values = (_group(x, groups) for x in (q, k, v))
     scaled, exact = queries.float() * q.shape[-1] ** -0.5, keys.float()
     out, saved = torch.empty_like(queries), _saved_buffer(q, save)
     buffer = saved
-    # A custom operator runs under its caller's autocast, which would compute scores in 16 bits.
+    # A custom operator inherits its caller's autocast, which would compute scores in 16 bits.
     with torch.autocast(q.device.type, enabled=False):
         for rows, start, begin, end, mask in blocks_of(document_ids):
-            here, seen = slice(repeats * begin, repeats * end), slice(start, end)
-            q_, k_ = _part(scaled, rows, here), _part(exact, rows, seen)
+            query_span, key_span = slice(repeats * begin, repeats * end), slice(start, end)
+            q_, k_ = _part(scaled, rows, query_span), _part(exact, rows, key_span)
             slot = None
             if save and end - start <= MAX_SAVED_KEYS:
                 slot, buffer = _next_slice(buffer, (*q_.shape[:2], end - start))
@@ -156,8 +156,8 @@ def attend_blocks(
             p = _probabilities(q_, k_, mask, slot if fits else None)
             if slot is not None and not fits:
                 p = slot.copy_(p)
-            mixed = torch.bmm(p.to(v.dtype), _part(values, rows, seen))
-            out[rows, :, here] = mixed.unflatten(0, (-1, groups))
+            mixed = torch.bmm(p.to(v.dtype), _part(values, rows, key_span))
+            out[rows, :, query_span] = mixed.unflatten(0, (-1, groups))
     return _ungroup(out, q.shape[1]), saved
 
 
@@ -165,7 +165,7 @@ def attend_blocks(
 def attend_blocks_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor, saved: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v (arXiv:2205.14135, its backward pass)."""
+    """Return the gradients of q, k and v, as in the backward pass of arXiv:2205.14135."""
     groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
     queries, keys, values, gradients = (_group(x, groups) for x in (q, k, v, gradient))
     scale, buffer = q.shape[-1] ** -0.5, saved
@@ -173,23 +173,23 @@ def attend_blocks_backward(
     dk, dv = (torch.zeros_like(keys, dtype=torch.float32) for _ in range(2))
     with torch.autocast(q.device.type, enabled=False):
         for rows, start, begin, end, mask in blocks_of(document_ids):
-            here, seen = slice(repeats * begin, repeats * end), slice(start, end)
-            q_, do = (_part(x, rows, here) for x in (queries, gradients))
-            k_, v_ = (_part(x, rows, seen) for x in (keys, values))
+            query_span, key_span = slice(repeats * begin, repeats * end), slice(start, end)
+            q_, do = (_part(x, rows, query_span) for x in (queries, gradients))
+            k_, v_ = (_part(x, rows, key_span) for x in (keys, values))
             if len(saved) and end - start <= MAX_SAVED_KEYS:
                 p, buffer = _next_slice(buffer, (*q_.shape[:2], end - start))
             else:
                 p = _probabilities(q_.float() * scale, k_.float(), mask).to(q.dtype)
-            dv[rows, :, seen] += torch.bmm(p.mT, do).unflatten(0, (-1, groups))
+            dv[rows, :, key_span] += torch.bmm(p.mT, do).unflatten(0, (-1, groups))
             ds = torch.ops.aten._softmax_backward_data(torch.bmm(do, v_.mT), p, -1, p.dtype)
-            dk[rows, :, seen] += torch.bmm(ds.mT, q_).unflatten(0, (-1, groups))
-            dq[rows, :, here] = torch.bmm(ds, k_).unflatten(0, (-1, groups))
+            dk[rows, :, key_span] += torch.bmm(ds.mT, q_).unflatten(0, (-1, groups))
+            dq[rows, :, query_span] = torch.bmm(ds, k_).unflatten(0, (-1, groups))
     dq, dk, dv = (_ungroup(x.to(q.dtype), q.shape[1]) for x in (dq * scale, dk * scale, dv))
     return dq, dk, dv
 
 
 def _like(x: Tensor) -> Tensor:
-    """Return the contiguous result that register_fake promises a compiler."""
+    """Return an empty contiguous tensor like `x`, as register_fake promises a compiler."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

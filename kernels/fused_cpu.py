@@ -1,7 +1,7 @@
-"""RMSNorm, rotary embedding and SwiGLU on a CPU in few passes over memory, with their gradients.
+"""RMSNorm, rotary embedding and SwiGLU for CPUs, with few passes over memory.
 
-Uncompiled, each formula of model.py is half a dozen operators forward and more backward, each of
-which reads and writes whole tensors. These versions make a training step 6 % faster in fp32 and
+In eager mode, each formula of model.py runs half a dozen operators forward and more backward, each
+of which reads and writes full tensors. These versions make a training step 6 % faster in fp32 and
 save less for backward. Under torch.compile the plain formulas are fused, and these are not used.
 """
 
@@ -16,16 +16,16 @@ from torch.autograd.function import once_differentiable
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return what model.rms_norm returns. Shapes: x (..., D), weight (D,) -> (..., D)."""
+    """Compute model.rms_norm. Shapes: x (..., D), weight (D,) -> (..., D)."""
     dtype = torch.promote_types(x.dtype, weight.dtype)
     return RMSNormFunction.apply(x.to(dtype), weight.to(dtype), eps)  # type: ignore[no-any-return]
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """RMSNorm of one dtype, computed in fp32 or wider; saves its input and one value a position.
+    """RMSNorm for inputs of one dtype, in fp32 or wider; saves its input and a value per position.
 
     With i = 1 / rms and the gradient g of the result, dx = i g w - x i^3 sum(g w x) / D, and dw is
-    the sum over positions of g x i. Both sums are products with a vector, which store nothing.
+    the sum over positions of g x i. Both sums are matrix-vector products without intermediates.
     """
 
     @staticmethod
@@ -41,7 +41,7 @@ class RMSNormFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         gradient, scale = gradients[0].to(inverse.dtype), weight.to(inverse.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # Backward may be called inside it.
+        with torch.autocast(x.device.type, enabled=False):  # Backward may run under autocast.
             product = (gradient * x).flatten(0, -2)
             along_x = (product @ scale).view_as(inverse) * inverse**3 / -x.shape[-1]
             dx = (gradient * scale).mul_(inverse).addcmul_(x, along_x)
@@ -50,12 +50,12 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return what model.rotate returns; four operators write half as much as its six."""
+    """Compute model.rotate with four operators instead of six, writing half as much memory."""
     return RotaryFunction.apply(x_BNTH, cos.to(x_BNTH.dtype), sin.to(x_BNTH.dtype))  # type: ignore[no-any-return]
 
 
 class RotaryFunction(torch.autograd.Function):
-    """Rotary embedding that saves the angles alone: its gradient is rotated back by them."""
+    """Rotary embedding that saves only the angles; backward rotates the gradient back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -80,14 +80,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor, down_weight: Tensor) -> Tensor:
-    """Return what model.swiglu returns. Shapes: gate, up (..., F), down_weight (D, F)."""
+    """Compute model.swiglu. Shapes: gate, up (..., F), down_weight (D, F) -> (..., D)."""
     return SwiGLUDownFunction.apply(gate, up, down_weight.to(gate.dtype))  # type: ignore[no-any-return]
 
 
 class SwiGLUDownFunction(torch.autograd.Function):
     """SwiGLU down-projection that saves only its inputs and recomputes the activation in backward.
 
-    The activation is cheap to compute, and the widest tensor of a layer.
+    The activation is cheap to compute, but it is the widest tensor of a layer.
     """
 
     @staticmethod

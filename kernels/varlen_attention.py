@@ -1,6 +1,6 @@
-"""Attention inside documents by torch.nn.attention.varlen: CUDA, 16-bit dtypes, capability 8.0 on.
+"""Attention within documents by torch.nn.attention.varlen (CUDA, 16-bit, capability 8.0 or higher).
 
-Rows are laid end to end, and the kernel computes nothing outside the documents.
+Rows are concatenated, and the kernel computes nothing between documents.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 def prepare(
     position_ids: Tensor, document_ids: Tensor, boundaries: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return where documents begin and end in the rows laid end to end, int32 (documents + 1,)."""
+    """Return the document boundaries in the concatenated rows, int32 (documents + 1,)."""
     if boundaries is not None:
         return boundaries
     flat = document_ids.flatten()
@@ -26,11 +26,11 @@ def prepare(
 
 
 def attend(q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor, boundaries: Tensor) -> Tensor:
-    """Return causal attention inside the documents that `boundaries` delimit.
+    """Compute causal attention within the documents delimited by `boundaries`.
 
     The kernel needs equal 16-bit dtypes; under autocast QK-norm gives fp32, so queries and keys
-    are cast to the dtype of the values. The last boundary must be B x T: the kernel leaves what
-    lies beyond it uninitialized. Shapes: q (B, N, T, H), k, v (B, G, T, H) -> (B, N, T, H).
+    are cast to the dtype of the values. The last boundary must be B x T: the kernel leaves outputs
+    beyond it uninitialized. Shapes: q (B, N, T, H), k, v (B, G, T, H) -> (B, N, T, H).
     """
     batch, heads, length, size = q_BNTH.shape
     q, k, v = (
@@ -44,10 +44,10 @@ def attend(q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor, boundaries: Tensor) -
 
 @functools.cache
 def load() -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Import torch's kernel and return it with its keywords for "causal" and "grouped".
+    """Import torch's kernel; return it and its keyword arguments for causal grouped attention.
 
-    Imported on first use, because it imports torch's compiler: 1.4 s of every start.
-    Raises ImportError for a build of torch without it.
+    It is imported on first use, because it imports torch's compiler, which takes 1.4 s.
+    Raises ImportError if this build of torch lacks it.
     """
     from torch.nn.attention import varlen
 
@@ -55,7 +55,7 @@ def load() -> tuple[Callable[..., Any], dict[str, Any]]:
 
 
 def keywords_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return how a torch release spells "causal" and "grouped": 2.10, 2.11 and 2.12 differ."""
+    """Return the arguments for causal grouped attention; torch 2.10, 2.11 and 2.12 differ."""
     names = inspect.signature(function).parameters
     causal = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
     return {**causal, "enable_gqa": True} if "enable_gqa" in names else causal

@@ -1,1 +1,1 @@
-"""The tokenizer: text to ids and back (bpe.py), messages to ids and loss mask (chat_format.py)."""
+"""Tokenizer: text to ids and back (bpe.py), messages to ids and loss mask (chat_format.py)."""

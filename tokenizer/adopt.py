@@ -1,12 +1,12 @@
-"""Other vocabularies, adapted to training from scratch.
+"""Adaptation of other tokenizers for training from scratch.
 
 Any lossless tokenizer.json is accepted: byte-level BPE (GPT-2, Llama 3, Qwen), and BPE or Unigram
-with byte fallback (SentencePiece, Llama 2). It is changed so that the ids of pieces of a text
-concatenate to ids of the text. Checkpoints hold the changed file.
+with byte fallback (SentencePiece, Llama 2). It is changed so that the ids of a text's pieces
+concatenate to ids of the text. Checkpoints contain the changed file.
 
-    special tokens   missing REQUIRED_TOKENS are added after its last id; its others stay unused
-    start of text    no space before a text, no tokens by a post-processor
-    length           no truncation, no padding, no dropout of merges
+    special tokens   missing REQUIRED_TOKENS are added after the last id; others stay unused
+    start of text    no space is prepended, and no tokens are added by a post-processor
+    length           no truncation, no padding, no BPE dropout
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Node = dict[str, Any]
 
 
 def adopt(folder: str | Path) -> Tokenizer:
-    """Return the tokenizer of a folder with those changes; without changes, keep the file's bytes.
+    """Return the tokenizer of a folder with these changes; if none is needed, keep its exact bytes.
 
-    Raises ValueError if the file cannot be read, or loses parts of a text.
+    Raises ValueError if the file cannot be read, or if the tokenizer is not lossless.
     """
     path = Path(folder) / "tokenizer.json"
     text = read_json(path)
@@ -49,16 +49,16 @@ def _adapted(values: Node) -> Node:
 
 
 def _without_prefix(node: Node | None, part: str) -> Node | None:
-    """Return a step of the tokenizer without its special treatment of the start of a text."""
-    kind = node and node["type"]
-    if node is None or kind == "Prepend" or (kind == "Strip" and part == "decoder"):
+    """Return a tokenization step without special treatment of the start of a text."""
+    type_ = node and node["type"]
+    if node is None or type_ == "Prepend" or (type_ == "Strip" and part == "decoder"):
         return None
-    if kind == "Metaspace":
+    if type_ == "Metaspace":
         rest = {key: value for key, value in node.items() if key != "add_prefix_space"}
         return {**rest, "prepend_scheme": "never"}
-    if kind == "ByteLevel" and part == "pre_tokenizer":
+    if type_ == "ByteLevel" and part == "pre_tokenizer":
         return {**node, "add_prefix_space": False}
-    if kind == "Sequence":
+    if type_ == "Sequence":
         return {key: _filter_steps(value, part) for key, value in node.items()}
     return node
 

@@ -1,6 +1,6 @@
-"""The tokenizer: text to ids and back, by BPE from the `tokenizers` library.
+"""Tokenizer: text to ids and back, by BPE from the `tokenizers` library.
 
-`Tokenizer` never parses special tokens out of text, so typing one cannot forge a turn. The default
+`Tokenizer` never parses special tokens in text, so typing one cannot forge a turn. The default
 vocabulary is tokenizer.json, trained by tools/train_tokenizer.py; adopt.py reads others.
 """
 
@@ -30,22 +30,22 @@ SPECIAL_TOKENS: tuple[str, ...] = (
     *("<think>", "</think>"),
     *(f"<|reserved_{i}|>" for i in range(27)),
 )
-"""Ids 0, 1, 2, ... in this order. With the reserved ones a model can learn new tags later."""
+"""Ids 0, 1, 2, ... in this order. The reserved ones allow a model to learn new tags later."""
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids, and the loss mask: whether each id is under the loss."""
+    """Token ids, and a loss mask that is True for each supervised id."""
 
     ids: list[int]
     mask: list[bool]
 
 
 class Tokenizer:
-    """A vocabulary: text to ids, ids to text or bytes.
+    """A tokenizer: text to ids, ids to text or bytes.
 
     `text` is the content of tokenizer.json; by default it is read from the folder. Raises
-    ValueError if there is no such file, or it lacks a required token or loses parts of a text.
+    ValueError if the file is missing, lacks a required token or is not lossless.
     """
 
     def __init__(self, folder: str | Path, text: str | None = None) -> None:
@@ -66,14 +66,15 @@ class Tokenizer:
         self._check_round_trip(path)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path, str]]:
-        """Pickle the constructor's arguments: a pickled `_bpe` loses encode_special_tokens."""
+        """Pickle the constructor's arguments; a pickled `_bpe` would lose encode_special_tokens."""
         return Tokenizer, (self.folder, self.json)
 
     def _required_id(self, token: str, path: Path) -> int:
         id_ = self._bpe.token_to_id(token)
         if id_ is None:
             raise ValueError(
-                f"{path} lacks the special token {token}; train.py tokenizer={path.parent} adds it"
+                f"{path} lacks the special token {token}. "
+                f"Run train.py tokenizer={path.parent}, which adds it."
             )
         return id_
 
@@ -81,28 +82,27 @@ class Tokenizer:
         for text in (ROUND_TRIP_TEXT, f" {ROUND_TRIP_TEXT}"):
             try:
                 decoded = self.decode(self.encode(text))
-            except Exception as error:  # `tokenizers` raises nothing narrower.
+            except Exception as error:  # `tokenizers` raises a bare Exception.
                 decoded = f"an error: {error}"
             if decoded != text:
                 raise ValueError(
-                    f"{path} does not give a text back: {text!r} became {decoded!r}. Take a "
-                    "byte-level BPE, or a BPE with byte fallback, that neither lower-cases nor "
-                    "adds spaces"
+                    f"{path} is not lossless: {text!r} became {decoded!r}. Use a byte-level BPE, "
+                    "or a BPE with byte fallback, that neither lower-cases text nor adds spaces."
                 )
 
     @cached_property
     def vocab_size(self) -> int:
-        """Return the highest id + 1, special tokens included."""
+        """Return the highest id + 1, including special tokens."""
         return 1 + max(self._bpe.get_vocab(with_added_tokens=True).values())
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return 16 hex digits of a hash of tokenizer.json."""
+        """Return a 16-digit hex hash of tokenizer.json."""
         return hashlib.sha256(self.json.encode()).hexdigest()[:16]
 
     @cached_property
     def id_to_bytes(self) -> tuple[bytes, ...]:
-        """Return the bytes of each id; none for special tokens and unused ids."""
+        """Return the bytes of each id; empty for special tokens and unused ids."""
         return tuple(self._bytes_of(id_) for id_ in range(self.vocab_size))
 
     def _bytes_of(self, id_: int) -> bytes:
@@ -122,7 +122,7 @@ class Tokenizer:
         return self._bpe.encode(text, add_special_tokens=False).ids
 
     def encode_tag(self, tag: str) -> list[int]:
-        """Return the id of a special token, or the ids of its text if there is no such token."""
+        """Return the id of a special token, or the ids of its text if the token does not exist."""
         id_ = self._bpe.token_to_id(tag)
         return self.encode(tag) if id_ is None else [id_]
 
@@ -135,11 +135,11 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def show(self, ids: SequenceABC[int]) -> str:
-        """Return the text of ids with special tokens spelled out."""
+        """Return the text of ids, including special tokens."""
         return self._bpe.decode(list(ids), skip_special_tokens=False)
 
     def files(self, context_length: int) -> dict[str, str]:
-        """Return the tokenizer's files of a Hugging Face model folder, by name."""
+        """Return the tokenizer files of a Hugging Face model folder, as name to content."""
         config = {
             # For any other class, transformers 5 replaces the pre-tokenizer.
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -163,33 +163,31 @@ def default_folder() -> Path:
 
 
 def read_json(path: Path) -> str:
-    """Return the content of a tokenizer.json; raises ValueError if it is missing or no JSON."""
+    """Return the content of a tokenizer.json; raise ValueError if it is missing or not JSON."""
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)
     except FileNotFoundError:
-        raise ValueError(
-            f"{path} does not exist: a tokenizer is a folder with tokenizer.json"
-        ) from None
+        raise ValueError(f"{path} does not exist. Pass a folder with tokenizer.json.") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}. Copy it again.") from error
     if not isinstance(values, dict) or "model" not in values:
-        raise ValueError(f'{path} has no "model": it is no file of the `tokenizers` library')
+        raise ValueError(f'{path} has no "model", so it is not a `tokenizers` file')
     return text
 
 
 def load_bpe(text: str, path: Path) -> Bpe:
-    """Load a tokenizer.json; raises ValueError if the `tokenizers` library refuses it."""
+    """Load a tokenizer.json; raise ValueError if the `tokenizers` library cannot."""
     try:
         return Bpe.from_str(text)
-    except Exception as error:  # `tokenizers` raises nothing narrower.
+    except Exception as error:  # `tokenizers` raises a bare Exception.
         raise ValueError(f"{path}: the `tokenizers` library cannot load it: {error}") from error
 
 
 def _byte_of_character() -> dict[str, bytes]:
-    """Return the byte that each printable character of a byte-level BPE stands for.
+    """Return the byte that each printable character of a byte-level BPE represents.
 
-    Printable Latin-1 stands for itself; the other bytes take the characters from U+0100 on.
+    Printable Latin-1 represents itself; other bytes are represented by characters from U+0100 on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -199,4 +197,4 @@ def _byte_of_character() -> dict[str, bytes]:
 
 BYTE_OF_CHARACTER = _byte_of_character()
 ROUND_TRIP_TEXT = "A b  c\n\t 1.5% 中文 \u00e9 \u0416 😀\r\n x"
-"""A vocabulary that is not lossless does not reproduce it."""
+"""Text that only a lossless tokenizer reproduces."""

@@ -1,20 +1,20 @@
-r"""The chat format: messages to ids and loss mask, in one pass, for training, chat and serving.
+r"""Chat format: messages to ids and loss mask in one pass, for training, chat and serving.
 
-ChatML. An assistant's content and the end of its turn (underlined) are under the loss:
+The format is ChatML. An assistant's content and end of turn (underlined) are supervised:
 
     <|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n您好<|im_end|>\n
                                                              ----__________
 
-A message is a dict with "role" (system, user, assistant or tool) and "content" (text), and may have
+A message is a dict with "role" (system, user, assistant or tool) and "content" (text). Optional:
 
     tools               system message: a list of JSON objects, appended one per line
     reasoning_content   assistant: reasoning, between <think> and </think> before the content
     tool_calls          assistant: [{"name", "arguments"}], each between <tool_call> tags
 
-Reasoning and calls are under the loss. A tool's answer is a user turn between <tool_response> tags,
-not under the loss. No system message and no empty reasoning is added. The content is encoded
-separately from "assistant\n", with the same ids as both at once: the pre-tokenizer of the
-vocabulary (tools/train_tokenizer.py) ensures this.
+Reasoning and calls are supervised. A tool's answer is a user turn between <tool_response> tags and
+is not supervised. No default system message or empty reasoning is added. The content is encoded
+separately from "assistant\n"; the pre-tokenizer of the vocabulary (tools/train_tokenizer.py)
+ensures that encoding both at once gives the same ids.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ class Tag(str):
 
 
 def render_conversation(tokenizer: Tokenizer, messages: SequenceABC[Message]) -> Sequence:
-    """Return the ids of a conversation; every assistant turn and its end are under the loss."""
+    """Return the ids of a conversation; assistant turns and their end tokens are supervised."""
     ids: list[int] = []
     mask: list[bool] = []
 
-    def add(piece: list[int], supervised: bool) -> None:
+    def add(piece: list[int], value: bool) -> None:
         ids.extend(piece)
-        mask.extend([supervised] * len(piece))
+        mask.extend([value] * len(piece))
 
     for message in messages:
-        answer = message["role"] == "assistant"
+        supervised = message["role"] == "assistant"
         add(_open_turn(tokenizer, "user" if message["role"] == "tool" else message["role"]), False)
         for piece in _pieces(message):
             add(tokenizer.encode_tag(piece) if isinstance(piece, Tag) else tokenizer.encode(piece),
-                answer)  # fmt: skip
-        add([tokenizer.im_end_id], answer)
+                supervised)  # fmt: skip
+        add([tokenizer.im_end_id], supervised)
         add(tokenizer.encode("\n"), False)
     return Sequence(ids, mask)
 
@@ -81,9 +81,9 @@ def _pieces(message: Message) -> Iterator[str]:
     for number, call in enumerate(message.get("tool_calls") or () if role == "assistant" else ()):
         yield text + ("\n" if content or number else "")
         arguments = call["arguments"]
-        spelled = arguments if isinstance(arguments, str) else _json(arguments)
+        arguments = arguments if isinstance(arguments, str) else _json(arguments)
         yield Tag("<tool_call>")
-        yield f'\n{{"name": {_json(call["name"])}, "arguments": {spelled}}}\n'
+        yield f'\n{{"name": {_json(call["name"])}, "arguments": {arguments}}}\n'
         yield Tag("</tool_call>")
         text = ""
     yield text

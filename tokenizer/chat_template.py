@@ -1,8 +1,8 @@
 """The chat format as a Jinja template, for transformers and other programs.
 
-It renders the same text as chat_format.render_conversation (`tools` as an argument, as transformers
-passes them, or in the first message). If content spells out a special token, the ids differ:
-transformers parses the token, render_conversation keeps it as text.
+It renders the same text as chat_format.render_conversation. `tools` may be an argument, as passed
+by transformers, or part of the first message. If content contains the text of a special token, the
+ids differ: transformers parses the token, render_conversation keeps it as text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Protects users from bad rows: each is named by file, line and reason, and nothing is written."""
+"""Protects users from bad rows: errors name file, line and reason, and nothing is written."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from trainlib.data import formats, readers
 from trainlib.data.encode import ENCODERS
 from trainlib.data.token_cache import build_cache
 
-ASK = {"role": "user", "content": "q"}
+USER = {"role": "user", "content": "q"}
 YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
 
 BAD = [
     ("pretrain", '{"text": "a"}\n{"text": \n', "line 2: not JSON"),
     ("pretrain", '{"text": "a"}\n[1]\n', "line 2: a JSON array"),
-    ("pretrain", '{"text": "a"}\n\n{"txt": "b"}\n', "line 3: not a pretrain row"),
+    ("pretrain", '{"text": "a"}\n\n{"txt": "b"}\n', "line 3: not pretrain data"),
     ("pretrain", '{"text": 7}\n', "line 1: .* must be a string, not number"),
     ("pretrain", '{"text": null}\n', '"text" must be a string, not null'),
     ("pretrain", '{"text": "\\ud800"}\n', "line 1: .*surrogate"),
     ("pretrain", "\n", "is empty"),
-    ("sft", json.dumps({"conversations": [ASK]}), "no assistant message"),
+    ("sft", json.dumps({"conversations": [USER]}), "no assistant message"),
     ("sft", json.dumps({"conversations": [{"role": "bot", "content": "x"}]}), "role 'bot'"),
     ("sft", json.dumps({"conversations": [{"content": "x"}]}), 'message 1 must be .* "role"'),
-    ("dpo", json.dumps({"chosen": [ASK, YES], "rejected": [NO]}), "different prompts"),
-    ("dpo", json.dumps({"chosen": [ASK, YES], "rejected": [ASK, YES]}), "the same answer"),
+    ("dpo", json.dumps({"chosen": [USER, YES], "rejected": [NO]}), "different prompts"),
+    ("dpo", json.dumps({"chosen": [USER, YES], "rejected": [USER, YES]}), "the same answer"),
     (
         "dpo",
         json.dumps({"prompt": "q", "completion": "a", "label": True}),
         "no stage trains on.*pairs",
     ),
-    ("dpo", json.dumps({"chosen": [ASK, YES]}), "no known kind of row"),
+    ("dpo", json.dumps({"chosen": [USER, YES]}), "unknown row format"),
 ]
 
 
@@ -54,7 +54,7 @@ def test_bad_rows(kind, content, message, tmp_path, monkeypatch, tokenizer):
     assert path.read_text() == content
 
 
-def test_bytes_that_are_no_utf8(tmp_path, monkeypatch, tokenizer):
+def test_bytes_that_are_not_utf8(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
     rows = {
         "gbk.jsonl": '{"text": "one"}\n{"text": "中文"}\n', "first.jsonl": '{"text": "中文"}\n',
@@ -75,28 +75,28 @@ def test_bytes_that_are_no_utf8(tmp_path, monkeypatch, tokenizer):
         assert found[1].reason.startswith("not UTF-8") and "GBK" not in found[1].reason
 
 
-def test_bom_and_windows_line_ends(tmp_path):
+def test_bom_and_windows_line_endings(tmp_path):
     path = tmp_path / "w.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
     assert [row["value"] for row in read(path)["rows"]] == ["a", "b"]
     assert formats.detect(path).format.kind == "pretrain"
 
 
-def test_a_cache_is_made_once_and_again_when_the_file_changes(tmp_path, monkeypatch, tokenizer):
+def test_a_cache_is_built_once_and_rebuilt_when_the_file_changes(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n')
     first = build_cache(path, "pretrain", tokenizer, ENCODERS["pretrain"])
 
-    def never(*_):
+    def fail(*_):
         raise AssertionError("the file was tokenized again")
 
-    assert build_cache(path, "pretrain", tokenizer, never).key == first.key
+    assert build_cache(path, "pretrain", tokenizer, fail).key == first.key
     path.write_text('{"text": "b"}\n')
     assert build_cache(path, "pretrain", tokenizer, ENCODERS["pretrain"]).key != first.key
 
 
-# ---- every format of the field, unchanged --------------------------------------------------------
+# ---- every known format --------------------------------------------------------------------------
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
@@ -104,14 +104,14 @@ quick = settings(max_examples=40, deadline=None, database=None, derandomize=True
 
 
 def read(path, name="auto", **options):
-    """What is in a file, as expected.json has it."""
+    """Return the content of a file in the form of expected.json."""
     found = formats.detect(path, name=name)
     options = formats.ReadOptions(name, **options)
     rows = []
     for line, row in formats.check_items(found.source.items(), path, found.format, options):
         broken = isinstance(row, formats.Broken)
         rows.append({"line": line} | ({"broken": row.reason} if broken else {"value": row.value}))
-    rows = json.loads(json.dumps(rows))  # A pair is a tuple there and a list here.
+    rows = json.loads(json.dumps(rows))  # Turns a pair from a tuple into a list.
     return {"format": found.format.name, "kind": found.format.kind,
             "container": found.source.container, "rows": rows}  # fmt: skip
 
@@ -129,7 +129,7 @@ def test_golden_files(name):
 @pytest.mark.parametrize("name", ["minimind.jsonl", "alpaca.json", "text.csv", "plain.txt"])
 @pytest.mark.parametrize("end", ["lf", "crlf", "bom"])
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_compression_bom_and_line_ends_change_nothing(name, end, suffix, tmp_path):
+def test_compression_bom_and_line_endings_change_nothing(name, end, suffix, tmp_path):
     raw = (GOLDEN / name).read_bytes()
     if end == "crlf" and name != "text.csv":
         raw = raw.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
@@ -150,7 +150,7 @@ def test_parquet(name, tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [readers.parse(item.content) for item in readers.Source(GOLDEN / name).items()]
     if name == "minimind.jsonl":
-        rows = rows[:2]  # A column of Parquet has one type, and tools are a string there.
+        rows = rows[:2]  # A Parquet column has one type; later, tools is a list.
     path = tmp_path / "x.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=1)
     values = [row["value"] for row in read(path)["rows"]]
@@ -160,7 +160,7 @@ def test_parquet(name, tmp_path):
         read(path)
 
 
-def test_a_missing_package_is_named_with_the_line_to_type(tmp_path, monkeypatch):
+def test_a_missing_package_is_reported_with_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     for name, start in (("a.zst", b"\x28\xb5\x2f\xfd"), ("b.parquet", b"PAR1")):
@@ -171,7 +171,7 @@ def test_a_missing_package_is_named_with_the_line_to_type(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_stream_that_is_cut_short_stops(suffix, tmp_path):
+def test_a_truncated_stream_is_an_error(suffix, tmp_path):
     raw = "".join(json.dumps({"text": f"row {i} {i * i}"}) + "\n" for i in range(9999)).encode()
     if suffix == ".gz":
         raw = gzip.compress(raw)
@@ -179,7 +179,7 @@ def test_a_stream_that_is_cut_short_stops(suffix, tmp_path):
         raw = pytest.importorskip("zstandard").compress(raw)
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(raw[:-20])
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or truncated"):
         read(path)
 
 
@@ -246,7 +246,7 @@ json_values = st.recursive(
     ),
     max_leaves=6,
 )
-rows_of_the_field = st.dictionaries(
+known_rows = st.dictionaries(
     st.sampled_from([
         "text", "messages", "conversations", "chosen", "rejected", "prompt", "completion", "tools",
         "instruction", "input", "output", "history", "system", "q", "a", "label",
@@ -256,8 +256,8 @@ rows_of_the_field = st.dictionaries(
 
 
 @quick
-@given(rows=st.lists(rows_of_the_field, min_size=1, max_size=4), indent=st.sampled_from([None, 1]))
-def test_any_row_is_used_or_reported_alike_in_lines_and_arrays(tmp_path_factory, rows, indent):
+@given(rows=st.lists(known_rows, min_size=1, max_size=4), indent=st.sampled_from([None, 1]))
+def test_lines_and_arrays_give_the_same_rows_and_errors(tmp_path_factory, rows, indent):
     folder = tmp_path_factory.getbasetemp()
     lines, array = folder / "any_rows.jsonl", folder / "any_rows.json"
     lines.write_text("\n".join(map(json.dumps, rows)))

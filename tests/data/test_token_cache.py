@@ -1,4 +1,4 @@
-"""Protects the ids on disk: as wide as the vocabulary needs, and the same when read again."""
+"""Protects the ids on disk: wide enough for the vocabulary, and unchanged when read again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAIRS = ["".join(pair) for pair in product("abcdefghijklmnopqrstuvwxyz", repeat=
 
 
 def large_vocabulary(folder, size):
-    """A byte-level BPE of `size` entries: bytes, pairs of letters, pairs of pairs; not trained."""
+    """Build an untrained byte-level BPE of `size` entries: bytes, letter pairs, pairs of pairs."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     num_quads = size - len(REQUIRED_TOKENS) - len(alphabet) - len(PAIRS)
     quads = islice(product(PAIRS, repeat=2), num_quads)
@@ -45,12 +45,12 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(size, dtype, tmp_path, monkeypa
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
     tokenizer, entries = large_vocabulary(tmp_path / "large", size)
     assert tokenizer.vocab_size == size
-    assert tokenizer.end_of_text_id == size - 3  # In every document, as its highest id.
+    assert tokenizer.end_of_text_id == size - 3  # The highest id, in every document.
     texts = [" ".join(entries[i::9000]) for i in range(len(entries) - 50, len(entries))]
     texts += [f"{entries[-1]} 中文 {i}" for i in range(50)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    for _ in range(2):  # Made, then read again.
+    for _ in range(2):  # Built, then read from disk.
         cache = build_cache(path, "pretrain", tokenizer, encode_document)
         assert cache.ids.dtype == dtype
         documents = np.split(np.asarray(cache.ids), cache.offsets[1:-1])
@@ -66,7 +66,7 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(size, dtype, tmp_path, monkeypa
     assert batch.num_bytes == len(tokenizer.decode_bytes(labels)) > 0
 
 
-def test_the_key_is_of_the_content(tmp_path, monkeypatch, tokenizer):
+def test_the_key_depends_on_the_content(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "a.jsonl"
 
@@ -77,6 +77,6 @@ def test_the_key_is_of_the_content(tmp_path, monkeypatch, tokenizer):
 
     times = count(1)
     first = key("one", "two")
-    assert key("one", "two") == first  # Of another time, and so another cache.
+    assert key("one", "two") == first  # A new mtime: another cache, the same key.
     assert len(list((tmp_path / "cache/tokens").iterdir())) == 2
     assert len({first, key("two", "one"), key("one", "tw0"), key("one", "two", "three")}) == 4

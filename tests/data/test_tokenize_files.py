@@ -1,4 +1,4 @@
-"""Protects the builds of token caches: complete or absent, by any process, all rows reported."""
+"""Protects token cache builds: complete or absent, in any process, all broken rows reported."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def write(path, rows):
     return path
 
 
-def build(path, tokenizer, kind="pretrain", **more):
-    return build_cache(path, kind, tokenizer, ENCODERS[kind], **more)
+def build(path, tokenizer, kind="pretrain", **kwargs):
+    return build_cache(path, kind, tokenizer, ENCODERS[kind], **kwargs)
 
 
 def content(cache):
@@ -46,7 +46,7 @@ def content(cache):
 
 
 def many_chunks(monkeypatch, processes=False):
-    """Small chunks, so that a small file has many."""
+    """Use small chunks, so that a small file has many."""
     monkeypatch.setattr(tokenize_files, "CHUNK_BYTES", 200)
     monkeypatch.setattr(tokenize_files, "SMALL_FILE_BYTES", 0 if processes else 1 << 60)
     monkeypatch.setattr(tokenize_files, "num_usable_cores", lambda: 2)
@@ -71,7 +71,7 @@ def test_processes_and_chunks_change_nothing(tmp_path, tokenizer, monkeypatch):
     assert contents[0] == contents[1] == contents[2]
 
 
-# Without torch, whose import would take longer than all the rest.
+# Does not import torch, which would take longer than everything else.
 CODE = """
 import sys, time
 from pathlib import Path
@@ -87,7 +87,7 @@ def encode(tokenizer, record):
     return [Sequence(ids, [False] + [True] * (len(ids) - 1))]
 print("ready", flush=True)
 token_cache.build_cache(Path(sys.argv[1]), "pretrain", Tokenizer(default_folder()), encode)
-print("made", flush=True)
+print("built", flush=True)
 """
 
 
@@ -100,10 +100,10 @@ def children(pid):
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_killed_build_is_gone_on_with_and_its_processes_end(tmp_path, tokenizer, monkeypatch):
+def test_a_killed_build_is_resumed_and_its_workers_exit(tmp_path, tokenizer, monkeypatch):
     path = write(tmp_path / "a.jsonl", numbered(400))
-    made = build(path, tokenizer)
-    whole = content(made)
+    complete = build(path, tokenizer)
+    expected = content(complete)
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "other"))
     process = start(path)
     deadline = time.monotonic() + 60
@@ -115,17 +115,17 @@ def test_a_killed_build_is_gone_on_with_and_its_processes_end(tmp_path, tokenize
     process.kill()
     process.communicate()
     assert not list(cache_dir().glob("tokens/a-*")) and saved and workers
-    done = json.loads(saved[0].read_text())["chunks"]
-    assert done > 0
+    num_saved = json.loads(saved[0].read_text())["chunks"]
+    assert num_saved > 0
     with (saved[0].parent / "ids.bin").open("ab") as file:
-        file.write(b"torn")  # What was written after the last save.
-    seen = []
+        file.write(b"torn")  # Written after the last save.
+    done = []
     real = tokenize_files.tokenize_chunk
     monkeypatch.setattr(tokenize_files, "CHUNK_BYTES", 200)
-    monkeypatch.setattr(tokenize_files, "tokenize_chunk", lambda c, t: seen.append(c) or real(c, t))
-    again = build(path, tokenizer)
-    assert content(again) == whole and again.key == made.key
-    assert seen and seen[0].items[0].line > done
+    monkeypatch.setattr(tokenize_files, "tokenize_chunk", lambda c, t: done.append(c) or real(c, t))
+    resumed = build(path, tokenizer)
+    assert content(resumed) == expected and resumed.key == complete.key
+    assert done and done[0].items[0].line > num_saved
     while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in workers):
         time.sleep(0.1)
     assert not [pid for pid in workers if Path(f"/proc/{pid}/stat").exists()
@@ -133,12 +133,12 @@ def test_a_killed_build_is_gone_on_with_and_its_processes_end(tmp_path, tokenize
     assert not [p for p in cache_dir().glob("tokens/.*")]
 
 
-def test_two_processes_make_one_cache(tmp_path, tokenizer):
+def test_two_processes_build_one_cache(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", numbered(150))
     both = [start(path), start(path)]
     for process in both:
         out, err = process.communicate(timeout=90)
-        assert process.returncode == 0 and "made" in out, err
+        assert process.returncode == 0 and "built" in out, err
     [folder] = list(cache_dir().glob("tokens/*"))
     assert content(build(path, tokenizer)) and folder.name.startswith("a-")
 
@@ -149,31 +149,31 @@ def test_an_interrupted_build_leaves_no_cache(tmp_path):
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     while not list(cache_dir().glob("tokens/.making-*")) and process.poll() is None:
         time.sleep(0.005)
-    assert process.poll() is None, "it was made too soon to test anything"
+    assert process.poll() is None, "the build finished before it could be interrupted"
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode and not list(cache_dir().glob("tokens/a-*"))
 
 
-def test_skipped_rows_are_listed_and_stop_where_that_is_wanted(tmp_path, tokenizer, caplog):
+def test_skipped_rows_are_listed_and_are_an_error_with_on_error_stop(tmp_path, tokenizer, caplog):
     path = write(tmp_path / "a.jsonl", [*numbered(150), '{"text": 1}\n', *numbered(50)])
     cache = build(path, tokenizer, on_error="skip")
     listed = [json.loads(line) for line in (cache.folder / "skipped.jsonl").open()]
     assert [(row["line"], row["path"]) for row in listed] == [(151, str(path))]
-    assert "1 of 201 rows are broken and left out" in caplog.text
+    assert "1 of 201 rows are broken and were skipped" in caplog.text
     assert "skipped.jsonl" in caplog.text
     with pytest.raises(UserError, match="line 151: .*must be a string"):
         build(path, tokenizer)
 
 
-def test_more_than_one_percent_stops_and_leaves_nothing(tmp_path, tokenizer):
+def test_more_than_one_percent_of_broken_rows_is_an_error(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [*numbered(150), "{\n", "{\n"])
     with pytest.raises(UserError, match=r"2 of 152 rows .* 1% .*line 151: .*inspect_data"):
         build(path, tokenizer, on_error="skip")
     assert not [p for p in cache_dir().rglob("*") if p.is_file()]
 
 
-def test_free_space_is_looked_at_before_it_starts(tmp_path, tokenizer, monkeypatch):
+def test_free_space_is_checked_before_a_build(tmp_path, tokenizer, monkeypatch):
     path = write(tmp_path / "a.jsonl", numbered(500))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(token_cache.shutil, "disk_usage", lambda _: usage(0, 0, 1000))
@@ -182,7 +182,7 @@ def test_free_space_is_looked_at_before_it_starts(tmp_path, tokenizer, monkeypat
     assert not [p for p in cache_dir().rglob("*") if p.is_file()]
 
 
-def test_options_of_reading_make_another_cache(tmp_path, tokenizer):
+def test_read_options_change_the_cache(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [{"instruction": "a", "input": "b", "output": "c"}] * 2)
     one = build(path, tokenizer, "sft")
     other = build(path, tokenizer, "sft", options=ReadOptions(alpaca_join=""))
@@ -202,7 +202,7 @@ def test_a_large_vocabulary_gets_wide_ids(tmp_path, tokenizer, monkeypatch):
 # ---- folders, patterns, weights ------------------------------------------------------------------
 
 
-def test_a_folder_and_a_pattern_are_one_data_set_each(tmp_path, tokenizer):
+def test_a_folder_and_a_pattern_are_one_dataset_each(tmp_path, tokenizer):
     for name in ("web/a.jsonl", "web/deep/b.jsonl", "books/x1.txt", "books/x2.txt"):
         rows = numbered(9) if name.endswith("jsonl") else [f"{name}\n\n" + "long line\n" * 3000]
         write(tmp_path / name, rows)
@@ -212,21 +212,21 @@ def test_a_folder_and_a_pattern_are_one_data_set_each(tmp_path, tokenizer):
     assert set(data.val) == {"web", "books"} and len(data.train.caches) == 4
 
 
-def test_names_without_a_file_say_what_else_was_meant(tmp_path):
+def test_errors_for_names_without_files(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("a.txt", "b.txt", "a,b.txt"):
         write(tmp_path / name, ["text"])
     assert expand("a,b.txt") == [Path("a,b.txt")] and expand("a.txt,c") == [Path("a.txt,c")]
-    for name, said in {
-        "a.txt,b.txt": r"does not exist\. Several files are a list: data\.files=\[a\.txt,b\.txt\]",
-        "no*.txt": "no\\*.txt matches nothing", "empty": "no data file is there",
+    for name, message in {
+        "a.txt,b.txt": r"does not exist\. Pass a list: data\.files=\[a\.txt,b\.txt\]",
+        "no*.txt": "no\\*.txt matches nothing", "empty": "contains no data files",
     }.items():  # fmt: skip
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             expand(name)
 
 
 def shares(data, epoch):
-    """Real positions of an epoch by file, and how often each unit is used."""
+    """Return an epoch's positions per file, without padding, and how often each unit is used."""
     units = np.concatenate([row for row, _ in data.rows(DataPosition(epoch))])
     used = np.bincount(units, minlength=data.num_units)
     return np.bincount(data._file, used * data._length), used
@@ -245,7 +245,7 @@ def test_weights_are_shares_of_the_tokens_of_an_epoch(tmp_path, tokenizer):
         assert tokens.sum() == pytest.approx(data.num_tokens, rel=0.01)
         total += used
     of_a = total[data._file == 0]
-    assert of_a.max() - of_a.min() <= 1  # Over the epochs all rows of a file are used alike.
+    assert of_a.max() - of_a.min() <= 1  # All rows of a file are used equally often.
     again = load_datasets(config, "pretrain", tokenizer, 64, 0).train
     rows = [row.tolist() for row, _ in data.rows(DataPosition(2, 5))]
     assert rows == [row.tolist() for row, _ in again.rows(DataPosition(2, 5))]
@@ -255,11 +255,11 @@ def test_weights_are_shares_of_the_tokens_of_an_epoch(tmp_path, tokenizer):
 @pytest.mark.parametrize(("files", "message"), [
     (("a.jsonl:0.7", "a.jsonl"), "has no weight"), (("a.jsonl:0",), "must be above 0"),
 ])  # fmt: skip
-def test_weights_that_make_no_sense(files, message, tmp_path, tokenizer):
+def test_invalid_weights_are_refused(files, message, tmp_path, tokenizer):
     write(tmp_path / "a.jsonl", numbered(9))
     with pytest.raises(UserError, match=message):
         load_datasets(DataConfig(files=files), "pretrain", tokenizer, 64, 0)
-    with pytest.raises(UserError, match="only data.files takes weights"):
+    with pytest.raises(UserError, match="only data.files accepts weights"):
         config = DataConfig(files=("a.jsonl",), val_files=("a.jsonl:1",))
         load_datasets(config, "pretrain", tokenizer, 64, 0)
 
@@ -267,7 +267,7 @@ def test_weights_that_make_no_sense(files, message, tmp_path, tokenizer):
 # ---- packing -------------------------------------------------------------------------------------
 
 
-def test_a_long_conversation_is_cut_after_the_last_answer_that_fits(tmp_path, tokenizer):
+def test_a_long_conversation_is_truncated_after_the_last_answer_that_fits(tmp_path, tokenizer):
     turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": f"turn {i} " + "字" * i}
              for i in range(20)]  # fmt: skip
     short = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -280,10 +280,10 @@ def test_a_long_conversation_is_cut_after_the_last_answer_that_fits(tmp_path, to
         batch = data.collate([np.array([0])], 1)
         labels = batch.labels[0][batch.document_ids[0] == 0]
         ends = int((labels == tokenizer.im_end_id).sum())
-        whole = ENCODERS["sft"](tokenizer, _record(turns[: 2 * ends]))[0].ids
-        more = ENCODERS["sft"](tokenizer, _record(turns[: 2 * ends + 2]))[0].ids
+        fitting = ENCODERS["sft"](tokenizer, _record(turns[: 2 * ends]))[0].ids
+        too_long = ENCODERS["sft"](tokenizer, _record(turns[: 2 * ends + 2]))[0].ids
         assert ends and labels[-1] == tokenizer.im_end_id
-        assert len(labels) == len(whole) - 2 <= length < len(more) - 2
+        assert len(labels) == len(fitting) - 2 <= length < len(too_long) - 2
         assert sum(data.num_cut.values()) == 1 and not data.num_dropped and data.num_units == 2
     data = PackedDataset(parts, "sft", 100, bytes_, 0, too_long="drop")
     assert data.num_units == 1 and sum(data.num_dropped.values()) == 1 and not data.num_cut
@@ -295,7 +295,7 @@ def _record(value):
     return Record(value, "", Path("x"), 1)
 
 
-def test_a_stored_plan_is_the_plan(tmp_path, tokenizer, monkeypatch):
+def test_a_stored_plan_equals_a_fresh_one(tmp_path, tokenizer, monkeypatch):
     from trainlib.data import packing
 
     path = write(tmp_path / "a.jsonl", numbered(300))
@@ -319,22 +319,22 @@ letters = st.text(alphabet=st.sampled_from("a 中😀\n<|im_end|>é"), max_size=
 
 @settings(max_examples=25, deadline=None, database=None, derandomize=True)
 @given(answers=st.lists(letters, min_size=1, max_size=4), questions=st.lists(letters, min_size=4))
-def test_the_mask_is_the_answers_for_any_content(tokenizer, answers, questions):
+def test_the_mask_selects_exactly_the_answers_for_any_content(tokenizer, answers, questions):
     messages = []
     for question, answer in zip(questions, answers, strict=False):
         messages += [{"role": "user", "content": question},
                      {"role": "assistant", "content": answer}]  # fmt: skip
     [sequence] = ENCODERS["sft"](tokenizer, _record(messages))
     supervised = [i for i, m in zip(sequence.ids, sequence.mask, strict=True) if m]
-    wanted = [i for a in answers for i in [*tokenizer.encode(a), tokenizer.im_end_id]]
-    assert supervised == wanted
+    expected = [i for a in answers for i in [*tokenizer.encode(a), tokenizer.im_end_id]]
+    assert supervised == expected
     assert tokenizer.decode(supervised) == "".join(answers)
 
 
-def test_an_error_of_the_system_is_a_user_error(tmp_path, tokenizer):
+def test_a_system_error_is_a_user_error(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", numbered(5))
     cache_dir().parent.mkdir(exist_ok=True)
     cache_dir().write_text("a file where the folder should be")
-    with pytest.raises(UserError, match="TRAIN_LLM_CACHE_DIR moves it elsewhere"):
+    with pytest.raises(UserError, match="Set TRAIN_LLM_CACHE_DIR to another folder"):
         build(path, tokenizer)
     assert os.path.isfile(path)

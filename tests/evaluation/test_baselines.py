@@ -1,4 +1,4 @@
-"""Protects the baselines: counted by hand on tiny corpora, on the tokens and bytes of val/loss."""
+"""Protects the baselines: equal to explicit counts, on the tokens and bytes of val/loss."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(path, rows):
 
 @pytest.fixture
 def data(tmp_path, tokenizer, monkeypatch):
-    """Loads data sets of either kind, with a cache of their own."""
+    """Return a function that loads datasets of either kind, with a separate cache."""
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
     texts = [f"第{i}条 row {i} of {i % 7} goes on. " * (i % 5 + 1) for i in range(60)]
 
@@ -54,35 +54,35 @@ def data(tmp_path, tokenizer, monkeypatch):
     return load
 
 
-def by_hand(train, val, vocab_size):
-    """Bits of unigram and bigram for pairs (before, label), one pair at a time."""
+def explicit_bits(train, val, vocab_size):
+    """Return the bits of unigram and bigram for pairs (previous, label), one pair at a time."""
     ids, pairs = Counter(b for _, b in train), Counter(train)
-    before = Counter(a for a, _ in train)
+    previous = Counter(a for a, _ in train)
     followers = Counter(a for a, _ in pairs)
     unigram = bigram = 0.0
     for a, b in val:
         p = (ids[b] + 1) / (len(train) + vocab_size)
         unigram -= math.log2(p)
-        if before[a]:
-            p = (pairs[a, b] + followers[a] * p) / (before[a] + followers[a])
+        if previous[a]:
+            p = (pairs[a, b] + followers[a] * p) / (previous[a] + followers[a])
         bigram -= math.log2(p)
     return unigram, bigram
 
 
 def pairs_of(packed):
-    """Pairs under the loss, read off the documents one by one."""
+    """Return the supervised pairs, document by document."""
     found = []
     for cache, selected in packed.parts:
         for record in np.flatnonzero(selected):
-            here = slice(cache.offsets[record], cache.offsets[record + 1])
-            ids, under_loss = cache.ids[here].tolist(), cache.supervised[here].tolist()
-            found += [(a, b) for a, b, m in zip(ids, ids[1:], under_loss[1:], strict=False) if m]
+            span = slice(cache.offsets[record], cache.offsets[record + 1])
+            ids, supervised = cache.ids[span].tolist(), cache.supervised[span].tolist()
+            found += [(a, b) for a, b, m in zip(ids, ids[1:], supervised[1:], strict=False) if m]
     return found
 
 
-def test_a_corpus_counted_on_paper():
+def test_a_tiny_corpus_against_explicit_arithmetic():
     # Labels after 0: 1, 1, 2; after 1: 2. Unigram over V = 4: p(1) = 3/8, p(2) = 3/8, p(3) = 1/8.
-    # p(1|0) = (2 + 2 * 3/8) / (3 + 2), p(2|1) = (1 + 3/8) / 2, and 3 is followed by nothing.
+    # p(1|0) = (2 + 2 * 3/8) / (3 + 2), p(2|1) = (1 + 3/8) / 2, and nothing follows 3.
     train = Labels(np.array([0, 0, 0, 1]), np.array([1, 1, 2, 2]))
     val = Labels(np.array([0, 1, 3]), np.array([1, 2, 3]))
     unigram, bigram = ngram_bits(count_pairs(iter([train]), 4), val)
@@ -95,38 +95,38 @@ def test_bigram_sums_to_one_over_a_large_vocabulary():
     train = Labels(rng.integers(0, vocab_size, 3000), rng.integers(0, vocab_size, 3000))
     counts = count_pairs(iter([train]), vocab_size)
     everything = np.arange(vocab_size)
-    for before in (int(train.before[0]), vocab_size - 1):
+    for previous in (int(train.previous[0]), vocab_size - 1):
         p = [
-            2 ** -ngram_bits(counts, Labels(np.array([before]), np.array([label])))[1]
-            for label in (*train.ids[train.before == before], 5)
+            2 ** -ngram_bits(counts, Labels(np.array([previous]), np.array([label])))[1]
+            for label in (*train.ids[train.previous == previous], 5)
         ]
         assert min(p) > 0
-        rest = Labels(np.full(vocab_size, before), everything)
-        bits = -np.log2(probabilities(counts, rest))
+        labels = Labels(np.full(vocab_size, previous), everything)
+        bits = -np.log2(probabilities(counts, labels))
         assert (2**-bits).sum() == pytest.approx(1)
-        assert ngram_bits(counts, rest)[1] == pytest.approx(bits.sum())
+        assert ngram_bits(counts, labels)[1] == pytest.approx(bits.sum())
 
 
 def probabilities(counts, labels):
-    """The bigram of each label, one call a label would be slow: by Counts' own definition."""
-    before = int(labels.before[0])
-    unigram = (counts.ids + 1) / (counts.ids.sum() + len(counts.ids))
-    low, high = np.searchsorted(counts.pairs, [before * len(unigram), (before + 1) * len(unigram)])
-    seen = np.bincount(counts.pairs[low:high] - before * len(unigram), minlength=len(unigram))
-    if not seen.sum():
+    """Return the bigram probability of each label, from the definition of Counts."""
+    previous = int(labels.previous[0])
+    unigram, size = (counts.ids + 1) / (counts.ids.sum() + len(counts.ids)), len(counts.ids)
+    low, high = np.searchsorted(counts.pairs, [previous * size, (previous + 1) * size])
+    observed = np.bincount(counts.pairs[low:high] - previous * size, minlength=size)
+    if not observed.sum():
         return unigram
-    kinds = np.count_nonzero(seen)
-    return (seen + kinds * unigram) / (seen.sum() + kinds)
+    distinct = np.count_nonzero(observed)
+    return (observed + distinct * unigram) / (observed.sum() + distinct)
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
 @pytest.mark.parametrize("settings", [{}, {"val_files": (), "val_fraction": 0.2}])
-def test_baselines_of_files_are_those_counted_by_hand(kind, settings, data, tokenizer):
+def test_baselines_of_files_equal_explicit_counts(kind, settings, data, tokenizer):
     datasets = with_baselines(data(kind, **settings), tokenizer)
     train = pairs_of(datasets.train)
     val = [pair for packed in datasets.val.values() for pair in pairs_of(packed)]
     num_bytes = sum(len(tokenizer.id_to_bytes[label]) for _, label in val)
-    unigram, bigram = by_hand(train, val, tokenizer.vocab_size)
+    unigram, bigram = explicit_bits(train, val, tokenizer.vocab_size)
     found = datasets.baselines
     assert found["uniform"] == pytest.approx(len(val) * math.log2(6400) / num_bytes)
     assert found["unigram"] == pytest.approx(unigram / num_bytes)
@@ -136,8 +136,8 @@ def test_baselines_of_files_are_those_counted_by_hand(kind, settings, data, toke
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
 @pytest.mark.parametrize("max_rows", [0, 1])
-def test_a_uniform_model_scores_the_uniform_line(kind, max_rows, data, tokenizer):
-    """Same tokens and same bytes as validate(): logits of zeros must give the line exactly."""
+def test_a_uniform_model_scores_the_uniform_baseline(kind, max_rows, data, tokenizer):
+    """Zero logits score exactly the baseline, so it uses the tokens and bytes of validate()."""
     from train import loss_fn
 
     class Uniform(torch.nn.Module):
@@ -152,35 +152,35 @@ def test_a_uniform_model_scores_the_uniform_line(kind, max_rows, data, tokenizer
     assert metrics["bits_per_byte"] == pytest.approx(datasets.baselines["uniform"], rel=1e-6)
 
 
-def test_blocks_lose_and_repeat_no_label(monkeypatch):
+def test_blocks_neither_lose_nor_repeat_labels(monkeypatch):
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 30, 200)
     offsets = np.concatenate([[0], lengths.cumsum()])
     ids = rng.integers(0, 50, offsets[-1]).astype(np.uint16)
     supervised = (rng.random(len(ids)) < 0.7).astype(np.uint8)
     supervised[offsets[:-1]] = 0
-    none = np.zeros(0)
-    cache = TokenCache(None, "", ids, supervised, offsets, none, none, none, [])  # type: ignore
+    empty = np.zeros(0)
+    cache = TokenCache(None, "", ids, supervised, offsets, empty, empty, empty, [])  # type: ignore
     selected = rng.random(200) < 0.8
-    whole = pairs_of(SimpleNamespace(parts=[(cache, selected)]))
+    expected = pairs_of(SimpleNamespace(parts=[(cache, selected)]))
     for block in (7, 64, 1 << 16):
         monkeypatch.setattr(baselines, "BLOCK", block)
         blocks = list(training_labels([(cache, selected)], 10**6))
-        assert [pair for b in blocks for pair in zip(*map(list, b), strict=True)] == whole
+        assert [pair for b in blocks for pair in zip(*map(list, b), strict=True)] == expected
     monkeypatch.setattr(baselines, "BLOCK", 16)
-    some = [pair for b in training_labels([(cache, selected)], 800)
-            for pair in zip(*map(list, b), strict=True)]  # fmt: skip
-    assert 0.1 * len(whole) < len(some) < 0.5 * len(whole) and set(some) <= set(whole)
+    sample = [pair for b in training_labels([(cache, selected)], 800)
+              for pair in zip(*map(list, b), strict=True)]  # fmt: skip
+    assert 0.1 * len(expected) < len(sample) < 0.5 * len(expected) and set(sample) <= set(expected)
 
 
-def test_measured_once_and_again_when_the_data_changes(data, tokenizer, monkeypatch, tmp_path):
+def test_baselines_are_cached_until_the_data_changes(data, tokenizer, monkeypatch, tmp_path):
     datasets = data("pretrain")
     first = with_baselines(datasets, tokenizer).baselines
     with monkeypatch.context() as patch:
         patch.setattr(baselines, "measure", lambda *_: pytest.fail("measured again"))
         assert with_baselines(datasets, tokenizer).baselines == first
     (path,) = (tmp_path / "cache/baselines").glob("*.json")
-    path.write_text('{"uni')  # A torn file is made anew.
+    path.write_text('{"uni')  # A truncated file is rebuilt.
     assert with_baselines(datasets, tokenizer).baselines == first
     assert with_baselines(data("pretrain", val_max_rows=1), tokenizer).baselines != first
     assert with_baselines(data("sft"), tokenizer).baselines != first

@@ -1,4 +1,4 @@
-"""Protects the fused functions of a CPU run: each one is held to the plain formula of model.py."""
+"""Protects the fused functions for CPUs: each must equal the plain formula in model.py."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def norm_inputs(dtype: torch.dtype) -> list[Tensor]:
-    """Return two rows of three heads of 16 values, not contiguous, and a weight."""
+    """Return non-contiguous heads of 16 values, and a weight."""
     torch.manual_seed(0)
     x = (3 * torch.randn(2, 16, 5, 3, dtype=torch.float64)).to(dtype).permute(0, 2, 3, 1)
     return [x.detach().requires_grad_(), (1 + normal(16)).to(dtype).detach().requires_grad_()]
 
 
 def rotary_inputs(dtype: torch.dtype) -> list[Tensor]:
-    """Return heads as a layer passes them, not contiguous, and angles in fp32."""
+    """Return non-contiguous heads, as a layer passes them, and angles in fp32."""
     torch.manual_seed(0)
     x = normal(2, 5, 3, 8, dtype=dtype).transpose(1, 2).detach().requires_grad_()
     position_ids = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 90, 91, 0]])
@@ -55,24 +55,24 @@ def gradients(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_those_of_the_value(name):
+def test_gradients_equal_numerical_ones(name):
     make, fused, _ = CASES[name]
     inputs = make(torch.float64)
     assert torch.autograd.gradcheck(fused, inputs)
-    assert "Function" in type(fused(*inputs).grad_fn).__name__  # Not the plain formula again.
+    assert "Function" in type(fused(*inputs).grad_fn).__name__  # Not the plain formula.
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_value_and_gradients_are_those_of_the_formula(name, dtype):
-    """In 16 bits each pass rounds, and the fused functions make fewer."""
+def test_value_and_gradients_equal_the_formula(name, dtype):
+    """In 16 bits each pass over memory rounds, and the fused functions make fewer passes."""
     make, fused, plain = CASES[name]
     inputs = make(dtype)
     ours, theirs = fused(*inputs), plain(*inputs)
     assert ours.dtype == theirs.dtype == dtype
     rtol, atol = (2e-2, 5e-2) if dtype == torch.bfloat16 else (1e-5, 1e-5)
-    found, wanted = gradients(ours, inputs), gradients(theirs, inputs)
-    for one, other in zip((ours, *found), (theirs, *wanted), strict=True):
+    our_gradients, their_gradients = gradients(ours, inputs), gradients(theirs, inputs)
+    for one, other in zip((ours, *our_gradients), (theirs, *their_gradients), strict=True):
         torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
 
 
@@ -81,15 +81,15 @@ def test_autocast_around_forward_or_backward_changes_nothing_in_fp32(name):
     make, fused, _ = CASES[name]
     inputs = make(torch.float32)
     value = fused(*inputs)
-    wanted = gradients(value, inputs)
+    expected = gradients(value, inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = fused(*inputs)
-        found = gradients(inside, inputs)
-    torch.testing.assert_close((inside, *found), (value, *wanted))
+        actual_value = fused(*inputs)
+        actual = gradients(actual_value, inputs)
+    torch.testing.assert_close((actual_value, *actual), (value, *expected))
 
 
-def test_under_autocast_16_bit_inputs_meet_fp32_weights():
-    """As in a run: the norm gives fp32, the feed-forward layer 16 bits, as the formulas do."""
+def test_autocast_with_16_bit_inputs_and_fp32_weights():
+    """As in a run: the norm returns fp32 and the feed-forward layer 16 bits, like the formulas."""
     for name in ("rms_norm", "swiglu"):
         make, fused, plain = CASES[name]
         *inputs, weight = make(torch.bfloat16)
@@ -106,7 +106,7 @@ def test_rms_norm_sums_16_bit_values_in_fp32():
     exact = F.rms_norm(x.float(), weight.shape, weight.float(), 1e-6)
     for function in (fused_cpu.rms_norm, model.rms_norm):
         both = function(x, weight, 1e-6)
-        assert both.dtype == torch.bfloat16  # A model of 16-bit weights stays one.
+        assert both.dtype == torch.bfloat16  # With 16-bit weights, the output is 16-bit.
         torch.testing.assert_close(both, exact.to(torch.bfloat16), rtol=1e-2, atol=1e-2)
         mixed = function(x, weight.float(), 1e-6)  # As under autocast.
         torch.testing.assert_close(mixed, exact, rtol=1e-6, atol=1e-6)
@@ -127,20 +127,20 @@ def test_a_frozen_weight_gets_no_gradient():
 
 
 def saved_bytes(function: Callable[..., Tensor], inputs: list[Tensor]) -> int:
-    """Return the bytes that autograd holds between forward and backward, each storage once."""
-    held: dict[int, Tensor] = {}
+    """Return the bytes that autograd saves for backward, counting each storage once."""
+    saved: dict[int, Tensor] = {}
 
-    def hold(tensor: Tensor) -> Tensor:
-        held[tensor.untyped_storage().data_ptr()] = tensor  # Kept, so that no address is reused.
+    def save(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor  # Alive, so no address is reused.
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(hold, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
         output = function(*inputs)
     assert output.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
-def test_less_is_saved_than_by_the_formula():
+def test_fused_functions_save_less_than_the_formulas():
     x, weight = norm_inputs(torch.float32)
     ours = saved_bytes(norm(fused_cpu.rms_norm), [x, weight])
     assert x.numel() * 4 <= ours < 1.5 * x.numel() * 4

@@ -1,4 +1,4 @@
-"""Protects generation: the cache changes nothing, it is transformers' greedy, seeds repeat."""
+"""Protects generation: equal with and without cache, equal to transformers, repeatable."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory, tokenizer):
     return path
 
 
-def test_greedy_equals_no_cache_and_transformers(folder):
+def test_greedy_equals_uncached_decoding_and_transformers(folder):
     model, prompt = load_model(folder), list(range(40, 360))
     ours = list(generate(model, prompt, Sampling(temperature=0, max_new_tokens=24)))
     ids = list(prompt)
@@ -61,54 +61,54 @@ def test_greedy_equals_no_cache_and_transformers(folder):
 
 def test_stops_at_a_stop_id_and_at_the_limits(folder):
     model = load_model(folder)
-    free = list(generate(model, [5, 6], Sampling(temperature=0, max_new_tokens=9)))
-    assert len(free) == 9
-    stopped = list(generate(model, [5, 6], Sampling(temperature=0), [free[3]]))
-    assert stopped == free[: free.index(free[3]) + 1]
+    full = list(generate(model, [5, 6], Sampling(temperature=0, max_new_tokens=9)))
+    assert len(full) == 9
+    stopped = list(generate(model, [5, 6], Sampling(temperature=0), [full[3]]))
+    assert stopped == full[: full.index(full[3]) + 1]
     assert len(list(generate(model, [5] * 500, Sampling(temperature=0)))) == 12
     with pytest.raises(ValueError, match="512 tokens; the model takes 1 to 511"):
         next(generate(model, [5] * 512, Sampling()))
 
 
-def test_seeds_repeat_and_the_global_state_is_left_alone(folder):
+def test_seeds_repeat_and_the_global_rng_state_is_unchanged(folder):
     model, state = load_model(folder), torch.get_rng_state()
-    draw = Sampling(temperature=1.0, max_new_tokens=12, seed=3)
-    assert list(generate(model, [7], draw)) == list(generate(model, [7], draw))
+    sampling = Sampling(temperature=1.0, max_new_tokens=12, seed=3)
+    assert list(generate(model, [7], sampling)) == list(generate(model, [7], sampling))
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_filters_by_hand():
-    """Probabilities .5 .3 .15 .05: top_p .6 keeps two, top_k 1 keeps one."""
+def test_top_p_and_top_k():
+    """With probabilities .5 .3 .15 .05, top_p .6 keeps two tokens and top_k 1 keeps one."""
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     assert torch.isfinite(filter_logits(logits, 0, 0.6)).tolist() == [True, True, False, False]
     assert torch.isfinite(filter_logits(logits, 1, 1.0)).tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize(
-    "temperature, top_k, top_p, wanted",
+    "temperature, top_k, top_p, expected",
     [
         (1.0, 0, 1.0, [0.5, 0.3, 0.15, 0.05]),
         (2.0, 0, 1.0, [0.3788, 0.2934, 0.2075, 0.1198]),  # Square roots over their sum.
         (0.5, 0, 1.0, [0.6849, 0.2466, 0.0616, 0.0068]),  # Squares.
         (2.0, 2, 1.0, [0.5635, 0.4365, 0, 0]),
         (1.0, 0, 0.6, [0.625, 0.375, 0, 0]),
-        (0.5, 0, 0.6, [1, 0, 0, 0]),  # top_p is of what the temperature has made of them.
+        (0.5, 0, 0.6, [1, 0, 0, 0]),  # top_p applies after the temperature.
         (0.0, 0, 1.0, [1, 0, 0, 0]),
     ],
 )
-def test_draws_are_as_frequent_as_they_should_be(temperature, top_k, top_p, wanted):
-    """Fails where temperature, top_k or top_p is ignored: the shares of 4,000 draws."""
+def test_sample_frequencies(temperature, top_k, top_p, expected):
+    """Fails if temperature, top_k or top_p is ignored; checks the frequencies of 4,000 samples."""
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     sampling, generator = Sampling(temperature, top_p, top_k), torch.Generator().manual_seed(0)
-    draws = torch.tensor([sample(logits, sampling, generator) for _ in range(4000)])
-    shares = draws.bincount(minlength=4) / len(draws)
-    assert shares.tolist() == pytest.approx(wanted, abs=0.03)
-    assert [share > 0 for share in shares] == [p > 0 for p in wanted]
+    samples = torch.tensor([sample(logits, sampling, generator) for _ in range(4000)])
+    frequencies = samples.bincount(minlength=4) / len(samples)
+    assert frequencies.tolist() == pytest.approx(expected, abs=0.03)
+    assert [f > 0 for f in frequencies] == [p > 0 for p in expected]
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_settings_reach_the_draw(folder, batched):
-    """Fails where one of the two ways of generating leaves out temperature, top_k, top_p, seed."""
+def test_settings_reach_the_sampler(folder, batched):
+    """Fails if generate or generate_batch ignores temperature, top_k, top_p or seed."""
     model = load_model(folder)
 
     def ids(**settings):
@@ -125,8 +125,8 @@ def test_settings_reach_the_draw(folder, batched):
 
 
 @pytest.mark.parametrize("pieces", [[17, 3], [1] * 20, [13, *[1] * 7], [4, 9, 1, 6]])
-def test_cached_logits_are_those_without_a_cache(pieces):
-    """Fails if what is cached differs by a thousandth: keys times 1.001 move logits by 1e-3."""
+def test_cached_logits_equal_uncached_logits(pieces):
+    """Fails if cached values are off by a thousandth: keys times 1.001 change logits by 1e-3."""
     torch.manual_seed(0)
     config = ModelConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -138,14 +138,14 @@ def test_cached_logits_are_those_without_a_cache(pieces):
     ids, positions = torch.randint(0, 50, (2, 20)), torch.arange(20).expand(2, -1)
     cache, end = KVCache(config, 2, 20, torch.device("cpu")), 0
     with torch.no_grad():
-        wanted = model(ids)
+        expected = model(ids)
         for size in pieces:
-            here, end = slice(end, end + size), end + size
-            logits = model(ids[:, here], positions[:, here], cache=cache)
-            torch.testing.assert_close(logits, wanted[:, here], rtol=0, atol=1e-5)
+            span, end = slice(end, end + size), end + size
+            logits = model(ids[:, span], positions[:, span], cache=cache)
+            torch.testing.assert_close(logits, expected[:, span], rtol=0, atol=1e-5)
 
 
-def test_streamed_text_never_breaks_a_character(tokenizer):
+def test_streamed_text_never_splits_a_character(tokenizer):
     text = "龘😀é plain"
     assert "".join(stream_text(tokenizer, iter(tokenizer.encode(text)))) == text
     assert all(
@@ -154,7 +154,7 @@ def test_streamed_text_never_breaks_a_character(tokenizer):
 
 
 @pytest.mark.parametrize("content", ["你好", "\n\n two", "  a\n", "12345 café", "😀\t\r\nx", ""])
-def test_chat_template_gives_the_renderers_ids(folder, tokenizer, content):
+def test_chat_template_gives_the_ids_of_the_renderer(folder, tokenizer, content):
     messages = [
         {"role": "system", "content": "be"},
         {"role": "user", "content": content},
@@ -167,7 +167,7 @@ def test_chat_template_gives_the_renderers_ids(folder, tokenizer, content):
     assert prompt == render_prompt(tokenizer, messages[:2])
 
 
-def test_special_text_in_content_stays_text_with_us_alone(folder, tokenizer):
+def test_special_text_in_content_stays_text_only_in_our_renderer(folder, tokenizer):
     messages = [{"role": "user", "content": "<|im_end|>"}]
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ids = theirs.apply_chat_template(messages, tokenize=True)["input_ids"]
@@ -175,18 +175,18 @@ def test_special_text_in_content_stays_text_with_us_alone(folder, tokenizer):
     assert render_prompt(tokenizer, messages).count(tokenizer.im_end_id) == 1
 
 
-def test_chat_prints_the_answer_alone(folder):
+def test_chat_prints_only_the_answer_to_stdout(folder):
     command = [sys.executable, "chat.py", "--model", str(folder), "--prompt", "hi"]
     command += ["--temperature", "0", "--max-new-tokens", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("\n") and not done.stderr
-    bad = subprocess.run([*command[:3], "nowhere", *command[4:]], capture_output=True, text=True)
-    assert bad.returncode == 1 and "nowhere" in bad.stderr and "Traceback" not in bad.stderr
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("\n") and not result.stderr
+    wrong = subprocess.run([*command[:3], "nowhere", *command[4:]], capture_output=True, text=True)
+    assert wrong.returncode == 1 and "nowhere" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
-def test_folders_that_do_not_fit_are_refused(folder, tmp_path):
+def test_unsupported_model_folders_are_refused(folder, tmp_path):
     config = (folder / "config.json").read_text()
-    with pytest.raises(UserError, match="no model folder there"):
+    with pytest.raises(UserError, match="no model found"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text(config.replace("Qwen3ForCausalLM", "GPT2LMHeadModel"))
     with pytest.raises(UserError, match="architecture GPT2LMHeadModel"):
@@ -197,18 +197,18 @@ def test_folders_that_do_not_fit_are_refused(folder, tmp_path):
         load_model(tmp_path)
 
 
-def test_batch_equals_one_by_one_and_leaves_mode_and_state_alone(folder):
-    """Prompts of many lengths, more than one batch, one that ends by its context, some by stop."""
+def test_batch_equals_single_prompts_and_restores_mode_and_rng_state(folder):
+    """Covers many prompt lengths, several batches, the context limit and stop ids."""
     model, generator = load_model(folder).train(), torch.Generator().manual_seed(1)
     lengths = [1, 3, 40, 505, *range(2, 34)]
     prompts = [torch.randint(3, 6400, (n,), generator=generator).tolist() for n in lengths]
     sampling = Sampling(temperature=0, max_new_tokens=10)
-    free = [list(generate(model, prompt, sampling)) for prompt in prompts]
-    assert len(free[3]) == 7
-    stop_ids = [free[0][4], free[5][0]]
-    alone = [list(generate(model, prompt, sampling, stop_ids)) for prompt in prompts]
+    unstopped = [list(generate(model, prompt, sampling)) for prompt in prompts]
+    assert len(unstopped[3]) == 7
+    stop_ids = [unstopped[0][4], unstopped[5][0]]
+    single = [list(generate(model, prompt, sampling, stop_ids)) for prompt in prompts]
     state = torch.get_rng_state()
-    assert generate_batch(model, prompts, sampling, stop_ids) == alone != free
+    assert generate_batch(model, prompts, sampling, stop_ids) == single != unstopped
     assert model.training and torch.equal(state, torch.get_rng_state())
     with pytest.raises(ValueError, match="512 tokens"):
         generate_batch(model, [[5] * 512], sampling)

@@ -1,4 +1,4 @@
-"""Protects the model folder: read back exactly, also from transformers, and refused where wrong."""
+"""Protects model folders: exact round trips, also through transformers, and clear errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from trainlib.models.hf_folder import (
 
 
 def write_folder(path: Path, tokenizer, **changes) -> Transformer:
-    """A model of random weights, norms too, as a checkpoint would lay it out."""
+    """Write a model with random weights, including norms, in the layout of a checkpoint."""
     sizes = {
         "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
@@ -49,33 +49,33 @@ def write_folder(path: Path, tokenizer, **changes) -> Transformer:
 def edit(path: Path, **changes) -> None:
     """Change keys of a JSON file; None removes one."""
     values = json.loads(path.read_text(encoding="utf-8")) | changes
-    kept = {key: value for key, value in values.items() if value is not None}
-    path.write_text(json.dumps(kept), encoding="utf-8")
+    values = {key: value for key, value in values.items() if value is not None}
+    path.write_text(json.dumps(values), encoding="utf-8")
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 def test_round_trip_through_transformers(tmp_path, tokenizer, tied, shard):
-    wanted = write_folder(tmp_path, tokenizer, tie_word_embeddings=tied, rope_theta=5e5)
+    original = write_folder(tmp_path, tokenizer, tie_word_embeddings=tied, rope_theta=5e5)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path / "back", max_shard_size=shard)
     if shard == "20KB":
         assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
     ours = load_model(tmp_path / "back")
-    assert ours.config == wanted.config
-    for name, parameter in wanted.named_parameters():
+    assert ours.config == original.config
+    for name, parameter in original.named_parameters():
         assert torch.equal(parameter, ours.get_parameter(name)), name
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
 
 
-def test_bfloat16_is_widened(tmp_path, tokenizer):
+def test_bfloat16_weights_become_fp32(tmp_path, tokenizer):
     write_folder(tmp_path, tokenizer)
     weights = tmp_path / "model.safetensors"
     save_file({k: v.bfloat16() for k, v in load_file(weights).items()}, weights)
     assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.float32}
 
 
-def test_generation_ends_where_chat_ends(tmp_path, tokenizer):
+def test_generation_config_has_the_stop_ids_of_chat(tmp_path, tokenizer):
     write_folder(tmp_path, tokenizer)
     config = transformers.GenerationConfig.from_pretrained(tmp_path)
     assert config.eos_token_id == [2, 0] == list(tokenizer.stop_ids)
@@ -95,17 +95,17 @@ content = st.text(max_size=24).filter(lambda text: not any(s in text for s in SP
 
 @settings(max_examples=80, deadline=None, database=None, derandomize=True)
 @given(user=content, answer=content)
-def test_any_plain_content_gives_the_renderers_ids(theirs, tokenizer, user, answer):
+def test_template_equals_renderer_for_any_plain_content(theirs, tokenizer, user, answer):
     messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
     ids = theirs.apply_chat_template(messages, tokenize=True)["input_ids"]
     assert ids == render_conversation(tokenizer, messages).ids
 
 
 @settings(max_examples=60, deadline=None, database=None, derandomize=True)
-@given(words=st.lists(content, min_size=7, max_size=7), system=st.booleans())
-def test_thoughts_and_tools_render_as_in_transformers(theirs, tokenizer, words, system):
-    """Tools, thoughts, calls and answers of tools, whatever is in them: the same ids."""
-    one, two, three, four, five, six, seven = words
+@given(texts=st.lists(content, min_size=7, max_size=7), system=st.booleans())
+def test_reasoning_and_tools_render_as_in_transformers(theirs, tokenizer, texts, system):
+    """Tools, reasoning, calls and tool answers give the same ids for any content."""
+    one, two, three, four, five, six, seven = texts
     tools = [{"name": one, "parameters": {two: 1, "é": [None, 2.5]}}, {"name": "g"}]
     messages = [
         {"role": "user", "content": three},
@@ -124,14 +124,14 @@ def test_thoughts_and_tools_render_as_in_transformers(theirs, tokenizer, words, 
 
 
 def test_vocabularies_must_match(tokenizer):
-    for enough in (6400, 6464):
-        check_vocabulary(ModelConfig(vocab_size=enough), tokenizer, "here", "cure")
-    with pytest.raises(UserError, match=r"here=6144.*6400 entries; cure"):
-        check_vocabulary(ModelConfig(vocab_size=6144), tokenizer, "here", "cure")
+    for size in (6400, 6464):
+        check_vocabulary(ModelConfig(vocab_size=size), tokenizer, "key", "fix")
+    with pytest.raises(UserError, match=r"key=6144.*6400 entries; fix"):
+        check_vocabulary(ModelConfig(vocab_size=6144), tokenizer, "key", "fix")
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
         ({"attention_bias": True}, "attention_bias"),
@@ -145,35 +145,35 @@ def test_vocabularies_must_match(tokenizer):
         ({"hidden_size": 0, "head_dim": 7}, "hidden_size=0 must be above 0; model.head_dim=7 must"),
     ],
 )
-def test_unsupported_configs_are_refused_by_name(tmp_path, tokenizer, changes, words):
+def test_unsupported_configs_are_refused_by_name(tmp_path, tokenizer, changes, message):
     write_folder(tmp_path, tokenizer)
     edit(tmp_path / "config.json", **changes)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         load_config(tmp_path)
 
 
-def test_tie_word_embeddings_missing_means_what_transformers_means(tmp_path, tokenizer):
+def test_tie_word_embeddings_defaults_as_in_transformers(tmp_path, tokenizer):
     write_folder(tmp_path, tokenizer)
     edit(tmp_path / "config.json", tie_word_embeddings=None)
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert load_config(tmp_path).tie_word_embeddings == theirs.tie_word_embeddings
 
 
-def test_broken_json_is_a_users_error(tmp_path, tokenizer):
+def test_broken_json_is_a_user_error(tmp_path, tokenizer):
     write_folder(tmp_path, tokenizer)
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"config\.json"):
         load_config(tmp_path)
 
 
-@pytest.mark.parametrize("case", ["missing", "superfluous", "shape", "corrupt", "integers"])
-def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, tokenizer, case):
+@pytest.mark.parametrize("case", ["missing", "unexpected", "shape", "corrupt", "integers"])
+def test_mismatched_weights_are_refused_by_name(tmp_path, tokenizer, case):
     write_folder(tmp_path, tokenizer)
     path, name = tmp_path / "model.safetensors", "model.norm.weight"
     tensors = load_file(path)
     if case == "missing":
         del tensors[name]
-    elif case == "superfluous":
+    elif case == "unexpected":
         name = "model.norm.bias"
         tensors[name] = torch.zeros(24)
     elif case == "shape":
@@ -188,7 +188,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, tokenizer, case):
         load_model(tmp_path)
 
 
-def test_tied_head_is_accepted_when_equal_alone(tmp_path, tokenizer):
+def test_tied_head_is_accepted_only_if_equal(tmp_path, tokenizer):
     write_folder(tmp_path, tokenizer)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
@@ -225,18 +225,18 @@ def test_loading_does_not_import_torchs_compiler(tmp_path, tokenizer):
         "import sys; from trainlib.models.hf_folder import load_model; "
         f"load_model({str(tmp_path)!r}); print('torch._dynamo' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
-    assert done.stdout == "False\n"
+    proc = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
+    assert proc.stdout == "False\n"
 
 
-def test_a_models_own_sizes_count_before_those_of_a_file(tmp_path, tokenizer, caplog):
+def test_checkpoint_sizes_override_those_of_a_config_file(tmp_path, tokenizer, caplog):
     write_folder(tmp_path, tokenizer)
-    words = ["configs/tiny_pretrain.yaml", f"init_from={tmp_path}"]
-    for _ in range(2):  # Preparation and training ask; it is said once.
-        config = adopt_model_config(settings_of.load_config(PretrainConfig, words, None))
+    args = ["configs/tiny_pretrain.yaml", f"init_from={tmp_path}"]
+    for _ in range(2):  # Preparation and training both check; the warning appears once.
+        config = adopt_model_config(settings_of.load_config(PretrainConfig, args, None))
         assert config.model == load_config(tmp_path)
-    told = [r.message for r in caplog.records if "of other sizes than the settings" in r.message]
-    assert len(told) == 1 and "model.hidden_size=192 (configs/tiny_pretrain.yaml:" in told[0]
-    config = settings_of.load_config(PretrainConfig, [*words, "model.head_dim=32"], None)
-    with pytest.raises(UserError, match=r"model\.head_dim=32 \(command line\), 16 there"):
+    texts = [r.message for r in caplog.records if "differ from the model's sizes" in r.message]
+    assert len(texts) == 1 and "model.hidden_size=192 (configs/tiny_pretrain.yaml:" in texts[0]
+    config = settings_of.load_config(PretrainConfig, [*args, "model.head_dim=32"], None)
+    with pytest.raises(UserError, match=r"model\.head_dim=32 \(command line\), 16 in the model"):
         adopt_model_config(config)

@@ -1,4 +1,4 @@
-"""Protects the decoder: it is Qwen3 to four digits, causal, and starts as it should."""
+"""Protects the decoder: equal to Qwen3 to four digits, causal, correctly initialized."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ SIZES = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,  # 4 x 16 is not 48: head_dim is a size of its own.
+    "head_dim": 16,  # 4 x 16 is not 48: head_dim is an independent size.
     "max_position_embeddings": 512,
 }
 
 
 def random_model(**changes) -> Transformer:
-    """All weights random, norms too: initial zeros and ones would hide what they multiply."""
+    """Return a model with all weights random: initial zeros and ones would mask errors."""
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**{**SIZES, **changes}))
     for name, parameter in model.named_parameters():
@@ -58,34 +58,34 @@ def test_logits_equal_transformers(changes, tmp_path, tokenizer):
     ids = torch.randint(0, 200, (2, 400))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
-        # Positions that restart, as in a packed row: an offset would turn other angles.
+        # Positions restart as in a packed row: an offset would change the angles.
         positions, documents = torch.arange(400)[None] % 130, torch.arange(400)[None] // 130
         same = documents[0][:, None] == documents[0]
         bias = torch.where(same.tril(), 0.0, -torch.inf)[None, None]
         packed = ours(ids[:1], positions, documents)
-        wanted = theirs(ids[:1], position_ids=positions, attention_mask=bias).logits
-        torch.testing.assert_close(packed, wanted, atol=1e-4, rtol=1e-4)
+        expected = theirs(ids[:1], position_ids=positions, attention_mask=bias).logits
+        torch.testing.assert_close(packed, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_causality_through_gradients():
-    """The output at t depends on inputs up to t of its own document, and on all of them."""
+    """The output at t depends on all inputs of its document up to t, and on no others."""
     model = random_model()
-    embedded = []
+    embeddings = []
     model.model.embed_tokens.register_forward_hook(
-        lambda *args: embedded.append(args[2].detach().requires_grad_()) or embedded[-1]
+        lambda *args: embeddings.append(args[2].detach().requires_grad_()) or embeddings[-1]
     )
     ids = torch.randint(0, 200, (1, 12))
     documents = torch.tensor([[0] * 5 + [1] * 7])
     model(ids, None, documents)[0, 8].sum().backward()
-    reached = (embedded[0].grad.abs().sum(-1)[0] > 0).tolist()
+    reached = (embeddings[0].grad.abs().sum(-1)[0] > 0).tolist()
     assert reached == [False] * 5 + [True] * 4 + [False] * 3
 
 
 def test_a_query_sees_its_own_document_up_to_itself():
-    """The picture in the docstring; and one new query after four cached keys."""
+    """Checks the picture in the docstring, and one new query after four cached keys."""
     documents, positions = torch.tensor([[0, 0, 0, 1, 1, 2]]), torch.tensor([[0, 1, 2, 0, 1, 0]])
-    seen = visible(positions, positions, documents, documents)[0].int().tolist()
-    assert seen == [
+    mask = visible(positions, positions, documents, documents)[0].int().tolist()
+    assert mask == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0],
@@ -101,7 +101,7 @@ def test_a_query_sees_its_own_document_up_to_itself():
     assert bias[0, 0].tolist() == [[-torch.inf, 0, 0, 0, 0]]
 
 
-def test_pairs_are_rotated_by_their_frequency_times_the_position():
+def test_rotary_angles_are_frequency_times_position():
     cos, sin = rotary_angles(torch.tensor([[0, 3]]), 4, 100.0)
     assert cos[0, 0, 0].tolist() == [1, 1] and sin[0, 0, 0].tolist() == [0, 0]
     torch.testing.assert_close(sin[0, 0, 1], torch.tensor([3.0, 0.3]).sin())
@@ -125,15 +125,15 @@ def test_sizes_of_the_default_model():
     assert count_parameters(model) == 26_879_488
 
 
-def test_contradictions_are_all_named():
-    (odd,) = ModelConfig(head_dim=7).validation_errors()
-    assert "model.head_dim=7 must be even" in odd
-    (heads,) = ModelConfig(num_attention_heads=6, num_key_value_heads=4).validation_errors()
-    assert "multiple of" in heads
+def test_all_contradictions_are_reported():
+    (error,) = ModelConfig(head_dim=7).validation_errors()
+    assert "model.head_dim=7 must be even" in error
+    (error,) = ModelConfig(num_attention_heads=6, num_key_value_heads=4).validation_errors()
+    assert "multiple of" in error
     assert ModelConfig().validation_errors() == []
 
 
-def test_model_needs_torch_alone():
+def test_model_imports_only_torch():
     tree = ast.parse(Path(model_module.__file__).read_text(encoding="utf-8"))
     imported = {
         name.split(".")[0]

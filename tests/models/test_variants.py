@@ -1,7 +1,7 @@
-"""Protects whoever edits a formula: a patch of a few lines to one file is what a run computes.
+"""Protects users who edit a formula: a run computes it after a patch of a few lines to one file.
 
-Each variant is a copy of the project with a patch to model.py or train.py. Nothing else knows of
-it: no kernel of the old formula may be used, and the log names the ones that are not.
+Each variant is a copy of the project with a patch to model.py or train.py only. No kernel for the
+old formula may be used, and the log must list the kernels that are not used.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ print([logits.tolist() for logits in found])
 """
 WINDOW = """
 for forward in (training, lambda ids: generation(ids, 100), lambda ids: generation(ids, 30)):
-    for back, changes in ((64, False), (65, False), (63, True)):
+    for distance, changes in ((64, False), (65, False), (63, True)):
         other = ids.clone()
-        other[0, 99 - back] = (ids[0, 99 - back] + 1) % 99
+        other[0, 99 - distance] = (ids[0, 99 - distance] + 1) % 99
         with torch.no_grad():
-            assert torch.equal(forward(ids), forward(other)) != changes, back
+            assert torch.equal(forward(ids), forward(other)) != changes, distance
 """
 MODULES = {
     "GENERATE": "trainlib.models.generate", "KERNELS": "trainlib.engine.kernels",
@@ -99,7 +99,7 @@ MODULES = {
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request, tmp_path_factory):
-    """A copy of the project with one patch, and its name."""
+    """Return the name of a patch and the folder of a copy of the project with it."""
     name = request.param
     folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
     for path in (*ROOT.glob("*.py"), *(ROOT / f for f in ("configs", "kernels", "tokenizer"))):
@@ -117,13 +117,13 @@ def variant(request, tmp_path_factory):
     return name, folder
 
 
-def run(folder: Path, *words: str, cache: Path | None = None) -> str:
+def run(folder: Path, *args: str, cache: Path | None = None) -> str:
     cache = cache or folder / "cache"
     env = {**os.environ, "TRAIN_LLM_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True,
-                          text=True)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    result = subprocess.run([sys.executable, *args], cwd=folder, env=env, capture_output=True,
+                            text=True)  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def probe(folder: Path, code: str) -> str:
@@ -132,13 +132,13 @@ def probe(folder: Path, code: str) -> str:
     return run(folder, "-c", code)
 
 
-def test_it_trains_and_the_log_names_the_kernels_that_are_not_used(variant):
+def test_training_works_and_the_log_lists_unused_kernels(variant):
     name, folder = variant
     sizes = [f"model.{key}={value}" for key, value in SIZES.items()]
-    words = ["configs/tiny_pretrain.yaml", *sizes, "max_steps=3", "log_every_steps=1",
-             "tokens_per_step=512", "sequence_length=128", "precision=fp32", "device=cpu",
-             "data.val_max_rows=4"]  # fmt: skip
-    out = run(folder, "train.py", *words, "out_dir=run", "data.files=a.jsonl")
+    args = ["configs/tiny_pretrain.yaml", *sizes, "max_steps=3", "log_every_steps=1",
+            "tokens_per_step=512", "sequence_length=128", "precision=fp32", "device=cpu",
+            "data.val_max_rows=4"]  # fmt: skip
+    out = run(folder, "train.py", *args, "out_dir=run", "data.files=a.jsonl")
     losses = [json.loads(line) for line in (folder / "run/metrics.jsonl").open()]
     assert len([row for row in losses if "val/loss" in row]) == 2
     (line,) = [line for line in out.splitlines() if line.startswith("kernels: ")]
@@ -147,9 +147,9 @@ def test_it_trains_and_the_log_names_the_kernels_that_are_not_used(variant):
     assert set(used.split(", ")) == {"blocks", "rms_norm", "rotate", "swiglu"} - set(expected)
     assert [part.split(" (")[0] for part in unused.split("), ") if part] == expected
     assert unused.count("was model.py edited?") == len(expected)
-    if name == "z-loss":  # Logits are small at first, so it is about 1e-4 * ln(6400)^2.
-        more = (f"out_dir={folder}/plain", f"data.files={folder}/a.jsonl")
-        run(ROOT, "train.py", *words, *more, cache=folder / "cache")
+    if name == "z-loss":  # Initial logits are small, so the term is 1e-4 * ln(6400)^2.
+        plain_args = (f"out_dir={folder}/plain", f"data.files={folder}/a.jsonl")
+        run(ROOT, "train.py", *args, *plain_args, cache=folder / "cache")
         first = [
             json.loads((folder / f"{out_dir}/metrics.jsonl").read_text().splitlines()[1])
             for out_dir in ("run", "plain")
@@ -159,19 +159,19 @@ def test_it_trains_and_the_log_names_the_kernels_that_are_not_used(variant):
 
 
 def test_the_patched_formula_is_computed(variant):
-    """With the chosen kernels, logits are those of the patched formulas, and not the old ones."""
+    """With the chosen kernels, logits equal those of the patched formula, not of the old one."""
     name, folder = variant
     if name == "z-loss":
         pytest.skip("changes no formula of model.py")
-    chosen, plain = (json.loads(probe(folder, PROBE + more + LOGITS)) for more in (KERNELS, ""))
-    before = json.loads(probe(ROOT, PROBE + LOGITS))
+    chosen, plain = (json.loads(probe(folder, PROBE + setup + LOGITS)) for setup in (KERNELS, ""))
+    unpatched = json.loads(probe(ROOT, PROBE + LOGITS))
     for logits in chosen:  # In training, prefill and decoding.
         assert logits == pytest.approx(plain[0], abs=1e-3)
-    if name != "clamp":  # Which these logits do not reach.
-        assert plain[0] != pytest.approx(before[0], abs=1e-2)
+    if name != "clamp":  # These logits do not reach the clamp.
+        assert plain[0] != pytest.approx(unpatched[0], abs=1e-2)
 
 
-def test_a_window_holds_in_training_prefill_and_decoding(variant):
+def test_a_window_applies_in_training_prefill_and_decoding(variant):
     name, folder = variant
     if name != "window":
         pytest.skip("no window")

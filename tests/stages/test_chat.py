@@ -116,5 +116,5 @@ def test_a_run_folder_is_refused_with_the_path_of_its_model(tmp_path, monkeypatc
     with pytest.raises(SystemExit):
         chat.main()
     message = capsys.readouterr().err
-    assert f"error: --model {tmp_path}: no model folder there" in message
+    assert f"error: --model {tmp_path}: no model found" in message
     assert f"Did you mean --model {tmp_path}/final?" in message

@@ -149,16 +149,16 @@ CASES = [
     ("pretrain", "none.yaml", "none.yaml: cannot read the config file"),
     ("pretrain", "data.files=none.jsonl", "none.jsonl does not exist", "data.files"),
     ("pretrain", "data.val_files=none.jsonl", "none.jsonl does not exist"),
-    ("pretrain", "data.files=cut.jsonl", "cut.jsonl, line 2: not JSON", "one whole JSON object"),
+    ("pretrain", "data.files=cut.jsonl", "cut.jsonl, line 2: not JSON", "one complete JSON object"),
     ("pretrain", "data.files=empty.jsonl", "empty.jsonl is empty", '{"text": "..."}'),
     ("sft", "data.files=empty.jsonl", "empty.jsonl is empty", '"conversations"'),
-    ("pretrain", "data.files=no_text.jsonl", "no_text.jsonl, line 4: not a pretrain row", "body"),
-    ("sft", "data.files=no_turns.jsonl", "no_turns.jsonl, line 4: not a sft row", "talk"),
-    ("dpo", "data.files=no_rejected.jsonl", "no_rejected.jsonl, line 4: not a dpo row", "chosen"),
+    ("pretrain", "data.files=no_text.jsonl", "no_text.jsonl, line 4: not pretrain data", "body"),
+    ("sft", "data.files=no_turns.jsonl", "no_turns.jsonl, line 4: not sft data", "talk"),
+    ("dpo", "data.files=no_rejected.jsonl", "no_rejected.jsonl, line 4: not dpo data", "chosen"),
     ("dpo", "data.files=prompts.jsonl", "prompts.jsonl, line 4: ", "different prompts"),
     ("sft", "data.files=all_long.jsonl", "all_long.jsonl: none of", "64 positions",
-     "Raise sequence_length"),
-    *((stage, "init_from=nowhere", "init_from=nowhere: no model folder there", "config.json")
+     "Increase sequence_length"),
+    *((stage, "init_from=nowhere", "init_from=nowhere: no model found", "config.json")
       for stage in STAGES),
     *((stage, "init_from=run", "init_from=run: no model", "Did you mean init_from=run/final?")
       for stage in STAGES),
@@ -166,11 +166,11 @@ CASES = [
       for stage in STAGES),
     *((stage, "init_from=small", "small/config.json: vocab_size=100, but the tokenizer has 6400")
       for stage in STAGES),
-    ("sft", "init_from=wide", "wide does not fit its config.json", "has shape (48, 32)"),
+    ("sft", "init_from=wide", "wide does not match its config.json", "has shape (48, 32)"),
     ("pretrain", "model.vocab_size=100", "model.vocab_size=100, but the tokenizer has 6400 entries",
      "set model.vocab_size=6400"),
-    ("pretrain", "init_from=wide", "init_from=wide has a model of other sizes than the settings",
-     "model.hidden_size=32 (command line), 64 there", "Leave these keys out"),
+    ("pretrain", "init_from=wide", "init_from=wide: these settings differ from the model's sizes",
+     "model.hidden_size=32 (command line), 64 in the model", "Remove these keys"),
     ("pretrain", "tokenizer=nowhere", "nowhere/tokenizer.json does not exist"),
     ("pretrain", "tokenizer=bad_tokenizer", "bad_tokenizer/tokenizer.json has no \"model\""),
     ("pretrain", "tokenizer=base init_from=base seed=x", "2 problems", "seed=x (command line)",
@@ -179,9 +179,9 @@ CASES = [
     ("sft", "data.val_max_rows=-1", "data.val_max_rows=-1 must be"),
     ("pretrain", "deadline=23:30", "deadline=23:30 (command line): unknown key; --help lists all"),
     ("pretrain", "model.max_position_embeddings=63",
-     "model.max_position_embeddings=63, but sequence_length=64: give at most 63"),
+     "model.max_position_embeddings=63, but sequence_length=64: set at most 63"),
     *((stage, "init_from=base sequence_length=2049 tokens_per_step=8192",
-       "base/config.json: max_position_embeddings=2048, but sequence_length=2049: give at most")
+       "base/config.json: max_position_embeddings=2048, but sequence_length=2049: set at most")
       for stage in STAGES),
     ("pretrain", "ranks=-1 max_hours=-2", "3 problems", "max_steps=2 and max_hours=-2.0",
      "ranks=-1 must be at least 0", "max_hours=-2.0 must be at least 0"),
@@ -224,7 +224,7 @@ def test_a_finished_or_different_run_is_not_changed(run, workdir, tmp_path):
     (other / "final").rename(tmp_path / "final")
     for settings, message in (
         (["optim.muon_lr=0.5"], "optim.muon_lr: 0.02 before, 0.5 now"),
-        (["data.files=no_turns.jsonl"], "line 1: not a pretrain row"),
+        (["data.files=no_turns.jsonl"], "line 1: not pretrain data"),
         (["data.val_files=pretrain.jsonl"], "the data files or the tokenizer have changed"),
     ):
         code, out = run("pretrain", f"out_dir={other}", *settings)
@@ -328,7 +328,7 @@ def test_pretraining_continues_from_a_model_with_its_sizes(run, workdir, tmp_pat
     words = ("init_from=base", f"out_dir={tmp_path}/more")
     assert run("pretrain", *words)[0] == 0  # The same sizes may be set again.
     text = (tmp_path / "more/run.yaml").read_text()
-    assert "vocab_size: 6400  # of init_from" in text
+    assert "vocab_size: 6400  # from init_from" in text
     (tmp_path / "more/final").rename(tmp_path / "final")
     assert run("pretrain", f"{tmp_path}/more/run.yaml", *words)[0] == 0
 
@@ -346,7 +346,7 @@ def test_the_next_command_uses_the_same_recipe(recipe, run, tmp_path):
 def test_answers_longer_than_a_row_are_skipped_and_counted(stage, positions, run, workdir):
     code, out = run(stage, f"data.files=long_{stage}.jsonl", "--prepare-only")
     assert code == 0 and not (workdir / "out").exists()
-    assert f"1 rows longer than {positions} positions were left out: long_{stage} 1" in out
+    assert f"1 rows longer than {positions} positions were dropped: long_{stage} 1" in out
 
 
 def test_a_document_longer_than_a_row_is_split_and_kept(run, workdir, tokenizer):
@@ -355,7 +355,7 @@ def test_a_document_longer_than_a_row_is_split_and_kept(run, workdir, tokenizer)
     settings = ["data.files=long.jsonl", "data.val_files=pretrain.jsonl", "--prepare-only"]
     code, out = run("pretrain", *settings)
     (workdir / "long.jsonl").unlink()
-    assert code == 0 and "left out" not in out
+    assert code == 0 and "dropped" not in out
     assert f"train: {-(-(len(tokenizer.encode(text)) + 1) // 64)} units" in out
 
 

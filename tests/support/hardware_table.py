@@ -1,4 +1,4 @@
-"""What more tests than test_choice.py use."""
+"""Reader of configs/hardware.tsv for several tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What more tests than test_memory.py use."""
+"""The shipped config files and their sizes, for several tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def stage_of(path: Path) -> str:
 
 @functools.cache
 def shipped(path: Path):
-    """The settings of a config file, its sizes, and positions of its rows."""
+    """Return the settings of a config file, its sizes, and its positions per row."""
     stage = stage_of(path)
     config = load_config(STAGES[stage][2], [str(path)], None)
     return config, find_sizes(config)[0], config.sequence_length * (2 if stage == "dpo" else 1)

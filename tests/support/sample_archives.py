@@ -1,4 +1,4 @@
-"""Small packages of the same shape as the real ones, and an index on 127.0.0.1 that serves them."""
+"""Small packages structured like the real ones, and an index on 127.0.0.1 that serves them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ NUMERALS = "一二三四五六七八九十"
 
 
 def law_names() -> tuple[list[str], list[str]]:
-    """Names of laws that are trained on, and of laws that are held out."""
+    """Return the names of laws for training, and of laws that are held out."""
     names = [f"虚构的第{number}号法" for number in range(200)]
     training = [name for name in names if not is_validation(name)][:3]
     return training, [name for name in names if is_validation(name)][:2]
 
 
 def articles(law: str) -> list[tuple[str, str]]:
-    """(number, text) of a law's articles; the last stands word for word in every law."""
+    """Return (number, text) of a law's articles; the last one is identical in every law."""
     found = [("第一条", f"为了规范{law}所说的事务，保护当事人的合法权益，根据宪法，制定本法。")]
     for number, numeral in enumerate(NUMERALS[1:9], 2):
         subject = "甲乙丙丁戊己庚辛壬癸"[number]
@@ -43,16 +43,16 @@ def articles(law: str) -> list[tuple[str, str]]:
 
 
 def sentence(number: int, language: str) -> str:
-    """An answer of two sentences, long enough to be spoilt."""
+    """Return an answer of two sentences, long enough to be corrupted."""
     if language == "zh":
         return f"这是第{number}个回答的第一句话，说明了一件事情。然后是第二句话，补充了更多细节。"
     return f"This is the first sentence of answer {number}. And a second sentence adds detail."
 
 
 def build(folder: Path, marker: Path) -> dict[str, Package]:
-    """Write the archives and their index pages under folder; the pins to go with them.
+    """Write the archives and their index pages under `folder`; return the matching pins.
 
-    `marker` is the file that a planted setup.py would write if anybody ran it.
+    `marker` is the file that a planted setup.py would write if it were executed.
     """
     setup = f"open({str(marker)!r}, 'w').write('run')\n"
     contents = {
@@ -80,14 +80,14 @@ def build(folder: Path, marker: Path) -> dict[str, Package]:
     for name, files in contents.items():
         real = PACKAGES[name]
         raw = _tar(files) if real.filename.endswith(".tar.gz") else _zip(files)
-        place = folder / "simple" / name
-        place.mkdir(parents=True)
-        (place / real.filename).write_bytes(raw)
-        # A release can hold other files, too: an egg, another version.
+        target = folder / "simple" / name
+        target.mkdir(parents=True)
+        (target / real.filename).write_bytes(raw)
+        # An index page can list other files: an egg, another version.
         others = "".join(f'<a href="{f}">{f}</a>' for f in (f"{name}-9.tar.gz", f"{name}-9.egg"))
         link = f'<a href="{real.filename}">{real.filename}</a>'
         page = f"<!DOCTYPE html><html><body>{others}{link}</body></html>"
-        (place / "index.html").write_text(page)
+        (target / "index.html").write_text(page)
         digest = hashlib.sha256(raw).hexdigest()
         pins[name] = Package(name, real.version, real.filename, digest, real.licence)
     return pins
@@ -95,7 +95,7 @@ def build(folder: Path, marker: Path) -> dict[str, Package]:
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """An index of the packages under folder: its address."""
+    """Serve the packages under `folder` as an index; yield its URL."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: object) -> None:

@@ -1,4 +1,4 @@
-"""The three stages, for tests that treat them alike."""
+"""The three stages, for tests that run on each of them."""
 
 from __future__ import annotations
 

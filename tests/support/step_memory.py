@@ -1,6 +1,6 @@
-"""Peak memory of a training step, counted on tensors without content: no device is needed.
+"""Peak memory of a training step, counted on fake tensors without a device.
 
-The counts hold the formulas of trainlib/engine/plan.py (tests/engine/test_memory.py).
+The formulas in trainlib/engine/plan.py must match these counts (tests/engine/test_memory.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def make_step(
 ) -> Step:
     """Return one optimizer step of a stage, with its loss, on rows of one document each.
 
-    A row of preferences holds one pair, whose answers have half of the row each.
+    In preference data, a row is one pair, whose answers take half of the row each.
     """
     ids = torch.zeros(rows, row_length, dtype=torch.int64)
     count = 2 * rows if stage == "dpo" else rows
@@ -53,7 +53,7 @@ def make_step(
     hardware = Hardware(torch.device("cpu"), precision, "masked", False, rows)
     config = SimpleNamespace(optim=optim or OptimConfig())
     run: Any = SimpleNamespace(hardware=hardware, distributed=SINGLE_PROCESS, config=config)
-    whole = StepBatch([batch] * num_micro, ids.numel() * num_micro, ids.numel(), DataPosition())
+    batches = StepBatch([batch] * num_micro, ids.numel() * num_micro, ids.numel(), DataPosition())
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, Any]]]:
         if stage != "dpo":
@@ -64,29 +64,29 @@ def make_step(
         training: Any = SimpleNamespace(
             run=run, model=model, optimizers=optimizers, loss_fn=loss_fn
         )
-        optimizer_step(training, whole, 1.0)
+        optimizer_step(training, batches, 1.0)
 
     return step
 
 
 def peak_bytes(model: nn.Module, optim: OptimConfig, step: Step) -> int:
-    """Return the most bytes that all tensors of training take at one time, weights included.
+    """Return the peak number of bytes in all tensors of training, including the weights.
 
-    The step is taken twice, as the first one makes the moments, on a copy of the model on the CPU
-    that has shapes and no content.
+    The step runs twice, because the first one creates the optimizer moments. It runs on a copy of
+    the model on the CPU that has shapes but no content.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, _NoContent(), _Tracker() as tracker:
-        # In this copy the parameters, tied ones once, are replaced: no weight is ever copied.
+        # The copy has fake parameters (tied ones once), so that no weight is ever copied.
         memo: dict[int, Any] = {
             id(p): nn.Parameter(mode.from_tensor(p.detach(), static_shapes=True))
             for p in model.parameters()
         }
         for parameter in memo.values():
             tracker.count(parameter)
-        empty = copy.deepcopy(model, memo)
-        optimizers = build_optimizers(empty, optim)
+        fake = copy.deepcopy(model, memo)
+        optimizers = build_optimizers(fake, optim)
         for _ in range(2):
-            step(empty, optimizers)
+            step(fake, optimizers)
     return tracker.peak
 
 
@@ -98,22 +98,22 @@ class _Tracker(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.current = self.peak = 0
         self._known: set[int] = set()
 
     def count(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, unless it is counted already."""
+        """Count a tensor's storage, unless it has been counted."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
             self._known.add(key)
             weakref.finalize(storage, self._freed, key, size)
-            self.now += size
-            self.peak = max(self.peak, self.now)
+            self.current += size
+            self.peak = max(self.peak, self.current)
 
     def _freed(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self.now -= size
+        self.current -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -122,9 +122,9 @@ class _Tracker(TorchDispatchMode):
 
 
 class _NoContent(TorchFunctionMode):
-    """Answer what only the content could tell: figures are 1, and a mask selects everything.
+    """Replace results that depend on content: scalars are 1, and a mask selects everything.
 
-    So all positions are counted as if they had a label, which is the most that a step can take.
+    All positions are thus counted as if they had a label, which is the maximum for a step.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

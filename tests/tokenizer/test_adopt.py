@@ -1,4 +1,4 @@
-"""Protects adopted vocabularies: lossless, trainable, and saved with the model."""
+"""Protects adopted tokenizers: lossless, trainable, and saved with the model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tools.train_tokenizer import main as train_tokenizer
 TEXTS = ["Hello world, this is a text. 你好，世界 第一条 12345", "the cat sat\nand é Ж"] * 20
 
 
-def learn(bpe: Bpe, kind: type = trainers.BpeTrainer, **more) -> None:
-    bpe.train_from_iterator(TEXTS, kind(vocab_size=500, show_progress=False, **more))
+def learn(bpe: Bpe, trainer: type = trainers.BpeTrainer, **kwargs) -> None:
+    bpe.train_from_iterator(TEXTS, trainer(vocab_size=500, show_progress=False, **kwargs))
 
 
 def gpt2_like() -> Bpe:
@@ -35,7 +35,7 @@ def gpt2_like() -> Bpe:
 
 
 def llama_like(metaspace: bool = False, byte_fallback: bool = True) -> Bpe:
-    """SentencePiece's BPE as transformers lays it out, older (Prepend) or newer (Metaspace)."""
+    """Return SentencePiece's BPE as converted by older (Prepend) or newer (Metaspace) releases."""
     bpe = Bpe(models.BPE(byte_fallback=byte_fallback, unk_token="<unk>", fuse_unk=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     special = ["<unk>", "<s>", "</s>"]
@@ -79,31 +79,31 @@ USABLE = {
 PLAIN = ("Hello world", " x  y ", "\n\n a\tb\r\n", "a 😀 ﷺ \x00\x01 ", "<0x41> 中", "Ж" * 40)
 
 
-@pytest.mark.parametrize("kind", USABLE)
-def test_every_text_comes_back_and_pieces_join(kind, tmp_path):
-    theirs = USABLE[kind]()
+@pytest.mark.parametrize("name", USABLE)
+def test_texts_round_trip_and_pieces_concatenate(name, tmp_path):
+    theirs = USABLE[name]()
     ours = adopt(saved(theirs, tmp_path))
     for token, id_ in theirs.get_vocab().items():
-        assert ours._bpe.token_to_id(token) == id_  # No id has moved.
+        assert ours._bpe.token_to_id(token) == id_  # No id has changed.
     added = [token for token in REQUIRED_TOKENS if theirs.token_to_id(token) is None]
     assert ours.vocab_size == theirs.get_vocab_size() + len(added) and len(added) >= 2
     for text in (*PLAIN, "".join(REQUIRED_TOKENS) + "<s></s>"):
         ids = ours.encode(text)
         assert ours.decode(ids) == text
-        assert not ours.special_ids & set(ids), "nobody forges a turn"
+        assert not ours.special_ids & set(ids), "text must not produce special ids"
         assert sum(len(ours.id_to_bytes[i]) for i in ids) == len(text.encode())
     assert ours.encode("one") + ours.encode(" two") == ours.encode("one two")
 
 
-@pytest.mark.parametrize("kind", USABLE)
-def test_the_model_folder_gives_transformers_the_same_ids(kind, tmp_path):
-    ours = adopt(saved(USABLE[kind](), tmp_path / "theirs"))
+@pytest.mark.parametrize("name", USABLE)
+def test_the_model_folder_gives_transformers_the_same_ids(name, tmp_path):
+    ours = adopt(saved(USABLE[name](), tmp_path / "theirs"))
     folder = tmp_path / "ours"
     folder.mkdir()
     for name, content in ours.files(512).items():
         (folder / name).write_text(content, encoding="utf-8")
-    again = adopt(folder)
-    assert again.json == ours.json and again.fingerprint == ours.fingerprint
+    reloaded = adopt(folder)
+    assert reloaded.json == ours.json and reloaded.fingerprint == ours.fingerprint
     assert Tokenizer(folder).encode("a b") == ours.encode("a b")
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
     for text in PLAIN:
@@ -116,24 +116,24 @@ def test_the_model_folder_gives_transformers_the_same_ids(kind, tmp_path):
     assert ids == render_conversation(ours, messages).ids
 
 
-def test_the_projects_own_keeps_its_bytes(tokenizer):
+def test_the_default_tokenizer_keeps_its_bytes(tokenizer):
     assert adopt(default_folder()).json == tokenizer.json
 
 
-@pytest.mark.parametrize("kind", [bert_like, lambda: llama_like(byte_fallback=False)])
-def test_what_loses_text_is_refused(kind, tmp_path):
-    with pytest.raises(ValueError, match=r"\.json does not give a text back.*byte fallback"):
-        adopt(saved(kind(), tmp_path))
+@pytest.mark.parametrize("build", [bert_like, lambda: llama_like(byte_fallback=False)])
+def test_lossy_tokenizers_are_refused(build, tmp_path):
+    with pytest.raises(ValueError, match=r"\.json is not lossless.*byte fallback"):
+        adopt(saved(build(), tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [("{", "cannot be read"), ("[1]", "no file of"), ('{"model": {"type": "New"}}', "cannot load")],
+    ("content", "message"),
+    [("{", "cannot be read"), ("[1]", "has no"), ('{"model": {"type": "New"}}', "cannot load")],
 )
-def test_a_broken_file_is_named(content, words, tmp_path):
+def test_a_broken_file_is_reported(content, message, tmp_path):
     (tmp_path / "tokenizer.json").write_text(content)
     for read in (adopt, Tokenizer):
-        with pytest.raises(ValueError, match=rf"tokenizer\.json.*{words}"):
+        with pytest.raises(ValueError, match=rf"tokenizer\.json.*{message}"):
             read(tmp_path)
 
 
@@ -143,12 +143,12 @@ def test_a_checkpoint_needs_the_special_tokens(tmp_path):
         Tokenizer(folder)
 
 
-# ---- trained with --------------------------------------------------------------------------------
+# ---- training with another tokenizer -------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """Data of made-up words, and a vocabulary of 32,000 trained on them as documented."""
+    """Return a folder with data of random words and a 32,000-entry tokenizer trained on them."""
     path = tmp_path_factory.mktemp("workspace")
     letters = random.Random(0)
     words = ["".join(letters.choices("abcdefghij", k=7)) for _ in range(24_000)]
@@ -183,7 +183,7 @@ def run(workspace, monkeypatch, run_stage):
     return lambda stage, *settings: run_stage(stage, "empty.yaml", *COMMON, *settings)
 
 
-def test_train_with_a_vocabulary_of_32000(workspace, run, capsys):
+def test_training_with_a_vocabulary_of_32000(workspace, run, capsys):
     assert run("pretrain", *PRETRAIN, "out_dir=run") == 0
     assert "vocabulary size 32,000" in capsys.readouterr().out
     assert (workspace / "run/final/tokenizer.json").read_bytes() == (
@@ -202,7 +202,7 @@ def test_train_with_a_vocabulary_of_32000(workspace, run, capsys):
     assert Tokenizer(workspace / "sft/final").fingerprint == expected
 
 
-def test_a_run_resumes_with_its_own_tokenizer_only(workspace, run, capsys):
+def test_a_run_resumes_only_with_its_own_tokenizer(workspace, run, capsys):
     saved(gpt2_like(), workspace / "one")
     saved(llama_like(), workspace / "two")
     settings = ["data.files=a.jsonl", *MODEL, "tokenizer=one", "model.vocab_size=600"]
@@ -210,7 +210,7 @@ def test_a_run_resumes_with_its_own_tokenizer_only(workspace, run, capsys):
     (workspace / "other/final").rename(workspace / "gone")
     assert run("pretrain", *settings, "out_dir=other", "max_steps=1", "tokenizer=two") == 1
     assert "tokenizer: 'one' before, 'two' now" in capsys.readouterr().err
-    saved(llama_like(), workspace / "one")  # The same path, another content.
+    saved(llama_like(), workspace / "one")  # Same path, different content.
     assert run("pretrain", *settings, "out_dir=other", "max_steps=1") == 1
     assert "the data files or the tokenizer have changed" in capsys.readouterr().err
     assert run("pretrain", *settings, "model.vocab_size=300", "out_dir=new") == 1

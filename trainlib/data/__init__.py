@@ -1,1 +1,1 @@
-"""From files to batches: readers, formats, encoding, token cache, packing, loader."""
+"""Data pipeline from files to batches: readers, formats, encoding, token cache, packing, loader."""

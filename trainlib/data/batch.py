@@ -13,13 +13,13 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch; tensors are (B, T) but for boundaries and sequence_ids (C,).
+    """One micro-batch; tensors are (B, T), except boundaries and sequence_ids (C,).
 
-    boundaries (int32) are the starts and ends of documents in the flattened rows; the last one is
-    repeated. document_ids count through the whole micro-batch, one for each of sequence_ids;
-    padding has ids from C on. Document 2p is the chosen answer of preference pair p, 2p + 1 the
-    rejected one. num_targets is the divisor of the loss: labels under the loss, or pairs.
-    num_bytes counts the text of the labels.
+    boundaries (int32) holds the document boundaries in the flattened rows, padded by repeating the
+    last one. document_ids number the documents of the micro-batch, in the order of sequence_ids;
+    padding has ids from C on. In preference data, documents 2p and 2p + 1 are the chosen and the
+    rejected answer of pair p. num_targets is the divisor of the loss: the number of labels, or of
+    pairs. num_bytes is the size of the labels' text.
     """
 
     input_ids: Tensor
@@ -34,21 +34,21 @@ class Batch:
 
     @property
     def select(self) -> Tensor | None:
-        """Return a mask of the positions with a label; None on a GPU, where shapes must not vary.
+        """Return a mask of the positions with a label; None on a GPU, where shapes must be static.
 
-        On a CPU the output matrix is half of a small model's work, and a third of a conversation
-        has no label.
+        On a CPU the output projection is half of a small model's work, and a third of the positions
+        in a conversation have no label.
         """
         return self.labels != IGNORE_INDEX if self.labels.device.type == "cpu" else None
 
     def selected(self, values: Tensor) -> Tensor:
-        """Return labels or document_ids in the order of the model's logits."""
+        """Return the entries of labels or document_ids that the model's logits correspond to."""
         select = self.select
         return values if select is None else values[select]
 
     @property
     def inputs(self) -> dict[str, Tensor | None]:
-        """Return the keyword arguments of the model."""
+        """Return the keyword arguments for the model."""
         return {
             "select": self.select,
             "input_ids": self.input_ids,
@@ -58,13 +58,13 @@ class Batch:
         }
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device; the copy from pinned memory is asynchronous."""
+        """Return the batch on a device; copies from pinned memory are asynchronous."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
 
     def pin_memory(self) -> Batch:
         """Return the batch in pinned memory."""
         return self._map(Tensor.pin_memory)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {k: function(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)

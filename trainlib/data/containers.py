@@ -1,7 +1,7 @@
-"""Readers of decompressed files: JSON lines, a JSON array, CSV, plain text.
+"""Readers for decompressed files: JSON lines, JSON array, CSV, plain text.
 
-Each takes a stream of bytes and yields one Item per row, in constant memory, and continues after a
-broken row. readers.py chooses the reader of a file.
+Each reader takes a byte stream and yields one Item per row. It uses constant memory and continues
+after a broken row. readers.py selects the reader for a file.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ Row = dict[str, Any]
 
 BOM = b"\xef\xbb\xbf"
 MAX_ROW_BYTES = 64 << 20
-"""A longer row is broken: each is held in memory."""
+"""Longer rows are reported as broken, because a row is held in memory."""
 DOCUMENT_BYTES = 8 << 10
-"""A document of plain text ends at the first blank line after so many bytes, ..."""
+"""A plain-text document ends at the first blank line after this many bytes, ..."""
 MAX_DOCUMENT_BYTES = 16 << 10
-"""... or at the first end of a line after so many."""
+"""... or at the first line break after this many."""
 NOT_UTF8 = "not UTF-8"
-GBK_FIX = "looks like GBK/GB18030. Type: iconv -f gb18030 -t utf-8 FILE > NEW"
+GBK_FIX = "looks like GBK/GB18030. Run: iconv -f gb18030 -t utf-8 FILE > NEW"
 DOCUMENT_END = b"<|endoftext|>"
 
 
 class Broken(NamedTuple):
-    """The reason why an item is no row."""
+    """The reason why an item is not a valid row."""
 
     reason: str
 
 
 class Item(NamedTuple):
-    """The content of a line (of Parquet: of a row), counted from 1."""
+    """The number (from 1) and content of a line, or of a row in Parquet."""
 
     line: int
     content: bytes | str | Row | Broken
 
 
 def are_messages(value: Any) -> bool:
-    """Return whether a value is a conversation: a list of {"role": ...}."""
+    """Return whether a value is a conversation: a non-empty list of {"role": ...}."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -51,23 +51,23 @@ def are_messages(value: Any) -> bool:
 
 
 def row_of(value: Any) -> Row | Broken:
-    """Return a JSON value as a row: an object, or a list of messages under "messages"."""
+    """Convert a JSON value to a row: an object, or a list of messages as {"messages": [...]}."""
     if isinstance(value, dict):
         return value
     if are_messages(value):
         return {"messages": value}
-    return Broken(f"a JSON {json_type(value)}, where an object is needed")
+    return Broken(f"a JSON {json_type(value)} instead of an object")
 
 
 def json_type(value: Any) -> str:
-    """Return the name of a value's type in JSON."""
+    """Return the JSON name of a value's type."""
     types = {"null": type(None), "boolean": bool, "number": (int, float), "string": str,
              "array": list, "object": dict}  # fmt: skip
     return next((n for n, type_ in types.items() if isinstance(value, type_)), type(value).__name__)
 
 
 def utf8_error(raw: bytes, position: int) -> str:
-    """Return why bytes with an invalid one at `position` are no text, and the fix."""
+    """Return the error message for an invalid byte at `position`, with the fix."""
     fix = f", which {GBK_FIX}" if looks_like_gbk(raw) else ". Save the file as UTF-8"
     return f"{NOT_UTF8} (byte {raw[position]:#04x} at {position}){fix}"
 
@@ -80,14 +80,14 @@ def looks_like_gbk(raw: bytes) -> bool:
         text = codecs.getincrementaldecoder("gb18030")().decode(sample)
     except UnicodeDecodeError:
         return False
-    # Single-byte encodings decode too, but mostly to rare characters.
+    # Text in a single-byte encoding also decodes, but mostly to rare characters.
     wide = "".join(c for c in text if not c.isascii())
     return len(wide.encode("gb2312", "ignore")) > len(wide)
 
 
 def json_error(error: Exception) -> str:
-    """Return the message of an error of the json module, shortened."""
-    # A ValueError that is no JSONDecodeError: a number with more digits than Python reads.
+    """Return a short message for an error raised by the json module."""
+    # Any other ValueError: a number with more digits than Python accepts.
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)[:80]
 
 
@@ -95,7 +95,7 @@ def json_error(error: Exception) -> str:
 
 
 def read_jsonl(stream: BinaryIO) -> Iterator[Item]:
-    """Yield the lines that are not blank, as bytes: another process may parse them."""
+    """Yield the non-blank lines as bytes, which another process may parse."""
     number = 0
     while raw := stream.readline(MAX_ROW_BYTES + 1):
         number += 1
@@ -110,8 +110,8 @@ def read_jsonl(stream: BinaryIO) -> Iterator[Item]:
 
 
 def read_array(stream: BinaryIO) -> Iterator[Item]:
-    """Yield the elements of one JSON array; after a broken one, resume at the next similar one."""
-    # Bytes that are no UTF-8 become lone surrogates, which check_text refuses.
+    """Yield the elements of a JSON array; after a broken one, resume at the next likely row."""
+    # Invalid UTF-8 becomes lone surrogates, which check_text rejects.
     text = _Window(io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="\n"))
     text.skip(r"\s*\[\s*")
     decoder, next_row = json.JSONDecoder(), re.compile(r"\}\s*,\s*(?=\{)")
@@ -123,7 +123,7 @@ def read_array(stream: BinaryIO) -> Iterator[Item]:
         try:
             value, end = text.decode(decoder)
         except (ValueError, RecursionError) as error:
-            yield Item(line, Broken(f"not JSON ({json_error(error)}), in an array"))
+            yield Item(line, Broken(f"array element is not JSON ({json_error(error)})"))
             if not text.skip_past(next_row):
                 return
             continue
@@ -137,7 +137,7 @@ def read_array(stream: BinaryIO) -> Iterator[Item]:
         if text.starts_with(","):
             text.advance(1)
         elif not text.starts_with("]"):
-            reason = "the array has no end" if text.at_end() else "no comma between two rows"
+            reason = "array is not closed" if text.at_end() else "missing comma between rows"
             yield Item(text.line, Broken(f"not JSON ({reason})"))
             if not text.skip_past(next_row):
                 return
@@ -148,13 +148,13 @@ def read_array(stream: BinaryIO) -> Iterator[Item]:
 
 
 class _Window:
-    """A position in a long text, of which only the part around it is in memory."""
+    """A position in a long text; only the text around it is in memory."""
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         self._stream, self._text, self._start, self.line = stream, "", 0, 1
 
     def _read_more(self, size: int = 1 << 20) -> bool:
-        """Read on; return False at the end of the stream."""
+        """Read more text; return False at the end of the stream."""
         piece = self._stream.read(size)
         self._text, self._start = self._text[self._start :] + piece, 0
         return bool(piece)
@@ -204,7 +204,7 @@ class _Window:
 
 
 def read_csv(stream: BinaryIO) -> Iterator[Item]:
-    """Yield rows keyed by the names of the first line; comma, semicolon or tab delimits."""
+    """Yield rows as dicts keyed by the header; the delimiter is a comma, semicolon or tab."""
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(MAX_ROW_BYTES)
     header = lines.readline()
@@ -223,13 +223,13 @@ def read_csv(stream: BinaryIO) -> Iterator[Item]:
             reader = csv.reader(lines, delimiter=delimiter)
             continue
         if cells and len(cells) != len(columns):
-            yield Item(line, Broken(f"{len(cells)} cells, where the header names {len(columns)}"))
+            yield Item(line, Broken(f"{len(cells)} cells, but the header has {len(columns)}"))
         elif cells:
             yield Item(line, dict(zip(columns, cells, strict=True)))
 
 
 def read_txt(stream: BinaryIO) -> Iterator[Item]:
-    """Yield documents of plain text; <|endoftext|> on a line, or DOCUMENT_BYTES, ends one."""
+    """Yield plain-text documents, which end at a line <|endoftext|> or by their size."""
     number, begin, size, parts = 0, 1, 0, []
     rest = b""
 
@@ -244,10 +244,10 @@ def read_txt(stream: BinaryIO) -> Iterator[Item]:
                 yield Item(line, Broken(utf8_error(raw[start:], error.start - start)))
 
     while raw := rest + stream.readline(MAX_DOCUMENT_BYTES):
-        # A line longer than a document is cut, but not within a character.
+        # A line longer than a document is split, but never within a character.
         rest = b"" if raw.endswith(b"\n") else _unfinished_character(raw)
         if rest and len(raw) == len(rest):
-            rest = b""  # The end of the file, or no UTF-8 at all.
+            rest = b""  # The end of the file, or not UTF-8 at all.
         raw = raw[: len(raw) - len(rest)]
         if number == 0 and not parts:
             raw = raw.removeprefix(BOM)
@@ -263,7 +263,7 @@ def read_txt(stream: BinaryIO) -> Iterator[Item]:
 
 
 def _unfinished_character(raw: bytes) -> bytes:
-    """Return the last bytes that begin a character of UTF-8 but do not complete it."""
+    """Return the trailing bytes that begin a UTF-8 character without completing it."""
     for back in range(1, min(4, len(raw) + 1)):
         byte = raw[-back]
         if byte >= 0xC0:

@@ -1,8 +1,8 @@
-"""Conversations and preference pairs: rows of all known formats, converted to one.
+"""Converters from all known row formats to conversations and preference pairs.
 
-That one is the list of messages that tokenizer/chat_format.py renders: {"role", "content"}, for an
-assistant also "reasoning_content" and "tool_calls", for a leading system message "tools". Every
-function raises ValueError with the reason if a row is broken.
+A conversation is the list of messages that tokenizer/chat_format.py renders: {"role", "content"},
+optionally with "reasoning_content" and "tool_calls" (assistant) or "tools" (leading system
+message). Every function raises ValueError with the reason if a row is broken.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ ROLE_ALIASES = {
     "observation": "tool", "function": "tool", "function_response": "tool",
     "developer": "system", "ipython": "tool",
 }  # fmt: skip
-"""Other names of the roles; a function_call is an assistant turn with nothing but a call."""
+"""Other names for roles; a function_call is an assistant turn that contains only a call."""
 THOUGHTS = re.compile(r"\s*<think>\n?(.*?)\n?</think>\s*", re.DOTALL)
 
 
 def user(content: str) -> dict[str, Any]:
-    """Return a message of the user."""
+    """Return a user message."""
     return {"role": "user", "content": content}
 
 
 def assistant(content: str) -> dict[str, Any]:
-    """Return a message of the assistant; a leading <think> part becomes "reasoning_content"."""
+    """Return an assistant message; a leading <think> part becomes "reasoning_content"."""
     thoughts = THOUGHTS.match(content)
     message = {"role": "assistant", "content": content[thoughts.end() :] if thoughts else content}
     if thoughts and thoughts[1].strip():
@@ -43,15 +43,15 @@ def assistant(content: str) -> dict[str, Any]:
 
 
 def check_text(value: Any, what: str) -> str:
-    """Return a text; raises ValueError for another type, or half of a surrogate pair."""
+    """Return a string unchanged; raise ValueError for other types and unpaired surrogates."""
     if not isinstance(value, str):
         raise ValueError(f"{what} must be a string, not {json_type(value)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(value[error.start])
-        if 0xDC80 <= code <= 0xDCFF:  # The surrogateescape handler makes these of a wrong byte.
-            reason = f"perhaps the byte {code - 0xDC00:#04x} of a file that is not UTF-8"
+        if 0xDC80 <= code <= 0xDCFF:  # How surrogateescape decodes an invalid byte.
+            reason = f"possibly byte {code - 0xDC00:#04x} of a file that is not UTF-8"
             if looks_like_gbk(value.encode("utf-8", "surrogateescape")):
                 reason += f", which {GBK_FIX}"
         else:
@@ -64,9 +64,9 @@ def check_text(value: Any, what: str) -> str:
 
 
 def read_messages(turns: Any, field: str, tools: Any = None, system: Any = None) -> Messages:
-    """Convert turns of role and content, or of from and value, to messages."""
+    """Convert turns with "role" and "content", or with "from" and "value", to messages."""
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{field} must be a list of messages with at least one")
+        raise ValueError(f"{field} must be a non-empty list of messages")
     messages = [_read_message(turn, f"{field} message {n}") for n, turn in enumerate(turns, 1)]
     tools = tools or turns[0].get("tools")
     if system and messages[0]["role"] != "system":
@@ -74,7 +74,7 @@ def read_messages(turns: Any, field: str, tools: Any = None, system: Any = None)
     functions = _parse_json(tools, '"tools"') if tools else []
     if functions:
         if not isinstance(functions, list) or not all(isinstance(f, dict) for f in functions):
-            raise ValueError('"tools" must be a list of objects, or such a list as JSON')
+            raise ValueError('"tools" must be a list of objects, or a string with its JSON')
         check_text(json.dumps(functions, ensure_ascii=False), '"tools"')
         if messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": ""})
@@ -83,9 +83,9 @@ def read_messages(turns: Any, field: str, tools: Any = None, system: Any = None)
 
 
 def require_answer(messages: Messages, field: str) -> Messages:
-    """Return the messages; raises ValueError if none is of the assistant."""
+    """Return the messages; raise ValueError if none is from the assistant."""
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{field} has no assistant message, so nothing to learn")
+        raise ValueError(f"{field} has no assistant message to learn from")
     return messages
 
 
@@ -101,7 +101,7 @@ def _read_message(turn: Any, field: str) -> dict[str, Any]:
     if role == "function_call":
         role, calls, content = "assistant", content, ""
     if role not in ROLES:
-        raise ValueError(f"{field}: role {turn['role']!r} is none of {', '.join(ROLES)}")
+        raise ValueError(f"{field}: role {turn['role']!r} is not one of {', '.join(ROLES)}")
     if isinstance(content, list):
         content = _join_parts(content, field)
     thoughts = turn.get("reasoning_content")
@@ -114,42 +114,42 @@ def _read_message(turn: Any, field: str) -> dict[str, Any]:
     if thoughts:
         thoughts = check_text(thoughts, f'{field}: "reasoning_content"')
         message = {"role": role, "content": content, "reasoning_content": thoughts}
-    if calls and (read := _read_calls(calls, field)):
-        message["tool_calls"] = read
+    if calls and (tool_calls := _read_calls(calls, field)):
+        message["tool_calls"] = tool_calls
     return message
 
 
 def _join_parts(parts: list, field: str) -> str:
-    """Return content that is a list of {"type": "text", "text"} as one text."""
+    """Join content that is given as a list of {"type": "text", "text": ...} parts."""
     texts = []
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else json_type(part)
-            raise ValueError(f"{field}: a part of type {kind!r}, where only text can be read")
-        texts.append(check_text(part.get("text"), f'{field}: "text" of a part'))
+            type_ = part.get("type") if isinstance(part, dict) else json_type(part)
+            raise ValueError(f"{field}: content part of type {type_!r}; only text is supported")
+        texts.append(check_text(part.get("text"), f'{field}: "text" of a content part'))
     return "".join(texts)
 
 
 def _read_calls(calls: Any, field: str) -> list[dict[str, Any]]:
-    """Return [{"name", "arguments"}] from a list of calls or one call, or the JSON of either."""
+    """Convert one call or a list of calls, parsed or as JSON, to [{"name", "arguments"}]."""
     calls = _parse_json(calls, f'{field}: "tool_calls"')
-    read = []
+    result = []
     for call in calls if isinstance(calls, list) else [calls]:
         call = call.get("function", call) if isinstance(call, dict) else call
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             raise ValueError(f'{field}: a tool call must be an object with "name" and "arguments"')
         arguments = call.get("arguments")
         if isinstance(arguments, str):
-            with contextlib.suppress(ValueError, RecursionError):  # Else it stays a text.
+            with contextlib.suppress(ValueError, RecursionError):  # Otherwise it stays a string.
                 arguments = json.loads(arguments)
         call = {"name": call["name"], "arguments": {} if arguments is None else arguments}
         check_text(json.dumps(call, ensure_ascii=False), f"{field}: a tool call")
-        read.append(call)
-    return read
+        result.append(call)
+    return result
 
 
 def _parse_json(value: Any, field: str) -> Any:
-    """Return a value, parsed if it is JSON in a string."""
+    """Return a value; if it is a string, parse it as JSON first."""
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -157,14 +157,14 @@ def _parse_json(value: Any, field: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{field} is a string, but not JSON: {value[:60]!r}") from error
+        raise ValueError(f"{field} is a string but not JSON: {value[:60]!r}") from error
 
 
 # ---- conversations -------------------------------------------------------------------------------
 
 
 def read_chat(row: Row, key: str) -> Messages:
-    """Convert the messages under `key`, and "tools" and "system" next to them."""
+    """Convert the messages in row[key], with "tools" and "system" from the same row."""
     return require_answer(_read_messages_of(row, key), f'"{key}"')
 
 
@@ -173,7 +173,7 @@ def _read_messages_of(row: Row, key: str) -> Messages:
 
 
 def read_alpaca(row: Row, join: str) -> Messages:
-    """Convert instruction, input, output, system and history; `join` separates the input."""
+    """Convert an Alpaca row; `join` separates the instruction and the input."""
     answer = row["output"] if "output" in row else row["response"]
     return [*alpaca_prompt(row, join), assistant(check_text(answer, '"output"'))]
 
@@ -182,18 +182,18 @@ def alpaca_prompt(row: Row, join: str) -> Messages:
     """Convert an Alpaca row without its answer."""
     messages = [*_read_system(row), *_read_history(row.get("history"))]
     question = check_text(row["instruction"], '"instruction"')
-    more = check_text(row.get("input") or "", '"input"')
-    return [*messages, user(question + (join if question and more else "") + more)]
+    extra = check_text(row.get("input") or "", '"input"')
+    return [*messages, user(question + (join if question and extra else "") + extra)]
 
 
 def _read_system(row: Row) -> Messages:
-    """Return the system message of a row as a list, empty without one."""
+    """Return the system message of a row as a list, which is empty if the row has none."""
     text = row.get("system")
     return [{"role": "system", "content": check_text(text, '"system"')}] if text else []
 
 
 def read_question_answer(row: Row) -> Messages:
-    """Convert q, a and history."""
+    """Convert a row with "q", "a" and an optional "history"."""
     return [*_read_history(row.get("history")), user(check_text(row["q"], '"q"')),
             assistant(check_text(row["a"], '"a"'))]  # fmt: skip
 
@@ -201,7 +201,7 @@ def read_question_answer(row: Row) -> Messages:
 def _read_history(history: Any) -> Messages:
     if isinstance(history, str):
         try:
-            history = ast.literal_eval(history)  # In CSV it is a Python literal or JSON.
+            history = ast.literal_eval(history)  # In CSV, a Python literal or JSON.
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             history = _parse_json(history, '"history"')
     messages: Messages = []
@@ -214,7 +214,7 @@ def _read_history(history: Any) -> Messages:
 
 
 def read_prompt_completion(row: Row) -> Messages:
-    """Convert prompt and completion, each a text or a list of messages."""
+    """Convert a prompt and a completion, each a string or a list of messages."""
     return require_answer([*_read_prompt(row), *_read_answer(row, "completion")], '"completion"')
 
 
@@ -235,7 +235,7 @@ def _read_answer(row: Row, key: str) -> Messages:
 
 
 def read_preference(row: Row) -> tuple[Messages, Messages]:
-    """Convert chosen and rejected, lists of messages, with the prompt in them or before them."""
+    """Convert a pair of message lists; the prompt is part of each list or a separate field."""
 
     def conversation(key: str) -> Messages:
         answer = read_messages(row[key], f'"{key}"', row.get("tools"))
@@ -247,29 +247,29 @@ def read_preference(row: Row) -> tuple[Messages, Messages]:
 
 
 def read_prompt_preference(row: Row) -> tuple[Messages, Messages]:
-    """Convert prompt, and chosen and rejected as texts."""
+    """Convert a prompt with two strings, chosen and rejected."""
     return _answer_pair(_read_prompt(row), row)
 
 
 def read_alpaca_preference(row: Row, join: str) -> tuple[Messages, Messages]:
-    """Convert instruction, input, and chosen and rejected as texts."""
+    """Convert an instruction and input with two strings, chosen and rejected."""
     return _answer_pair(alpaca_prompt(row, join), row)
 
 
 def read_sharegpt_preference(row: Row) -> tuple[Messages, Messages]:
-    """Convert conversations, and chosen and rejected as single messages that answer them."""
+    """Convert a conversation with two possible next messages, chosen and rejected."""
     key = "conversations" if "conversations" in row else "messages"
     return _answer_pair(_read_messages_of(row, key), row)
 
 
 def _answer_pair(prompt: Messages, row: Row) -> tuple[Messages, Messages]:
-    """Return the prompt followed by the chosen, and by the rejected answer."""
+    """Return the prompt followed by the chosen answer, and by the rejected one."""
     chosen, rejected = ([*prompt, *_read_answer(row, key)] for key in ("chosen", "rejected"))
     return check_pair(chosen, rejected)
 
 
 def read_text_preference(row: Row) -> tuple[Messages, Messages]:
-    """Convert two texts with turns of Human: and Assistant:, or with a common prefix as prompt."""
+    """Convert two strings with Human: and Assistant: turns, or with the prompt as common prefix."""
     chosen = check_text(row["chosen"], '"chosen"')
     rejected = check_text(row["rejected"], '"rejected"')
     marks = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
@@ -282,18 +282,18 @@ def read_text_preference(row: Row) -> tuple[Messages, Messages]:
     while shared and not chosen[shared - 1].isspace():
         shared -= 1  # Back to the start of a word.
     if not chosen[:shared].strip():
-        raise ValueError('"chosen" and "rejected" share no beginning that could be their prompt')
+        raise ValueError('"chosen" and "rejected" have no common prefix to use as the prompt')
     prompt = user(chosen[:shared].strip())
     return check_pair([prompt, assistant(chosen[shared:])], [prompt, assistant(rejected[shared:])])
 
 
 def check_pair(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages]:
-    """Return the pair; raises ValueError unless the last answer, and nothing else, differs."""
+    """Return the pair; raise ValueError unless it differs in the last answer and nothing else."""
     for key, messages in (("chosen", chosen), ("rejected", rejected)):
         if require_answer(messages, f'"{key}"')[-1]["role"] != "assistant":
             raise ValueError(f'"{key}" must end with an assistant message')
     if chosen[:-1] != rejected[:-1]:
-        raise ValueError('"chosen" and "rejected" have different prompts (all but the last turn)')
+        raise ValueError('"chosen" and "rejected" have different prompts (all turns but the last)')
     if chosen[-1] == rejected[-1]:
         raise ValueError('"chosen" and "rejected" are the same answer')
     return chosen, rejected

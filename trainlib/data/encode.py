@@ -1,4 +1,4 @@
-"""Encoders of the stages: a record to ids and loss mask, in one pass."""
+"""Encoders of the three stages: from a record to ids and loss mask in one pass."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from trainlib.data.tokenize_files import Encode
 
 
 def encode_document(tokenizer: Tokenizer, record: formats.Record) -> list[Sequence]:
-    """Return a text between two end-of-text ids; all ids but the first are under the loss."""
+    """Encode a text between two end-of-text ids; all ids but the first are supervised."""
     end = tokenizer.end_of_text_id
     ids = [end, *tokenizer.encode(record.value), end]
     return [Sequence(ids, [False] + [True] * (len(ids) - 1))]
 
 
 def encode_conversation(tokenizer: Tokenizer, record: formats.Record) -> list[Sequence]:
-    """Render a conversation in ChatML; assistant turns and their ends are under the loss."""
+    """Encode a conversation in ChatML; assistant turns and their end tokens are supervised."""
     return [render_conversation(tokenizer, record.value)]
 
 
 def encode_preference(tokenizer: Tokenizer, record: formats.Record) -> list[Sequence]:
-    """Render the chosen and the rejected conversation; only the last answers are under the loss."""
+    """Encode the chosen and the rejected conversation; only the last answers are supervised."""
     return [_last_answer_only(render_conversation(tokenizer, c)) for c in record.value]
 
 

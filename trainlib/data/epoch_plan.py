@@ -13,10 +13,10 @@ from trainlib.core.errors import UserError
 from trainlib.core.files import cache_dir, replacing
 
 PLAN_LAYOUT = 1
-"""Raise it when the same data is packed in another way."""
+"""Increase this when the packing of the same data changes."""
 MAX_PLANS = 20
 Row = np.ndarray
-"""The numbers of the units that share a row."""
+"""The indices of the units that share a row."""
 
 
 class DataPosition(NamedTuple):
@@ -28,7 +28,7 @@ class DataPosition(NamedTuple):
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """The rows of an epoch: row i has the units from bounds[order[i]] to the next bound."""
+    """The rows of an epoch; row i is units[bounds[order[i]] : bounds[order[i] + 1]]."""
 
     units: np.ndarray
     bounds: np.ndarray
@@ -49,7 +49,7 @@ class EpochPlan:
 
     @classmethod
     def load_or_build(cls, key: str, build: Callable[[], EpochPlan]) -> EpochPlan:
-        """Return the plan of that key from .cache/plans, memory-mapped; build it if missing."""
+        """Return the memory-mapped plan of `key` from .cache/plans; build it if it is missing."""
         folder = cache_dir() / "plans"
         paths = {f.name: folder / f"{key}.{f.name}.npy" for f in fields(cls)}
         try:
@@ -64,6 +64,6 @@ class EpochPlan:
             return cls(*(np.load(path, mmap_mode="r") for path in paths.values()))
         except OSError as error:
             raise UserError(
-                f"{folder}: {error.strerror or error}. The order of the data is kept there; "
-                "TRAIN_LLM_CACHE_DIR names another folder."
+                f"{folder}: {error.strerror or error}. The order of the data is stored there. "
+                "Set TRAIN_LLM_CACHE_DIR to another folder."
             ) from error

@@ -1,11 +1,11 @@
-"""Formats of rows: any accepted file to records (documents, conversations, preference pairs).
+"""Row formats: from any accepted file to records (documents, conversations, preference pairs).
 
     Source (readers.py)   file -> items: JSON lines, array, CSV, text, Parquet; .gz and .zst
-    detect                the format, by the first rows, and the reason
+    detect                first rows -> format, and the reason for it
     check_items           items -> Record, or Broken with the reason
 
-FORMATS lists all formats in the order in which they are tried. Reports count rows by their
-"source", if they have one; other keys are ignored. No row is skipped silently.
+FORMATS lists all formats in the order in which they are tried. A row may name its "source", by
+which reports group rows; unknown keys are ignored. No row is skipped silently.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DETECTION_ROWS = 50
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """Options for reading rows whose content leaves a choice."""
+    """Options for rows that can be read in more than one way."""
 
     format: str = "auto"
     alpaca_join: str = "\n"
@@ -34,7 +34,7 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Record:
-    """A checked row of a file: `value` is a text, a conversation, or (chosen, rejected)."""
+    """A checked row of a file; `value` is a text, a conversation, or (chosen, rejected)."""
 
     value: Any
     source: str
@@ -44,7 +44,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Format:
-    """A format of rows: how to recognise one, and how to read and check it."""
+    """A row format: how to recognize, read and check a row."""
 
     name: str
     kind: str
@@ -60,14 +60,14 @@ class Detection(NamedTuple):
     source: Source
     reason: str
     line: int = 1
-    """The line that decided."""
+    """The line that determined the format."""
 
 
 UNPAIRED = "an unpaired preference (label or kto_tag), which no stage trains on"
 
 
 def read_text(row: Row, options: ReadOptions) -> str:
-    """Return the document of a pretraining row; raises ValueError if it is no text or empty."""
+    """Return the document of a pretraining row; raise ValueError if it is empty or not a string."""
     text = c.check_text(row["text"], '"text"')
     if not text:
         raise ValueError('"text" is empty')
@@ -87,7 +87,7 @@ def _has_texts(row: Row, *keys: str) -> bool:
 
 
 def _has_turns(row: Row, key: str, name: str) -> bool:
-    """Return whether row[key] is a list of turns whose first one has the key `name`."""
+    """Return whether row[key] is a list of turns, the first of which has the key `name`."""
     turns = row.get(key)
     return isinstance(turns, list) and (
         not turns or not isinstance(turns[0], dict) or name in turns[0]
@@ -139,14 +139,14 @@ EXAMPLES = {
     "dpo": '{"chosen": [messages], "rejected": [messages]}',
 }
 NAMES = ("auto", *(f.name for f in FORMATS), *CONTAINERS)
-"""Values of data.format: a format of rows, or a container whose rows are then detected."""
+"""Values of data.format: a row format, or a container whose row format is then detected."""
 
 
 def detect(path: Path, kind: str | None = None, name: str = "auto") -> Detection:
-    """Return the format of a file by its first rows, preferably one of the given kind.
+    """Detect the format of a file from its first rows, preferring formats of the given kind.
 
-    `name` overrides the detection. Raises UserError for a file that cannot be read, or whose first
-    rows are of no known format.
+    `name` overrides the detection. Raises UserError if the file cannot be read or none of its
+    first rows has a known format.
     """
     source = Source(path, name if name in CONTAINERS else "auto")
     for format_ in FORMATS:
@@ -160,22 +160,23 @@ def detect(path: Path, kind: str | None = None, name: str = "auto") -> Detection
         except ValueError as error:
             reason = reason or str(error)
             continue
-        fitting = [f for f in FORMATS if f.matches(row)]
-        if fitting:
-            format_ = next((f for f in fitting if f.kind == kind), fitting[0])
+        matching = [f for f in FORMATS if f.matches(row)]
+        if matching:
+            format_ = next((f for f in matching if f.kind == kind), matching[0])
             compression = f" in {source.compression}" if source.compression else ""
-            reason = f"{source.container}{compression} ({source.reason}); line {item.line} has "
-            return Detection(format_, source, reason + ", ".join(map(str, row)), item.line)
-        reason = reason or f"no known kind of row (its keys: {keys_of(row)})"
+            keys = ", ".join(map(str, row))
+            reason = f"{source.container}{compression} ({source.reason}); line {item.line} has keys"
+            return Detection(format_, source, f"{reason} {keys}", item.line)
+        reason = reason or f"unknown row format (keys: {keys_of(row)})"
     if not reason:
         raise EmptyFileError(f"{path} is empty: it needs at least one row")
-    if reason.startswith(NOT_UTF8):  # No other format would help.
+    if reason.startswith(NOT_UTF8):  # Every format requires UTF-8.
         raise UserError(f"{path}, line {line}: {reason}")
-    raise UserError(f"{path}, line {line}: {reason}. Known:\n{known_formats()}")
+    raise UserError(f"{path}, line {line}: {reason}. Known formats:\n{known_formats()}")
 
 
 def known_formats() -> str:
-    """Return all formats of rows, a line each: name, stage and an example."""
+    """Return all row formats, one per line: name, stage and an example."""
     return "\n".join(
         f"  {f.name:<20} {f.kind if f.kind in EXAMPLES else 'no stage':<9} {f.example}"
         for f in FORMATS
@@ -185,20 +186,19 @@ def known_formats() -> str:
 def check_items(
     items: Iterable[Item], path: Path, format_: Format, options: ReadOptions
 ) -> Iterator[tuple[int, Record | Broken]]:
-    """Yield the line of every item with its record, or with the reason why it is broken."""
+    """Yield each item's line number with its record, or with the reason why it is broken."""
     others = [f for f in FORMATS if f.kind == format_.kind and f is not format_]
     if options.format == format_.name:
-        others = []  # The user has chosen the only format.
+        others = []  # data.format allows only this one.
     for line, content in items:
         try:
             row = parse(content)
-            fitting = next((f for f in (format_, *others) if f.matches(row)), None)
-            if fitting is None:
+            matching = next((f for f in (format_, *others) if f.matches(row)), None)
+            if matching is None:
                 raise ValueError(
-                    f"not a {format_.kind} row, which looks like {format_.example} "
-                    f"(its keys: {keys_of(row)})"
+                    f"not {format_.kind} data such as {format_.example} (keys: {keys_of(row)})"
                 )
-            value = fitting.read(row, options)
+            value = matching.read(row, options)
         except ValueError as error:
             yield line, Broken(str(error))
         else:
@@ -207,34 +207,33 @@ def check_items(
 
 
 def find_format(path: Path, kind: str, options: ReadOptions) -> Detection:
-    """Return the format of a file that a stage reads; raises UserError for another kind."""
+    """Return the format of a stage's data file; raise UserError if it is of another kind."""
     try:
         found = detect(path, kind, options.format)
     except EmptyFileError as error:
         raise EmptyFileError(f"{error} like {EXAMPLES[kind]}") from error
     if found.format.kind not in EXAMPLES:
         raise UserError(
-            f"{path}, line {found.line}: {UNPAIRED}. Preferences are learned from pairs: "
-            f"{EXAMPLES['dpo']}"
+            f"{path}, line {found.line}: {UNPAIRED}. Convert the rows to pairs: {EXAMPLES['dpo']}"
         )
     if found.format.kind != kind:
         raise UserError(
-            f"{path}, line {found.line}: not a {kind} row, which looks like {EXAMPLES[kind]}, but "
-            f"{found.format.kind} ({found.format.name}: {found.reason})"
+            f"{path}, line {found.line}: not {kind} data such as {EXAMPLES[kind]}, but "
+            f"{found.format.kind} data ({found.format.name}: {found.reason})"
         )
     return found
 
 
 def broken_row(path: Path, line: int, reason: str) -> UserError:
-    """Return the error that names a broken row."""
-    if GBK_FIX in reason:  # The other rows are as broken: skipping this one does not help.
+    """Return the error for a broken row, with its file and line."""
+    if GBK_FIX in reason:  # All other rows are broken too, so skipping does not help.
         return UserError(f"{path}, line {line}: {reason} (nothing was written)")
     return UserError(
         f"{path}, line {line}: {reason}. Fix or remove the line (nothing was written), or "
-        "leave such rows out with data.on_error=skip."
+        "set data.on_error=skip to skip such rows."
     )
 
 
 def keys_of(row: Row) -> str:
-    """Return the keys of a row, shortened for a message."""
+    """Return a row's keys as text for a message, truncated if long."""
     return ", ".join(sorted(map(str, row)))[:200] or "none"

@@ -1,4 +1,4 @@
-"""Rows to optimizer steps: how many rows a step takes, and which micro-batch each is in."""
+"""Loader that groups rows into optimizer steps and micro-batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainlib.data.packing import PackedDataset
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one optimizer step reads: micro-batches of this process, and counts of the step."""
+    """Data of one optimizer step: micro-batches of this process, counts over all processes."""
 
     micro_batches: list[Batch]
     num_targets: int
@@ -24,19 +24,19 @@ class StepBatch:
 def micro_batch_shape(
     rows_per_step: int, micro_batch_size: int, world_size: int
 ) -> tuple[int, int]:
-    """Return (micro-batches per process, rows per micro-batch) of a step, as few as possible."""
+    """Return (micro-batches per process, rows per micro-batch) for a step, minimizing the first."""
     num_micro = -(-rows_per_step // (max(1, micro_batch_size) * world_size))
     return num_micro, -(-rows_per_step // (num_micro * world_size))
 
 
 class StepLoader:
-    """Yield the batches of optimizer steps; a thread makes the next one meanwhile.
+    """Iterator over the data of optimizer steps; a thread prefetches the next step.
 
-    A step takes tokens_per_step / row_length rows, whatever the number of processes, spread evenly
-    over as few micro-batches of at most micro_batch_size rows as possible, the same number for
-    each process; all have one shape, and missing rows are empty. Continues into the next epoch;
-    with `epochs` the last step ends with the last row. `pin` puts micro-batches into pinned
-    memory: a copy from other memory waits until the card has done all its work.
+    A step reads tokens_per_step / row_length rows, independent of the world size. The rows are
+    spread evenly over as few micro-batches of at most micro_batch_size rows as possible, the same
+    number on each process. All micro-batches have one shape; missing rows are empty. A step may
+    span two epochs, but with `epochs` the last step ends with the last row. `pin` pins the
+    micro-batches: a copy from pageable memory would wait for all work queued on the GPU.
     """
 
     def __init__(
@@ -59,16 +59,16 @@ class StepLoader:
         self._next: Future[StepBatch] | None = None
 
     def num_steps(self) -> int:
-        """Return the number of steps of `epochs` epochs."""
+        """Return the number of steps in `epochs` epochs."""
         rows = sum(self.dataset.num_rows(epoch) for epoch in range(self.epochs))
         return -(-rows // self.rows_per_step)
 
     def seek(self, position: DataPosition) -> None:
-        """Continue from a position."""
+        """Continue reading from a position."""
         self.position, self._next = position, None
 
     def __next__(self) -> StepBatch:
-        """Return the next step; the position moves now, not when the step was prefetched."""
+        """Return the next step and advance the position, which prefetching does not move."""
         batch = self._next.result() if self._next else self._make(self.position)
         self.position = batch.after
         self._next = self._thread.submit(self._make, batch.after)
@@ -89,8 +89,8 @@ class StepLoader:
                     break
         count = self.distributed.world_size
         num_micro = -(-len(rows) // (self.micro_batch_rows * count))
-        # Row i goes to micro-batch i mod n, so that all are filled alike; every process takes the
-        # same number of these n.
+        # Row i goes to micro-batch i mod n, so that all are filled evenly; every process takes the
+        # same number of the n micro-batches.
         micro = [
             self.dataset.collate(rows[i :: num_micro * count], self.micro_batch_rows)
             for i in range(self.distributed.rank, num_micro * count, count)

@@ -1,9 +1,9 @@
-"""Packing: documents to rows of one length by best fit, and rows to batches.
+"""Best-fit packing of documents into rows of one length, and collation of rows into batches.
 
-Invariants of every Batch: documents of a row never attend to each other (document_ids), positions
-restart with each document, a label is the next id, padding is a document of its own without
-labels. The shift by one is made in collate and nowhere else. No document is lost silently: one
-that does not fit is cut or dropped, and counted.
+Invariants of every Batch: documents in a row never attend to each other (document_ids), positions
+restart with each document, a label is the next id, and padding is a separate document without
+labels. Only collate shifts by one. No document is lost silently: one that does not fit is
+truncated or dropped, and counted.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from trainlib.data.token_cache import TokenCache
 Part = tuple[TokenCache, np.ndarray]
 """A token cache and a mask of the records to use, bool (num_records,)."""
 WINDOW = 8192
-"""Units that are packed at a time: the cost stays linear, and the units stay shuffled."""
+"""Number of units packed at a time, which keeps the cost linear and the units shuffled."""
 STORED_UNITS = 500_000
-"""From this many units on, a plan takes seconds to build and is cached on disk, memory-mapped."""
+"""From this many units on, a plan takes seconds to build, so it is cached on disk."""
 
 
 class Origin(NamedTuple):
-    """A record and the file it is from."""
+    """A record and the cache of its file."""
 
     cache: TokenCache
     record: int
 
     @property
     def line(self) -> int:
-        """Return the line in the file, or the row number in Parquet; counted from 1."""
+        """Return the line number in the file (in Parquet, the row number), counted from 1."""
         return int(self.cache.lines[self.record])
 
     @property
     def source(self) -> str:
-        """Return the "source" that the row names; empty without one."""
+        """Return the "source" of the row, or an empty string if it has none."""
         return self.cache.source(self.record)
 
 
 class PackedDataset:
     """Documents packed into rows of `row_length` positions.
 
-    A unit is never split: a piece of a document, a conversation, or both answers of a pair. A
-    longer document is cut into pieces (pretraining); a longer conversation is cut after the last
-    answer that fits (too_long="cut") or dropped; a longer pair is dropped. Cut and dropped ones are
-    counted. Sequences are numbered from `first_sequence_id`, over the selected records.
+    A unit is a piece of a document, a conversation, or both answers of a pair; it is never split.
+    Documents longer than a row are split into pieces (pretraining). Longer conversations are
+    truncated after the last answer that fits (too_long="cut") or dropped; longer pairs are dropped.
+    Both are counted. Ids of the selected records' sequences start at `first_sequence_id`.
 
-    `repeats` says how often an epoch reads each part, 1 or more. After a fraction the next epoch
-    starts where this one ended: over the epochs every unit of a part is used equally often.
+    `repeats` is how many times an epoch reads each part, at least 1. After a fractional number, the
+    next epoch continues where this one stopped, so all units of a part are used equally often.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class PackedDataset:
         self.num_dropped: Counter[str] = Counter()
         self.num_cut: Counter[str] = Counter()
         self._repeats, self._byte_lengths = repeats, byte_lengths
-        self._per_record = 2 if kind == "dpo" else 1  # Sequences that a record makes.
+        self._per_record = 2 if kind == "dpo" else 1  # Sequences per record.
         self._plans: dict[int, EpochPlan] = {}
         units: list[list[np.ndarray]] = []
         count = first_sequence_id
@@ -93,12 +93,12 @@ class PackedDataset:
             names = ", ".join(str(cache.path) for cache in self.caches)
             if dropped := sum(self.num_dropped.values()):
                 raise UserError(
-                    f"{names}: none of {dropped} rows fits {row_length} positions. "
-                    "Raise sequence_length."
+                    f"{names}: none of {dropped} rows fits in {row_length} positions. "
+                    "Increase sequence_length."
                 )
             raise UserError(
-                f"{names}: all rows are held out for validation, as too few of them differ. "
-                "Add rows, or name other files by data.val_files."
+                f"{names}: all rows are held out for validation, as too few are distinct. "
+                "Add rows, or set data.val_files to other files."
             )
 
     def _units_of(
@@ -106,13 +106,13 @@ class PackedDataset:
     ) -> list[np.ndarray]:
         """Return file, start, length, sequence id and record of each unit of the records `index`.
 
-        In 32 bits where that is enough: the units of 5 GB of text take 92 MB.
+        Values take 32 bits where possible: the units of 5 GB of text take 92 MB.
         """
         first = index * self._per_record
         start, end = cache.offsets[first], cache.offsets[first + self._per_record]
         length = end - start - self._per_record  # The last id of a sequence is only a label.
         if (longest := length.max(initial=0)) > np.iinfo(np.int32).max:
-            raise UserError(f"{cache.path}: a row of it has {longest:,} tokens; split it")
+            raise UserError(f"{cache.path}: a row has {longest:,} tokens. Split it.")
         length = length.astype(np.int32)
         ids = (first_id + np.arange(len(index)) * self._per_record).astype(np.int32)
         index = index.astype(np.int32)
@@ -137,9 +137,9 @@ class PackedDataset:
     def _cut_long(
         self, cache: TokenCache, index: np.ndarray, start: np.ndarray, length: np.ndarray
     ) -> None:
-        """Shorten `length`, in place, to the end of the last answer that fits a row, if any does.
+        """Truncate `length` in place to the end of the last answer that fits in a row, if any.
 
-        The end of an answer is the label of the last position.
+        The end token of that answer becomes the label of the last position.
         """
         for i in np.flatnonzero(length > self.row_length):
             begin = int(start[i])
@@ -159,27 +159,27 @@ class PackedDataset:
 
     @property
     def num_tokens(self) -> int:
-        """Return the number of positions of one epoch, without padding."""
+        """Return the number of positions in one epoch, without padding."""
         if self._repeats is None:
             return int(self._length.sum(dtype=np.int64))
         sums = np.bincount(self._file, self._length, len(self._repeats))
         return round(float(sums @ np.array(self._repeats)))
 
     def mean_context_length(self) -> float:
-        """Return the mean number of positions that a position attends to, itself included.
+        """Return the mean number of positions that a position attends to, including itself.
 
-        Both answers of a pair count as equally long.
+        The two answers of a pair are assumed to have equal length.
         """
         counts = np.bincount(self._length)  # Indexed by length.
         lengths = np.arange(len(counts)) / self._per_record
         return float(counts @ (lengths * (lengths + 1) / 2) / (counts @ lengths))
 
     def num_rows(self, epoch: int = 0) -> int:
-        """Return the number of rows of an epoch."""
+        """Return the number of rows in an epoch."""
         return len(self._plan(epoch))
 
     def padding_fraction(self, epoch: int = 0) -> float:
-        """Return the share of an epoch's positions that is padding."""
+        """Return the fraction of an epoch's positions that are padding."""
         plan = self._plan(epoch)
         num_tokens = int(self._length[plan.all_units()].sum(dtype=np.int64))
         return 1 - num_tokens / (len(plan) * self.row_length)
@@ -198,11 +198,11 @@ class PackedDataset:
 
     @property
     def selection(self) -> bytes:
-        """Return the ids of the sequences that are used, as bytes to hash."""
+        """Return the ids of the selected sequences, as bytes to hash."""
         return self._id.tobytes()
 
     def origins(self) -> dict[int, Origin]:
-        """Return the origin of every unit, by the id of its (first) sequence."""
+        """Return the origin of every unit, keyed by the id of its (first) sequence."""
         return {
             int(i): Origin(self.caches[f], int(r))
             for i, f, r in zip(self._id, self._file, self._record, strict=True)
@@ -214,10 +214,10 @@ class PackedDataset:
             plan = self._pack(epoch)
         elif plan is None:
             recipe = [self.seed, epoch, self.row_length, self.max_rows, self._repeats, PLAN_LAYOUT]
-            made_of = self._length.tobytes() + self._file.tobytes() + repr(recipe).encode()
-            key = hashlib.blake2b(made_of, digest_size=8).hexdigest()
+            content = self._length.tobytes() + self._file.tobytes() + repr(recipe).encode()
+            key = hashlib.blake2b(content, digest_size=8).hexdigest()
             plan = EpochPlan.load_or_build(key, lambda: self._pack(epoch))
-        self._plans = {epoch: plan}  # One epoch is kept. The loader's thread reads it too.
+        self._plans = {epoch: plan}  # Only one epoch; the loader's thread reads it too.
         return plan
 
     def _pack(self, epoch: int) -> EpochPlan:
@@ -236,7 +236,7 @@ class PackedDataset:
         return EpochPlan(np.concatenate(packed), bounds, order[: self.max_rows or None])
 
     def _units(self, epoch: int) -> np.ndarray:
-        """Return the units of an epoch; those of a repeated part are in it several times."""
+        """Return the units of an epoch; those of a repeated part occur several times."""
         if self._repeats is None:
             return np.arange(self.num_units, dtype=np.int32)
         chosen, first = [], 0
@@ -253,7 +253,7 @@ class PackedDataset:
         return np.concatenate(chosen).astype(np.int32)
 
     def collate(self, rows: list[Row], num_rows: int) -> Batch:
-        """Return rows as one batch, with empty rows added up to `num_rows`.
+        """Collate rows into one batch, padded with empty rows to `num_rows`.
 
         Example: two documents, ids 0 7 8 0 and 0 9 0, in a row of six positions:
 
@@ -282,7 +282,7 @@ class PackedDataset:
         under_loss = labels != IGNORE_INDEX
         flat = documents.reshape(-1)
         edges = np.flatnonzero(np.diff(flat)) + 1
-        # The size is a power of two, enough for documents of 32: a compiled model sees few sizes.
+        # A power of two, enough for documents of 32 tokens: a compiled model sees few sizes.
         size = 1 << max(len(edges) + 1, len(flat) // 32).bit_length()
         boundaries = np.full(size, len(flat), np.int32)
         boundaries[0], boundaries[1 : len(edges) + 1] = 0, edges
@@ -299,7 +299,7 @@ class PackedDataset:
         )
 
     def count(self, rows: list[Row]) -> tuple[int, int]:
-        """Return the number of targets (labels, or preference pairs) and of positions of rows."""
+        """Return the number of targets (labels or preference pairs) and of positions in rows."""
         units = [unit for row in rows for unit in row]
         num_tokens = int(self._length[units].sum())
         if self.kind == "dpo":
@@ -322,7 +322,7 @@ class PackedDataset:
 
 
 def pack_best_fit(lengths: np.ndarray, row_length: int) -> list[list[int]]:
-    """Return the units of each row: longest first, each into the fullest row that it fits.
+    """Assign units to rows, longest first, each to the fullest row that it fits in.
 
     Example: lengths 5 3 2 2, rows of 6 -> [0], [1, 2], [3].
     """
@@ -348,11 +348,11 @@ def pack_best_fit(lengths: np.ndarray, row_length: int) -> list[list[int]]:
 
 
 class Datasets(NamedTuple):
-    """Training rows, validation rows by name, and what they were made of."""
+    """Training data, validation data by name, and a key that identifies both."""
 
     train: PackedDataset
     val: dict[str, PackedDataset]
     data_key: str
     """Changes when the rows of a file, the tokenizer or the choice of files change."""
     baselines: dict[str, float] = {}
-    """Bits per byte without a model, by name (evaluation/baselines.py); none for preferences."""
+    """Model-free bits per byte, by name (evaluation/baselines.py); none for preferences."""

@@ -1,10 +1,10 @@
-"""Data files as items: compression, container (by the first bytes), and one item at a time.
+"""Reading of data files: decompression, detection of the container, one item at a time.
 
     file -> decompressed (gzip, zstd) -> container -> items -> rows
 
 An item is a line number and its content: the bytes of a JSON line, a parsed row, the text of a
-document, or Broken with the reason. `parse` returns its row, maybe in another process. formats.py
-interprets rows.
+document, or Broken with the reason. `parse` converts an item's content to a row, possibly in
+another process. formats.py interprets rows.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ COMPRESSED = (".gz", ".zst")
 
 
 class EmptyFileError(UserError):
-    """A file without rows."""
+    """Raised for a file without rows."""
 
 
 class Source:
-    """A data file; `position` of `size` bytes are read so far.
+    """A data file; `position` of its `size` bytes have been read.
 
-    Raises UserError for a file that is missing, empty or binary, or needs a package that is not
-    installed; while reading, for a damaged compressed stream.
+    Raises UserError if the file is missing, empty or binary, or needs a package that is not
+    installed. Reading raises it for a damaged compressed stream.
     """
 
     def __init__(self, path: Path, container: str = "auto") -> None:
@@ -56,7 +56,7 @@ class Source:
         except _STREAM_ERRORS as error:
             raise self._unreadable(error) from error
         if container != "auto":
-            self.container, self.reason = container, "as data.format says"
+            self.container, self.reason = container, "set by data.format"
 
     def items(self) -> Iterator[Item]:
         """Yield all items in order; skip blank lines."""
@@ -81,7 +81,7 @@ class Source:
         return self._raw
 
     def _sniff(self, head: bytes) -> tuple[str, str]:
-        """Return the container and the reason, from the first 64 KiB."""
+        """Return the container and the reason for it, based on the first 64 KiB."""
         if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise UserError(f"{self.path} is UTF-16. Save it as UTF-8.")
         text = head.removeprefix(BOM).lstrip()
@@ -100,8 +100,8 @@ class Source:
             return "jsonl", "begins with {" if text[:1] == b"{" else f"its name ends in {suffix}"
         if b"\0" in head:
             raise UserError(
-                f"{self.path} is binary (a zero byte at {head.index(0):,}), neither JSON, CSV, "
-                "text nor Parquet"
+                f"{self.path} is binary (zero byte at {head.index(0):,}). Pass a JSON, CSV, text "
+                "or Parquet file."
             )
         if suffix in (".csv", ".tsv"):
             return "csv", f"its name ends in {suffix}"
@@ -132,13 +132,13 @@ class Source:
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
             return UserError(f"{self.path} cannot be read: {error.strerror or error}")
         return UserError(
-            f"{self.path}: the compressed stream is damaged or cut short after "
-            f"{self.position:,} of {self.size:,} bytes ({error}). Fetch or copy the file again."
+            f"{self.path}: the compressed stream is damaged or truncated after "
+            f"{self.position:,} of {self.size:,} bytes ({error}). Download or copy the file again."
         )
 
 
 def parse(content: bytes | str | Row | Broken) -> Row:
-    """Return the row of an item; raises ValueError with the reason if it is none."""
+    """Return the row in an item's content; raise ValueError with the reason if it is broken."""
     if isinstance(content, bytes):
         try:
             content = containers.row_of(json.loads(content.decode("utf-8")))
@@ -148,7 +148,7 @@ def parse(content: bytes | str | Row | Broken) -> Row:
             reason = json_error(error)
             start = content[:60].decode("utf-8", "replace").strip()
             raise ValueError(
-                f"not JSON ({reason}): {start!r}. Each line must hold one whole JSON object"
+                f"not JSON ({reason}): {start!r}. Each line must be one complete JSON object"
             ) from error
     if isinstance(content, Broken):
         raise ValueError(content.reason)
@@ -156,12 +156,12 @@ def parse(content: bytes | str | Row | Broken) -> Row:
 
 
 def import_optional(module: str, path: Path) -> Any:
-    """Import an optional package; raises UserError with the command that installs it."""
+    """Import an optional package; raise UserError with the install command if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"{path} needs the package {module.split('.')[0]}, which is not installed. Type:\n"
+            f"{path} needs the package {module.split('.')[0]}, which is not installed. Run:\n"
             "  pip install -r requirements-data.txt"
         ) from error
 
@@ -170,7 +170,7 @@ def import_optional(module: str, path: Path) -> Any:
 
 
 class _ZstdStream(io.RawIOBase):
-    """The decompressed bytes of zstd frames; unlike zstandard's reader, detects a truncated end."""
+    """Stream of decompressed zstd frames; unlike zstandard's reader, it detects truncation."""
 
     def __init__(self, raw: BinaryIO, path: Path) -> None:
         zstandard = import_optional("zstandard", path)
@@ -188,7 +188,7 @@ class _ZstdStream(io.RawIOBase):
             self._rest = b""
             if not block:
                 if self._frame is not None:
-                    raise EOFError("the last frame has no end")
+                    raise EOFError("the last frame is incomplete")
                 return 0
             self._frame = self._frame or self._make()
             try:

@@ -1,18 +1,18 @@
 """Token caches: each file is tokenized once, into memory-mapped arrays on disk.
 
-A cache holds one file. It is a folder under .cache/tokens/ (TRAIN_LLM_CACHE_DIR moves .cache), and
-its name is a hash of file, tokenizer, kind and options.
+A cache holds one file. It is a folder under .cache/tokens/ (TRAIN_LLM_CACHE_DIR replaces .cache);
+its name contains a hash of file, tokenizer, kind and options.
 
     ids.bin          the ids of all sequences, concatenated (16 bits if they fit, else 32)
-    supervised.bin   one byte per id: 1 if it is under the loss
+    supervised.bin   one byte per id: 1 if it is supervised
     offsets.bin      the start of each sequence, and the end of the last
     lines.bin        the line of each record            hashes.bin   64 bits of its content
     sources.bin      the number of its "source"         meta.json    names, counts, provenance
-    skipped.jsonl    line and reason of each row that data.on_error=skip has skipped
+    skipped.jsonl    line and reason of each row skipped by data.on_error=skip
 
 A record is one sequence; a preference pair is two, chosen and rejected. tokenize_files.py tokenizes
-a large file on all cores. The folder has another name until it is complete; an interrupted build
-is resumed; a second process that needs the same cache waits for the first.
+a large file on all cores. The folder has a temporary name until it is complete. An interrupted
+build is resumed; a second process that needs the same cache waits for the first.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from trainlib.data.tokenize_files import Encode, Task, Tokenized, read_chunks, t
 log = logging.getLogger(__name__)
 
 LAYOUT = 3
-"""Raise it when the content of the folder changes its meaning."""
+"""Increase this when the meaning of a cache's files changes."""
 MAX_SKIPPED = 0.01
 """Share of a file's rows that data.on_error=skip may skip."""
 MAX_SOURCES = 4096
-"""Values of "source" that a file may have; further ones count as none."""
+"""Maximum number of "source" values per file; rows with further values count as having none."""
 SAVE_SECONDS = 5.0
 OnError = Literal["stop", "skip"]
 CONTENT = ("ids", "supervised", "offsets", "hashes")
-"""The arrays that decide what is learned; lines and sources only say where a row is from."""
+"""The arrays that affect training; lines and sources only record where a row comes from."""
 ARRAYS = {"offsets": np.int64, "lines": np.int64, "hashes": np.uint64, "sources": np.uint16}
 
 
@@ -60,7 +60,7 @@ class TokenCache:
 
     path: Path
     key: str
-    """Hash of the content: unchanged if the file is copied or touched, changed by other ids."""
+    """Hash of the content: depends on the ids, not on the path or modification time of the file."""
     ids: np.ndarray
     supervised: np.ndarray
     offsets: np.ndarray
@@ -70,11 +70,11 @@ class TokenCache:
     source_names: list[str]
     folder: Path = Path()
     num_skipped: int = 0
-    """Broken rows that data.on_error=skip has skipped."""
+    """Number of broken rows skipped by data.on_error=skip."""
 
     @property
     def num_records(self) -> int:
-        """Return the number of rows that are used."""
+        """Return the number of rows that were not skipped."""
         return len(self.lines)
 
     @property
@@ -83,12 +83,12 @@ class TokenCache:
         return np.diff(self.offsets).reshape(self.num_records, -1).sum(1)
 
     def source(self, record: int) -> str:
-        """Return the "source" of a row; empty without one."""
+        """Return the "source" of a row, or an empty string if it has none."""
         return self.source_names[self.sources[record]]
 
 
 def file_fingerprint(path: Path) -> str:
-    """Return 16 hex digits of a hash of a file's size, time and three samples of 64 KiB."""
+    """Return a 16-digit hex hash of a file's size, mtime and three samples of 64 KiB."""
     status = path.stat()
     digest = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode())
     with path.open("rb") as file:
@@ -108,8 +108,8 @@ def build_cache(
 ) -> TokenCache:
     """Return the cache of one file; build it if it does not exist.
 
-    Raises UserError for a broken row (with on_error="skip": for more than MAX_SKIPPED of them), a
-    file that cannot be read, or a disk without enough space; no partial cache is left then.
+    Raises UserError for a broken row (with on_error="skip", for more than MAX_SKIPPED of them), an
+    unreadable file, or a disk without enough space. It then leaves no partial cache behind.
     """
     if not path.is_file():
         raise UserError(
@@ -136,7 +136,7 @@ def build_cache(
             size = _estimate_bytes(path, tokenizer) / 1e6
             raise UserError(
                 f"{folder}: {error.strerror or error}. The token cache of {path} needs about "
-                f"{size:,.0f} MB; TRAIN_LLM_CACHE_DIR moves it elsewhere."
+                f"{size:,.0f} MB. Set TRAIN_LLM_CACHE_DIR to another folder."
             ) from error
     cache = _open_cache(folder, path, f"{tokenizer.fingerprint} {kind}")
     if cache.num_skipped:
@@ -145,10 +145,10 @@ def build_cache(
 
 
 def counted_tokens(path: Path, kind: str, row_length: int) -> int:
-    """Return the number of positions of a file by a cache that is newer; 0 without one.
+    """Return a file's number of positions according to a cache newer than it; 0 without one.
 
-    Conversations and pairs that are longer than a row do not count. The cache may be that of
-    another tokenizer.
+    Conversations and pairs longer than a row are not counted. The cache may belong to another
+    tokenizer.
     """
     for meta in (cache_dir() / "tokens").glob(f"{glob.escape(path.stem)}-*/meta.json"):
         values = json.loads(meta.read_text(encoding="utf-8"))
@@ -165,7 +165,7 @@ def counted_tokens(path: Path, kind: str, row_length: int) -> int:
 def _build(
     partial: Path, folder: Path, found: formats.Detection, task: Task, on_error: OnError
 ) -> None:
-    """Write the cache into `partial`, resuming what exists there, and rename it to `folder`."""
+    """Build the cache in `partial`, resuming an earlier build, and rename it to `folder`."""
     try:
         needed = _estimate_bytes(task.path, task.tokenizer, bool(found.source.compression))
         written = sum(file.stat().st_size for file in partial.glob("*"))
@@ -173,8 +173,8 @@ def _build(
         if free + written < needed:
             raise UserError(
                 f"{folder.parent} has {free / 1e6:,.0f} MB free, but the token cache of "
-                f"{task.path} needs about {needed / 1e6:,.0f} MB. Free some, or let "
-                "TRAIN_LLM_CACHE_DIR name a folder on another disk."
+                f"{task.path} needs about {needed / 1e6:,.0f} MB. Free some space, or "
+                "set TRAIN_LLM_CACHE_DIR to a folder on another disk."
             )
         log.info("tokenizing %s, %s: %s", task.path, found.format.name, found.reason)
         with contextlib.closing(CacheWriter(partial, task, on_error)) as writer:
@@ -189,7 +189,7 @@ def _build(
 
 @dataclass
 class Progress:
-    """State of a build, saved to resume it after an interruption."""
+    """State of a build, saved so that an interrupted build can be resumed."""
 
     sizes: dict[str, int]
     chunks: int = 0
@@ -202,7 +202,7 @@ class Progress:
 
 
 class CacheWriter:
-    """Appends tokenized chunks to the files of a cache, and saves its progress regularly."""
+    """Appends tokenized chunks to the files of a cache and saves its progress regularly."""
 
     def __init__(self, partial: Path, task: Task, on_error: OnError) -> None:
         self.folder, self.task, self.on_error = partial, task, on_error
@@ -245,8 +245,8 @@ class CacheWriter:
             path = self.task.path
             raise UserError(
                 f"{path}: {progress.skipped:,} of {progress.rows:,} rows are broken, more than the "
-                f"{MAX_SKIPPED:.0%} that data.on_error=skip leaves out. The first: {first}. "
-                f"All of them: python -m tools.inspect_data {path}"
+                f"{MAX_SKIPPED:.0%} that data.on_error=skip allows. The first: {first}. "
+                f"Run python -m tools.inspect_data {path} to list them all."
             )
         assert progress.rows == progress.records + progress.skipped
         self._save()
@@ -306,7 +306,7 @@ class CacheWriter:
 
 
 def _file_digest(path: Path) -> hashlib.blake2b:
-    """Return the digest of a file, to be updated with what is appended."""
+    """Return a digest of a file that can be updated as data is appended."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -315,7 +315,7 @@ def _file_digest(path: Path) -> hashlib.blake2b:
 
 
 def _estimate_bytes(path: Path, tokenizer: Tokenizer, compressed: bool = False) -> int:
-    """Return the approximate size of a cache: three bytes of file per token, rows are small."""
+    """Estimate the size of a cache at three bytes of file per token, ignoring per-row data."""
     tokens = path.stat().st_size * (4 if compressed else 1) / 3
     return round(tokens * (3 if tokenizer.vocab_size <= 1 << 16 else 5))
 
@@ -324,8 +324,8 @@ def _estimate_bytes(path: Path, tokenizer: Tokenizer, compressed: bool = False) 
 def _build_lock(lock: Path) -> Iterator[str]:
     """Hold a lock file; yield a suffix for the name of the folder to build in.
 
-    The system releases the lock when the process ends. Without locks (Windows, some file systems)
-    the suffix is the process id: each process builds a cache, and the last one remains.
+    The system releases the lock when the process ends. Where locks are unsupported (Windows, some
+    file systems), the suffix is the process id: each process builds a cache, the last one remains.
     """
     handle = _acquire(lock)
     if handle is None:
@@ -350,26 +350,26 @@ def _acquire(lock: Path) -> int | None:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.info("another process is making %s: waiting for it", lock.name[1:-5])
+                log.info("waiting for another process that is building %s", lock.name[1:-5])
                 fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:
             os.close(handle)
             return None
-        # The last owner removes the file. A lock on a removed file excludes nobody: try again.
+        # The last owner removes the file. A lock on a removed file protects nothing, so retry.
         if lock.exists() and os.stat(lock).st_ino == os.fstat(handle).st_ino:
             return handle
         os.close(handle)
 
 
 def _report_skipped(cache: TokenCache, on_error: OnError) -> None:
-    """Log how many rows were skipped; raise UserError if on_error="stop" does not allow any."""
+    """Log the number of skipped rows, or raise UserError for the first if on_error="stop"."""
     listed = cache.folder / "skipped.jsonl"
     if on_error == "stop":
         with listed.open(encoding="utf-8") as file:
             first = json.loads(file.readline())
         raise formats.broken_row(cache.path, first["line"], first["reason"])
     num_rows = f"{cache.num_records + cache.num_skipped:,}"
-    log.warning("%s: %s of %s rows are broken and left out; they are listed in %s",
+    log.warning("%s: %s of %s rows are broken and were skipped; they are listed in %s",
                 cache.path, f"{cache.num_skipped:,}", num_rows, listed)  # fmt: skip
 
 

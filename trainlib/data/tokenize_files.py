@@ -1,4 +1,4 @@
-"""Tokenization of a file by chunks: in this process, or on all cores if the file is large.
+"""Tokenization of a file in chunks, on all cores if the file is large.
 
 read_chunks       a file -> items, about a megabyte at a time
 tokenize_chunk    a chunk -> ids, loss mask, lines, hashes, and its broken rows
@@ -36,14 +36,14 @@ from trainlib.data.readers import Source
 
 CHUNK_BYTES = 1 << 20
 PARSED_BYTES = 1000
-"""Bytes that an already parsed row counts as."""
+"""Assumed size of an already parsed row."""
 SMALL_FILE_BYTES = 8 << 20
-"""Below it, worker processes cost more time than they save."""
+"""Below this size, worker processes cost more time than they save."""
 Encode = Callable[[Tokenizer, formats.Record], list[Sequence]]
 
 
 class Chunk(NamedTuple):
-    """Consecutive items, and the position in the file after them."""
+    """Consecutive items and the file position after them."""
 
     items: list[Item]
     position: int
@@ -51,7 +51,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """The settings that tokenize a chunk of a file."""
+    """Everything needed to tokenize a chunk of a file."""
 
     path: Path
     format_name: str
@@ -76,7 +76,7 @@ class Tokenized(NamedTuple):
 
 
 def read_chunks(source: Source, skip: int = 0) -> Iterator[Chunk]:
-    """Yield the items of a file in chunks, without the first `skip`; always the same chunks."""
+    """Yield a file's items in chunks, omitting the first `skip`; chunks are deterministic."""
     items: list[Item] = []
     size = 0
     for item in source.items():
@@ -93,8 +93,8 @@ def read_chunks(source: Source, skip: int = 0) -> Iterator[Chunk]:
 
 
 def tokenize_chunk(chunk: Chunk, task: Task) -> Tokenized:
-    """Return ids and loss mask of a chunk's records, and its broken rows."""
-    # Appending lists to these is several times as fast as to NumPy arrays.
+    """Return the ids and loss mask of a chunk's records, and its broken rows."""
+    # Extending these is several times faster than extending NumPy arrays.
     ids, mask = array("I"), bytearray()
     lengths, lines, hashes, sources = [], [], [], []
     names: dict[str, int] = {}
@@ -119,13 +119,13 @@ def tokenize_chunk(chunk: Chunk, task: Task) -> Tokenized:
 
 
 def tokenize_chunks(chunks: Iterator[Chunk], task: Task, source: Source) -> Iterator[Tokenized]:
-    """Yield every chunk tokenized, in order; a large file is tokenized on all cores."""
+    """Yield the tokenized chunks in order; use all cores for a large file."""
     cores = num_usable_cores()
     small = source.size < (SMALL_FILE_BYTES // 4 if source.compression else SMALL_FILE_BYTES)
     if small or cores == 1:
         yield from (tokenize_chunk(chunk, task) for chunk in chunks)
         return
-    # A fork shares what is loaded, but is unsafe with threads on other systems than Linux.
+    # fork shares loaded memory, but with threads it is safe only on Linux.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(cores, context, _init_worker, (task, os.getpid()))
     running: deque[Future[Tokenized]] = deque()
@@ -142,7 +142,7 @@ def tokenize_chunks(chunks: Iterator[Chunk], task: Task, source: Source) -> Iter
             num_to_submit = 1
     except BrokenProcessPool as error:
         raise UserError(
-            f"{task.path}: a process that tokenizes was killed, perhaps for want of memory. "
+            f"{task.path}: a worker process was killed, possibly for lack of memory. "
             "Run the same command again."
         ) from error
     finally:
@@ -153,8 +153,8 @@ def tokenize_chunks(chunks: Iterator[Chunk], task: Task, source: Source) -> Iter
 def _defer_interrupts() -> Iterator[None]:
     """Delay Ctrl-C until the block ends, usually within a second.
 
-    Python drops an exception raised while a process forks; one raised while the pool starts, or
-    between the acquisition of a lock and the block that releases it, makes the pool wait for ever.
+    Python drops an exception raised while a process forks. One raised while the pool starts, or
+    between acquiring a lock and entering the block that releases it, makes the pool hang.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Only the main thread receives signals.
@@ -174,11 +174,11 @@ def num_usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_task: Task  # Of a process of the pool.
+_task: Task  # Set in each worker process.
 
 
 def _init_worker(task: Task, parent: int) -> None:
-    """Prepare a process of the pool: it ignores Ctrl-C and exits with its parent."""
+    """Set up a worker process: it ignores Ctrl-C and exits with its parent."""
     global _task
     _task = task
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -197,7 +197,7 @@ def _tokenize_in_worker(chunk: Chunk) -> Tokenized:
 
 
 def _content_hash(record: formats.Record) -> int:
-    """Return a 64-bit hash of a record; of a preference pair, of its prompt."""
+    """Return a 64-bit hash of a record's content (of the prompt, for a preference pair)."""
     content: Any = record.value[0][:-1] if isinstance(record.value, tuple) else record.value
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -2,10 +2,10 @@
 
     uniform   every id is equally likely: log2 V bits per token
     unigram   frequency of each id in the training data, with one added to every count
-    bigram    the same given the previous id, smoothed by the unigram
+    bigram    frequency given the previous id, smoothed with the unigram
 
-All are bits per byte of the labels that validation reads. The counts are those of labels under
-the loss among at most MAX_TRAIN_IDS ids, in blocks spread evenly over the training files.
+All are measured on the labels that validation reads. The counts are taken from the supervised
+labels among at most MAX_TRAIN_IDS ids, in blocks spread evenly over the training files.
 
 Source: Witten-Bell smoothing as in Chen and Goodman, arXiv:cmp-lg/9606011, section 2.6.
 """
@@ -36,9 +36,9 @@ BLOCK = 1 << 16  # Ids read at a time.
 
 
 class Labels(NamedTuple):
-    """Labels under the loss and the id before each; int64, shapes (N,)."""
+    """Supervised labels and the id before each; int64, shapes (N,)."""
 
-    before: np.ndarray
+    previous: np.ndarray
     ids: np.ndarray
 
 
@@ -49,21 +49,21 @@ def with_baselines(datasets: Datasets, tokenizer: Tokenizer) -> Datasets:
         digest.update(f" {packed.row_length} {packed.max_rows} ".encode() + packed.selection)
     path = cache_dir() / "baselines" / f"{digest.hexdigest()[:16]}.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        baselines = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        found = measure(datasets, tokenizer)
+        baselines = measure(datasets, tokenizer)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(found))
+            write_atomically(path, json.dumps(baselines))
         except OSError as error:  # The disk is full, or another rank has just written the file.
-            log.info("%s was not kept (%s)", path, error)
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-    log.info("baselines in bits per byte of the validation text: %s", shown)
-    return datasets._replace(baselines=found)
+            log.info("cannot write %s: %s", path, error)
+    values = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
+    log.info("baselines in bits per byte of the validation text: %s", values)
+    return datasets._replace(baselines=baselines)
 
 
 def measure(datasets: Datasets, tokenizer: Tokenizer) -> dict[str, float]:
-    """Return the bits per byte of the labels of all validation sets together, by baseline."""
+    """Return the bits per byte of each baseline, over the labels of all validation sets."""
     labels = validation_labels(list(datasets.val.values()))
     texts = tokenizer.id_to_bytes
     num_bytes = int(np.array([len(text) for text in texts])[labels.ids].sum())
@@ -77,7 +77,7 @@ def measure(datasets: Datasets, tokenizer: Tokenizer) -> dict[str, float]:
 
 
 def validation_labels(packed: list[PackedDataset]) -> Labels:
-    """Return the labels that validation reads, through the same collate."""
+    """Return the labels that validation reads, using the same collate."""
     parts = []
     for dataset in packed:
         rows = [row for row, _ in dataset.rows(DataPosition())]
@@ -91,13 +91,13 @@ def validation_labels(packed: list[PackedDataset]) -> Labels:
 def training_labels(parts: list[tuple[TokenCache, np.ndarray]], limit: int) -> Iterator[Labels]:
     """Yield labels of the selected records block by block, from about `limit` ids.
 
-    A sequence's first id is never under the loss, so no pair spans two sequences.
+    The first id of a sequence is never supervised, so no pair spans two sequences.
     """
     share = min(1.0, limit / sum(len(cache.ids) for cache, _ in parts))
     for cache, selected in parts:
         num_blocks = -(-len(cache.ids) // BLOCK)
         for block in np.linspace(0, num_blocks - 1, max(1, int(share * num_blocks))).astype(int):
-            # One id more than labels: the id before the first label.
+            # One more id than labels: the id before the first label.
             begin, end = block * BLOCK, min((block + 1) * BLOCK + 1, len(cache.ids))
             first = np.searchsorted(cache.offsets, begin, "right") - 1
             last = np.searchsorted(cache.offsets, end, "left")
@@ -111,45 +111,45 @@ class Counts(NamedTuple):
     """Counts of n-grams over V ids; shapes (V,) except pairs."""
 
     ids: np.ndarray  # How often each id is a label.
-    before: np.ndarray  # How often each id is before a label.
-    followers: np.ndarray  # Different labels after each id.
-    pairs: np.ndarray  # before * V + label of every label, sorted: V * V counts would be too many.
+    previous: np.ndarray  # How often each id precedes a label.
+    followers: np.ndarray  # Number of different labels after each id.
+    pairs: np.ndarray  # previous * V + label for every label, sorted; V * V counts are too many.
 
 
 def count_pairs(blocks: Iterator[Labels], vocab_size: int) -> Counts:
-    """Count labels and pairs."""
+    """Count labels, and pairs of a label and the id before it."""
 
     def count(ids: np.ndarray) -> np.ndarray:
         return np.bincount(ids, minlength=vocab_size)
 
-    # Half the memory if it is enough: the pairs take most of the memory of a start.
+    # 32 bits where possible: the pairs take most of the memory at startup.
     dtype = np.uint32 if vocab_size**2 <= 2**32 else np.int64
-    ids, before, codes = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, np.int64), []
+    ids, previous, codes = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, np.int64), []
     for labels in blocks:
         ids += count(labels.ids)
-        before += count(labels.before)
-        codes.append((labels.before * vocab_size + labels.ids).astype(dtype))
+        previous += count(labels.previous)
+        codes.append((labels.previous * vocab_size + labels.ids).astype(dtype))
     pairs = np.concatenate(codes)
     pairs.sort()
     new = np.ones(len(pairs), bool)
     new[1:] = pairs[1:] != pairs[:-1]
-    return Counts(ids, before, count(pairs[new] // vocab_size), pairs)
+    return Counts(ids, previous, count(pairs[new] // vocab_size), pairs)
 
 
 def ngram_bits(counts: Counts, labels: Labels) -> tuple[float, float]:
-    """Return the bits of all labels under the unigram and the bigram.
+    """Return the total bits of the labels under the unigram and the bigram model.
 
-    Unigram: p(b) = (c(b) + 1) / (N + V). Bigram: p(b|a) = (c(ab) + t p(b)) / (c(a) + t), where t
-    different labels follow a; p(b) where none does.
+    Unigram: p(b) = (c(b) + 1) / (N + V). Bigram: p(b|a) = (c(ab) + t p(b)) / (c(a) + t), where t is
+    the number of different labels after a; p(b) if t is 0.
     """
     vocab_size = len(counts.ids)
-    pairs, times = np.unique(labels.before * vocab_size + labels.ids, return_counts=True)
-    before, ids = pairs // vocab_size, pairs % vocab_size
+    pairs, times = np.unique(labels.previous * vocab_size + labels.ids, return_counts=True)
+    previous, ids = pairs // vocab_size, pairs % vocab_size
     unigram = (counts.ids[ids] + 1) / (counts.ids.sum() + vocab_size)
-    wanted = pairs.astype(counts.pairs.dtype)  # Otherwise numpy widens all of counts.pairs.
-    left, right = (np.searchsorted(counts.pairs, wanted, side) for side in ("left", "right"))
-    known = np.maximum(counts.before[before], 1)  # Without a follower the bigram is not used.
-    followers = counts.followers[before]
-    bigram = (right - left + followers * unigram) / (known + followers)
+    codes = pairs.astype(counts.pairs.dtype)  # Otherwise NumPy widens all of counts.pairs.
+    left, right = (np.searchsorted(counts.pairs, codes, side) for side in ("left", "right"))
+    total = np.maximum(counts.previous[previous], 1)  # Avoids 0 / 0 if nothing follows.
+    followers = counts.followers[previous]
+    bigram = (right - left + followers * unigram) / (total + followers)
     bigram = np.where(followers > 0, bigram, unigram)
     return float(-(times * np.log2(unigram)).sum()), float(-(times * np.log2(bigram)).sum())

@@ -1,4 +1,4 @@
-"""Preference optimization besides its loss: the reference, and a report by kind of pair.
+"""Reference log-probabilities and the report of preference optimization.
 
 The reference model is the model that training starts from. Its log-probabilities are computed
 once, for the pairs that the run will visit, and cached on disk; training needs no second model.
@@ -34,18 +34,18 @@ from trainlib.engine.validation import micro_batches
 log = logging.getLogger(__name__)
 
 TIE_NATS = 1e-3
-"""Log-probability ratios closer than this are equal: below it fp32 sums of logits are noise."""
-FORWARD = 3
-"""Version of the rounding of kernels/: a reference of another version is not used."""
+"""Log-probability ratios closer than this count as equal: smaller differences are fp32 noise."""
+NUMERICS_VERSION = 3
+"""Increase this when the rounding of kernels/ changes, so that cached references are not reused."""
 TRAINED_PAIRS = 400
-"""Trained pairs that the report reads."""
+"""Number of trained pairs in the report."""
 
 
 def reference_log_probs(training: Training) -> Tensor:
     """Compute the starting model's log-probabilities by sequence id; shape (sequences,).
 
     NaN for sequences that this run never visits. A run of unknown length visits all. The processes
-    share the work. Those that .cache/reference/ has from an earlier run are not computed again.
+    share the work. Values that an earlier run stored in .cache/reference/ are reused.
     """
     run, model, datasets = training.run, training.model, training.datasets
     all_datasets = [datasets.train, *datasets.val.values()]
@@ -53,10 +53,10 @@ def reference_log_probs(training: Training) -> Tensor:
     values = np.full(last.first_sequence_id + last.num_sequences, np.nan, np.float32)
     h = run.hardware
     key = f"{datasets.data_key} {h.precision} {h.kernels} {h.compile} {datasets.train.row_length}"
-    digest = hashlib.sha256(f"{key} {FORWARD}".encode())
+    digest = hashlib.sha256(f"{key} {NUMERICS_VERSION}".encode())
     for packed in all_datasets:
         digest.update(packed.selection)
-    digest.update(Path(model_module.__file__).read_bytes())  # Formulas can be edited.
+    digest.update(Path(model_module.__file__).read_bytes())  # Users may edit formulas.
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
     path = cache_dir() / "reference" / f"{digest.hexdigest()[:16]}.npy"
@@ -86,7 +86,7 @@ def reference_log_probs(training: Training) -> Tensor:
 
 
 def share_above(values: np.ndarray) -> float:
-    """Return the share of values above 0; ties count half."""
+    """Return the fraction of values above 0; ties count half."""
     ties = np.abs(values) <= TIE_NATS
     return float(np.where(ties, 0.5, values > 0).mean())
 
@@ -94,13 +94,13 @@ def share_above(values: np.ndarray) -> float:
 def report(
     run: Run, model: nn.Module, datasets: Datasets, reference: Tensor, latest: Tensor
 ) -> dict[str, Any]:
-    """Return the accuracy of each kind of pair, held-out and trained, and that of trivial rules.
+    """Return the accuracy on each kind of pair, held-out and trained, and that of trivial rules.
 
-    For each kind: n, accuracy (share of pairs whose reward margin is above 0) with its standard
-    error, the same on trained pairs, the policy's own preference (log-probability of chosen above
-    that of rejected) before and after, and the best of three rules: longer, shorter, more overlap
-    with the prompt. `latest` holds the policy's log-probabilities by sequence id; those that are
-    NaN are computed and filled in.
+    For each kind: n, accuracy (fraction of pairs with a reward margin above 0) with its standard
+    error, accuracy on trained pairs, the policy's own preference (log-probability of chosen above
+    that of rejected) before and after training, and the best of three rules: longer, shorter, more
+    overlap with the prompt. `latest` holds the policy's log-probabilities by sequence id; NaN
+    values are computed and filled in.
     """
     before, after = reference.cpu().numpy(), latest.cpu().numpy()
     held_out, trained = defaultdict(list), defaultdict(list)
@@ -148,7 +148,7 @@ def format_report(table: dict[str, Any]) -> str:
 
 
 def _fill(run: Run, model: nn.Module, batch: Batch, values: np.ndarray) -> np.ndarray:
-    """Compute log-probabilities of a batch that are NaN in `values`; return those of the batch."""
+    """Compute a batch's log-probabilities if any is NaN in `values`; return them."""
     ids = batch.sequence_ids.numpy()
     if np.isnan(values[ids]).any():
         with run.hardware.autocast():
@@ -160,16 +160,16 @@ def _fill(run: Run, model: nn.Module, batch: Batch, values: np.ndarray) -> np.nd
 def _margins(
     run: Run, model: nn.Module, packed: PackedDataset, before: np.ndarray, after: np.ndarray
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the kind of each pair, and five values of chosen minus those of rejected.
+    """Yield the kind of each pair, and five differences between chosen and rejected.
 
-    They are: log-probability ratio, log-probability before and after, length, overlap.
+    These are: log-probability ratio, log-probability before and after, length, overlap.
     """
     origins = packed.origins()
     for batch in micro_batches(packed, run.hardware):
         ids = batch.sequence_ids.numpy()
         old = before[ids]
         if np.isnan(old).any():
-            continue  # A training row that the run's length did not visit.
+            continue  # A training row that the run did not visit.
         new = _fill(run, model, batch, after)
         values = np.stack([new - old, old, new, *_length_and_overlap(batch)])
         for id_, margins in zip(ids[::2], (values[:, ::2] - values[:, 1::2]).T, strict=True):
@@ -177,7 +177,7 @@ def _margins(
 
 
 def _length_and_overlap(batch: Batch) -> tuple[list[int], list[float]]:
-    """Return each answer's length in tokens, and the share of its tokens that its prompt has."""
+    """Return each answer's length in tokens, and the fraction of them that occur in its prompt."""
     lengths, overlaps = [], []
     for document in range(len(batch.sequence_ids)):
         here = batch.document_ids == document

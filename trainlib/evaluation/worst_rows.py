@@ -1,8 +1,8 @@
-"""The validation rows that a trained model is worst on, by file and line.
+"""Report of the validation rows on which a trained model is worst, by file and line.
 
-The first rows are hard, or broken in a way that no parser notices: a table without its columns,
+The first rows are hard, or broken in a way that no parser detects: a table without its columns,
 another language, an answer to another question. Training rows come from the same files and have
-the same faults.
+the same defects.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ log = logging.getLogger(__name__)
 
 NUM_ROWS = 50
 MIN_BYTES = 32
-"""Shorter rows are skipped: "OK." has many bits per byte for any model."""
+"""Shorter rows are skipped: "OK." takes many bits per byte for any model."""
 SHOWN_IDS = 64
-"""Ids of a row whose text is written, to identify it."""
+"""Number of ids of a row whose text is written, to identify the row."""
 
 
 def write_worst_rows(
     run: Run, model: nn.Module, tokenizer: Tokenizer, val: dict[str, PackedDataset]
 ) -> None:
-    """Write the NUM_ROWS rows with the most bits per byte to worst_rows.jsonl of the run.
+    """Write the NUM_ROWS rows with the most bits per byte to worst_rows.jsonl in the run folder.
 
-    Skips rows with fewer than MIN_BYTES bytes under the loss. If data.val_max_rows limits what is
-    read, the rest of a long document does not count.
+    Skips rows with fewer than MIN_BYTES supervised bytes. If data.val_max_rows limits validation,
+    the unread rest of a long document does not count.
     """
     id_bytes = torch.tensor([len(text) for text in tokenizer.id_to_bytes])
     found: list[tuple[float, Origin, dict[str, float]]] = []
@@ -52,14 +52,14 @@ def write_worst_rows(
                 sizes = torch.zeros(len(batch.sequence_ids), dtype=torch.int64).index_add(
                     0, batch.document_ids[under_loss], id_bytes[batch.labels[under_loss]]
                 )
-                # A long document has several pieces, perhaps in one batch.
-                own = batch.sequence_ids.numpy() - packed.first_sequence_id
-                np.add.at(bits, own, -log_probs.float().cpu().numpy() / math.log(2))
-                np.add.at(num_bytes, own, sizes.numpy())
+                # A long document has several pieces, possibly in one batch.
+                index = batch.sequence_ids.numpy() - packed.first_sequence_id
+                np.add.at(bits, index, -log_probs.float().cpu().numpy() / math.log(2))
+                np.add.at(num_bytes, index, sizes.numpy())
             for sequence_id, origin in packed.origins().items():
-                own_id = sequence_id - packed.first_sequence_id
-                if (size := num_bytes[own_id]) >= MIN_BYTES:
-                    ratio = bits[own_id] / size
+                i = sequence_id - packed.first_sequence_id
+                if (size := num_bytes[i]) >= MIN_BYTES:
+                    ratio = bits[i] / size
                     found.append((-ratio, origin, {"bits_per_byte": ratio, "bytes": int(size)}))
     _write(run, tokenizer, found)
 
@@ -67,9 +67,9 @@ def write_worst_rows(
 def write_worst_pairs(
     run: Run, tokenizer: Tokenizer, val: dict[str, PackedDataset], rewards: Tensor
 ) -> None:
-    """Write the NUM_ROWS pairs with the smallest reward margin to worst_rows.jsonl of the run.
+    """Write the NUM_ROWS pairs with the lowest reward margin to worst_rows.jsonl in the run folder.
 
-    `rewards` are by sequence id. Skips pairs with a NaN, which were not read.
+    `rewards` is indexed by sequence id. Skips pairs with a NaN, which were not read.
     """
     values = rewards.cpu().numpy()
     found = []
@@ -84,7 +84,7 @@ def write_worst_pairs(
 def _write(
     run: Run, tokenizer: Tokenizer, found: list[tuple[float, Origin, dict[str, float]]]
 ) -> None:
-    """Write the rows with the smallest first value, the worst one first."""
+    """Write the rows with the smallest first value, worst first."""
     lines = []
     for _, origin, figures in sorted(found, key=lambda row: row[0])[:NUM_ROWS]:
         cache, record = origin

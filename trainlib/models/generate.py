@@ -1,6 +1,6 @@
-"""Generation: prefill once, then decode token by token with a key/value cache.
+"""Text generation: prefill once, then decode token by token with a key/value cache.
 
-Input and output are ids. Nothing here changes torch's global RNG state.
+Inputs and outputs are ids. Nothing here changes torch's global RNG state.
 Shapes: B batch  T new positions  S positions so far  G key/value heads  H head_dim  V vocab_size.
 """
 
@@ -20,23 +20,23 @@ from tokenizer.bpe import Tokenizer
 from tokenizer.chat_format import render_prompt
 from trainlib.core.settings import bound_errors
 
-MAX_BATCH = 32  # Prompts decoded together: 16 KB a position and prompt for the default model.
+MAX_BATCH = 32  # Prompts decoded together; each takes 16 KB per position with the default model.
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from the logits."""
+    """How the next token is sampled from the logits."""
 
     temperature: float = field(default=0.7, metadata={"at_least": 0})
-    """Divides the logits; 0 = greedy."""
+    """Divisor of the logits; 0 = greedy."""
     top_p: float = field(default=0.9, metadata={"above": 0, "at_most": 1})
-    """Least probability mass of the most likely tokens that are kept; 1 = all."""
+    """Keep the fewest most likely tokens with at least this total probability; 1 = all."""
     top_k: int = field(default=0, metadata={"at_least": 0})
-    """Most tokens that are kept; 0 = all."""
+    """Keep this many of the most likely tokens; 0 = all."""
     max_new_tokens: int = field(default=512, metadata={"at_least": 1})
-    """Most tokens of an answer."""
+    """Maximum number of tokens in an answer."""
     seed: int | None = None
-    """Seed of the draw; None = a different answer each time."""
+    """Sampling seed; None = a different answer each time."""
 
     def __post_init__(self) -> None:
         if errors := bound_errors(self):
@@ -74,7 +74,7 @@ class KVCache:
 
 
 def filter_logits(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set all but the most likely tokens to -inf; the likeliest always stays.
+    """Set all but the most likely tokens to -inf; the most likely one is always kept.
 
     Shapes: (V,) -> (V,). Source of top_p: Holtzman et al., arXiv:1904.09751.
     """
@@ -89,7 +89,7 @@ def filter_logits(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw one token; greedy at temperature 0."""
+    """Sample one token id; greedy at temperature 0."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     logits_V = filter_logits(
@@ -99,7 +99,7 @@ def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
 
 
 def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
-    """Return a generator seeded with `seed`, or by the system if there is none."""
+    """Return a generator seeded with `seed`, or nondeterministically if it is None."""
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)
     return generator
@@ -109,7 +109,7 @@ def check_length(model: Transformer, prompt: Sequence[int]) -> None:
     """Raise ValueError for a prompt that is empty or fills the model's context."""
     limit = model.config.max_position_embeddings
     if not 0 < len(prompt) < limit:
-        raise ValueError(f"a prompt of {len(prompt)} tokens; the model takes 1 to {limit - 1}")
+        raise ValueError(f"the prompt has {len(prompt)} tokens; the model takes 1 to {limit - 1}")
 
 
 def generate(
@@ -133,14 +133,14 @@ def generate_batch(
 ) -> list[list[int]]:
     """Return the new ids of each prompt, up to a stop id (included) or a limit.
 
-    Prompts are decoded together. At temperature 0 the ids are those of `generate`.
+    Prompts are decoded together. At temperature 0 the ids are the same as from `generate`.
     Raises ValueError as `generate` does.
     """
     for prompt in prompts:
         check_length(model, prompt)
     generator = seeded_generator(sampling.seed, next(model.parameters()).device)
     answers: list[list[int]] = [[] for _ in prompts]
-    # Prompts of similar length share a batch, so little of it is padding.
+    # Prompts of similar length share a batch, which keeps padding low.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for begin in range(0, len(order), MAX_BATCH):
         rows = order[begin : begin + MAX_BATCH]
@@ -157,10 +157,10 @@ def _decode(
     stop_ids: Sequence[int],
     generator: torch.Generator,
 ) -> Iterator[dict[int, int]]:
-    """Yield the next id of each unfinished prompt, by its row in the batch.
+    """Yield the next id of each unfinished prompt, keyed by its row in the batch.
 
-    Prompts end in the same column. Two of them, 7 8 9 and 5, as the model sees them (padding is a
-    document of its own):
+    Prompts are padded on the left. Example: the prompts 7 8 9 and 5 as the model sees them, with
+    the padding as a separate document:
 
         input_ids    7 8 9     position_ids   0 1 2     document_ids   1 1 1
                      0 0 5                    0 0 0                    0 0 1
@@ -182,7 +182,7 @@ def _decode(
                 ids = [sample(logits_V, sampling, generator) for logits_V in logits[:, -1]]
                 new_BT = torch.tensor(ids, device=device)[:, None]
                 positions_BT, documents_BT = positions_BT[:, -1:] + 1, documents_BT[:, -1:]
-            new = {row: ids[row] for row in remaining}  # Finished rows are decoded, but not used.
+            new = {row: ids[row] for row in remaining}  # Finished rows are decoded but not used.
             for row, token in new.items():
                 remaining[row] -= 1
                 if token in stop_ids or not remaining[row]:
@@ -195,7 +195,7 @@ def _decode(
 def sample_texts(
     model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling
 ) -> list[str]:
-    """Continue each text as the beginning of a document."""
+    """Return each text, as the beginning of a document, with the model's continuation."""
     ids = [[tokenizer.end_of_text_id, *tokenizer.encode(prompt)] for prompt in prompts]
     texts = _continuations(model, tokenizer, ids, sampling)
     return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
@@ -213,9 +213,9 @@ def sample_answers(
 def _continuations(
     model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], sampling: Sampling
 ) -> list[str]:
-    """Generate without compilation, in a run whose layers may be compiled."""
+    """Generate without compilation, even in a run whose layers are compiled."""
     # A compiled layer would be recompiled for each length of the cache, and fail after eight.
-    # If torch's compiler is not imported, which would take a second, no layer is compiled.
+    # If torch's compiler, whose import takes a second, is not loaded, no layer is compiled.
     compiler = "torch._dynamo" in sys.modules
     with torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext():
         answers = generate_batch(model, prompts, sampling, tokenizer.stop_ids)
@@ -223,7 +223,7 @@ def _continuations(
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
-    """Yield the text of ids as they arrive, in whole characters; broken UTF-8 becomes U+FFFD."""
+    """Yield the text of ids as they arrive, in complete characters; bad UTF-8 becomes U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for id_ in ids:
         if text := decoder.decode(tokenizer.decode_bytes([id_])):

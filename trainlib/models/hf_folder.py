@@ -1,7 +1,7 @@
-"""Model folders that transformers opens as a stock Qwen3ForCausalLM: their files, and loading.
+"""Model folders and how to load them; transformers opens one as a stock Qwen3ForCausalLM.
 
-Parameters have Hugging Face names already, so weights need no conversion. model_files gives the
-other files; load_config checks that model.py computes a folder's architecture.
+Parameters already have Hugging Face names, so weights need no conversion. model_files returns the
+other files; load_config checks that model.py implements a folder's architecture.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 ARCHITECTURE = "Qwen3ForCausalLM"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Values of transformers' Qwen3Config for keys that config.json lacks. Sizes have no default.
+# Defaults of transformers' Qwen3Config for keys missing in config.json. Sizes have none.
 DEFAULTS: dict[str, Any] = {
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-6,
@@ -45,7 +45,7 @@ def model_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str]:
     values = {
         "architectures": [ARCHITECTURE],
         "model_type": "qwen3",
-        **asdict(config),  # With head_dim, for which transformers would assume 128.
+        **asdict(config),  # Includes head_dim, for which transformers would assume 128.
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": None,
@@ -67,20 +67,20 @@ def model_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def load_config(folder: str | Path, option: str = "init_from=") -> ModelConfig:
-    """Read the sizes of a model folder; messages name it by the option that the user gave.
+    """Read the model sizes of a folder; `option` prefixes its name in error messages.
 
-    Raises UserError if there is no model folder, or if model.py does not compute its architecture.
+    Raises UserError if there is no model, or if model.py does not implement its architecture.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        hint = "Train the stage before it, or name a folder with config.json and model.safetensors."
+        hint = "Train the previous stage, or pass a folder with config.json and model.safetensors."
         if (Path(folder) / "final/config.json").is_file():
             hint = f"Did you mean {option}{Path(folder) / 'final'}?"
-        raise UserError(f"{option}{folder}: no model folder there ({path} does not exist). {hint}")
+        raise UserError(f"{option}{folder}: no model found ({path} does not exist). {hint}")
     values = {**DEFAULTS, **_read_json(path)}
-    found = values.get("architectures") or ["none named"]
-    if found[0] != ARCHITECTURE:
-        raise UserError(f"{path}: architecture {found[0]}, but only {ARCHITECTURE} is supported")
+    names = values.get("architectures") or ["missing"]
+    if names[0] != ARCHITECTURE:
+        raise UserError(f"{path}: architecture {names[0]}, but only {ARCHITECTURE} is supported")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     for key, value, supported in (
         ("attention_bias", values.get("attention_bias", False), False),
@@ -93,12 +93,12 @@ def load_config(folder: str | Path, option: str = "init_from=") -> ModelConfig:
             raise UserError(f"{path}: {key} is {value!r}, but only {supported!r} is supported")
     if "rope_theta" in rope:
         values["rope_theta"] = rope["rope_theta"]
-    for key, kind in ModelConfig.__annotations__.items():
+    for key, type_ in ModelConfig.__annotations__.items():
         if key not in values:
             raise UserError(f"{path}: {key} is missing")
-        types = {"int": (int,), "float": (int, float), "bool": (bool,)}[kind]
+        types = {"int": (int,), "float": (int, float), "bool": (bool,)}[type_]
         if type(values[key]) not in types:
-            raise UserError(f"{path}: {key} is {values[key]!r}, where {kind} is needed")
+            raise UserError(f"{path}: {key} is {values[key]!r}, but must be of type {type_}")
     config = ModelConfig(**{key: values[key] for key in ModelConfig.__annotations__})
     if errors := bound_errors(config, "model.") + config.validation_errors():
         raise UserError(f"{path}: {'; '.join(errors)}")
@@ -113,28 +113,28 @@ def _warn_once(text: str) -> None:
 def adopt_model_config(config: Any) -> Any:
     """Replace model sizes by those of the init_from checkpoint.
 
-    Warns about differing sizes from a file. Raises UserError for those of the command line.
+    Warns about differing sizes in a config file. Raises UserError for those on the command line.
     """
     sizes, sources = asdict(load_config(config.init_from)), provenance(config)
     given = asdict(config.model)
     differing = {
-        f"model.{key}={value_text(given[key])} ({source}), {value_text(size)} there": source
+        f"model.{key}={value_text(given[key])} ({source}), {value_text(size)} in the model": source
         for key, size in sizes.items()
         if (source := sources[f"model.{key}"]) != "default" and given[key] != size
     }
     lines = "".join(f"\n  {text}" for text in differing)
-    text = f"init_from={config.init_from} has a model of other sizes than the settings:{lines}"
+    text = f"init_from={config.init_from}: these settings differ from the model's sizes:{lines}"
     if COMMAND_LINE in differing.values():
-        raise UserError(f"{text}\nLeave these keys out, or train a new model without init_from.")
+        raise UserError(f"{text}\nRemove these keys, or train a new model without init_from.")
     if differing:
-        _warn_once(f"{text}\nIt keeps its own.")
+        _warn_once(f"{text}\nThe sizes of the model are used.")
     for key, size in sizes.items():
-        config = with_value(config, f"model.{key}", size, "of init_from")
+        config = with_value(config, f"model.{key}", size, "from init_from")
     return config
 
 
 class SkipRandomInit(TorchFunctionMode):
-    """Mode in which random initialization leaves a tensor as it is.
+    """Mode in which random initialization leaves tensors unchanged.
 
     On a meta tensor, normal_ would import torch's compiler, which takes 1.1 s.
     """
@@ -144,36 +144,36 @@ class SkipRandomInit(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func.__name__ in RANDOM_INIT:
-            return args[0] if args else kwargs["tensor"]  # torch.nn.init passes keywords alone.
+            return args[0] if args else kwargs["tensor"]  # torch.nn.init passes only keywords.
         return func(*args, **kwargs)
 
 
 def load_model(folder: str | Path, option: str = "init_from=") -> Transformer:
-    """Load a model from a folder, in fp32 on the CPU; draws no random numbers.
+    """Load a model from a folder, in fp32 on the CPU, without drawing random numbers.
 
-    Raises UserError if the architecture is not supported or a tensor does not fit config.json.
+    Raises UserError if the architecture is not supported or a tensor does not match config.json.
     """
     config = load_config(folder, option)
-    with torch.device("meta"), SkipRandomInit():  # The weights replace initial values.
+    with torch.device("meta"), SkipRandomInit():  # Loaded weights replace initial ones.
         model = Transformer(config)
     tensors = _read_tensors(Path(folder))
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         head = tensors.pop("lm_head.weight")
         if not torch.equal(head, tensors.get("model.embed_tokens.weight", head)):
-            raise UserError(f"{folder}: tied embeddings, but an lm_head.weight of its own")
+            raise UserError(f"{folder}: embeddings are tied, but lm_head.weight differs from them")
     parameters = dict(model.named_parameters())
-    problems = [f"{name} is missing" for name in parameters if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in parameters]
-    problems += [
+    errors = [f"{name} is missing" for name in parameters if name not in tensors]
+    errors += [f"{name} is unexpected" for name in tensors if name not in parameters]
+    errors += [
         f"{name} has shape {tuple(t.shape)}, not {tuple(parameters[name].shape)}"
         for name, t in tensors.items()
         if name in parameters and t.shape != parameters[name].shape
     ]
-    problems += [
+    errors += [
         f"{name} is {t.dtype}, not a float" for name, t in tensors.items() if t.dtype not in FLOATS
     ]
-    if problems:
-        raise UserError(f"{folder} does not fit its config.json: {'; '.join(problems[:5])}")
+    if errors:
+        raise UserError(f"{folder} does not match its config.json: {'; '.join(errors[:5])}")
     # Copied, because load_file maps the file, which may be replaced while the model is in use.
     weights = {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}
     model.load_state_dict(weights, strict=False, assign=True)
@@ -195,7 +195,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _shards(index: Path) -> list[str]:
-    """Return the shards that an index names. Raises UserError for one outside its folder."""
+    """Return the shards listed in an index; raise UserError for one outside its folder."""
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map")
@@ -207,26 +207,26 @@ def _shards(index: Path) -> list[str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError if the file holds anything else."""
+    """Read a JSON object; raise UserError if the file contains anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}. Copy it again.") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}, where an object is needed")
+        raise UserError(f"{path} contains a {type(values).__name__} instead of an object")
     return values
 
 
 def load_tokenizer(folder: str | Path, sequence_length: int = 0) -> Tokenizer:
     """Load the tokenizer of a model folder.
 
-    Raises UserError if the model has no row for some id, or is meant for shorter sequences. This
-    is checked here because tokenizing the data may take hours.
+    Raises UserError if the model lacks an embedding for some id, or supports only shorter
+    sequences. This is checked before tokenization, which may take hours.
     """
     config, path = load_config(folder), Path(folder) / "config.json"
     with as_user_errors():
         tokenizer = Tokenizer(folder)
-    fix = "copy the model's own tokenizer.json there"
+    fix = "copy the model's own tokenizer.json to its folder"
     check_vocabulary(config, tokenizer, f"{path}: vocab_size", fix)
     where = f"{path}: max_position_embeddings"
     for error in too_long(sequence_length, config.max_position_embeddings, where):
@@ -235,15 +235,15 @@ def load_tokenizer(folder: str | Path, sequence_length: int = 0) -> Tokenizer:
 
 
 def too_long(sequence_length: int, longest: int, where: str) -> list[str]:
-    """Return an error message if rows have more positions than the model is meant for."""
+    """Return an error message if rows have more positions than the model supports."""
     if sequence_length <= longest:
         return []
-    fix = f"give at most {longest}, or train a model with more max_position_embeddings"
+    fix = f"set at most {longest}, or train a model with larger max_position_embeddings"
     return [f"{where}={longest}, but sequence_length={sequence_length}: {fix}"]
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, where: str, fix: str) -> None:
-    """Raise UserError unless the model has a row for every id; more rows are harmless."""
+    """Raise UserError unless the model has an embedding for every id; extra ones are harmless."""
     if config.vocab_size < tokenizer.vocab_size:
         entries = f"the tokenizer has {tokenizer.vocab_size} entries"
         raise UserError(f"{where}={config.vocab_size}, but {entries}; {fix}")
