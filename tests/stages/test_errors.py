@@ -214,7 +214,7 @@ def test_a_finished_or_different_run_is_not_changed(run, workdir, tmp_path):
     assert run("pretrain", f"out_dir={other}")[0] == 0
     before = contents(tmp_path / "done"), contents(workdir)
     code, out = run("pretrain", f"out_dir={other}", "log_every_steps=1")
-    assert code == 0 and f"already finished: {other}/final (to train again, set" in out
+    assert code == 0 and f"already finished: {other}/final (set resume=never or" in out
     assert (contents(tmp_path / "done"), contents(workdir)) == before
     code, out = run("pretrain", f"out_dir={other}", "optim.muon_lr=0.5")
     assert code == 1 and f"{other} holds a finished run with another recipe:" in out

@@ -195,7 +195,6 @@ def launch_processes(world_size: int) -> int:
 
 
 def _wait(processes: list[subprocess.Popen]) -> int:
-    """Wait until all processes have exited; if one fails, kill the others."""
     while True:
         codes = [process.poll() for process in processes]
         if failed := next(filter(None, codes), 0):

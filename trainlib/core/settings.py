@@ -202,7 +202,6 @@ def _read_arguments(
 
 
 def _read_environment(names: list[str]) -> dict[str, RawValue]:
-    """Return the values of the hardware keys that are set in the environment."""
     variables = {name: f"TRAIN_LLM_{name.upper()}" for name in HARDWARE_KEYS if name in names}
     return {
         name: RawValue(os.environ[variable], f"environment {variable}")

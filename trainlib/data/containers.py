@@ -154,7 +154,6 @@ class _Window:
         self._stream, self._text, self._start, self.line = stream, "", 0, 1
 
     def _read_more(self, size: int = 1 << 20) -> bool:
-        """Read more text; return False at the end of the stream."""
         piece = self._stream.read(size)
         self._text, self._start = self._text[self._start :] + piece, 0
         return bool(piece)

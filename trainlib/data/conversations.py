@@ -263,7 +263,6 @@ def read_sharegpt_preference(row: Row) -> tuple[Messages, Messages]:
 
 
 def _answer_pair(prompt: Messages, row: Row) -> tuple[Messages, Messages]:
-    """Return the prompt followed by the chosen answer, and by the rejected one."""
     chosen, rejected = ([*prompt, *_read_answer(row, key)] for key in ("chosen", "rejected"))
     return check_pair(chosen, rejected)
 

@@ -310,7 +310,6 @@ class PackedDataset:
         return sum(int(supervised[1:].sum()) for _, supervised in sequences), num_tokens
 
     def _sequences(self, unit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield ids and loss mask of each sequence of a unit."""
         cache, start = self.caches[self._file[unit]], int(self._start[unit])
         if self.kind == "dpo":
             first = 2 * int(self._record[unit])

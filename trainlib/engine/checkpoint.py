@@ -161,12 +161,10 @@ class Checkpoints:
 
 
 def _step(folder: Path) -> int:
-    """Return the step number of a step folder."""
     return int(folder.name.removeprefix("step_"))
 
 
 def _snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors to the CPU."""
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
 

@@ -139,7 +139,6 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a metrics file; skip incomplete ones."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             row = json.loads(line)

@@ -108,7 +108,6 @@ class Muon(torch.optim.Muon):
                 self._step_shape(group, parameters, math.sqrt(max(1.0, rows / columns)))
 
     def _step_shape(self, group: dict[str, Any], parameters: list, lr_ratio: float) -> None:
-        """Update the parameters of one shape."""
         momentum, gradients = group["momentum"], [p.grad for p in parameters]
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:

@@ -67,25 +67,25 @@ def resolve_resume(folder: Path, resume: str, identity: dict[str, Any]) -> Path 
         text = f"{folder} holds a run of {other}, but this is {stage}."
         raise UserError(f"{text} {_options(folder, finished)}")
     differing = _differences(existing, json.loads(json.dumps(identity)))
-    if finished and _newer(base := identity["recipe"].get("init_from", ""), folder / "final"):
+    base = identity["recipe"].get("init_from")
+    if finished and base and _written(Path(base)) > _written(folder / "final"):
         differing["init_from"] = f"init_from: {base} was written after this run finished"
     if finished and not differing:
-        text = "to train again, set resume=never or out_dir=NEW"
+        text = "set resume=never or out_dir=NEW to train again"
         raise AlreadyFinished(f"already finished: {folder / 'final'} ({text})")
+    newest = Checkpoints(folder, 1).newest()
     if differing:
-        newest = None if finished else Checkpoints(folder, 1).newest()
         lines = "".join(f"\n  {text}" for text in differing.values())
         options = _options(folder, finished or _uses(newest, set(differing)))
         state = "a finished" if finished else "an unfinished"
         raise UserError(f"{folder} holds {state} run with another recipe:{lines}\n{options}")
-    return Checkpoints(folder, 1).newest()
+    return newest
 
 
-def _newer(base: str, final: Path) -> bool:
-    """Return whether the model folder `base` was written after the model in `final`."""
-    base_weights, weights = (Path(folder) / "model.safetensors" for folder in (base, final))
-    files = base and base_weights.is_file() and weights.is_file()
-    return bool(files) and base_weights.stat().st_mtime > weights.stat().st_mtime
+def _written(model_folder: Path) -> float:
+    """Return when a model's weights were written; 0 if there are none."""
+    weights = model_folder / "model.safetensors"
+    return weights.stat().st_mtime if weights.is_file() else 0
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
@@ -119,7 +119,6 @@ def _named_step_folder(folder: Path, step_folder: Path, stage: str) -> Path:
 
 
 def _occupied(folder: Path) -> bool:
-    """Return whether a folder holds files besides the lock."""
     return folder.exists() and any(path.name != LOCK for path in folder.iterdir())
 
 
@@ -146,7 +145,6 @@ def _uses(step_folder: Path | None, differing: set[str]) -> dict[str, str]:
 
 
 def _options(folder: Path, uses: dict[str, str]) -> str:
-    """Return a list of the settings that solve the problem, one per line."""
     texts = {
         "resume": "resume from there with the current settings",
         "init_from": "start a new run from its model (with out_dir=NEW)",

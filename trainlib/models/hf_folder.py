@@ -183,7 +183,6 @@ def load_model(folder: str | Path, option: str = "init_from=") -> Transformer:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read all weights of a folder, from one file or from shards."""
     index = folder / "model.safetensors.index.json"
     tensors: dict[str, Tensor] = {}
     for name in _shards(index) if index.is_file() else ["model.safetensors"]:
