@@ -5,6 +5,9 @@ AUTHOR ?=
 BIN = .venv/bin
 TORCH_CPU = https://download.pytorch.org/whl/cpu
 
+# Words that this project used in place of the usual ones: baseline, rebuild, fix, resume, report, predict, next to.
+ODD_WORDS = yardsticks?|anew|mend(s|ed|ing)?|cures?|(go|goes|going|went) on with|told|foretold|beside
+
 # MIRROR=cn: pip and torch from the first mirrors of docker/mirrors.conf that answer.
 ifdef MIRROR
 first_mirror = $(shell . docker/lib/mirrors.sh; reachable docker/mirrors.conf $(1) $(MIRROR) | head -1)
@@ -62,6 +65,8 @@ lint: .venv/ready-dev ## Check style, types, spelling and the word list.
 	$(BIN)/pyright
 	git ls-files '*.py' '*.md' '*.sh' '*.yaml' '*.yml' '*.tsv' Makefile Dockerfile | \
 	  xargs $(BIN)/codespell --ignore-words-list modle
+	@! git grep -nwiE '$(ODD_WORDS)' -- '*.py' '*.md' '*.sh' '*.yaml' '*.yml' '*.tsv' '*.conf' Dockerfile ':!CHANGELOG.md' || \
+	  { echo "Use baseline, rebuild, fix, resume, report, predict or next to instead."; exit 1; }
 
 tensorboard: .venv/ready ## Show all runs on http://localhost:6006
 	$(BIN)/tensorboard --logdir runs --port 6006
