@@ -37,13 +37,13 @@ usage() {
 exit codes: 0 success, 2 invalid option or setting, 3 Docker, 4 card, driver or toolkit, 5 build failed, 6 doctor found a problem
 language: TRAIN_LANG=en|zh" \
     "用法：./build.sh [auto|$(profiles "$TABLE" | sed 's/ *$//; s/ /|/g')] [选项]
-      ./build.sh doctor      逐项检查，从显卡到十步真实训练
-  --devices all|0,1|free:N   使用哪些显卡；默认：所有没有被别人占用的
-  --mirror auto|cn|off       软件包来源；auto 自动探测
-  --env-only                 只写 .env
-  --no-build                 检查并写 .env，不构建
-  --dry-run                  只显示选择和将写入的内容，不改动任何文件
-退出码：0 完成，2 用法或设置错误，3 Docker，4 显卡、驱动或工具包，5 构建失败，6 doctor 发现问题
+      ./build.sh doctor      从显卡到试训练十步，逐项检查
+  --devices all|0,1|free:N   要使用的显卡；默认使用所有未被他人占用的显卡
+  --mirror auto|cn|off       软件源；auto 自动探测
+  --env-only                 只生成 .env
+  --no-build                 执行检查并生成 .env，但不构建镜像
+  --dry-run                  只显示所选设置和 .env 的新内容，不写入任何文件
+退出码：0 成功，2 选项或设置错误，3 Docker 问题，4 显卡、驱动或 NVIDIA 工具包问题，5 构建失败，6 doctor 发现问题
 语言：TRAIN_LANG=en|zh"
 }
 
@@ -53,7 +53,7 @@ parse_arguments() {
     case "$1" in
       -h | --help) usage && exit 0 ;;
       --devices | --mirror)
-        [ $# -ge 2 ] || die 2 "$1 requires a value" "$1 需要一个值"
+        [ $# -ge 2 ] || die 2 "$1 requires a value" "$1 需要指定取值"
         if [ "$1" = --devices ]; then devices=$2; else mirror=$2; fi
         shift
         ;;
@@ -67,7 +67,7 @@ parse_arguments() {
       *)
         case " $(profiles "$TABLE")" in
           *" $1 "*) profile=$1 ;;
-          *) die 2 "unknown argument '$1'. Run ./build.sh --help. Profiles: auto $(profiles "$TABLE")" "未知参数 '$1'；可用配置：auto $(profiles "$TABLE")" ;;
+          *) die 2 "unknown argument '$1'. Run ./build.sh --help. Profiles: auto $(profiles "$TABLE")" "未知参数 '$1'。请查看 ./build.sh --help。可用的显卡配置：auto $(profiles "$TABLE")" ;;
         esac
         ;;
     esac
@@ -76,28 +76,28 @@ parse_arguments() {
   case "$mirror" in auto | cn | off) ;; *) die 2 "--mirror $mirror: use auto, cn or off" "--mirror $mirror：请用 auto、cn 或 off" ;; esac
   case "$devices" in
     "") ;;
-    free:*[!0-9]* | free: | free:0) die 2 "--devices $devices: use free:N, where N is a number of cards greater than 0" "--devices $devices：free:N 需要显卡数量" ;;
+    free:*[!0-9]* | free: | free:0) die 2 "--devices $devices: use free:N, where N is a number of cards greater than 0" "--devices $devices：请用 free:N，其中 N 是大于 0 的显卡数量" ;;
     free:*) ;;
-    *) valid_devices "$devices" || die 2 "--devices $devices: use all, indices such as 0,1, UUIDs, or free:N" "--devices $devices：请用 all、0,1 这样的编号、UUID 或 free:N" ;;
+    *) valid_devices "$devices" || die 2 "--devices $devices: use all, indices such as 0,1, UUIDs, or free:N" "--devices $devices：请用 all、UUID、free:N，或形如 0,1 的编号" ;;
   esac
 }
 
 check_engine() {
   local problem_code=3
   case "$engine_state" in
-    absent) die $problem_code "Docker is not installed. Install it: docs.docker.com/engine/install (on Windows and Mac, use Docker Desktop)" "没有安装 docker：docs.docker.com/engine/install（Windows、Mac 使用 Docker Desktop）" ;;
-    denied) die $problem_code "no permission to use Docker. Run this once: sudo usermod -aG docker \$USER; then log out and back in" "没有使用 Docker 的权限。请执行一次：sudo usermod -aG docker \$USER，然后重新登录" ;;
-    down) die $problem_code "the Docker engine does not respond. Start it: sudo systemctl start docker (on Windows and Mac, open Docker Desktop)" "Docker 引擎没有响应。请启动：sudo systemctl start docker（Windows、Mac 打开 Docker Desktop）" ;;
+    absent) die $problem_code "Docker is not installed. Install it: docs.docker.com/engine/install (on Windows and Mac, use Docker Desktop)" "没有安装 Docker。安装方法见 docs.docker.com/engine/install（Windows、Mac 请使用 Docker Desktop）" ;;
+    denied) die $problem_code "no permission to use Docker. Run this once: sudo usermod -aG docker \$USER; then log out and back in" "没有使用 Docker 的权限。请执行一次：sudo usermod -aG docker \$USER，然后注销并重新登录" ;;
+    down) die $problem_code "the Docker engine does not respond. Start it: sudo systemctl start docker (on Windows and Mac, open Docker Desktop)" "Docker 引擎没有响应。请先启动：sudo systemctl start docker（Windows、Mac 请打开 Docker Desktop）" ;;
   esac
   [ -n "$compose" ] || die $problem_code "found no Docker Compose that works with engine $engine_version. Run: apt-get install docker-compose-plugin (docker-compose 1.x works up to engine 24)" \
-    "没有与引擎 $engine_version 兼容的 Docker Compose：apt-get install docker-compose-plugin（docker-compose 1.x 只支持到引擎 24）"
+    "没有找到与 Docker 引擎 $engine_version 兼容的 Docker Compose。请运行：apt-get install docker-compose-plugin（docker-compose 1.x 最高只支持到引擎 24）"
 }
 
 prepare_folders() {
   # If they did not exist, the engine would create them as root.
   local folder
   for folder in runs_dir cache_dir; do
-    mkdir -p "${!folder}" || die 2 "cannot create ${!folder}. Check its permissions" "无法创建 ${!folder}"
+    mkdir -p "${!folder}" || die 2 "cannot create ${!folder}. Check its permissions" "无法创建 ${!folder}，请检查权限"
   done
 }
 
@@ -131,7 +131,7 @@ next:
   container: $container" "
 下一步：
   $compose up -d train
-  $compose exec train python -m tools.prepare_data   （样例数据；dataset/ 里有自己的数据就不需要）
+  $compose exec train python -m tools.prepare_data   （下载样例数据；dataset/ 里已有自己的数据时可跳过）
   $compose exec train python train.py
   $compose logs -f train
   TensorBoard：http://localhost:$tb_port$ssh_hint
@@ -153,13 +153,13 @@ main() {
   if [ "$dry_run" = yes ]; then
     say "
 the new .env would be:" "
-.env 将会是："
+新的 .env 内容："
     env_text "$ENV_FILE" "$(env_block)"
     return
   fi
   prepare_folders
   write_generated
-  write_env "$ENV_FILE" "$(env_block)" || die 2 "cannot write $ENV_FILE. Check its permissions" "无法写入 $ENV_FILE"
+  write_env "$ENV_FILE" "$(env_block)" || die 2 "cannot write $ENV_FILE. Check its permissions" "无法写入 $ENV_FILE，请检查权限"
   warn_if_training
   [ "$build" = yes ] && build_image
   [ "$env_only" = yes ] || next_steps

@@ -61,7 +61,7 @@ run_doctor() {
   fi
   say "
 paste this into a report (it contains no names or paths):" "
-可粘贴到问题报告中（不含用户名和路径）："
+报告问题时，请粘贴以下内容（不含用户名和路径）："
   printf '%s\n%s%s\n' '```' "$doctor_report" '```'
   [ "$doctor_problems" = 0 ] || exit 6
 }

@@ -6,42 +6,42 @@ print_fixes() {
   local log=$1
   if grep -Eqi 'failed to resolve source metadata|load metadata for docker.io|registry-1.docker.io.*(timeout|refused|reset|EOF)|toomanyrequests' "$log"; then
     say "Docker Hub is not reachable. Use a mirror: ./build.sh --mirror cn. Or use a local image: set BASE_IMAGE=... in .env" \
-      "无法访问 Docker Hub。请使用镜像站：./build.sh --mirror cn，或在 .env 中指定已有镜像：BASE_IMAGE=..."
+      "无法访问 Docker Hub。请使用镜像站：./build.sh --mirror cn，或使用本地已有的镜像：在 .env 中设置 BASE_IMAGE=..."
   fi
   if grep -Eqi 'no space left on device|disk quota exceeded' "$log"; then
     say "The disk is full. Show usage: docker system df. Free space: docker builder prune --filter until=24h, and docker image rm for your own images" \
-      "磁盘已满。查看：docker system df。清理：docker builder prune --filter until=24h，以及 docker image rm 删除你自己的镜像"
+      "磁盘空间已满。查看占用：docker system df。清理空间：docker builder prune --filter until=24h，并用 docker image rm 删除你自己的镜像"
   fi
   if grep -Eqi 'buildx component is missing|--mount option requires BuildKit|buildkit is enabled but the buildx' "$log"; then
     say "Docker's build plugin is missing. Run: apt-get install docker-buildx-plugin (Docker's packages), or docker-buildx (Debian, Ubuntu)" \
-      "缺少 Docker 构建插件：apt-get install docker-buildx-plugin（Docker 官方包）或 docker-buildx（Debian/Ubuntu）"
+      "缺少 Docker 构建插件。请运行：apt-get install docker-buildx-plugin（Docker 官方软件源），或 docker-buildx（Debian、Ubuntu 软件源）"
   fi
   if grep -Eqi 'CERTIFICATE_VERIFY_FAILED|self.signed certificate|certificate signed by unknown authority' "$log"; then
     say "A proxy uses its own certificate. Copy its CA certificate to docker/certs/NAME.crt and run ./build.sh again" \
-      "代理使用了自己的证书。请把它的 CA 证书放到 docker/certs/NAME.crt，再运行 ./build.sh"
+      "代理使用了自己的证书。请把代理的 CA 证书复制到 docker/certs/NAME.crt，再重新运行 ./build.sh"
   fi
   if grep -Eqi 'could not select device driver' "$log"; then
     say "The NVIDIA Container Toolkit is missing. Run: apt-get install nvidia-container-toolkit; nvidia-ctk runtime configure --runtime=docker; systemctl restart docker. Until then, use the CPU: ./build.sh cpu" \
-      "Docker 缺少 NVIDIA Container Toolkit：apt-get install nvidia-container-toolkit；nvidia-ctk runtime configure --runtime=docker；systemctl restart docker。在此之前：./build.sh cpu"
+      "未安装 NVIDIA Container Toolkit。请依次运行：apt-get install nvidia-container-toolkit；nvidia-ctk runtime configure --runtime=docker；systemctl restart docker。装好之前可以先用 CPU：./build.sh cpu"
   fi
   if grep -Eqi '403 Forbidden|from versions: none|No matching distribution found' "$log"; then
     say "A package mirror refused the request or lacks a package. Use other sources: ./build.sh --mirror off, or set PIP_INDEX_URLS=\"URL URL\" in .env" \
-      "镜像站拒绝访问或缺少该包。请更换：./build.sh --mirror off，或在 .env 中设置 PIP_INDEX_URLS=\"地址 地址\""
+      "镜像站拒绝访问或缺少所需的包。请更换软件源：./build.sh --mirror off，或在 .env 中设置 PIP_INDEX_URLS=\"地址 地址\""
   fi
   if grep -Eqi 'THESE PACKAGES DO NOT MATCH THE HASHES' "$log"; then
     say "A mirror served a damaged or modified file. Run ./build.sh again. If it fails again: ./build.sh --mirror off" \
-      "镜像站返回的文件已损坏或被修改。请重新运行 ./build.sh；若仍如此：./build.sh --mirror off"
+      "镜像站返回的文件已损坏或被修改。请重新运行 ./build.sh；如果仍然失败，请运行：./build.sh --mirror off"
   fi
   if grep -Eqi "ContainerConfig|client version 1.[0-9]+ is too old|Minimum supported API version" "$log"; then
     say "docker-compose 1.x is too old for this engine. Use docker compose: apt-get install docker-compose-plugin" \
-      "docker-compose 1.x 与当前 Docker 引擎不兼容。请使用 docker compose（apt-get install docker-compose-plugin）"
+      "docker-compose 1.x 版本过旧，与当前 Docker 引擎不兼容。请改用 docker compose：apt-get install docker-compose-plugin"
   fi
   if grep -Eqi 'port is already allocated|address already in use' "$log"; then
     say "TensorBoard's port is already in use. Run ./build.sh --env-only to choose another one" \
-      "TensorBoard 端口已被占用。运行 ./build.sh --env-only 会换一个端口"
+      "TensorBoard 的端口已被占用。请运行 ./build.sh --env-only 换一个端口"
   fi
   if grep -Eqi 'TLS handshake timeout|i/o timeout|Temporary failure (in name resolution|resolving)|Read timed out|ProxyError' "$log"; then
     say "The network failed. Finished downloads are kept: run ./build.sh again. Behind a proxy, first export HTTPS_PROXY=http://HOST:PORT; HOST must not be 127.0.0.1" \
-      "网络中断。已下载的部分会保留，请重新运行 ./build.sh。使用代理时先 export HTTPS_PROXY=http://主机:端口，不要用 127.0.0.1"
+      "网络出错。已完成的下载会保留，请重新运行 ./build.sh。需要代理时，请先运行：export HTTPS_PROXY=http://主机:端口（主机不能是 127.0.0.1）"
   fi
 }

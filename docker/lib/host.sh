@@ -123,16 +123,16 @@ host_warnings() {
     case "$1" in
       /mnt/?/* | /mnt/?)
         warn "$1 is on a Windows disk, which is 10 to 50 times slower from WSL. Clone into your Linux home directory instead: cd ~ && git clone ..." \
-          "$1 位于 Windows 磁盘，在 WSL 中慢 10 到 50 倍。请克隆到 Linux 主目录：cd ~ && git clone ..."
+          "$1 位于 Windows 磁盘，在 WSL 中访问要慢 10 到 50 倍。请改为克隆到 Linux 主目录：cd ~ && git clone ..."
         ;;
     esac
     if [ "$mib" -gt 0 ] && [ "$mib" -lt 11500 ]; then
       warn "WSL has $((mib / 1024)) GB of memory; at least 12 GB is recommended. Set [wsl2] memory=12GB in %UserProfile%\\.wslconfig, then run: wsl --shutdown" \
-        "WSL 只有 $((mib / 1024)) GB 内存，建议至少 12 GB。在 %UserProfile%\\.wslconfig 中写入 [wsl2] memory=12GB，然后运行 wsl --shutdown"
+        "WSL 只有 $((mib / 1024)) GB 内存，建议至少 12 GB。在 %UserProfile%\\.wslconfig 中设置 [wsl2] memory=12GB，然后运行：wsl --shutdown"
     fi
   fi
   if [ -n "$gb" ] && [ "$gb" -lt 30 ]; then
     warn "only $gb GB of disk space is free here. The image takes 2 GB on a CPU and about 9 GB with CUDA; a build needs twice that. Free space: docker builder prune --filter until=24h" \
-      "此处只剩 $gb GB 磁盘空间；CPU 镜像约 2 GB，CUDA 镜像约 9 GB，构建时需要两倍。清理：docker builder prune --filter until=24h"
+      "当前磁盘只剩 $gb GB 可用空间。CPU 镜像约 2 GB，CUDA 镜像约 9 GB，构建时需要两倍的空间。清理空间：docker builder prune --filter until=24h"
   fi
 }

@@ -43,7 +43,7 @@ inspect_cards() {
   if printf '%s' "$all_cards" | cut -f6 | grep -q Enabled; then
     if [ -z "$slices" ]; then
       die 4 "a card is in MIG mode but has no slice. Create one: sudo nvidia-smi mig -cgi 0 -C (or disable MIG: sudo nvidia-smi -mig 0)" \
-        "显卡处于 MIG 模式但没有实例。请创建：sudo nvidia-smi mig -cgi 0 -C（或关闭 MIG：sudo nvidia-smi -mig 0）"
+        "显卡处于 MIG 模式，但没有 MIG 实例。请创建：sudo nvidia-smi mig -cgi 0 -C（或关闭 MIG：sudo nvidia-smi -mig 0）"
     fi
     # CUDA exposes at most one slice to a process, so the default is the first.
     all_cards=$(printf '%s\n%s\n' "$slices" "$all_cards" | awk -F'\t' '$6 != "Enabled" && NF')
@@ -53,7 +53,7 @@ inspect_cards() {
   requested=$devices
   [ -n "$requested" ] || requested=$(user_setting CUDA_DEVICES "")
   if [ -n "$requested" ] && ! valid_devices "${requested#free:}"; then
-    die 2 "CUDA_DEVICES=$requested: use all, indices such as 0,1, or UUIDs" "CUDA_DEVICES=$requested：请用 all、0,1 这样的编号或 UUID"
+    die 2 "CUDA_DEVICES=$requested: use all, indices such as 0,1, or UUIDs" "CUDA_DEVICES=$requested：请用 all、UUID，或形如 0,1 的编号"
   fi
   case "$requested" in
     "") used_cards=$(printf '%s\n' "$all_cards" | drop_cards "$unusable,$busy_list") ;;
@@ -61,30 +61,30 @@ inspect_cards() {
       used_cards=$(printf '%s\n' "$all_cards" | drop_cards "$unusable,$busy_list" | head -n "${requested#free:}")
       count=$(printf '%s' "$used_cards" | grep -c . || true)
       [ "$count" -ge "${requested#free:}" ] ||
-        die 4 "only $count of the ${requested#free:} requested cards are idle; in use: ${busy_list:-none}. Request fewer, or wait" "空闲显卡只有 $count 张，不足 ${requested#free:} 张；被占用：${busy_list:-无}"
+        die 4 "only $count of the ${requested#free:} requested cards are idle; in use: ${busy_list:-none}. Request fewer, or wait" "空闲显卡只有 $count 张，不足 ${requested#free:} 张；被占用的显卡：${busy_list:-无}。请减少数量，或等待显卡空闲"
       ;;
     all) used_cards=$all_cards ;;
     *)
       used_cards=$(printf '%s\n' "$all_cards" | select_cards "$requested")
       [ "$(printf '%s\n' "$used_cards" | grep -c .)" = "$(printf '%s\n' "$requested" | tr ',' '\n' | grep -c .)" ] ||
-        die 2 "CUDA_DEVICES=$requested: this machine has $(printf '%s\n' "$all_cards" | cut -f1 | joined). Use indices from this list" "CUDA_DEVICES=$requested：本机只有 $(printf '%s\n' "$all_cards" | cut -f1 | joined)"
+        die 2 "CUDA_DEVICES=$requested: this machine has $(printf '%s\n' "$all_cards" | cut -f1 | joined). Use indices from this list" "CUDA_DEVICES=$requested：本机的显卡编号为 $(printf '%s\n' "$all_cards" | cut -f1 | joined)，请从中选择"
       ;;
   esac
   if [ -z "$requested" ] && [ -z "$used_cards" ]; then
     used_cards=$(printf '%s\n' "$all_cards" | drop_cards "$unusable")
     if [ -n "$used_cards" ]; then
-      warn "every card is in use; using them anyway. Wait, or choose a card: --devices 0" "所有显卡都被占用，仍将使用它们。可以等待，或自行选择：--devices 0"
+      warn "every card is in use; using them anyway. Wait, or choose a card: --devices 0" "所有显卡都被占用，仍会使用这些显卡。可以等待显卡空闲，或自行指定：--devices 0"
     fi
   elif [ -z "$requested" ] && [ -n "$busy_list" ]; then
-    warn "skipped because others are using them: card $busy_list (--devices all uses them anyway)" "以下显卡正被他人使用，已跳过：$busy_list（--devices all 可强制使用）"
+    warn "skipped because others are using them: card $busy_list (--devices all uses them anyway)" "以下显卡正在被他人使用，已跳过：$busy_list（要强制使用，请加 --devices all）"
   fi
   if [ -n "$unusable" ]; then
     warn "card $unusable: PyPI's torch has no kernels for compute capability below 7.0. The oldest supported cards are RTX 20, GTX 16, T4 and V100. An older card needs the CUDA 12.6 wheels of pytorch.org, outside Docker" \
-      "显卡 $unusable：计算能力低于 7.0，PyPI 的 torch 不含其内核。最低要求 RTX 20、GTX 16、T4、V100；此类显卡需在 Docker 之外自行安装 torch（pytorch.org 的 CUDA 12.6 版本）"
+      "显卡 $unusable 的计算能力低于 7.0，PyPI 上的 torch 不支持。支持的最旧型号为 RTX 20、GTX 16、T4、V100；更旧的显卡需要在 Docker 之外自行安装 torch（pytorch.org 提供的 CUDA 12.6 版本）"
   fi
   if [ -z "$used_cards" ] || printf '%s\n' "$used_cards" | without_kernels "$TABLE" | grep -q .; then
     [ "$profile" = cpu ] || die 4 "PyPI's torch does not support card(s) ${unusable}: compute capability 7.0 or higher is required. Use the CPU: ./build.sh cpu" \
-      "没有可用于显卡 ${unusable} 的 torch：至少需要计算能力 7.0。使用 CPU：./build.sh cpu"
+      "PyPI 上的 torch 不支持显卡 ${unusable}：计算能力至少要达到 7.0。请改用 CPU：./build.sh cpu"
   fi
   if printf '%s' "$used_cards" | cut -f1 | grep -q '^MIG-'; then used_cards=$(printf '%s\n' "$used_cards" | head -1); fi
   cuda_devices=$(printf '%s\n' "$used_cards" | cut -f1 | joined)
@@ -102,16 +102,16 @@ explain_missing_card() {
       if has_amd; then
         warn "AMD cards are not supported; training will run on the CPU" "不支持 AMD 显卡，将使用 CPU 训练"
       elif is_wsl; then
-        warn "WSL has no NVIDIA card. If this computer has one, install NVIDIA's driver in Windows (not in WSL), then run: wsl --shutdown" "WSL 中没有 NVIDIA 显卡。若有显卡，请在 Windows 中安装驱动（不要在 WSL 中安装），再运行 wsl --shutdown"
+        warn "WSL has no NVIDIA card. If this computer has one, install NVIDIA's driver in Windows (not in WSL), then run: wsl --shutdown" "WSL 中没有检测到 NVIDIA 显卡。如果这台电脑装有 NVIDIA 显卡，请在 Windows 中安装驱动（不要在 WSL 中安装），再运行：wsl --shutdown"
       fi
       ;;
-    mac) warn "containers on a Mac cannot use Metal, so training will run on the CPU. To use Metal, train without Docker: python train.py device=mps" "Mac 的容器无法使用 Metal，将使用 CPU 训练。不用 Docker 时可使用 Metal：python train.py device=mps" ;;
+    mac) warn "containers on a Mac cannot use Metal, so training will run on the CPU. To use Metal, train without Docker: python train.py device=mps" "Mac 上的容器无法使用 Metal，将使用 CPU 训练。要使用 Metal，请不用 Docker，直接训练：python train.py device=mps" ;;
     failing)
       warn "nvidia-smi failed: $(printf '%s' "$smi_output" | head -1)" "nvidia-smi 出错：$(printf '%s' "$smi_output" | head -1)"
-      warn "if the driver was upgraded, reboot once or run: sudo rmmod nvidia_uvm nvidia && sudo modprobe nvidia" "升级驱动后请重启一次，或执行：sudo rmmod nvidia_uvm nvidia && sudo modprobe nvidia"
+      warn "if the driver was upgraded, reboot once or run: sudo rmmod nvidia_uvm nvidia && sudo modprobe nvidia" "如果刚升级过驱动，请重启一次，或执行：sudo rmmod nvidia_uvm nvidia && sudo modprobe nvidia"
       ;;
-    hanging) warn "nvidia-smi did not respond within ${SMI_LIMIT:-10} s: a card is probably stuck. Check: sudo dmesg | grep -i xid. A reboot is usually needed" "nvidia-smi 在 ${SMI_LIMIT:-10} 秒内没有响应：显卡可能已挂起。查看：sudo dmesg | grep -i xid；通常需要重启" ;;
-    none) warn "the driver is installed but finds no card. Check: lspci | grep -i nvidia (a virtual machine needs GPU passthrough)" "驱动存在但没有检测到显卡（lspci | grep -i nvidia；虚拟机需要显卡直通）" ;;
+    hanging) warn "nvidia-smi did not respond within ${SMI_LIMIT:-10} s: a card is probably stuck. Check: sudo dmesg | grep -i xid. A reboot is usually needed" "nvidia-smi 在 ${SMI_LIMIT:-10} 秒内没有响应：显卡可能已卡死。请检查：sudo dmesg | grep -i xid。通常需要重启" ;;
+    none) warn "the driver is installed but finds no card. Check: lspci | grep -i nvidia (a virtual machine needs GPU passthrough)" "驱动已安装，但没有检测到显卡。请检查：lspci | grep -i nvidia（虚拟机需要配置显卡直通）" ;;
   esac
 }
 
@@ -127,10 +127,10 @@ choose_settings() {
   if [ "$profile" = auto ]; then
     case "$cards_state" in
       remote) die 4 "Docker runs on another host ($(engine_address)), whose cards cannot be detected from here. Name the profile: ./build.sh rtx40 (or cpu). The repository must be at the same path on that host" \
-        "Docker 命令发往另一台主机（$(engine_address)），无法检测其显卡。请指定配置：./build.sh rtx40（或 cpu）；代码目录需在该主机的相同路径下" ;;
+        "Docker 运行在另一台主机上（$(engine_address)），从本机无法检测那台主机的显卡。请指定显卡配置：./build.sh rtx40（或 cpu）。代码目录在那台主机上的路径必须与本机相同" ;;
       failing | hanging)
         explain_missing_card
-        die 4 "the card cannot be used in its current state. Use the CPU: ./build.sh cpu" "显卡目前无法使用。使用 CPU：./build.sh cpu"
+        die 4 "the card cannot be used in its current state. Use the CPU: ./build.sh cpu" "显卡目前无法使用。请改用 CPU：./build.sh cpu"
         ;;
       found) on_card=yes ;;
       *) explain_missing_card ;;
@@ -139,7 +139,7 @@ choose_settings() {
       warn "the NVIDIA Container Toolkit is missing, so containers cannot use the card and training will run on the CPU. To fix it, run these commands, then ./build.sh again:
     sudo apt-get install -y nvidia-container-toolkit
     sudo nvidia-ctk runtime configure --runtime=docker
-    sudo systemctl restart docker" "Docker 缺少 NVIDIA Container Toolkit，容器无法使用显卡，将使用 CPU 训练。请执行以下命令后重新运行 ./build.sh：
+    sudo systemctl restart docker" "未安装 NVIDIA Container Toolkit，容器无法使用显卡，将使用 CPU 训练。请执行以下命令后重新运行 ./build.sh：
     sudo apt-get install -y nvidia-container-toolkit
     sudo nvidia-ctk runtime configure --runtime=docker
     sudo systemctl restart docker"
@@ -147,7 +147,7 @@ choose_settings() {
     fi
     if [ "$on_card" = yes ]; then
       if [ "$row_capability" = - ] && [ "${driver%%.*}" -ge "$CUDA12_DRIVER" ] 2>/dev/null; then
-        die 4 "nvidia-smi does not report the compute capability. Name the profile: ./build.sh rtx30 (developer.nvidia.com/cuda-gpus)" "nvidia-smi 没有给出计算能力。请指定配置：./build.sh rtx30（见 developer.nvidia.com/cuda-gpus）"
+        die 4 "nvidia-smi does not report the compute capability. Name the profile: ./build.sh rtx30 (developer.nvidia.com/cuda-gpus)" "nvidia-smi 没有报告计算能力。请指定显卡配置：./build.sh rtx30（参见 developer.nvidia.com/cuda-gpus）"
       fi
       [ "$row_capability" = - ] || row=$(choose_row "$TABLE" "$row_capability" "$row_mib")
     else
@@ -171,14 +171,14 @@ choose_settings() {
   nccl=$(row_field "$TABLE" "$row" nccl)
   shm=$(user_setting SHM_SIZE "")
   if [ -n "$shm" ]; then
-    valid_size "$shm" || die 2 "SHM_SIZE=$shm: use a size such as 8gb or 512mb" "SHM_SIZE=$shm：请用 8gb 或 512mb 这样的大小"
+    valid_size "$shm" || die 2 "SHM_SIZE=$shm: use a size such as 8gb or 512mb" "SHM_SIZE=$shm：请写成 8gb 或 512mb 这样的形式"
   else
     shm=$(capped_size "$(row_field "$TABLE" "$row" shm)" "$(memory_mib)")
   fi
   user=$(host_user "$rootless")
   host_uid=${user% *} host_gid=${user#* }
   if [ "$host_uid" = 0 ] && [ "$rootless" = no ]; then
-    warn "you are root, so the container will also run as root and files in runs/ will belong to root" "当前用户是 root，容器也将以 root 运行，runs/ 中的文件属于 root"
+    warn "you are root, so the container will also run as root and files in runs/ will belong to root" "当前用户是 root，容器也将以 root 身份运行，runs/ 中的文件将归 root 所有"
   fi
   project=$(user_setting COMPOSE_PROJECT_NAME "$(project_name "$ROOT" "$host_uid")")
   container=$(user_setting TRAIN_LLM_CONTAINER "$(container_name "$ROOT")")
@@ -201,7 +201,7 @@ choose_torch() {
     if ! torch=$(torch_version "$TABLE" "$driver" $capabilities); then
       minimum=$torch
       die 4 "the NVIDIA driver $driver is too old: torch needs $minimum or newer for this card. Install it from nvidia.com/drivers (for WSL: in Windows), or use the CPU: ./build.sh cpu" \
-        "NVIDIA 驱动 $driver 过旧：该显卡的 torch 需要 $minimum 或更新版本。请从 nvidia.com/drivers 安装（WSL 请在 Windows 中安装），或使用 CPU：./build.sh cpu"
+        "NVIDIA 驱动 $driver 过旧：torch 要支持这张显卡，驱动版本须为 $minimum 及以上。请从 nvidia.com/drivers 下载安装（WSL 用户请在 Windows 中安装），或改用 CPU：./build.sh cpu"
     fi
   elif [ "$(row_field "$TABLE" "$row" cuda13)" = no ]; then
     torch=$TORCH_CUDA12
@@ -216,7 +216,7 @@ warn_of_mismatch() {
   if [ -n "$detected" ] && [ "$detected" != "$row" ]; then
     forced=yes
     warn "$profile was requested, but the card (capability $row_capability, $row_mib MiB) matches $(row_field "$TABLE" "$detected" profile): micro batch $(row_field "$TABLE" "$row" micro_batch_size) instead of $(row_field "$TABLE" "$detected" micro_batch_size), precision $(row_field "$TABLE" "$row" precision) instead of $(row_field "$TABLE" "$detected" precision). Training may run out of memory or fail" \
-      "指定了 $profile，但显卡（计算能力 $row_capability，$row_mib MiB）属于 $(row_field "$TABLE" "$detected" profile)：micro batch $(row_field "$TABLE" "$row" micro_batch_size) 而非 $(row_field "$TABLE" "$detected" micro_batch_size)，精度 $(row_field "$TABLE" "$row" precision) 而非 $(row_field "$TABLE" "$detected" precision)。可能显存不足或运行失败"
+      "指定的显卡配置是 $profile，但检测到的显卡（计算能力 $row_capability，$row_mib MiB）对应 $(row_field "$TABLE" "$detected" profile)。按指定的配置，micro batch 为 $(row_field "$TABLE" "$row" micro_batch_size)（而非 $(row_field "$TABLE" "$detected" micro_batch_size)），精度为 $(row_field "$TABLE" "$row" precision)（而非 $(row_field "$TABLE" "$detected" precision)）。训练可能会因显存不足等原因失败"
   fi
 }
 
@@ -236,7 +236,7 @@ choose_mirrors() {
       if [ -n "$hub" ]; then base_image=$hub/library/python:3.11-slim-bookworm; fi
     fi
     if [ -z "$pip_indices" ] && [ "$mirror" = cn ]; then
-      warn "no mirror in docker/mirrors.conf is reachable; the build will try the official addresses" "docker/mirrors.conf 中的镜像站均无响应，将尝试官方地址"
+      warn "no mirror in docker/mirrors.conf is reachable; the build will try the official addresses" "docker/mirrors.conf 中的镜像站都无法访问，构建时将尝试官方地址"
     fi
   fi
   base_image=${base_image:-python:3.11-slim-bookworm}
@@ -300,16 +300,16 @@ explain() {
   fi
   line "cards" "显卡" "$cards${cuda_devices:+, CUDA_DEVICES=$cuda_devices}"
   line "driver" "驱动" "$driver"
-  line "profile" "配置" "$profile_chosen"
-  line "micro batch" "微批大小" "$micro_batch x 512"
-  if [ "$profile_chosen" = cpu ]; then precision=$(say "fp32 or bf16, whichever the first run measures as faster" "fp32 或 bf16，首次运行时测量"); fi
+  line "profile" "显卡配置" "$profile_chosen"
+  line "micro batch" "micro batch" "$micro_batch x 512"
+  if [ "$profile_chosen" = cpu ]; then precision=$(say "fp32 or bf16, whichever the first run measures as faster" "fp32 或 bf16，首次运行时实测，取较快者"); fi
   line "precision" "精度" "$precision, compile $compile"
   line "predicted peak" "预计显存峰值" "$peak GB"
   line "/dev/shm" "共享内存" "$shm"
   line "torch" "torch" "$torch"
-  line "packages from" "软件包来源" "$region${pip_indices:+: $pip_indices}"
+  line "packages from" "软件源" "$region${pip_indices:+: $pip_indices}"
   line "base image" "基础镜像" "$base_image"
-  line "to download" "需下载" "$(say "about $torch_mb MB, plus about 400 MB of Debian and Python packages, unless already cached" "约 $torch_mb MB，另有约 400 MB 系统与 Python 包（已有则跳过）")"
+  line "to download" "需下载" "$(say "about $torch_mb MB, plus about 400 MB of Debian and Python packages, unless already cached" "约 $torch_mb MB，另有约 400 MB 的 Debian 和 Python 软件包（已缓存的不再下载）")"
   line "container" "容器" "$container, $image"
   line "TensorBoard" "TensorBoard" "http://localhost:$tb_port"
 }
@@ -320,7 +320,7 @@ warn_if_training() {
   [ "$engine_state" = ok ] || return 0
   if docker top "$container" -eo args 2>/dev/null | grep -Eq '(^|[ /])(train|sft_train|dpo_train)\.py'; then
     warn "a training is running in $container and is not affected now. If settings changed, the next '$compose up -d train' will stop it (it saves a checkpoint first); run the same training command again to resume it" \
-      "$container 中有训练正在进行，不受影响；若设置已改变，下次 '$compose up -d train' 会停止它（先保存），之后用同一命令继续"
+      "$container 中有训练正在进行，目前不受影响。如果设置有变化，下次运行 '$compose up -d train' 会停止这个训练（先保存检查点），之后重新运行同一条训练命令即可继续"
   fi
 }
 
@@ -331,7 +331,7 @@ unset_loopback_proxies() {
     eval "value=\${$name:-}"
     if [ -n "$value" ] && proxy_is_loopback "$value"; then
       warn "$name=$value is not passed to the build, where this address is the build container itself. Let the proxy listen on the network, then run: export $name=http://HOST_ADDRESS:PORT" \
-        "$name=$value 不会传入构建：在构建容器中它指向容器自身。请让代理监听局域网地址：export $name=http://主机地址:端口"
+        "$name=$value 不会传给构建过程，因为在构建容器中，这个地址指向容器自身。请让代理监听局域网地址，然后运行：export $name=http://主机地址:端口"
       unset "$name"
     fi
   done
