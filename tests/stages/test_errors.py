@@ -233,16 +233,18 @@ def test_a_finished_or_different_run_is_not_changed(run, workdir, tmp_path):
     assert (contents(tmp_path / "done"), contents(workdir)) == before
 
 
-def test_a_finished_run_is_not_reported_as_finished_if_its_base_was_trained_again(run, tmp_path):
+def test_a_finished_run_is_refused_if_its_base_model_was_trained_again(run, tmp_path):
     base, words = tmp_path / "base", (f"out_dir={tmp_path}/run", f"init_from={tmp_path}/base/final")
     assert run("pretrain", f"out_dir={base}")[0] == 0
-    for _ in range(2):
-        code, out = run("pretrain", *words)
-        assert code == 0
-    assert "already finished" in out
-    os.utime(base / "final/model.safetensors")
+    assert run("pretrain", *words)[0] == 0
+    weights = base / "final/model.safetensors"
+    os.utime(weights)  # As after a copy: newer, but the same.
     code, out = run("pretrain", *words)
-    assert code == 1 and f"init_from: {base}/final was written after this run finished" in out
+    assert code == 0 and "already finished" in out
+    weights.write_bytes((tmp_path / "run/final/model.safetensors").read_bytes())
+    code, out = run("pretrain", *words)
+    assert code == 1 and "holds a finished run with another recipe:" in out
+    assert "the model in init_from has changed" in out
 
 
 def test_only_runs_are_moved_aside(run, workdir, tmp_path, monkeypatch):

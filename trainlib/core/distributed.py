@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainlib.core.errors import UserError
+from trainlib.core.errors import AlreadyFinished, UserError
 
 T = TypeVar("T")
 
@@ -134,10 +134,10 @@ def run_on_main_process(distributed: DistributedContext, action: Callable[[], T]
     if distributed.is_main:
         try:
             outcome = action()
-        except UserError as error:
+        except (UserError, AlreadyFinished) as error:
             outcome = error
     outcome = distributed.broadcast_object(outcome)
-    if isinstance(outcome, UserError):
+    if isinstance(outcome, (UserError, AlreadyFinished)):
         outcome.reported = True
         raise outcome
     return outcome

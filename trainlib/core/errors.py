@@ -16,8 +16,8 @@ class UserError(ValueError):
     """True once rank 0 prints this error, so that the other ranks stay silent."""
 
 
-class AlreadyFinished(UserError):  # noqa: N818  # Not an error: exit code 0.
-    """The same run is finished already, so there is nothing to do."""
+class AlreadyFinished(Exception):  # noqa: N818
+    """The same run is finished already. Not an error: the exit code is 0."""
 
 
 @contextlib.contextmanager

@@ -76,7 +76,6 @@ def groups(cls: type) -> dict[str, list[Key]]:
 
 
 def _override(key: Key, raw: RawValue | None, file: Path) -> str:
-    """Return the value of a key in the config file if it differs from the default."""
     if raw is None:
         return ""
     try:

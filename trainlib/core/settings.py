@@ -166,7 +166,6 @@ def _is_section(name: str, names: list[str]) -> bool:
 
 
 def _unknown(name: str, names: list[str]) -> str:
-    """Return the error message for an unknown key; it suggests the nearest key."""
     if _is_section(name, names):
         return f"a section; set a key in it, like {name}.KEY=value"
     last = name.rpartition(".")[2]

@@ -149,7 +149,6 @@ def _read_calls(calls: Any, field: str) -> list[dict[str, Any]]:
 
 
 def _parse_json(value: Any, field: str) -> Any:
-    """Return a value; if it is a string, parse it as JSON first."""
     if not isinstance(value, str):
         return value
     if not value.strip():

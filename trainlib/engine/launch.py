@@ -44,6 +44,7 @@ from trainlib.engine.plan import CONFIGS, plan_request, print_plan
 from trainlib.engine.run import STAGES, Run, RunConfig
 from trainlib.engine.run_folder import IDENTITY, acquire_run_folder
 from trainlib.engine.training import Training
+from trainlib.models.hf_folder import weights_digest
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,8 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
     UserError if it holds a run with another recipe or other data.
     """
     folder = Path(config.out_dir)
-    identity = {"stage": stage, "recipe": recipe(config), "data": data_key}
+    base = weights_digest(config.init_from) if config.init_from else None
+    identity = {"stage": stage, "recipe": recipe(config), "data": data_key, "base": base}
     distributed = init_distributed(config.device)
     if config.tokens_per_step < row_length and distributed.is_main:
         log.warning("tokens_per_step=%s is less than a row, so a step is one row of %s positions",

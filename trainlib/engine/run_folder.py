@@ -61,31 +61,22 @@ def resolve_resume(folder: Path, resume: str, identity: dict[str, Any]) -> Path 
             raise UserError(f"{text}. Use another folder: out_dir=NEW.") from error
         return None
     existing = read_identity(folder)
-    finished = {"init_from": "final"} if (folder / "final").is_dir() else {}
+    final = {"init_from": "final"} if (folder / "final").is_dir() else {}
     stage = identity["stage"]
     if (other := existing.get("stage", stage)) != stage:
         text = f"{folder} holds a run of {other}, but this is {stage}."
-        raise UserError(f"{text} {_options(folder, finished)}")
+        raise UserError(f"{text} {_options(folder, final)}")
     differing = _differences(existing, json.loads(json.dumps(identity)))
-    base = identity["recipe"].get("init_from")
-    if finished and base and _written(Path(base)) > _written(folder / "final"):
-        differing["init_from"] = f"init_from: {base} was written after this run finished"
-    if finished and not differing:
+    if final and not differing:
         text = "set resume=never or out_dir=NEW to train again"
         raise AlreadyFinished(f"already finished: {folder / 'final'} ({text})")
     newest = Checkpoints(folder, 1).newest()
     if differing:
         lines = "".join(f"\n  {text}" for text in differing.values())
-        options = _options(folder, finished or _uses(newest, set(differing)))
-        state = "a finished" if finished else "an unfinished"
+        options = _options(folder, final or _uses(newest, set(differing)))
+        state = "a finished" if final else "an unfinished"
         raise UserError(f"{folder} holds {state} run with another recipe:{lines}\n{options}")
     return newest
-
-
-def _written(model_folder: Path) -> float:
-    """Return when a model's weights were written; 0 if there are none."""
-    weights = model_folder / "model.safetensors"
-    return weights.stat().st_mtime if weights.is_file() else 0
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
@@ -123,13 +114,14 @@ def _occupied(folder: Path) -> bool:
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, str]:
-    """Return the differences between the identities of two runs: a message by key."""
     old, new = saved["recipe"], current["recipe"]
     differing = {
         key: f"{key}: {old.get(key)!r} before, {new.get(key)!r} now"
         for key in sorted({*old, *new})
         if old.get(key) != new.get(key)
     }
+    if "base" in saved and saved["base"] != current["base"]:  # Older runs have none.
+        differing["init_from"] = "the model in init_from has changed"
     if saved["data"] != current["data"]:
         differing["data"] = "the data files or the tokenizer have changed"
     return differing

@@ -7,12 +7,14 @@ other files; load_config checks that model.py implements a folder's architecture
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -191,6 +193,14 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / name} cannot be read: {error}") from error
     return tensors
+
+
+def weights_digest(folder: str | Path) -> str:
+    """Return a digest of the weights in a model folder."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        digest.update(np.memmap(path, mode="r"))
+    return digest.hexdigest()
 
 
 def _shards(index: Path) -> list[str]:
