@@ -8,12 +8,13 @@ TORCH_CPU = https://download.pytorch.org/whl/cpu
 # Words that this project used in place of the usual ones: baseline, rebuild, fix, resume, report, predict, next to.
 ODD_WORDS = yardsticks?|anew|mend(s|ed|ing)?|cures?|(go|goes|going|went) on with|told|foretold|beside
 
-# MIRROR=cn: pip and torch from the first mirrors of docker/mirrors.conf that answer.
-ifdef MIRROR
+# make env MIRROR=cn: pip and torch from the first mirrors of docker/mirrors.conf that answer. The
+# environment keeps the index of pip.
+ifeq ($(origin MIRROR),command line)
 first_mirror = $(shell . docker/lib/mirrors.sh; reachable docker/mirrors.conf $(1) $(MIRROR) | head -1)
 export PIP_INDEX_URL := $(call first_mirror,pip)
 TORCH_CPU := $(call first_mirror,torch-cpu)
-$(if $(PIP_INDEX_URL),,$(error MIRROR=$(MIRROR): no package index of docker/mirrors.conf answers. Omit MIRROR))
+$(if $(PIP_INDEX_URL),,$(error MIRROR=$(MIRROR): no package index for it in docker/mirrors.conf answers. Set MIRROR=cn or omit it))
 endif
 
 .PHONY: help env demo test test-all docker-test bench bench-long gpu-check lint lock tensorboard
@@ -65,8 +66,8 @@ lint: .venv/ready-dev ## Check style, types, spelling and the word list.
 	$(BIN)/pyright
 	git ls-files '*.py' '*.md' '*.sh' '*.yaml' '*.yml' '*.tsv' Makefile Dockerfile | \
 	  xargs $(BIN)/codespell --ignore-words-list modle
-	@! git grep -nwiE '$(ODD_WORDS)' -- '*.py' '*.md' '*.sh' '*.yaml' '*.yml' '*.tsv' '*.conf' Dockerfile ':!CHANGELOG.md' || \
-	  { echo "Use baseline, rebuild, fix, resume, report, predict or next to instead."; exit 1; }
+	@git grep -nwiE '$(ODD_WORDS)' -- '*.py' '*.md' '*.sh' '*.yaml' '*.yml' '*.tsv' '*.conf' Dockerfile ':!CHANGELOG.md'; \
+	  test $$? = 1 || { echo "Use baseline, rebuild, fix, resume, report, predict or next to instead."; exit 1; }
 
 tensorboard: .venv/ready ## Show all runs on http://localhost:6006
 	$(BIN)/tensorboard --logdir runs --port 6006
@@ -101,6 +102,7 @@ endef
 	  { echo "$(PYTHON) is too old: Python 3.10 or newer is needed. Name one: make env PYTHON=python3.12"; exit 1; }
 	@# A venv created without ensurepip has python but no pip. Running venv again adds pip.
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(if $(filter command%,$(origin MIRROR)),$(BIN)/pip config --site set global.index-url $(PIP_INDEX_URL))
 	$(call torch_into,$(BIN))
 	$(BIN)/pip install -r requirements.txt
 	touch $@

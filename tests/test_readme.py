@@ -14,9 +14,12 @@ import pytest
 from tools.demo import BEGIN, END, PAGES, READMES
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted([ROOT / "README.md", ROOT / "README.zh-CN.md", *(ROOT / "docs").glob("*.md")])
+CHINESE = [f"{page}.zh-CN.md" for page in ("README", *(f"docs/{name}" for name in
+           ("data", "demo", "docker", "training")))]  # fmt: skip
+FILES = sorted(
+    [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "dataset/README.md"]
+)
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES}
-CHINESE = [name for name in TEXTS if name.endswith(".zh-CN.md")]
 every_page = pytest.mark.parametrize("name", TEXTS)
 every_chinese_page = pytest.mark.parametrize("name", CHINESE)
 
@@ -25,6 +28,7 @@ OTHERS = {
     *("sudo", "docker", "pre-commit", "torchrun", "bash", "curl", "echo", "chmod", "cp", "mkdir"),
 }
 """Commands of the system. Their options are not checked."""
+STAGES = ("train", "sft_train", "dpo_train")
 COMPOSE = {"up", "exec", "logs", "ps", "stop", "start", "restart", "down", "build", "config", "run"}
 
 
@@ -38,12 +42,18 @@ def prose(text: str) -> str:
     return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
 
 
+def spans(text: str, pattern: str = r"[^`]+") -> list[str]:
+    """Return the code spans outside of fenced blocks that match a pattern."""
+    return [" ".join(span.split()) for span in re.findall(rf"`({pattern})`", prose(text))]
+
+
 def commands(text: str) -> list[list[str]]:
-    """Return the words of every command in the bash blocks; `docker compose exec X` is removed."""
+    """Return the words of every command in bash blocks and code spans."""
     found = []
-    for script in blocks(text):
+    for script in [*blocks(text), *spans(text, r"(?:python|make|pip|\./build\.sh) [^`]+")]:
+        script = re.sub(r"(^|\s)#.*", r"\1", script)
         lexer = shlex.shlex(script.replace("\\\n", " "), posix=True, punctuation_chars=";&|\n")
-        lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t", True, "#"
+        lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t", True, ""
         command: list[str] = []
         for word in [*lexer, "\n"]:
             if not set(word) <= set(";&|\n"):
@@ -101,18 +111,17 @@ def check_make(words: list[str]) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for word in words:
         variable, equals, _ = word.partition("=")
-        pattern = rf"^(ifdef )?{variable}\b" if equals else rf"^{word}: "
-        assert re.search(pattern, makefile, re.M) or f"$({variable})" in makefile, word
+        known = rf"^{variable} \?=|\$\(({variable})\)" if equals else rf"^{word}: .*##"
+        assert re.search(known, makefile, re.M), word
 
 
 def check_build(words: list[str]) -> None:
     """Check the profile and the options of a build.sh command."""
     known = help_of("bash", "build.sh")
     assert options(" ".join(words)) <= options(known), words
-    profiles = (ROOT / "configs/hardware.tsv").read_text(encoding="utf-8")
-    for word in words[:1]:
-        if not word.startswith("-"):
-            assert re.search(rf"\b{word}\b", known + profiles), words
+    table = (ROOT / "configs/hardware.tsv").read_text(encoding="utf-8")
+    profiles = {line.split()[0] for line in table.splitlines() if line[:1].isalpha()}
+    assert all(word.startswith("-") or word in {*profiles, "doctor"} for word in words[:1]), words
 
 
 @every_page
@@ -145,6 +154,10 @@ def test_commands_are_found_and_a_wrong_one_is_seen():
         check_make(["demos"])
     with pytest.raises(AssertionError):
         check_build(["rtx60"])
+    with pytest.raises(AssertionError):
+        check_build(["driver"])
+    assert commands("```bash\ncd x  # c\nmake demos\n```") == [["cd", "x"], ["make", "demos"]]
+    assert commands("Type `make env MIRROR=cn`, then:") == [["make", "env", "MIRROR=cn"]]
     assert sum(len(commands(text)) for text in TEXTS.values()) > 60
 
 
@@ -154,14 +167,14 @@ def test_links_settings_and_files_in_prose_exist(name):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         known = target.startswith("https://") or ((ROOT / name).parent / target).exists()
         assert known, target
-    for span in re.findall(r"`([^`\n]+)`", text):
+    stages = "".join(help_of(sys.executable, f"{stage}.py") for stage in STAGES)
+    for span in spans(text):
         path = re.fullmatch(r"((?:trainlib|tests|docker|configs|bench|tools|tokenizer|kernels)/"
                             r"[\w/.-]+\.(?:py|tsv|md|yaml|sh|conf|lock))", span)  # fmt: skip
         assert not path or (ROOT / path[1]).exists(), span
-        key = re.match(r"((?:data|optim|model)\.[a-z_]+)(=|$)", span)
-        ends = ("py", "jsonl", "yaml", "json", "md", "safetensors")
-        if key and key[1].split(".")[1] not in (*ends, "ops"):
-            assert f"  {key[1]}=" in help_of(sys.executable, "train.py"), span
+        key = re.match(r"((?:[a-z]+\.)?[a-z_]+)=", span)
+        if key and not span.startswith("section.key"):
+            assert f"  {key[1]}=" in stages, span
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
@@ -192,6 +205,7 @@ def test_both_languages_have_the_same_blocks_and_parts(name):
 
     assert without_comments(english) == without_comments(chinese)
     assert parts(english) == parts(chinese)
+    assert set(spans(english)) == set(spans(chinese))
     page = Path(name).name
     assert f"({page})" in english.splitlines()[0]
     assert f"({page.replace('.zh-CN', '')})" in chinese.splitlines()[0]

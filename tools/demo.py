@@ -46,12 +46,13 @@ def prepare(name: str, author: str | None, quick: bool) -> None:
     """Fetch the sample, or rewrite its identity rows; move a demo of other options aside."""
     stamp = DEMO / "identity.txt"
     identity = f"{name}\n{author or ''}\n" + ("quick\n" if quick else "")
-    same = stamp.is_file() and stamp.read_text(encoding="utf-8") == identity
+    earlier = stamp.read_text(encoding="utf-8") if stamp.is_file() else ""
+    same, same_names = earlier == identity, earlier.splitlines()[:2] == identity.splitlines()[:2]
     if DEMO.exists() and not same:
         print(f"moved the earlier demo, which had other options, to {move_aside(DEMO)}")
-    if not same or not (SAMPLE / "SOURCES.json").is_file():
-        made_by = ["--author", author] if author else []
-        call(["-m", "tools.prepare_data", "--name", name, *made_by])
+    if not same_names or not (SAMPLE / "SOURCES.json").is_file():
+        author_option = ["--author", author] if author else []
+        call(["-m", "tools.prepare_data", "--name", name, *author_option])
     DEMO.mkdir(parents=True, exist_ok=True)
     stamp.write_text(identity, encoding="utf-8")
 
@@ -134,8 +135,7 @@ def mark(reached: bool) -> str:
 def report(name: str, quick: bool, columns: int = 0) -> str:
     """Return the figures of a finished demo and four exchanges with its model.
 
-    Given `columns`, cut each answer to this many columns of a terminal, and add the baselines of
-    DPO. Otherwise print answers in full.
+    `columns` truncates each answer to that width in a terminal; 0 keeps it whole.
     """
     prompts = held_out_prompts()
     models = {
@@ -155,7 +155,7 @@ def report(name: str, quick: bool, columns: int = 0) -> str:
             "",
             *sft_figures(),
             "",
-            *dpo_figures(baselines=bool(columns)),
+            *dpo_figures(),
             "",
             "Held-out prompts whose greedy answer repeats itself: "
             f"SFT {rates[0]:.2f}, DPO {rates[1]:.2f} (less than SFT){mark(rates[1] < rates[0])}",
@@ -200,7 +200,7 @@ def sft_figures() -> list[str]:
     return [f"SFT, validation loss: {first[VAL_LOSS]:.3f} -> {last[VAL_LOSS]:.3f}"]
 
 
-def dpo_figures(baselines: bool) -> list[str]:
+def dpo_figures() -> list[str]:
     """Return the accuracy of each type of pair; types with few pairs are omitted."""
     table = json.loads((DEMO / "dpo" / "report.json").read_text(encoding="utf-8"))
     lines = ["DPO, held-out pairs: share with a reward margin above 0"]
@@ -209,16 +209,13 @@ def dpo_figures(baselines: bool) -> list[str]:
         if kind == "ranked" and row["n"] < 30:
             continue
         target = f"  (at least {least:.2f})" if least else ""
-        lines.append(
+        lines += [
             f"  {kind:<14}{row['accuracy']:.3f} +- {row['standard_error']:.3f}  n {row['n']}, "
             f"on training pairs {row['trained'] or float('nan'):.3f}"
-            f"{target}{mark(row['accuracy'] >= least)}"
-        )
-        if baselines:
-            lines.append(
-                f"  {'':<14}own preference {row['own_before']:.3f} -> {row['own_after']:.3f}, "
-                f"best trivial rule ({row['rule']}) {row['rule_accuracy']:.3f}"
-            )
+            f"{target}{mark(row['accuracy'] >= least)}",
+            f"  {'':<14}own preference {row['own_before']:.3f} -> {row['own_after']:.3f}, "
+            f"best trivial rule ({row['rule']}) {row['rule_accuracy']:.3f}",
+        ]
     return lines
 
 
@@ -304,13 +301,16 @@ def write_pages(blocks: dict[Path, str]) -> None:
 
 
 def finished_name() -> str:
-    """Return the name of a finished demo's model; raises UserError if no demo is finished."""
+    """Return the name of a finished demo's model; raises UserError without a full demo."""
     files = [DEMO / "identity.txt", DEMO / "dpo" / "report.json"]
     files += [DEMO / stage / "final" / "model.safetensors" for stage in STAGES]
     for path in files:
         if not path.is_file():
             raise UserError(f"no finished demo: {path} does not exist. Run `make demo` first.")
-    return files[0].read_text(encoding="utf-8").splitlines()[0]
+    name, *rest = files[0].read_text(encoding="utf-8").splitlines()
+    if "quick" in rest[1:]:
+        raise UserError(f"{DEMO} is a quick demo, for a test only. Run `make demo` first.")
+    return name
 
 
 def main() -> None:

@@ -33,16 +33,21 @@ def block(word: str) -> str:
 
 
 def run(script: str, folder: Path, say: str = "") -> str:
-    """Run lines of README.md in bash, with a text on stdin; return what they print."""
+    """Run lines of README.md in bash, with a text on stdin; return their stdout."""
     print(f"\n$ {script}", flush=True)
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], cwd=folder, input=say, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+        capture_output=True, encoding="utf-8", timeout=900,
     )  # fmt: skip
-    print(done.stdout[-2000:], flush=True)
+    print(done.stdout[-2000:], done.stderr[-1000:], flush=True)
     if done.returncode:
         sys.exit(f"exit code {done.returncode}")
     return done.stdout
+
+
+def answer(out: str) -> str:
+    """Return what chat.py answered to the only question."""
+    return re.split(r"(?:^|\n)> ", out)[1].strip()
 
 
 def check(condition: bool, what: str) -> None:
@@ -91,8 +96,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         demo = block("git clone").replace("REPOSITORY", f"{ROOT}/.git")
         demo = demo.replace("make demo\n", "make demo QUICK=1\n")
+        check("QUICK=1" in demo, "README.md has a line `make demo`")
         out = run(demo, Path(name), say="你好，你是谁？\n/quit\n")
-        check("Chat, greedy" in out and out.rstrip().count("\n> ") > 0, "the demo chats")
+        check("Chat, greedy" in out, "the demo prints its figures")
+        check(bool(answer(out)), "the demo model answers")
 
         folder, began = Path(name) / "train_llm_from_scratch", time.monotonic()
         write_data(folder / "dataset")
@@ -103,7 +110,7 @@ def main() -> None:
         check("already finished" in run(f"{activate}; {pretrain} {SHORT}", folder), "and finishes")
         run(f"{activate}; {sft} {SHORT}; {dpo} {SHORT}", folder)
         out = run(f"{activate}; {chat}", folder, say="3 加 3 等于多少？\n/quit\n")
-        check(re.search(r"> .*\S", out) is not None, "the model answers")
+        check(bool(answer(out)), "the model answers")
         check(time.monotonic() - began < MOST_SECONDS, f"all this takes under {MOST_SECONDS} s")
 
         for file in ("mine.jsonl", "other.jsonl"):
@@ -111,6 +118,7 @@ def main() -> None:
         run(f"{activate}; " + block("inspect_data").replace("max_hours=2", "max_steps=3"), folder)
         run(f"{activate}; " + block("--budget"), folder)
         out = run(f"{activate}; " + block("pip install transformers"), folder)
+        check(bool(out.splitlines()[-1].strip()), "the model answers in transformers")
         print(f"\nfirst hour passed in {time.monotonic() - began:.0f} s after the demo")
 
 

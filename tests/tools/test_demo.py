@@ -91,6 +91,18 @@ def test_without_a_finished_demo_it_says_so(tmp_path, monkeypatch, capsys):
         demo.main()
 
 
+def test_the_figures_of_a_quick_demo_are_not_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "DEMO", tmp_path)
+    for name in ("dpo/report.json", *(f"{s}/final/model.safetensors" for s in demo.STAGES)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "identity.txt").write_text("quick\n\n", encoding="utf-8")  # A name, no author.
+    assert demo.finished_name() == "quick"
+    (tmp_path / "identity.txt").write_text("小智\n\nquick\n", encoding="utf-8")
+    with pytest.raises(UserError, match="is a quick demo"):
+        demo.finished_name()
+
+
 def write_run(folder: Path, rows: list[dict], baselines: dict | None = None) -> None:
     folder.mkdir(parents=True)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
