@@ -278,7 +278,7 @@ def test_a_full_disk_while_fetching_is_an_error(
     fails(project, capsys, "the disk is full", str(sample_sources.downloads_folder()))
 
 
-def test_an_unwritable_folder_is_an_error(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_folder_must_be_writable(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     project.out.write_text("a file instead of the folder")
     fails(project, capsys, "cannot write to", str(project.out))
 

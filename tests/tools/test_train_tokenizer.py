@@ -57,7 +57,7 @@ def test_decoding_restores_every_text(which: str, request: pytest.FixtureRequest
 
 
 @pytest.mark.parametrize("which", ["small", "committed"])
-def test_role_and_text_of_a_turn_can_be_encoded_separately(which: str, request: pytest.FixtureRequest) -> None:
+def test_roles_never_merge_with_the_text(which: str, request: pytest.FixtureRequest) -> None:
     """The loss mask requires that "role + newline" never merges with the text that follows."""
     bpe: Tokenizer = request.getfixturevalue(which)
 
