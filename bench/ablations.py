@@ -6,8 +6,8 @@ Every run executes the stage script on the sample data for --tokens tokens. Each
 to the baseline. The baseline is the current recipe, except that any setting changed because of an
 earlier ablation is reset to its old value. SFT starts from the pretraining baseline with the same
 seed, and DPO from the SFT baseline with the same seed. The result is the final metric on the
-recipe's held-out rows: bits per byte, or the validation loss for DPO.
-After the first seed, changes that are worse than the best by more than --within are dropped.
+recipe's held-out rows: bits per byte, or the validation loss for DPO. After the first seed, changes
+that are worse than the best by more than --within are dropped.
 
 Finished runs are appended to bench/ablations.jsonl. One process runs per core. A recorded run is
 not repeated unless its recipe, an earlier stage's recipe or the sample has changed. With --hours,
@@ -78,7 +78,7 @@ CHANGES = {
 
 
 def main() -> None:
-    """Run the ablations that have no recorded result, finishing each seed before the next."""
+    """Run the ablations without a recorded result, finishing each seed before starting the next."""
     parser = make_parser("ablations", __doc__, CHANGES, peers=False)
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def recorded_values() -> dict[str, float]:
-    """Return a dict from run key to result."""
+    """Return {run key: result} for the recorded runs."""
     if not RUNS.is_file():
         return {}
     runs = map(json.loads, RUNS.open(encoding="utf-8"))

@@ -27,7 +27,7 @@ from trainlib.models.hf_folder import load_model
 def own_step(folder: Path, rows: int, length: int, count: int = 0) -> dict[str, float]:
     """Return the "peak" bytes and tokens "per_second" of forward, backward and AdamW in fp32.
 
-    Each row is one document with a label at every position. Times `count` steps, possibly none.
+    Each row is one document with a label at every position. `count` steps are timed, if any.
     """
     model = load_model(folder)
     hardware = Hardware(torch.device("cpu"), "fp32", cpu_choice().attention, False, rows)

@@ -1,4 +1,4 @@
-"""Training speed compared with the peers: same model and texts, runs alternate on this machine.
+"""Training speed compared with the peers: same model and texts, in runs that alternate.
 
     python -m bench.training [NAME ...] [--peers .venv-peers] [--pairs 3] [--steps 6]
 
@@ -130,7 +130,7 @@ def own_throughput(name: str, steps: int) -> float:
 def pairs_per_second(data: Path, steps: int) -> float:
     """Return pairs per second, including the time for the pairs' reference log-probabilities.
 
-    Our rows have 512 positions, the length of two maximal answers, and are packed with pairs.
+    Our rows have 512 positions (two answers of maximum length) and hold as many pairs as fit.
     """
     shutil.rmtree(WORK_DIR / "cache/reference", ignore_errors=True)
     words = [

@@ -107,7 +107,7 @@ FINDINGS = {
 
 
 class Translator:
-    """Translates the phrases of a report, which are written in English in the code."""
+    """Translates the English phrases of a report into its language."""
 
     def __init__(self, language: str) -> None:
         self._table = CHINESE if language == "zh" else {"least": "min", "most": "max"}

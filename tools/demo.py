@@ -323,7 +323,7 @@ def main() -> None:
         "--transcript", action="store_true", help="print the figures of a finished demo as Markdown"
     )
     parser.add_argument(
-        "--write-readme", action="store_true", help="also write it to the READMEs and docs/demo*.md"
+        "--write-readme", action="store_true", help="also write them to READMEs and docs/demo*.md"
     )
     options = parser.parse_args()
     if options.transcript or options.write_readme:

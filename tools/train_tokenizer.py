@@ -28,9 +28,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tokenizer.bpe import SPECIAL_TOKENS
 from trainlib.data.containers import utf8_error
 
-# Merges stay within these pieces: English contractions, letters with one preceding character (such
-# as a space or comma), single digits, punctuation with the newlines after it, runs of spaces. A
-# newline after anything but punctuation is a separate piece, so encode("assistant\n" + text) equals
+# Merges stay within these pieces: English contractions, letters with one preceding character (e.g.
+# a space), single digits, punctuation with the newlines after it, and runs of spaces. A newline
+# after anything but punctuation is a separate piece, so encode("assistant\n" + text) equals
 # encode("assistant\n") + encode(text) for every text, and the loss mask always matches the ids of
 # the chat template. If newlines were never merged, texts would have 3% more tokens.
 PRE_TOKENIZE_PATTERN = (

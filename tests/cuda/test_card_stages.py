@@ -1,4 +1,4 @@
-"""Tests the stages on a GPU, each for twenty steps; pretraining is killed and resumed."""
+"""Tests for the stages on a GPU, each for twenty steps; pretraining is killed and resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests recompilation, synchronization and memory of steps on a GPU, and reports their speed."""
+"""Tests for steps on a GPU: no recompilation, no synchronization, predicted memory, speed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_speed_of_the_fastest_matmul(machine, report):
 @pytest.mark.parametrize("mode", ["uncompiled", "compiled"])
 @pytest.mark.parametrize("divisor", [8, 2, 1])
 def test_speed_of_steps(divisor, mode, machine, report):
-    """Measure steps with an eighth, half and all of the rows of the table's micro-batch."""
+    """Measure steps with an eighth, a half and all of the rows in the table's micro-batch."""
     full = machine.choice.micro_batch_size
     rows = max(1, full // divisor)
     if divisor > 1 and rows == max(1, full // (divisor // 2)):

@@ -35,7 +35,7 @@ ENGLISH = "Water freezes at zero degrees. It boils at one hundred. On mountains 
 
 
 def test_the_validation_split_does_not_change() -> None:
-    """Published figures and existing validation files depend on where these groups are."""
+    """Published figures and existing validation files depend on which groups are held out."""
     assert is_validation("三国演义 003") and not is_validation("三国演义 001")
     assert is_validation("comedy_of_errors") and is_validation("henry_v")
     assert not is_validation("hamlet")
