@@ -2,15 +2,14 @@
 
     python -m bench.ablations [--tokens 400000] [--seeds 3] [--within 0.03] [pretrain sft dpo]
 
-Every run executes the stage script on the sample data for --tokens tokens. Changes apply to the
-baseline: the recipe, with the old values of settings that an ablation has since changed. With the
-same seed, fine-tuning starts from the baseline model of pretraining, and preference training from
-that of fine-tuning. The result is the final metric on the recipe's held-out rows: bits per byte, or
-the loss for preferences.
+Every run executes the stage script on the sample data for --tokens tokens. Each change is applied
+to the baseline. The baseline is the current recipe, except that any setting changed because of an
+earlier ablation is reset to its old value. SFT starts from the pretraining baseline with the same
+seed, and DPO from the SFT baseline with the same seed. The result is the final metric on the
+recipe's held-out rows: bits per byte, or the validation loss for DPO. After the first seed, changes
+that are worse than the best by more than --within are dropped.
 
-After the first seed, changes that are worse than the best by more than --within are dropped.
-
-Finished runs are appended to bench/ablations.jsonl; one process runs per core. A recorded run is
+Finished runs are appended to bench/ablations.jsonl. One process runs per core. A recorded run is
 not repeated unless its recipe, an earlier stage's recipe or the sample has changed. With --hours,
 no run starts after that many hours.
 """
@@ -79,11 +78,12 @@ CHANGES = {
 
 
 def main() -> None:
-    """Run the ablations that have no result yet, all of one seed before the next."""
+    """Run the ablations without a recorded result, finishing each seed before starting the next."""
     parser = make_parser("ablations", __doc__, CHANGES, peers=False)
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--within", type=float, default=0.03, help="bits per byte, or loss")
+    parser.add_argument("--within", type=float, default=0.03, help="drop changes that are worse "
+                        "than the best by more than this (bits per byte, or DPO loss)")  # fmt: skip
     parser.add_argument("--hours", type=float, default=math.inf)
     options = parser.parse_args()
     end, write_lock = time.time() + 3600 * options.hours, threading.Lock()
@@ -125,11 +125,11 @@ def main() -> None:
             finally:  # Ctrl-C also reaches the running processes; start no new ones.
                 pool.shutdown(cancel_futures=True)
     if failed:
-        sys.exit(f"{len(failed)} runs have no result")
+        sys.exit(f"{len(failed)} runs failed")
 
 
 def recorded_values() -> dict[str, float]:
-    """Return the results of the recorded runs by key."""
+    """Return {run key: result} for the recorded runs."""
     if not RUNS.is_file():
         return {}
     runs = map(json.loads, RUNS.open(encoding="utf-8"))
@@ -149,7 +149,7 @@ def current_runs(tokens: int = TOKENS, seeds: int = SEEDS) -> list[dict[str, Any
 
 
 def is_default(stage: str, change: str) -> bool:
-    """Return whether this change gives the recipe of configs/tiny_*.yaml."""
+    """Return whether the baseline plus this change equals the recipe in configs/tiny_*.yaml."""
     file = ROOT / f"configs/tiny_{stage}.yaml"
     overrides = [*BASELINE[stage].split(), *change.split()]
     changed, default = (load_config(CONFIGS[stage], o, file) for o in (overrides, []))
@@ -176,7 +176,7 @@ def run_key(stage: str, change: str, seed: int, tokens: int) -> str:
 
 
 def baseline_model(stage: str, seed: int, tokens: int) -> str:
-    """Return the folder of a stage's baseline model; train it if it does not exist."""
+    """Return the folder of a stage's baseline model; train the model if it does not exist."""
     folder = WORK_DIR / f"ablations/{run_key(stage, '', seed, tokens)}"
     if not (folder / "final").is_dir():
         run_once(stage, "", seed, tokens)

@@ -1,4 +1,4 @@
-"""Helpers for all benchmarks: our runs, the peers' runs, measured steps and records."""
+"""Helpers for the benchmarks: runs of our stages and of the peers, timed steps, and records."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STAGES = {"train.py": "pretrain", "sft_train.py": "sft", "dpo_train.py": "dpo"}
 def make_parser(
     program: str, doc: str | None, names: Iterable[str], peers: bool = True
 ) -> argparse.ArgumentParser:
-    """Return the parser of a program that measures the given `names`, or all by default."""
+    """Return the parser for a program that runs the selected `names`, or all by default."""
     names = list(names)
 
     def check_name(name: str) -> str:
@@ -45,12 +45,12 @@ def make_parser(
     )
     parser.add_argument("names", nargs="*", type=check_name, metavar="NAME", help="default: all")
     if peers:
-        parser.add_argument("--peers", type=Path, default=PEERS, help="virtualenv of the peers")
+        parser.add_argument("--peers", type=Path, default=PEERS, help="the peers' virtualenv")
     return parser
 
 
 def run(script: str, data: Path, name: str, more: list[str], config: str = "") -> list[dict]:
-    """Run a stage on the CPU in an empty folder of that name and return its metrics."""
+    """Run a stage on the CPU in an empty folder called `name` and return its metrics."""
     out_dir = WORK_DIR / name
     shutil.rmtree(out_dir, ignore_errors=True)
     config = config or f"configs/{STAGES[script]}.yaml"
@@ -64,13 +64,13 @@ def run(script: str, data: Path, name: str, more: list[str], config: str = "") -
     if done.returncode:
         sys.exit(f"{script} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     (out_dir / "stdout.txt").write_text(done.stdout + done.stderr)
-    from trainlib.engine.metrics import read_metrics  # Imported here: peers need only torch.
+    from trainlib.engine.metrics import read_metrics  # bench.peers needs only torch.
 
     return read_metrics(out_dir)
 
 
 def seconds_to_first_metrics(words: list[str], folder: Path, env: dict[str, str]) -> float:
-    """Return the seconds from the start of train.py to its first metrics; wait for its end."""
+    """Return the seconds from the start of train.py to its first metrics; wait until it exits."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "train.py", *words, f"out_dir={folder}", "device=cpu"]
     begin = time.perf_counter()
@@ -85,12 +85,12 @@ def seconds_to_first_metrics(words: list[str], folder: Path, env: dict[str, str]
 
 
 def cache_environment() -> dict[str, str]:
-    """Return an environment whose cache folder is separate from the user's."""
+    """Return environment variables with a cache folder separate from the user's."""
     return {**os.environ, "TRAIN_LLM_CACHE_DIR": str(WORK_DIR / "cache")}
 
 
 def base_model(config: str = "configs/pretrain.yaml") -> Path:
-    """Return the folder of a config's model after one training step; train it once."""
+    """Return the folder of a config's model after one training step; train it only once."""
     name = "base" if config == "configs/pretrain.yaml" else f"base_{Path(config).stem}"
     if not (WORK_DIR / name / "final").is_dir():
         WORK_DIR.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def run_peer(env: Path, benchmark: str, data: Path, model: Path, *more: str) -> 
 def allocated_peak(
     parameters: Iterable[torch.Tensor], optimizers: list[Optimizer], step: Callable[[], object]
 ) -> int:
-    """Return the peak bytes of torch's CPU allocator in a step, weights and moments included.
+    """Return the peak bytes of torch's CPU allocator in a step, including weights and moments.
 
     Runs the step twice, because the first one allocates the moments.
     """
@@ -137,7 +137,7 @@ def allocated_peak(
 def measure_step(
     step: Callable[[], object], model: nn.Module, optimizer: Optimizer, tokens: int, count: int
 ) -> dict[str, float]:
-    """Return "peak" in bytes and, if count > 0, "per_second" in tokens (median of the steps)."""
+    """Return the "peak" in bytes and, if count > 0, the median tokens "per_second"."""
     found: dict[str, float] = {"peak": allocated_peak(model.parameters(), [optimizer], step)}
     seconds = []
     for _ in range(count):
@@ -162,8 +162,8 @@ def record(benchmark: str, values: list[float], aim: str, **more: object) -> Non
 
 
 def machine() -> dict[str, object]:
-    """Return the date, commit and machine of a record."""
-    from trainlib.core.hardware import cpu_name, instructions  # Peers need only torch.
+    """Return the date, commit, torch version and CPU for a record."""
+    from trainlib.core.hardware import cpu_name, instructions  # bench.peers needs only torch.
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,

@@ -3,16 +3,16 @@
     python -m bench.costs [NAME ...] [--peers .venv-peers] [--repeats 3]
 
     mfu          model FLOP utilization of the first step with default settings (131,072 tokens),
-                 relative to the fastest matrix product in that precision in the same run; includes
-                 loading data and the first use of kernels, but not compilation
+                 relative to the fastest matmul in that precision in the same run; includes loading
+                 data and the first use of kernels, but not compilation
     mfu_plain    the same, uncompiled
     mfu_fp32     the same in fp32, uncompiled
-    checkpoint   overhead of saving every 200th step, as a share of training time
+    checkpoint   overhead of saving every 200 steps, as a share of training time
     start        seconds from the command to the first step, with cached data and no compilation;
                  includes the evaluation of one row and three samples before that step
-    memory       peak of a step on 8 rows of 512 tokens, ours / transformers, both AdamW in fp32
+    memory       peak memory of a step on 8 rows of 512 tokens, ours / transformers, AdamW, fp32
 
-All benchmarks use the default model of 26.9M parameters.
+All benchmarks use the default model, which has 26.9M parameters.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STEP = [f"tokens_per_step={ROWS * LENGTH}"]
 
 
 def mfu(options: argparse.Namespace, name: str = "mfu", more: Sequence[str] = LONG_RUN) -> None:
-    """Measure the first step of each run."""
+    """Measure the MFU of the first step in each run."""
     found = []
     for _ in range(options.repeats):
         rows = run("train.py", DATA, "mfu", ["max_steps=1", *more])
@@ -51,12 +51,12 @@ def mfu(options: argparse.Namespace, name: str = "mfu", more: Sequence[str] = LO
 
 
 def mfu_plain(options: argparse.Namespace) -> None:
-    """Measure `mfu` uncompiled; equals `mfu` on CPUs where long runs are not compiled."""
+    """Measure `mfu` uncompiled; equal to `mfu` on CPUs where long runs are not compiled."""
     mfu(options, "mfu_plain", ["compile=off"])
 
 
 def mfu_fp32(options: argparse.Namespace) -> None:
-    """Measure `mfu_plain` in fp32; equals `mfu_plain` on CPUs where runs use fp32 anyway."""
+    """Measure `mfu_plain` in fp32; equal to `mfu_plain` on CPUs where runs use fp32 anyway."""
     mfu(options, "mfu_fp32", ["compile=off", "precision=fp32"])
 
 
@@ -88,7 +88,7 @@ def start(options: argparse.Namespace) -> None:
 
 
 def memory(options: argparse.Namespace) -> None:
-    """Measure the peak of a step with the loss of train.py and a label at every position."""
+    """Measure the peak memory of a step with train.py's loss and a label at every position."""
     mine = own_step(base_model(), ROWS, LENGTH)["peak"]
     theirs = run_peer(options.peers, "step", DATA, base_model(), "--steps", "0")["peak"]
     record("memory", [mine / theirs], "<= 0.8", bytes=[mine, theirs])

@@ -7,12 +7,12 @@
     loss                       {"bits_per_byte"} on --val after training from scratch for --minutes
     evaluate                   {"bits_per_byte"} of --model on --data
     step                       {"peak", "per_second"}: bytes and tokens/s of a plain training step
-                               on --rows of --length
+                               on --rows rows of --length tokens
 
 The other benchmarks run this file in a separate virtualenv (bench/requirements-peers.txt). The peer
-uses the same model sizes, tokenizer and texts, and its own defaults except for logging and saving
-(both off) and two of trl's: gradient checkpointing, which slows a step down, is off, and bf16, far
-slower on a CPU without bf16 instructions, is used only with --bf16. Prints one JSON object.
+uses the same model dimensions, tokenizer and texts. It keeps its defaults, with three exceptions:
+logging and saving are off; trl's gradient checkpointing, which slows down a step, is off; and bf16,
+which is far slower on a CPU without bf16 instructions, needs --bf16. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def pack_rows(tokenizer: Any, rows: list[dict], limit: float = math.inf) -> list
 
 
 def bits_per_byte(model: Any, tokenizer: Any, rows: list[dict]) -> float:
-    """Return bits per byte of entire documents, one at a time and in pieces of LENGTH tokens."""
+    """Return the bits per byte of documents, evaluated separately in pieces of LENGTH tokens."""
     bits, num_bytes = 0.0, 0
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     model.eval()
@@ -106,7 +106,7 @@ def bits_per_byte(model: Any, tokenizer: Any, rows: list[dict]) -> float:
 
 
 class Curve(TrainerCallback):
-    """Evaluates bits per byte POINTS times per run and records the training time of each."""
+    """Evaluates bits per byte POINTS times per run and records the training time so far."""
 
     def __init__(self, measure: Callable[[Any], float], steps: int) -> None:
         self.measure, self.every = measure, max(1, steps // POINTS)
@@ -154,7 +154,7 @@ def loss(options: argparse.Namespace, tokenizer: Any, rows: list[dict]) -> dict[
 
 
 def plain_step(model: Any, rows: int, length: int, count: int) -> dict[str, float]:
-    """Measure a step of forward with labels, backward and AdamW."""
+    """Measure a training step: forward with labels, backward and AdamW."""
     optimizer = torch.optim.AdamW(model.parameters())
     ids = torch.randint(100, 6000, (rows, length), generator=torch.Generator().manual_seed(0))
     model.train()
@@ -170,7 +170,7 @@ def plain_step(model: Any, rows: int, length: int, count: int) -> dict[str, floa
 def throughput(
     options: argparse.Namespace, model: Any, tokenizer: Any, rows: list[dict]
 ) -> dict[str, float]:
-    """Return non-padding tokens or pairs per second."""
+    """Return non-padding tokens per second, or pairs per second for dpo."""
     clock, seen = Clock(), []
     extra = {"bf16": options.bf16, "torch_compile": options.compile}
     trl_extra = {"bf16": options.bf16, "gradient_checkpointing": False}
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--length", type=int, default=LENGTH)
-    parser.add_argument("--matmul", default="highest", help="float32 matmul precision of torch")
+    parser.add_argument("--matmul", default="highest", help="torch's float32 matmul precision")
     parser.add_argument("--bf16", action="store_true", help="train under bf16 autocast")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--minutes", type=float, default=5)

@@ -2,10 +2,10 @@
 
     python -m bench.plot_demo [runs/demo] [docs/demo.svg]
 
-Reads metrics.jsonl and baselines.json of each stage. Pretraining and fine-tuning follow each other
-in one plot: thin lines are training batches, markers are validation text. The two stages read
-different text, so each has its own baselines (none if baselines.json is missing). Preference
-optimization has no bits per byte: a second plot shows its accuracy on held-out pairs.
+Reads metrics.jsonl and baselines.json of each stage. Pretraining and fine-tuning are shown one
+after the other in one plot: thin lines are training batches, markers are validation text. The two
+stages read different text, so each has its own baselines (none if baselines.json is missing). A
+second plot shows the accuracy of preference optimization on held-out pairs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TRAIN_REWARD_ACCURACY = "train/reward_accuracy"
 
 
 class Curve(NamedTuple):
-    """Points of a stage as (minutes since the start of the demo, value), in step order."""
+    """A stage's points as (minutes since the start of the demo, value), in step order."""
 
     stage: str
     train: list[tuple[float, float]]
@@ -66,12 +66,12 @@ def read_curves(demo: Path) -> list[Curve]:
 def points(
     rows: list[dict[str, float]], minutes: list[float], name: str
 ) -> list[tuple[float, float]]:
-    """Return (minute, value) of the rows that have this metric."""
+    """Return (minute, value) for the rows that have this metric."""
     return [(m, row[name]) for m, row in zip(minutes, rows, strict=True) if name in row]
 
 
 def read_baselines(folder: Path) -> dict[str, float]:
-    """Return baselines.json of a run, or {} if the file is missing."""
+    """Return the content of a run's baselines.json, or {} if the file is missing."""
     path = folder / "baselines.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -91,7 +91,7 @@ def draw(curves: list[Curve], picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    # Text instead of paths, and fixed ids: the file stays small and its diffs readable.
+    # Text instead of paths, and fixed ids, keep the file small and its diffs readable.
     pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "demo", "font.size": 10}
     text = [curve for curve in curves if curve.stage != "dpo"]
     pairs = [curve for curve in curves if curve.stage == "dpo"]
@@ -134,7 +134,7 @@ def draw_pairs(axes: Any, curve: Curve) -> None:
 
 
 def draw_baseline(axes: Any, curve: Curve, text: str, value: float, height: float) -> None:
-    """Draw a horizontal line over a stage's time, with its label at `height`."""
+    """Draw a horizontal line spanning a stage, with its label at `height`."""
     length = curve.end - curve.begin
     axes.hlines(value, curve.begin, curve.end, color="#777777", linewidth=0.9, linestyle=":")
     axes.annotate(text, (curve.end - 0.12 * length, height), (0, 2), textcoords="offset points",

@@ -1,4 +1,4 @@
-"""Memory and time of one plain training step of our model, without data loading or the loop.
+"""Memory and time of one step of our model, without data loading or the training loop.
 
     python -m bench.step --model FOLDER [--rows 8] [--length 512] [--steps 3] [--matmul WORD]
 
@@ -25,9 +25,9 @@ from trainlib.models.hf_folder import load_model
 
 
 def own_step(folder: Path, rows: int, length: int, count: int = 0) -> dict[str, float]:
-    """Return "peak" in bytes and "per_second" in tokens of forward, backward and AdamW in fp32.
+    """Return the "peak" bytes and tokens "per_second" of forward, backward and AdamW in fp32.
 
-    Each row is one document with a label at every position. `count` steps are timed; 0 times none.
+    Each row is one document with a label at every position. `count` steps are timed, if any.
     """
     model = load_model(folder)
     hardware = Hardware(torch.device("cpu"), "fp32", cpu_choice().attention, False, rows)
@@ -44,7 +44,7 @@ def own_step(folder: Path, rows: int, length: int, count: int = 0) -> dict[str, 
 
 
 def cpu_choice() -> Choice:
-    """Return the hardware settings of a run on this CPU, except precision, which a run measures."""
+    """Return a run's hardware settings on this CPU, except precision, which needs a measurement."""
     return choose_hardware(find_facts(), read_table(), device="cpu")
 
 
@@ -59,7 +59,7 @@ def rows_of_one_document(rows: int, length: int) -> Batch:
 
 
 def main() -> None:
-    """Measure in a separate process, as for the peer."""
+    """Measure in a separate process, as is done for the peer."""
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=8)

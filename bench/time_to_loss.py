@@ -1,18 +1,18 @@
-"""Training time until the model reaches the best loss of transformers.Trainer in a given budget.
+"""Training time until our model reaches the best loss of transformers.Trainer in a given time.
 
     python -m bench.time_to_loss [--minutes 5] [--config FILE] [--set key=value ...] [--resume]
                                  [--rates A,B,C] [--peers .venv-peers]
 
-1. The peer trains the model of --config with its AdamW for --minutes, once per learning rate
+1. The peer trains the model in --config with its AdamW for --minutes, once per learning rate
    (linear decay, 2% warmup, rows concatenated and split as in run_clm). The target is the best of
    the final validation losses.
 2. train.py trains the same model with our recipe for a quarter of that time and, if it reaches the
    target, again for an eighth. Both sides use the same data and the same cores.
 
 Both validate on the same documents, each in its own row. Our bits per byte come from metrics.jsonl;
-the peer's are computed with transformers, which also checks our final/. Both compute with their
-defaults (the peer: matmul "highest"), but the peer runs in bf16, which is faster, if the CPU has
-bf16 instructions. Only training time counts, not startup or evaluation.
+the peer's are computed with transformers, which also verifies our final model. Both use their
+default precision (for the peer, matmul precision "highest"), except that the peer uses bf16, which
+is faster, if the CPU has bf16 instructions. Startup and evaluation time is not counted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trainlib.engine.metrics import VAL_BITS_PER_BYTE, read_metrics
 from trainlib.engine.optim import fast_bfloat16
 
 VAL_BYTES = 30_000
-"""Bytes that are read from each validation file of the sample."""
+"""Bytes read from each of the sample's validation files."""
 
 
 def main() -> None:
@@ -39,11 +39,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--config", default="configs/tiny_pretrain.yaml")
     parser.add_argument("--rates", default="3e-3,6e-3,12e-3")
-    parser.add_argument("--set", nargs="*", default=[], help="settings of our runs")
-    parser.add_argument("--resume", action="store_true", help="reuse finished runs of the peer")
+    parser.add_argument("--set", nargs="*", default=[], help="settings for our runs")
+    parser.add_argument("--resume", action="store_true", help="reuse the peer's finished runs")
     options = parser.parse_args()
     val = validation()
-    start = base_model(options.config)  # The peer uses its config and initializes new weights.
+    start = base_model(options.config)  # The peer uses only its config; the weights are new.
     partial = WORK_DIR / f"race_{Path(options.config).stem}_{options.minutes:g}min.jsonl"
     if not options.resume:
         partial.unlink(missing_ok=True)
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def validation() -> Path:
-    """Write the first documents of each of the sample's validation files to one file."""
+    """Write the first documents from each of the sample's validation files to one file."""
     path, rows = WORK_DIR / "val.jsonl", []
     WORK_DIR.mkdir(parents=True, exist_ok=True)
     for file in sorted((SAMPLE / "val/pretrain").glob("*.jsonl")):

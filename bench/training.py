@@ -1,26 +1,26 @@
-"""Training speed compared with the peers: same sizes and texts, alternating on this machine.
+"""Training speed compared with the peers: same model and texts, in runs that alternate.
 
     python -m bench.training [NAME ...] [--peers .venv-peers] [--pairs 3] [--steps 6]
 
     packed   pretraining on full rows of 512, both with default settings, vs. transformers.Trainer
-    same     the same, with AdamW, fp32 and one matmul setting on both sides, uncompiled
+    same     the same, with AdamW, fp32 and the same matmul precision on both sides, uncompiled
     same_bf16      the same under bf16 autocast, if the CPU has bf16 instructions
     same_compiled  the same in fp32, both compiled
     padded   non-padding tokens on rows of 60 to 700 characters, vs. Trainer with dynamic padding
-    padded_same    the same, with AdamW, fp32 and one matmul setting on both sides, uncompiled
+    padded_same    the same, with AdamW, fp32 and the same matmul precision, uncompiled
     sft      non-padding tokens on the sample's conversations, vs. trl.SFTTrainer with packing; its
-             default concatenates all rows, which needs one square mask without FlashAttention
-    sft_wrapped  the same, but the peer packs by splitting at row ends, which is faster here
-    dpo      pairs of the sample's preferences, vs. trl.DPOTrainer
+             default concatenates all rows, which needs a large mask without FlashAttention
+    sft_wrapped  the same, but the peer splits texts at row ends, which is faster here
+    dpo      the sample's preference pairs, vs. trl.DPOTrainer
 
-The model is the default of 26.9M parameters. With default settings, the peer takes an AdamW step
-every 4,096 tokens. We take a Muon step every 131,072 tokens in pretraining and every 32,768 in
-fine-tuning, time the first one, and compile if longer runs do. DPO is compiled likewise; its steps
-have 4,096 positions. The peer's tokens also attend to earlier documents in their row; ours do not.
-Each pair of runs, first the peer, then our stage script, gives one ratio. Our throughput is that of
-metrics.jsonl, without the first two steps if a step has 4,096 tokens. In DPO, each side's
-computation of reference log-probabilities is timed as well. trl runs in bf16, its default, if the
-CPU has bf16 instructions, and without gradient checkpointing, which makes a step slower.
+The model is the default one with 26.9M parameters. With default settings, the peer takes an AdamW
+step every 4,096 tokens. We take a Muon step every 131,072 tokens in pretraining and every 32,768 in
+fine-tuning, time the first step, and compile it if longer runs would be compiled. DPO is compiled
+under the same condition; its steps have 4,096 positions. The peer's tokens also attend to earlier
+documents in their row; ours do not. Each pair of runs, the peer's and then ours, gives one ratio.
+Our throughput comes from metrics.jsonl, without the first two steps if a step has 4,096 tokens. In
+DPO, both times include the reference log-probabilities. trl runs in bf16, its default, only if the
+CPU has bf16 instructions, and without gradient checkpointing, which slows down a step.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def prepare() -> None:
-    """Write the data sets that are derived from the sample: short rows and short pairs."""
+    """Write the datasets derived from the sample: short rows and short pairs."""
     WORK_DIR.mkdir(parents=True, exist_ok=True)
     if not (WORK_DIR / "short.jsonl").is_file():
         texts = [json.loads(line)["text"] for line in (SAMPLE / "pretrain.jsonl").open()]
@@ -104,7 +104,7 @@ def prepare() -> None:
             start += size
         (WORK_DIR / "short.jsonl").write_text("".join(rows))
     if not (WORK_DIR / "pairs.jsonl").is_file():
-        # Short enough that ours skips no pair and the peer truncates none.
+        # Short enough that we skip no pair and the peer truncates none.
         tokenizer = load_tokenizer(base_model())
         lines = (SAMPLE / "dpo.jsonl").open()
         short = (line for line in lines if len(tokenizer.encode(line)) < LENGTH - 40)
@@ -112,7 +112,7 @@ def prepare() -> None:
 
 
 def own_throughput(name: str, steps: int) -> float:
-    """Return the non-padding tokens per second of our script; pairs per second for dpo."""
+    """Return the non-padding tokens per second of our script, or pairs per second for dpo."""
     script, data, _, _, more, _ = BENCHMARKS[name]
     if name == "dpo":
         return pairs_per_second(data, steps)
@@ -128,9 +128,9 @@ def own_throughput(name: str, steps: int) -> float:
 
 
 def pairs_per_second(data: Path, steps: int) -> float:
-    """Return pairs per second, including the reference log-probabilities of these pairs.
+    """Return pairs per second, including the time for the pairs' reference log-probabilities.
 
-    Our rows have 512 positions, two answers of maximum length, and hold as many pairs as fit.
+    Our rows have 512 positions (two answers of maximum length) and hold as many pairs as fit.
     """
     shutil.rmtree(WORK_DIR / "cache/reference", ignore_errors=True)
     words = [

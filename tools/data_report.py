@@ -1,7 +1,7 @@
-"""Reports of the data doctor as terminal text or an HTML page, in English or Chinese.
+"""Data doctor reports, as terminal text or an HTML page, in English or Chinese.
 
-TRAIN_LANG=zh or TRAIN_LANG=en sets the language; the default is that of the locale. The colours,
-underlined blue and orange, are safe for colour-blind readers.
+TRAIN_LANG=zh or TRAIN_LANG=en sets the language; by default, the locale determines it. Supervised
+text is blue and underlined, other text orange, which colour-blind readers can distinguish.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Report = dict[str, Any]
 MAX_TRUNCATED = 0.10
 """Share of all tokens that may be truncated before the report suggests a fix."""
 MAX_BROKEN = 50
-"""Number of broken rows shown on a terminal; --json lists all."""
+"""Maximum number of broken rows shown in the terminal; --json lists all."""
 
 
 def _language() -> str:
@@ -107,7 +107,7 @@ FINDINGS = {
 
 
 class Translator:
-    """Translate the phrases of a report; the keys of CHINESE are English."""
+    """Translates the English phrases of a report into its language."""
 
     def __init__(self, language: str) -> None:
         self._table = CHINESE if language == "zh" else {"least": "min", "most": "max"}
@@ -117,7 +117,7 @@ class Translator:
 
 
 def facts(report: Report, t: Translator) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) for everything but broken rows, histogram and examples."""
+    """Yield (name, text) for everything except broken rows, the histogram and examples."""
     name = f"{report['format']} ({report['kind']})" if report["format"] else t("unknown")
     yield t("format"), name
     if not report["format"] and report["rows"]:
@@ -178,7 +178,7 @@ def facts(report: Report, t: Translator) -> Iterator[tuple[str, str]]:
 
 
 def truncation_fixes(report: Report, t: Translator) -> Iterator[str]:
-    """Yield what training would lose by truncating rows, and how to fix that."""
+    """Yield descriptions of what training would lose to truncation, and how to avoid it."""
     if report["kind"] in (None, "pretrain"):
         return  # A document longer than a row continues in the next one.
     sequences = 2 if report["kind"] == "dpo" else 1
@@ -197,7 +197,7 @@ def truncation_fixes(report: Report, t: Translator) -> Iterator[str]:
 
 
 def terminal_text(reports: list[Report], language: str, colour: bool) -> str:
-    """Return all reports as text, each with a histogram and, in colour, a few rows."""
+    """Return all reports as text; with `colour`, each also shows a few rows of the file."""
     t, lines = Translator(language), []
     for report in reports:
         lines += [report["path"], "=" * min(100, len(report["path"]))]

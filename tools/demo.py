@@ -1,6 +1,6 @@
 """`make demo`: train a model in three stages on the sample, chat with it, and print the figures.
 
-A second call resumes an interrupted demo. If the demo is finished, it prints the figures again.
+Running it again resumes an interrupted demo, or prints the figures of a finished one.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from trainlib.models.hf_folder import load_model, load_tokenizer
 DEMO = Path("runs/demo")
 SAMPLE = Path("dataset/sample")
 STAGES = {"pretrain": "train.py", "sft": "sft_train.py", "dpo": "dpo_train.py"}
-# Targets: at most this many bits per byte, at least this accuracy. A missed one is no error.
+# Targets: maximum bits per byte, minimum accuracy. Missing a target is not an error.
 AT_MOST = {"statutes": 1.55, "sanguo": 2.60, "shakespeare": 2.45}
 AT_LEAST = {"behaviour": 0.72, "continuation": 0.55}
 READMES = (Path("README.md"), Path("README.zh-CN.md"))
 PAGES = (Path("docs/demo.md"), Path("docs/demo.zh-CN.md"))
 BEGIN, END = "<!-- begin transcript -->", "<!-- end transcript -->"
-LEGEND = "In brackets: the target. <- MISSED: the value misses it."
+LEGEND = "Targets are in parentheses. <- MISSED marks a value that misses its target."
 QUESTIONS = ("你好，你是谁？", "怎样保持健康？", "Give three tips for staying healthy.")
 
 
 def prepare(name: str, author: str | None, quick: bool) -> None:
-    """Fetch the sample, or rewrite its identity rows; move a demo of other options aside."""
+    """Fetch the sample or rewrite its identity rows; move aside a demo made with other options."""
     stamp = DEMO / "identity.txt"
     identity = f"{name}\n{author or ''}\n" + ("quick\n" if quick else "")
     earlier = stamp.read_text(encoding="utf-8") if stamp.is_file() else ""
     same, same_names = earlier == identity, earlier.splitlines()[:2] == identity.splitlines()[:2]
     if DEMO.exists() and not same:
-        print(f"moved the earlier demo, which had other options, to {move_aside(DEMO)}")
+        print(f"moved the earlier demo, which was made with other options, to {move_aside(DEMO)}")
     if not same_names or not (SAMPLE / "SOURCES.json").is_file():
         author_option = ["--author", author] if author else []
         call(["-m", "tools.prepare_data", "--name", name, *author_option])
@@ -58,7 +58,7 @@ def prepare(name: str, author: str | None, quick: bool) -> None:
 
 
 def call(arguments: list[str]) -> None:
-    """Run a program of the project; exit with its code if it fails."""
+    """Run one of the project's programs; exit with its exit code if it fails."""
     code = subprocess.run([sys.executable, *arguments], check=False).returncode
     if code:
         sys.exit(code)
@@ -85,7 +85,7 @@ def train(stage: str, quick: bool) -> None:
     print(f"\n== {stage} ==", flush=True)
     call(arguments)
     if not (out_dir / "final").is_dir():
-        print("stopped; `make demo` resumes here")
+        print("stopped; run `make demo` to resume")
         sys.exit(0)
 
 
@@ -109,7 +109,7 @@ def repeats(ids: list[int], size: int = 8, times: int = 3) -> bool:
 def greedy(
     model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str]
 ) -> list[tuple[list[int], bool]]:
-    """Return greedy answers of at most 128 tokens, each with whether it has an end of turn."""
+    """Return (ids, ended) for each prompt: up to 128 greedy tokens, and whether the turn ended."""
     ids = [render_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
     sampling = Sampling(temperature=0, max_new_tokens=128)
     answers = generate_batch(model, ids, sampling, tokenizer.stop_ids)
@@ -128,7 +128,7 @@ def held_out_prompts() -> list[str]:
 
 
 def mark(reached: bool) -> str:
-    """Return the mark of a missed target, or nothing."""
+    """Return a marker if the target was missed, otherwise an empty string."""
     return "" if reached else "   <- MISSED"
 
 
@@ -148,7 +148,7 @@ def report(name: str, quick: bool, columns: int = 0) -> str:
         rates.append(sum(repeats(ids) for ids, _ in greedy(model, tokenizer, some)) / len(some))
     return "\n".join(
         [
-            *circumstances(models["dpo"][0]),
+            *run_info(models["dpo"][0]),
             LEGEND,
             "",
             *pretraining_figures(),
@@ -166,8 +166,8 @@ def report(name: str, quick: bool, columns: int = 0) -> str:
     )
 
 
-def circumstances(model: Transformer) -> list[str]:
-    """Return date, device and minutes of training."""
+def run_info(model: Transformer) -> list[str]:
+    """Return the date, the device, the model size and the minutes of training."""
     day = datetime.fromtimestamp((DEMO / "dpo" / "report.json").stat().st_mtime)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     minutes = [minutes_trained(read_metrics(DEMO / stage))[-1] for stage in STAGES]
@@ -222,7 +222,7 @@ def dpo_figures() -> list[str]:
 def conversation(
     model: Transformer, tokenizer: Tokenizer, name: str, questions: Sequence[str], columns: int
 ) -> list[str]:
-    """Return questions, greedy answers, and what is wrong with each."""
+    """Return the questions and greedy answers, with remarks on each answer."""
     lines, good = [], 0
     answers = greedy(model, tokenizer, questions)
     for number, (question, (ids, ended)) in enumerate(zip(questions, answers, strict=True)):
@@ -235,7 +235,7 @@ def conversation(
             "ended" if ended else "no end of turn",
             "" if right_language else "wrong language",
             "repeats itself" if repeats(ids) else "",
-            "WRONG: speaks of itself" if wrong else "",
+            "WRONG: talks about itself" if wrong else "",
         ]
         lines += [
             f"  user       {question}",
@@ -243,14 +243,14 @@ def conversation(
             f"             [{', '.join(filter(None, remarks))}]",
         ]
     lines.append(
-        f"{good} of 4 end, in the language of the question and without repetition (at least 3)"
+        f"{good} of 4 answers end, are in the question's language and do not repeat (at least 3)"
         f"{mark(good > 2)}"
     )
     return lines
 
 
 def cut(text: str, columns: int) -> str:
-    """Return a text on one line of at most `columns` columns, of which Chinese takes two each."""
+    """Return a text on one line, truncated to `columns`; Chinese characters take two columns."""
     text, width = " / ".join(text.split("\n")), 0
     for index, char in enumerate(text):
         width += 2 if unicodedata.east_asian_width(char) in "WF" else 1
@@ -260,12 +260,12 @@ def cut(text: str, columns: int) -> str:
 
 
 def fenced(lines: Sequence[str]) -> str:
-    """Return lines as a Markdown block."""
+    """Return lines as a fenced code block in Markdown."""
     return "\n".join(["```text", *(line.rstrip() for line in lines), "```"])
 
 
 def summary(text: str) -> str:
-    """Return six lines of a report, as a Markdown block for the READMEs."""
+    """Return six lines of a report as a fenced code block for the READMEs."""
     lines = text.splitlines()
 
     def first(start: str) -> str:
@@ -286,14 +286,14 @@ def summary(text: str) -> str:
 
 
 def write_pages(blocks: dict[Path, str]) -> None:
-    """Replace what is between the marks of each file by its block.
+    """Replace the text between the markers in each file with its block.
 
-    Raises UserError, and writes nothing, if one of them lacks its marks.
+    Raises UserError and writes nothing if any file lacks its markers.
     """
     texts = {path: path.read_text(encoding="utf-8") for path in blocks}
     for path, text in texts.items():
         if not (text.count(BEGIN) == text.count(END) == 1 and text.index(BEGIN) < text.index(END)):
-            raise UserError(f"{path} needs one line {BEGIN} and after it one line {END}")
+            raise UserError(f"{path} needs one line {BEGIN} followed by one line {END}")
         before, after = text.split(BEGIN)[0], text.split(END)[1]
         texts[path] = f"{before}{BEGIN}\n{blocks[path]}\n{END}{after}"
     for path, text in texts.items():
@@ -317,13 +317,13 @@ def main() -> None:
     """Run the demo, or print the figures of a finished one."""
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.add_argument("--name", default="小智", help="name of the assistant")
-    parser.add_argument("--author", help="who made it (default: 一位爱好者, a hobbyist)")
-    parser.add_argument("--quick", action="store_true", help="six steps for each stage, as a test")
+    parser.add_argument("--author", help="who made the assistant (default: 一位爱好者, a hobbyist)")
+    parser.add_argument("--quick", action="store_true", help="run six steps per stage, as a test")
     parser.add_argument(
         "--transcript", action="store_true", help="print the figures of a finished demo as Markdown"
     )
     parser.add_argument(
-        "--write-readme", action="store_true", help="write them into the READMEs and docs/demo*.md"
+        "--write-readme", action="store_true", help="also write them to READMEs and docs/demo*.md"
     )
     options = parser.parse_args()
     if options.transcript or options.write_readme:
@@ -341,7 +341,7 @@ def main() -> None:
     for stage in STAGES:
         train(stage, options.quick)
     print(f"\n{report(options.name, options.quick)}")
-    print(f"\nTalk to it: {sys.executable} chat.py --model {DEMO / 'dpo' / 'final'}")
+    print(f"\nChat with it: {sys.executable} chat.py --model {DEMO / 'dpo' / 'final'}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Correctness and speed of training on this machine's GPU: a few minutes, one table.
+"""Checks the correctness and speed of training on this machine's GPU in a few minutes.
 
     python -m tools.gpu_check [--out docs/gpu.md] [CHECK ...]
 
-    attention   each kernel against fp64 arithmetic, forward and backward, on packed documents
-    model       fp32 logits and gradients against those of the CPU, 16-bit loss against fp32
-    steps       training compiles once; forward and backward never synchronize; predicted against
-                allocated peak memory of a step; tokens per second with and without compilation
+    attention   each kernel compared with fp64 arithmetic, forward and backward, on packed documents
+    model       fp32 logits and gradients compared with the CPU, 16-bit loss compared with fp32
+    steps       training compiles once; forward and backward never synchronize; peak memory is as
+                predicted; tokens per second with and without compilation
     stages      a few steps of each stage; the first stage is killed and resumed
 
-Runs the tests marked `cuda` in tests/cuda/ and prints their results and figures. The exit code is
-1 if a check fails or there is no GPU. If all checks run, the table is written to docs/gpu.md.
+Runs the tests marked `cuda` in tests/cuda/ and prints a table of their results. The exit code is 1
+if a check fails or there is no GPU. If all checks run, the table is written to docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TABLE = ("| check | result | figure | limit |", "| --- | --- | --- | --- |")
 
 
 class Row(NamedTuple):
-    """One row of the table."""
+    """One row of the results table."""
 
     check: str
     result: str
@@ -50,7 +50,7 @@ class Results:
         self.rows: list[Row] = []
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Add a row for a test that ran, or whose setup or teardown did not pass."""
+        """Add a row if a test ran, or if its setup or teardown did not pass."""
         if report.when == "call" or report.outcome != "passed":
             self.rows.append(make_row(report))
 
@@ -62,7 +62,7 @@ class Results:
 
 
 def make_row(report: Any) -> Row:
-    """Return the row of a test report: its recorded properties, else its name and the reason."""
+    """Return the table row for a test report, using the properties that the test recorded."""
     properties = dict(report.user_properties)
     figure = properties.get("figure", "")
     if report.outcome == "skipped":
@@ -76,7 +76,7 @@ def make_row(report: Any) -> Row:
 
 
 def describe() -> str:
-    """Return the GPU's name, memory and capability, the software versions and the date."""
+    """Return the GPU's name, memory and compute capability, software versions and the date."""
     card = torch.cuda.get_device_properties(0)
     size = f"{card.total_memory / 2**30:.0f} GiB, capability {card.major}.{card.minor}"
     versions = f"CUDA {torch.version.cuda}, torch {torch.__version__}"
@@ -84,7 +84,7 @@ def describe() -> str:
 
 
 def run_tests(checks: list[str]) -> Results:
-    """Run the tests of the named checks; pytest prints the failures."""
+    """Run the tests for the named checks; pytest prints the failures."""
     try:
         import pytest
     except ImportError:
@@ -103,14 +103,14 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"any of {', '.join(CHECKS)}")
-    parser.add_argument("--out", type=Path, help="file for the table (all checks: docs/gpu.md)")
+    parser.add_argument("--out", type=Path, help="output file (with all checks: docs/gpu.md)")
     options = parser.parse_args()
     for check in options.checks:
         if check not in CHECKS:
             parser.error(f"{check} is not a check. Choose from {', '.join(CHECKS)}.")
     if not torch.cuda.is_available():
         sys.exit(
-            "error: torch found no CUDA device, so nothing was checked. See the section Training "
+            "error: torch found no CUDA device, so nothing was checked. See the Training section "
             "of docs/troubleshooting.md."
         )
     out = options.out or (None if options.checks else ROOT / "docs/gpu.md")

@@ -1,15 +1,15 @@
-"""The data doctor: what data files contain, and what training would see of them.
+"""The data doctor: reports what data files contain and what training would see of them.
 
     python -m tools.inspect_data FILE... [--stage STAGE] [--sample 1GB] [--json] [--html OUT]
 
-Every file is read in full, and every broken row is listed with its line and the reason. Tokens,
-lengths and duplicates are computed on at most --sample bytes of each file, spread over its length;
-for a larger file "sampled" is true and "tokens" is an estimate. The exit code is 1 if a row is
-broken or a file cannot be read. Other findings do not change it.
+Every file is read in full, and every broken row is listed with its line number and the reason.
+Tokens, lengths and duplicates are computed on at most --sample bytes of each file, spread over the
+file; for a larger file, "sampled" is true and "tokens" is an estimate. The exit code is 1 if a row
+is broken or a file cannot be read. Other findings do not affect it.
 
 --json prints one object, {"files": [...]}. Each file has path, format and kind (null if unknown),
-rows (all rows of the file), broken [{"line", "reason"}], tokens (positions of one epoch, counted
-as in a training log), supervised_tokens (those in the loss), and the other fields of Report.
+rows (all rows in the file), broken [{"line", "reason"}], tokens (positions per epoch, counted as
+in a training log), supervised_tokens (tokens in the loss), and the other fields of Report.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from trainlib.data.readers import Source
 
 DEFAULT_SAMPLE = 2_000_000_000
 MAX_LINES = 20
-"""Number of lines that a finding lists; its count includes all rows."""
+"""Maximum number of lines that a finding lists; its count includes all rows."""
 TOKENIZER_SAMPLE = 3_000_000
 MIN_RETRAIN_GAIN = 1.10
 
 
 @dataclass
 class Finding:
-    """The number of rows with a property, and the line numbers of the first ones."""
+    """The number of rows with a property, and the line numbers of the first few."""
 
     count: int = 0
     lines: list[int] = field(default_factory=list)
 
     def add(self, line: int) -> None:
-        """Count the row at a line."""
+        """Count the row on this line."""
         self.count += 1
         if len(self.lines) < MAX_LINES:
             self.lines.append(line)
@@ -64,7 +64,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """The findings in one file; shares are between 0 and 1, lengths in tokens, sizes in bytes."""
+    """The report on one file. Shares are fractions, lengths are in tokens, sizes in bytes."""
 
     path: str
     format: str | None = None
@@ -114,11 +114,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.inspect_data",
         description="\n\n".join([doc[0], *doc[2:]]),
-        epilog=f"Formats of rows:\n{formats.known_formats()}",
+        epilog=f"Row formats:\n{formats.known_formats()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a file, a folder or a pattern")
-    parser.add_argument("--stage", choices=list(ENCODERS), help="stage to check the files for")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a file, folder or glob pattern")
+    parser.add_argument("--stage", choices=list(ENCODERS), help="check the files for this stage")
     parser.add_argument("--sample", type=byte_count, default=DEFAULT_SAMPLE,
                         help="bytes of each file to tokenize (default: 2GB)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", type=Path, help="folder (default: the project's tokenizer)")
     parser.add_argument("--sequence-length", type=int, help="tokens per row (default: config)")
     parser.add_argument("--tokens-per-second", type=float,
-                        help="speed (default: the stage's newest run in runs/)")  # fmt: skip
+                        help="speed (default: from the stage's newest run in runs/)")  # fmt: skip
     options = parser.parse_args(argv)
     try:
         if options.html:
@@ -183,7 +183,7 @@ def inspect(path: Path, options: argparse.Namespace, tokenizer: Tokenizer) -> Re
 
 
 def _find_format(path: Path, options: argparse.Namespace) -> tuple[Source, Format, str]:
-    """Return the format, or one that rejects every row, so that each is listed as broken."""
+    """Return (source, format, reason); if the format is wrong, one that rejects every row."""
     try:
         found = formats.detect(path, options.stage, options.format)
     except UserError:
@@ -206,7 +206,7 @@ def _reject(row: Any, options: ReadOptions) -> Any:
 
 
 class Analyzer:
-    """Statistics of the rows of one file, collected row by row."""
+    """Collects statistics on the rows of one file, row by row."""
 
     def __init__(
         self, report: Report, kind: str, tokenizer: Tokenizer, options: argparse.Namespace
@@ -328,7 +328,7 @@ class Analyzer:
         self._retrain()
 
     def _retrain(self) -> None:
-        """Train a vocabulary on four fifths of the texts and evaluate it on the others."""
+        """Train a vocabulary on four fifths of the texts and evaluate it on the rest."""
         if self.texts_bytes < 200_000:
             return  # Not enough text for a meaningful figure.
         held_out = self.texts[::5]
@@ -337,7 +337,7 @@ class Analyzer:
         ids = sum(len(self.tokenizer.encode(text)) for text in held_out)
         current = sum(len(text.encode()) for text in held_out) / max(1, ids)
         self.report.retrained_bytes_per_token = retrained
-        readable = self.report.path.endswith((".jsonl", ".txt"))  # By train_tokenizer.
+        readable = self.report.path.endswith((".jsonl", ".txt"))  # train_tokenizer reads these.
         if retrained > MIN_RETRAIN_GAIN * current and readable:
             self.report.retrain_command = (
                 f"python -m tools.train_tokenizer --data {self.report.path} "

@@ -1,4 +1,4 @@
-"""Synthetic rows for each stage, for quick tests of training without a download."""
+"""Synthetic rows for each stage, to test training quickly without a download."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timings of past runs: the minutes of training, and the speed of a stage's newest run."""
+"""Timings of past runs: minutes of training, and the speed of a stage's newest run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def stage_settings(stage: str) -> dict[str, int]:
 
 
 def newest_speed(stage: str) -> tuple[float | None, str]:
-    """Return the last tokens per second of a stage's newest run that logged any, and its folder."""
+    """Return the last speed (tokens/s) that a stage's newest run logged, and that run's folder."""
     logs = [
         path
         for path in RUNS.rglob("metrics.jsonl")
@@ -36,7 +36,7 @@ def newest_speed(stage: str) -> tuple[float | None, str]:
 
 
 def minutes_trained(rows: list[dict[str, float]]) -> list[float]:
-    """Return training minutes up to each row, excluding startup, evaluation and checkpoints."""
+    """Return the training minutes up to each row, excluding startup, evaluation and checkpoints."""
     minutes, tokens, result = 0.0, 0.0, []
     for row in rows:
         if TRAIN_SPEED in row:

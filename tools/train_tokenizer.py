@@ -3,12 +3,12 @@
 `python -m tools.train_tokenizer --data FILES --vocab-size N --sample-bytes 1GB --out DIR`
 
 1. `read_texts` streams at most `sample_bytes` in total, with an equal share for each file. Larger
-   files are sampled in sections spread over their length. A file named twice counts twice.
+   files are sampled in sections spread over their length. A file given twice counts twice.
 2. `_hold_out` holds out one text in fifty, chosen by its sha1, for evaluation.
 3. `train` builds the vocabulary: special tokens, 256 bytes, then merges.
-4. `run` writes DIR/tokenizer.json and prints `bytes_per_token` of the held-out texts.
+4. `run` writes DIR/tokenizer.json and prints `bytes_per_token` for the held-out texts.
 
-Special tokens are never parsed in the text, neither here nor when a model is trained.
+Text that looks like a special token is never parsed as one, neither here nor in model training.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tokenizer.bpe import SPECIAL_TOKENS
 from trainlib.data.containers import utf8_error
 
-# Merges stay within these pieces: English contractions, letters with one preceding character (a
-# space, a comma), single digits, punctuation with the newlines after it, spaces. A newline after
-# anything but punctuation is a separate piece, so encode("assistant\n" + text) equals
-# encode("assistant\n") + encode(text) for every text, and the loss mask always fits the ids of the
-# chat template. Without any merges of newlines, texts would have 3% more tokens.
+# Merges stay within these pieces: English contractions, letters with one preceding character (e.g.
+# a space), single digits, punctuation with the newlines after it, and runs of spaces. A newline
+# after anything but punctuation is a separate piece, so encode("assistant\n" + text) equals
+# encode("assistant\n") + encode(text) for every text, and the loss mask always matches the ids of
+# the chat template. If newlines were never merged, texts would have 3% more tokens.
 PRE_TOKENIZE_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Train a byte-level BPE vocabulary.",
     )
     parser.add_argument(
-        "--data", nargs="+", required=True, type=Path, help=".jsonl/.txt; a repeat counts twice"
+        "--data", nargs="+", required=True, type=Path, help=".jsonl/.txt; duplicates count twice"
     )
     parser.add_argument("--vocab-size", type=int, default=6400)
     parser.add_argument("--sample-bytes", type=byte_count, default="1GB", help="e.g. 200MB")
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train and write a vocabulary; raises ValueError for errors that the user can fix."""
+    """Train and write a vocabulary; raise ValueError for errors that the user can fix."""
     target = options.out / "tokenizer.json"
     if target.exists() and not options.force:
         raise ValueError(
@@ -129,7 +129,7 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def bytes_per_token(bpe: Tokenizer, texts: list[str]) -> float:
-    """Return the number of UTF-8 bytes of the texts divided by their number of tokens."""
+    """Return the number of UTF-8 bytes in the texts, divided by the number of tokens."""
     bpe.encode_special_tokens = True
     encodings = bpe.encode_batch(texts, add_special_tokens=False)
     return sum(len(t.encode("utf-8")) for t in texts) / sum(len(e.ids) for e in encodings)
@@ -150,7 +150,7 @@ def _hold_out(texts: Iterator[str], held_out: list[str]) -> Iterator[str]:
 
 
 def read_texts(files: list[Path], sample_bytes: int) -> Iterator[str]:
-    """Yield the texts of all files, from at most sample_bytes in total.
+    """Yield the texts of all files, reading at most sample_bytes in total.
 
     Raises ValueError if a file is missing or has a broken line.
     """
@@ -177,7 +177,7 @@ def shares(sizes: list[int], total: int) -> list[int]:
 
 
 def _lines(file: Path, share: int) -> Iterator[tuple[str, int]]:
-    """Yield lines (JSONL) or groups of lines (.txt), `share` bytes in all, and their offsets."""
+    """Yield lines (JSONL) or groups of lines (.txt), `share` bytes in total, and their offsets."""
     size = file.stat().st_size
     num_sections = 1 if share >= size else max(1, min(64, share // SECTION_BYTES))
     with file.open("rb") as stream:
@@ -195,7 +195,7 @@ def _lines(file: Path, share: int) -> Iterator[tuple[str, int]]:
 
 
 def _decode(raw: bytes, file: Path, offset: int) -> str:
-    """Decode lines that start at a byte offset of a file; raises ValueError if not UTF-8."""
+    """Decode lines that start at this byte offset; raise ValueError if they are not UTF-8."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -206,14 +206,14 @@ def _decode(raw: bytes, file: Path, offset: int) -> str:
 
 
 def _next_text(stream: Any, file: Path) -> bytes:
-    """Return the next line, or about 4 KB of lines of a .txt file, where newlines are text."""
+    """Return the next line or, in a .txt file, where newlines are text, about 4 KB of lines."""
     if file.suffix != ".txt":
         return stream.readline()
     return b"".join(stream.readlines(4_000))
 
 
 def _texts_of(line: str, file: Path, offset: int) -> Iterator[str]:
-    """Yield the texts of a JSONL row, each turn of a conversation separately."""
+    """Yield the texts in a JSONL row; each turn of a conversation is a separate text."""
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -223,7 +223,7 @@ def _texts_of(line: str, file: Path, offset: int) -> Iterator[str]:
     values = [row[key] for key in TEXT_KEYS if isinstance(row.get(key), str | list)]
     if not values:
         raise ValueError(
-            f"{file}, line at byte {offset}: none of {', '.join(TEXT_KEYS)} in {sorted(row)[:8]}"
+            f"{file}, line at byte {offset}: {sorted(row)[:8]} has none of {', '.join(TEXT_KEYS)}"
         )
     for value in values:
         for turn in value if isinstance(value, list) else [value]:

@@ -1,4 +1,4 @@
-"""Protects the untimed parts of the benchmarks: command lines, settings and the generated page."""
+"""Tests for the untimed parts of the benchmarks: options, settings and the generated page."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def test_every_ablation_has_a_different_recipe(stage):
 
 
 @pytest.mark.parametrize("stage", CHANGES)
-def test_the_recipe_is_one_of_the_compared_changes(stage):
+def test_exactly_one_change_is_the_recipe(stage):
     assert sum(is_default(stage, change) for change in CHANGES[stage]) == 1
 
 
-def test_an_unknown_benchmark_is_an_error_that_lists_the_known_ones(capsys):
+def test_the_error_for_an_unknown_benchmark_lists_the_known_ones(capsys):
     parser = make_parser("costs", "", ["mfu", "start"])
     assert parser.parse_args([]).names == [] and parser.parse_args(["mfu"]).names == ["mfu"]
     with pytest.raises(SystemExit):
@@ -45,8 +45,8 @@ def test_the_page_shows_the_last_record_of_each_benchmark():
     assert "| mfu | 0.625 (0.25 to 0.75) | >= 0.65 |" in text and "0.5 (" not in text
 
 
-def test_ablations_are_compared_and_sorted_by_gain_on_equal_seeds():
-    """The change is 0.1 better on both of its seeds, although the baseline has the lower mean."""
+def test_ablations_are_sorted_by_the_gain_for_the_same_seeds():
+    """The change is 0.1 better for both of its seeds, although the baseline has a lower mean."""
     values = [("", 0, 2.0), ("", 1, 3.0), ("", 2, 1.0), ("seed=9", 0, 1.9), ("seed=9", 1, 2.9)]
     runs = [
         {

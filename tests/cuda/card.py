@@ -1,4 +1,4 @@
-"""The GPU as a run uses it, and a trainer that takes single steps on it."""
+"""Helpers for the GPU tests: a run's hardware settings, and a trainer that takes single steps."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TINY = ModelConfig(
 
 
 class Machine(NamedTuple):
-    """Hardware, data, model sizes and working folder of all checks."""
+    """Hardware settings, data, model dimensions and working folder for all checks."""
 
     choice: Choice
     data: PackedDataset
@@ -45,7 +45,7 @@ class Machine(NamedTuple):
     folder: Path
 
     def hardware(self, rows: int = 0) -> Hardware:
-        """Apply the chosen hardware, with micro-batches of `rows` rows if given."""
+        """Apply the hardware settings, with micro-batches of `rows` rows if given."""
         choice = replace(self.choice, micro_batch_size=rows) if rows else self.choice
         return use_hardware(choice)
 
@@ -56,7 +56,7 @@ class Machine(NamedTuple):
 
 
 def open_machine(folder: Path) -> Machine:
-    """Choose the hardware and write data for each stage to the folder."""
+    """Choose the hardware settings, and write data for each stage to the folder."""
     write_data(folder)
     # With "auto", a CPU would first be measured to choose between fp32 and bf16.
     precision = "fp32" if DEVICE == "cpu" else "auto"
@@ -67,7 +67,7 @@ def open_machine(folder: Path) -> Machine:
 
 
 class Trainer:
-    """A new model with optimizers that takes the training loop's steps, one micro-batch each."""
+    """Takes steps as the training loop does, with a new model and one micro-batch per step."""
 
     def __init__(self, machine: Machine, rows: int, compile_: bool = True) -> None:
         torch.manual_seed(0)

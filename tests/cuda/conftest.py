@@ -1,7 +1,7 @@
-"""Fixtures of the tests with the marker `cuda`. `make gpu-check` runs them and prints the results.
+"""Fixtures for tests marked `cuda`. `make gpu-check` runs these tests and prints the results.
 
-The tests need an NVIDIA GPU and are skipped without one. To test the tests themselves,
-CUDA_TESTS_DEVICE=cpu runs those that also apply to a CPU, with a small model.
+The tests need an NVIDIA GPU and are skipped without one. To check the tests themselves, set
+CUDA_TESTS_DEVICE=cpu: this runs the ones that also work on a CPU, with a small model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """Yield the chosen hardware with data for each stage."""
+    """Yield the hardware settings, with data for each stage."""
     folder = tmp_path_factory.mktemp("card")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRAIN_LLM_CACHE_DIR", str(folder / "cache"))
@@ -34,7 +34,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 @pytest.fixture(autouse=True)
 def exact_matmul() -> Iterator[None]:
-    """Reset the precision of fp32 matrix products, which applying a hardware choice changes."""
+    """Reset the fp32 matmul precision, since tests that apply a hardware choice change it."""
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision("highest")
@@ -42,7 +42,7 @@ def exact_matmul() -> Iterator[None]:
 
 @pytest.fixture
 def report(record_property: Callable[[str, object], None]) -> Callable[..., None]:
-    """Return a function that records a check, its measured value and limit for gpu_check."""
+    """Return a function that records a check, its measured value and its limit for gpu_check."""
 
     def record(check: str, figure: str, limit: str = "") -> None:
         for name, value in (("check", check), ("figure", figure), ("limit", limit)):

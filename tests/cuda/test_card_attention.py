@@ -1,4 +1,4 @@
-"""Protects each attention kernel on a GPU, compared with fp64 formulas on packed documents."""
+"""Tests that each attention kernel matches fp64 formulas on a GPU, on packed documents."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_kernel_matches_fp64_in_output_and_gradients(kernel, machine, report):
     shapes = [(4, heads, LENGTH, 64) for heads in (8, 4, 4)]
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     documents = batch.document_ids.cpu()
-    # Kernels use the order in a row; position_ids are 0 throughout padding.
+    # Kernels use the order within a row; position_ids are 0 in padding.
     positions = torch.arange(LENGTH).expand_as(documents)
     expected = fp64_reference(inputs, visible(positions, positions, documents, documents)[:, None])
     device = torch.device(choice.device)

@@ -1,4 +1,4 @@
-"""Protects the model on a GPU: fp32 matches the CPU, and the run's precision matches fp32."""
+"""Tests that the model in fp32 matches the CPU, and that the run's precision matches fp32."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def gradient(model, batch):
 
 @pytest.fixture(scope="module")
 def both(machine):
-    """Return one model on the CPU and on the device, with two rows of data each."""
+    """Return the same model, and the same two rows of data, on the CPU and on the device."""
     torch.manual_seed(0)
     on_cpu = Transformer(machine.sizes)
     for name, parameter in on_cpu.named_parameters():

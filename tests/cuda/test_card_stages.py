@@ -1,4 +1,4 @@
-"""Protects the stages on a GPU as a user runs them: twenty steps each, one killed and resumed."""
+"""Tests for the stages on a GPU, each for twenty steps; pretraining is killed and resumed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def losses_of(stage, machine, *more):
 
 
 def command(stage, machine, *more):
-    """Return the command of a run, its folder and its environment."""
+    """Return a run's command, folder and environment variables."""
     out_dir = machine.folder / stage
     words = [sys.executable, STAGES[stage], f"configs/tiny_{stage}.yaml", f"out_dir={out_dir}",
              f"data.files={machine.folder / stage}.jsonl", f"max_steps={STEPS}",

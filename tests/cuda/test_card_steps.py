@@ -1,4 +1,4 @@
-"""Protects GPU steps: no recompilation, no synchronization, predicted memory. Reports speed."""
+"""Tests for steps on a GPU: no recompilation, no synchronization, predicted memory, speed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_micro_batch_does_not_synchronize_with_the_device(trainer, report):
 
 
 def test_peak_memory_of_a_step_is_as_predicted(machine, report):
-    """Uncompiled, with the micro-batch size of the hardware table."""
+    """The step is uncompiled and uses the hardware table's micro-batch size."""
     if machine.choice.device != "cuda":
         pytest.skip("only the CUDA allocator records its peak")
     rows = machine.choice.micro_batch_size
@@ -69,16 +69,16 @@ def test_peak_memory_of_a_step_is_as_predicted(machine, report):
     assert abs(peak / predicted - 1) < 0.15
 
 
-def test_speed_of_the_fastest_matrix_product(machine, report):
+def test_speed_of_the_fastest_matmul(machine, report):
     precision = machine.hardware().precision
     peak = matmul_peak(torch.device(machine.choice.device), precision)
-    report("fastest matrix product", f"{peak / 1e12:.2f} TFLOP/s in {precision}")
+    report("fastest matmul", f"{peak / 1e12:.2f} TFLOP/s in {precision}")
 
 
 @pytest.mark.parametrize("mode", ["uncompiled", "compiled"])
 @pytest.mark.parametrize("divisor", [8, 2, 1])
 def test_speed_of_steps(divisor, mode, machine, report):
-    """An eighth, a half and all rows of the hardware table's micro-batch."""
+    """Measure steps with an eighth, a half and all of the rows in the table's micro-batch."""
     full = machine.choice.micro_batch_size
     rows = max(1, full // divisor)
     if divisor > 1 and rows == max(1, full // (divisor // 2)):

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""The first hour of a new user: every line of README.md that needs no GPU, as it is typed there.
+"""A new user's first hour: every command in README.md that needs no GPU, exactly as written.
 
     python tests/journeys/first_hour.py
 
-Clone the repository, run the demo with six steps for each stage, then train three stages on small
+Clone the repository, run the demo with six steps per stage, then train three stages on small
 files in dataset/, stop and resume the first one, chat, and open the model with transformers.
 """
 
@@ -22,21 +22,21 @@ ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
 ROWS = 300
 SHORT = "max_steps=30 log_every_steps=1"
-"""Added to the commands of the stages, which would train for minutes."""
-MOST_SECONDS = 240
+"""Added to the stage commands, which would otherwise train for minutes."""
+MAX_SECONDS = 240
 
 
 def block(word: str) -> str:
-    """Return the one bash block of README.md that contains a word."""
+    """Return the only bash block in README.md that contains a word."""
     (found,) = [text for text in BLOCKS if word in text]
     return found
 
 
-def run(script: str, folder: Path, say: str = "") -> str:
+def run(script: str, folder: Path, stdin: str = "") -> str:
     """Run lines of README.md in bash, with a text on stdin; return their stdout."""
     print(f"\n$ {script}", flush=True)
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, input=say, text=True,
+        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, input=stdin, text=True,
         capture_output=True, encoding="utf-8", timeout=900,
     )  # fmt: skip
     print(done.stdout[-2000:], done.stderr[-1000:], flush=True)
@@ -51,19 +51,19 @@ def answer(out: str) -> str:
 
 
 def check(condition: bool, what: str) -> None:
-    """Exit if a condition does not hold."""
+    """Exit with an error if a condition does not hold."""
     if not condition:
         sys.exit(f"FAILED: {what}")
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write JSON lines as minimind publishes them."""
+    """Write rows as JSON lines, as in the files that minimind publishes."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text(lines, encoding="utf-8")
 
 
 def write_data(folder: Path) -> None:
-    """Write one minimind-shaped file of each stage."""
+    """Write one file per stage in minimind's format."""
     text, talks, pairs = [], [], []
     for n in range(ROWS):
         question = {"role": "user", "content": f"{n} 加 {n % 7} 等于多少？"}
@@ -79,7 +79,7 @@ def write_data(folder: Path) -> None:
 
 
 def interrupt(command: str, folder: Path) -> None:
-    """Start a command, press Ctrl-C after its third step, and wait until it has saved."""
+    """Start a command, send Ctrl-C after its third step, and wait until it has saved."""
     print(f"\n$ {command}   # Ctrl-C after step 3", flush=True)
     process = subprocess.Popen(["bash", "-c", f". .venv/bin/activate; exec {command}"], cwd=folder)
     log, end = folder / "runs/pretrain/train.log", time.monotonic() + 60
@@ -92,12 +92,12 @@ def interrupt(command: str, folder: Path) -> None:
 
 
 def main() -> None:
-    """Follow README.md from the clone to a model in transformers."""
+    """Follow README.md from cloning to opening the model in transformers."""
     with tempfile.TemporaryDirectory() as name:
         demo = block("git clone").replace("REPOSITORY", f"{ROOT}/.git")
         demo = demo.replace("make demo\n", "make demo QUICK=1\n")
         check("QUICK=1" in demo, "README.md has a line `make demo`")
-        out = run(demo, Path(name), say="你好，你是谁？\n/quit\n")
+        out = run(demo, Path(name), stdin="你好，你是谁？\n/quit\n")
         check("Chat, greedy" in out, "the demo prints its figures")
         check(bool(answer(out)), "the demo model answers")
 
@@ -107,11 +107,11 @@ def main() -> None:
         interrupt(f"{pretrain} {SHORT}", folder)
         out = run(f"{activate}; {pretrain} {SHORT}", folder)
         check("resuming from" in out and "finished 30 steps" in out, "the same command resumes")
-        check("already finished" in run(f"{activate}; {pretrain} {SHORT}", folder), "and finishes")
+        check("already finished" in run(f"{activate}; {pretrain} {SHORT}", folder), "it runs once")
         run(f"{activate}; {sft} {SHORT}; {dpo} {SHORT}", folder)
-        out = run(f"{activate}; {chat}", folder, say="3 加 3 等于多少？\n/quit\n")
+        out = run(f"{activate}; {chat}", folder, stdin="3 加 3 等于多少？\n/quit\n")
         check(bool(answer(out)), "the model answers")
-        check(time.monotonic() - began < MOST_SECONDS, f"all this takes under {MOST_SECONDS} s")
+        check(time.monotonic() - began < MAX_SECONDS, f"all this takes under {MAX_SECONDS} s")
 
         for file in ("mine.jsonl", "other.jsonl"):
             (folder / file).write_bytes((folder / "dataset/pretrain_hq.jsonl").read_bytes())

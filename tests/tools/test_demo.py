@@ -1,4 +1,4 @@
-"""Protects what a finished demo prints and writes into the pages, and the points of its picture."""
+"""Tests for the figures that a finished demo prints and writes to pages, and for its plot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tools import demo
 from trainlib.core.errors import UserError
 
 
-def test_a_text_is_cut_to_columns_where_chinese_takes_two():
+def test_cut_counts_two_columns_for_each_chinese_character():
     assert demo.cut("short", 5) == "short"
     assert demo.cut("你好，世界", 10) == "你好，世界"
     assert demo.cut("你好，世界", 9) == "你好，世 ..."
@@ -39,7 +39,7 @@ Chat, greedy, at most 128 tokens
 """
 
 
-def test_the_readme_gets_six_lines():
+def test_the_summary_for_the_readme_has_six_lines():
     assert demo.summary(REPORT).splitlines() == [
         "```text",
         "Minutes of training: 3.4 + 1.5 + 0.7 = 5.5; "
@@ -53,7 +53,7 @@ def test_the_readme_gets_six_lines():
     ]
 
 
-def test_a_block_replaces_what_is_between_the_marks(tmp_path):
+def test_write_pages_replaces_the_text_between_the_markers(tmp_path):
     files = (tmp_path / "README.md", tmp_path / "demo.md")
     for path in files:
         path.write_text(f"{path.name}\n{demo.BEGIN}\nold\n{demo.END}\nafter\n", encoding="utf-8")
@@ -64,7 +64,7 @@ def test_a_block_replaces_what_is_between_the_marks(tmp_path):
         assert text == f"{path.name}\n{demo.BEGIN}\nnew {path.name}\n{demo.END}\nafter\n"
 
 
-def test_a_page_without_marks_leaves_all_as_they_were(tmp_path):
+def test_no_page_is_written_if_one_lacks_its_markers(tmp_path):
     good, bad = tmp_path / "README.md", tmp_path / "README.zh-CN.md"
     good.write_text(f"{demo.BEGIN}\nold\n{demo.END}\n", encoding="utf-8")
     bad.write_text(f"{demo.END}\nold\n{demo.BEGIN}\n", encoding="utf-8")
@@ -73,7 +73,7 @@ def test_a_page_without_marks_leaves_all_as_they_were(tmp_path):
     assert "old" in good.read_text(encoding="utf-8")
 
 
-def test_a_quick_demo_is_moved_aside_by_a_full_one(tmp_path, monkeypatch):
+def test_a_full_demo_moves_a_quick_demo_aside(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "DEMO", tmp_path / "demo")
     monkeypatch.setattr(demo, "call", lambda arguments: None)
     demo.prepare("小智", None, quick=True)
@@ -84,7 +84,7 @@ def test_a_quick_demo_is_moved_aside_by_a_full_one(tmp_path, monkeypatch):
     assert (tmp_path / "demo.1/pretrain").is_dir() and not (tmp_path / "demo/pretrain").exists()
 
 
-def test_without_a_finished_demo_it_says_so(tmp_path, monkeypatch, capsys):
+def test_a_transcript_needs_a_finished_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "DEMO", tmp_path)
     monkeypatch.setattr(sys, "argv", ["demo", "--transcript"])
     with pytest.raises(SystemExit, match=r"no finished demo: .*identity\.txt"):
@@ -129,27 +129,27 @@ def write_demo(folder: Path) -> None:
                                {"step": 10, "val/reward_accuracy": 0.6}])  # fmt: skip
 
 
-def test_stages_follow_each_other_in_minutes_of_training(tmp_path):
+def test_each_curve_starts_at_the_minute_where_the_previous_one_ended(tmp_path):
     write_demo(tmp_path)
     pretrain, sft, dpo = plot_demo.read_curves(tmp_path)
-    assert pretrain.train == [(1.0, 3.0)]  # The figure that was not finite is skipped.
+    assert pretrain.train == [(1.0, 3.0)]  # The non-finite value is skipped.
     assert pretrain.val == [(0.0, 3.8), (3.0, 2.4)]
     assert pretrain.baselines == {"uniform": 3.9, "bigram": 2.5} and sft.baselines == {}
     assert (sft.begin, sft.end, sft.train) == (3.0, 4.0, [(4.0, 2.0)])
     assert dpo.val == [(5.0, 0.6)]
 
 
-def test_labels_do_not_lie_on_each_other():
+def test_labels_do_not_overlap():
     assert plot_demo.spread([3.9, 3.5, 3.4, 2.0], 0.25) == [3.9, 3.5, 3.25, 2.0]
 
 
-def test_the_picture_names_stages_and_baselines(tmp_path):
+def test_the_plot_labels_stages_and_baselines(tmp_path):
     pytest.importorskip("matplotlib")
     write_demo(tmp_path)
     pictures = [tmp_path / "one.svg", tmp_path / "two.svg"]
     for picture in pictures:
         plot_demo.draw(plot_demo.read_curves(tmp_path), picture)
     one, two = (picture.read_text(encoding="utf-8") for picture in pictures)
-    assert one == two  # Drawn again, it does not change.
+    assert one == two  # The plot is deterministic.
     for text in ("pretraining", "fine-tuning", "preference optimization", "uniform 3.90", "2.40"):
         assert f">{text}<" in one, text

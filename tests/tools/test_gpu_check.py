@@ -1,4 +1,4 @@
-"""Protects make gpu-check: its table, and the tests in tests/cuda/ that also run on a CPU."""
+"""Tests for make gpu-check: its table, and the tests in tests/cuda/ that also run on a CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def report(outcome, when="call", longrepr=None, **properties):
-    """Return a report like those that pytest makes for each phase of a test."""
+    """Return a report like the ones that pytest creates for each phase of a test."""
     return SimpleNamespace(
         nodeid="tests/cuda/test_card_steps.py::test_speed", when=when, outcome=outcome,
         longrepr=longrepr, user_properties=list(properties.items()),
@@ -44,11 +44,11 @@ SKIPPED = report("skipped", "setup", ("file", 3, "Skipped: attention is varlen h
         (report("failed", "setup", "a | b"), "| test_speed | FAILED | (a / b) |  |"),
     ],
 )
-def test_each_test_becomes_a_row(test_report, line):
+def test_each_test_report_becomes_a_row(test_report, line):
     assert make_row(test_report).line() == line
 
 
-def test_no_check_may_fail_and_one_must_pass():
+def test_results_pass_if_a_check_passes_and_none_fails():
     def passed(*reports):
         results = Results()
         for each in reports:
@@ -63,7 +63,7 @@ def test_no_check_may_fail_and_one_must_pass():
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Return a function that runs the command with a GPU and test reports; gives the exit code."""
+    """Return a function that runs the command with fake reports and returns the exit code."""
 
     def command(*arguments, reports=()):
         def tests(checks):
@@ -94,7 +94,7 @@ def test_the_table_is_printed_and_written(run, tmp_path, capsys):
     assert "FAILED" in (tmp_path / "docs/gpu.md").read_text()
 
 
-def test_running_some_checks_does_not_write_the_page(run, tmp_path, capsys):
+def test_the_page_is_not_written_if_only_some_checks_run(run, tmp_path, capsys):
     assert run("model", reports=[PASSED]) == 0
     assert not (tmp_path / "docs/gpu.md").exists() and "| OK |" in capsys.readouterr().out
     assert run("modle") == 2
@@ -107,7 +107,7 @@ def test_a_file_without_a_table_is_not_replaced(run, tmp_path, capsys):
     assert "gpu.md already exists" in capsys.readouterr().err
 
 
-def test_a_missing_card_or_pytest_is_an_error(monkeypatch):
+def test_a_missing_gpu_or_pytest_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu_check"])
     with pytest.raises(SystemExit, match="no CUDA device, so nothing was checked"):
@@ -123,7 +123,7 @@ def test_every_check_has_tests():
 
 
 @pytest.mark.slow
-def test_the_cuda_tests_that_apply_to_a_cpu_pass_there():
+def test_cuda_tests_that_also_apply_to_a_cpu_pass_on_it():
     arguments = ["-q", "-m", "cuda", "-k", "not speed", "-p", "no:cacheprovider", "tests/cuda"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments],

@@ -1,4 +1,4 @@
-"""Protects the data doctor: every row is counted, broken rows are listed, findings are correct."""
+"""Tests that the data doctor counts all rows, lists broken ones and reports correct findings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def chat(question, answer):
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft", "dpo"])
-def test_counts_match_training(kind, tmp_path, capsys, tokenizer):
+def test_token_counts_match_training(kind, tmp_path, capsys, tokenizer):
     rows = {
         "pretrain": [{"text": f"row {i} 行"} for i in range(30)],
         "sft": [chat(f"q{i}", f"a{i} 答") for i in range(30)],
@@ -59,7 +59,7 @@ def test_every_broken_row_is_listed_and_the_exit_code_is_one(tmp_path, capsys):
     assert all(set(row) == {"line", "reason"} and row["reason"] for row in report["broken"])
 
 
-def test_every_row_of_a_file_of_the_wrong_format_is_broken(tmp_path, capsys):
+def test_every_row_is_broken_if_the_format_is_wrong_or_unknown(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
     code, [report] = doctor(capsys, path, "--stage", "sft")
     assert code == 1 and len(report["broken"]) == report["rows"] == 2
@@ -74,7 +74,7 @@ def test_every_row_of_a_file_of_the_wrong_format_is_broken(tmp_path, capsys):
     assert report["broken"][0]["reason"].endswith("absent.jsonl does not exist")
 
 
-def test_hours_use_the_speed_of_the_newest_run_of_the_stage(tmp_path, capsys):
+def test_hours_are_based_on_the_newest_run_of_the_stage(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{"text": "a"}])
     assert doctor(capsys, path)[1][0]["tokens_per_second"] is None
     runs = {"pretrain_old": ("pretrain", 10.0), "mine": ("pretrain", 20.0),
@@ -98,7 +98,7 @@ def test_the_help_lists_all_formats(capsys):
     assert formats.known_formats() in capsys.readouterr().out
 
 
-def test_findings(tmp_path, capsys):
+def test_findings_list_the_right_rows(tmp_path, capsys):
     long = "the quick brown fox jumps over the lazy dog and runs far away from here " * 9
     rows = [
         chat("q", "a <|im_end|> b"), chat("q", ""), chat("same", "same words"),
@@ -106,7 +106,7 @@ def test_findings(tmp_path, capsys):
         chat("天地玄黄宇宙洪荒", "日月盈昃辰宿列张"),
     ]  # fmt: skip
     code, [report] = doctor(capsys, write(tmp_path / "a.jsonl", rows), "--sequence-length", 256)
-    assert code == 0  # Only broken rows change it.
+    assert code == 0  # Only broken rows change the exit code.
     assert report["special_text"] == {"count": 1, "lines": [1]}
     assert report["empty"]["lines"] == [2] and report["exact_duplicates"]["lines"] == [4]
     assert report["near_duplicates"]["lines"] == [6]
@@ -116,7 +116,7 @@ def test_findings(tmp_path, capsys):
     assert report["packing_gain"] > 1.5 and report["padding_packed"] < report["padding_unpacked"]
 
 
-def test_truncation_that_loses_tokens_needs_a_fix(tmp_path, capsys):
+def test_a_fix_is_suggested_if_truncation_loses_tokens(tmp_path, capsys):
     long = "word " * 300
     cases = {
         "fits": ([chat("q", "a")] * 3, False),
@@ -134,7 +134,7 @@ def test_truncation_that_loses_tokens_needs_a_fix(tmp_path, capsys):
     )
 
 
-def test_preference_findings(tmp_path, capsys):
+def test_preference_findings_list_the_right_rows(tmp_path, capsys):
     def pair(chosen, rejected, **more):
         return {"prompt": "q", "chosen": chosen, "rejected": rejected, **more}
 
@@ -146,7 +146,7 @@ def test_preference_findings(tmp_path, capsys):
     assert report["trivial_rules"]["longer"] == pytest.approx(2 / 3)
 
 
-def test_a_sample_reads_all_rows_and_estimates_tokens(tmp_path, capsys):
+def test_sampling_reads_all_rows_and_estimates_tokens(tmp_path, capsys):
     rows = [{"text": f"row {i} of many rows"} for i in range(1500)] + ["{\n"]
     path = write(tmp_path / "a.jsonl", rows)
     _, [full] = doctor(capsys, path)
@@ -156,7 +156,7 @@ def test_a_sample_reads_all_rows_and_estimates_tokens(tmp_path, capsys):
     assert sampled["tokens"] == pytest.approx(full["tokens"], rel=0.05)
 
 
-def test_terminal_and_page_work_in_both_languages(tmp_path, capsys, monkeypatch):
+def test_terminal_and_html_reports_work_in_both_languages(tmp_path, capsys, monkeypatch):
     page = tmp_path / "page.html"
     files = [GOLDEN / "minimind.jsonl", GOLDEN / "wyf3_dpo.json", GOLDEN / "unpaired.jsonl"]
     assert inspect_data.main([*map(str, files), "--html", str(page)]) == 1
@@ -170,7 +170,7 @@ def test_terminal_and_page_work_in_both_languages(tmp_path, capsys, monkeypatch)
     assert data_report._language() == "zh"
 
 
-def test_a_page_only_replaces_pages(tmp_path, capsys, monkeypatch):
+def test_an_html_report_only_replaces_html_reports(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "a.jsonl", [{"text": "a"}])
     page = tmp_path / "page.html"
     assert inspect_data.main([str(path), "--html", str(page)]) == 0
@@ -184,7 +184,7 @@ def test_a_page_only_replaces_pages(tmp_path, capsys, monkeypatch):
     assert path.read_text() == '{"text": "a"}\n'
 
 
-def test_a_page_and_a_terminal_never_execute_text_of_the_data(tmp_path, capsys):
+def test_browsers_and_terminals_never_execute_text_in_the_data(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{"text": "<script>alert(1)</script>\x1b[2J"}, "<b>\n"])
     page = tmp_path / "page.html"
     inspect_data.main([str(path), "--html", str(page)])

@@ -1,6 +1,6 @@
-"""Protects the sample: atomic writes, pinned sources, disjoint training and validation groups.
+"""Tests for the sample: atomic writes, pinned sources, disjoint training and validation groups.
 
-An index on 127.0.0.1 serves small archives with the structure of the real packages.
+A package index on 127.0.0.1 serves small archives with the structure of the real packages.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def test_sources_lists_every_file_with_its_packages(project: Project) -> None:
     assert len(sources["files"]) == len(list(project.out.rglob("*.jsonl")))
 
 
-def test_no_group_is_on_both_sides(project: Project) -> None:
-    """This test reimplements the rule: one in twenty groups, by the sha1 of the name."""
+def test_no_group_is_in_both_training_and_validation(project: Project) -> None:
+    """This test reimplements the rule: one in twenty groups, by the sha1 of its name."""
 
     def held_out(name: str) -> bool:
         return int(hashlib.sha1(name.encode("utf-8")).hexdigest(), 16) % 20 == 0
@@ -130,7 +130,7 @@ def test_no_group_is_on_both_sides(project: Project) -> None:
             seen[is_val] += 1
     assert seen[True] > 100 and seen[False] > 500, "too few rows for a meaningful test"
     training = (project.out / "pretrain.jsonl").read_text(encoding="utf-8")
-    assert "自公布之日起施行" not in training, "a held-out law has this article, too"
+    assert "自公布之日起施行" not in training, "a held-out law also has this article"
     assert "话说第3回" not in training and "ERRORS" not in training
 
 
@@ -190,7 +190,7 @@ def test_a_new_sample_removes_stale_validation_files_and_keeps_extras(project: P
 
 
 def fails(project: Project, capsys: pytest.CaptureFixture[str], *words: str) -> None:
-    """Check that a run fails with a message that contains the words, and changes no file."""
+    """Check that a run fails with a message containing these words and changes no file."""
     before = project.files()
     assert project.run() == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
@@ -278,9 +278,9 @@ def test_a_full_disk_while_fetching_is_an_error(
     fails(project, capsys, "the disk is full", str(sample_sources.downloads_folder()))
 
 
-def test_an_unwritable_folder_fails(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_folder_must_be_writable(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     project.out.write_text("a file instead of the folder")
-    fails(project, capsys, "cannot write under", str(project.out))
+    fails(project, capsys, "cannot write to", str(project.out))
 
 
 # ---- pip's configuration --------------------------------------------------------------------
@@ -323,10 +323,10 @@ def test_a_file_that_is_not_part_of_a_sample_is_not_replaced(
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
-# ---- the text for a tokenizer ---------------------------------------------------------------
+# ---- text for the tokenizer -----------------------------------------------------------------
 
 
-def test_the_tokenizer_mix_has_only_training_groups(project: Project, tmp_path: Path) -> None:
+def test_the_tokenizer_mix_contains_only_training_groups(project: Project, tmp_path: Path) -> None:
     target = tmp_path / "mix.jsonl"
     assert project.run("--tokenizer-mix", str(target)) == 0
     assert project.run("--tokenizer-mix", str(target)) == 1, "an existing file was replaced"

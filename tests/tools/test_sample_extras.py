@@ -1,4 +1,4 @@
-"""Protects the optional sources: no code is run, packages are pinned or recorded, text is right."""
+"""Tests that optional sources run no package code, pin or record packages, and extract text."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def test_the_error_names_a_missing_program(tools_folder: Path, name: str, missin
     assert cached() == []
 
 
-def test_the_error_quotes_a_failing_program(tools_folder: Path) -> None:
+def test_the_error_quotes_the_output_of_a_failing_program(tools_folder: Path) -> None:
     program(tools_folder / "apt-get", "echo E: no such package >&2; exit 100\n")
     with pytest.raises(PrepareError, match="100: E: no such package.*apt-get update"):
         extra_rows("linux_doc")
     assert cached() == []
 
 
-def test_poems_with_a_lost_character_are_skipped() -> None:
+def test_poems_with_a_missing_character_are_skipped() -> None:
     folder = "package/dist/quantangshi"
     files = [
         (f"{folder}/poet.song.0.json", poems(("陸游", "王師北定中原日。"), ("陸游", "□師北定。"))),
@@ -108,7 +108,7 @@ def test_poems_with_a_lost_character_are_skipped() -> None:
     assert list(read_poetry(iter(files))) == [("陸游", "题\n陸游\n王師北定中原日。")]
 
 
-def test_brown_drops_tags_and_spaces_before_punctuation() -> None:
+def test_brown_has_no_tags_and_no_spaces_before_punctuation() -> None:
     line = b"\n\tThe/at jury/nn said/vbd ,/, ``/`` no/at and/or/cc yes/uh ''/'' ./.\n"
     [(group, text)] = read_brown(iter([("package/ca01", line), ("package/README", line)]))
     assert (group, text) == ("ca01", 'The jury said, "no and/or yes".')

@@ -1,6 +1,6 @@
-"""Protects the rows: documents and halves lose no text, and preference pairs can be learned.
+"""Tests that splitting loses no text, and that models can learn from the preference pairs.
 
-The answers of a pair differ only in the way that its type defines, without cues such as length.
+The answers in a pair differ only in the way that defines its type, not in cues such as length.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ ANSWER = "水在零度结冰，在一百度沸腾。这取决于气压。高山�
 ENGLISH = "Water freezes at zero degrees. It boils at one hundred. On mountains it boils earlier."
 
 
-def test_the_split_does_not_change() -> None:
-    """Published figures and existing validation files depend on the side of these groups."""
+def test_the_validation_split_does_not_change() -> None:
+    """Published figures and existing validation files depend on which groups are held out."""
     assert is_validation("三国演义 003") and not is_validation("三国演义 001")
     assert is_validation("comedy_of_errors") and is_validation("henry_v")
     assert not is_validation("hamlet")
@@ -57,7 +57,7 @@ def test_law_documents_keep_every_article_under_the_name_of_the_law() -> None:
     assert all(f"{a.number} {a.text}" in joined for a in articles)
 
 
-def test_play_documents_join_to_the_play() -> None:
+def test_joining_play_documents_restores_the_play() -> None:
     speech = "WHO.\n" + "words " * 40
     text = "\n\n".join(["TITLE", "ACT I.", "Scene I.", *[speech] * 60, "Scene II.", *[speech] * 9])
     pieces = list(play_documents(text))
@@ -157,7 +157,7 @@ def test_continuation_pairs_choose_the_second_half_of_the_same_article() -> None
 
 def test_a_second_half_that_is_also_correct_is_not_rejected() -> None:
     one = law_of(40)
-    # Articles with the same first halves and other numbers.
+    # Articles with the same first halves but different numbers.
     twins = [Article(LAW, "", "又" + a.number, a.text.replace("书面", "口头")) for a in one]
     for pair in continuation_pairs([*one, *twins]):
         first = pair.content["chosen"][0]["content"].split("：\n")[1]
@@ -219,7 +219,7 @@ def test_identity_rows_are_repeated_and_filled_in(monkeypatch: pytest.MonkeyPatc
     assert not any("{{" in row.line for row in rows)
 
 
-def test_without_an_author_each_language_names_one_that_reads_well(monkeypatch) -> None:
+def test_the_default_author_is_in_the_language_of_the_answer(monkeypatch) -> None:
     published = [{"instruction": "hi", "output": "I am {{name}}, developed by {{author}}."}]
     monkeypatch.setattr("tools.sample_rows.read_json", lambda *_: published)
     text = "\n".join(row.line for row in identity_rows(Path("unread"), "小智", None, 1))

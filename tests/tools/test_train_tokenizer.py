@@ -1,4 +1,4 @@
-"""Protects the vocabulary: its ids, the boundaries of merges, and its training data."""
+"""Tests for the vocabulary: its ids, its merge boundaries and its training data."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_decoding_restores_every_text(which: str, request: pytest.FixtureRequest
 
 
 @pytest.mark.parametrize("which", ["small", "committed"])
-def test_a_turn_can_be_split_after_its_role(which: str, request: pytest.FixtureRequest) -> None:
-    """The loss mask requires that role + newline never merges with the following text."""
+def test_roles_never_merge_with_the_text(which: str, request: pytest.FixtureRequest) -> None:
+    """The loss mask requires that "role + newline" never merges with the text that follows."""
     bpe: Tokenizer = request.getfixturevalue(which)
 
     def ids(text: str) -> list[int]:
@@ -92,10 +92,10 @@ def test_the_committed_vocabulary_has_6400_entries(committed: Tokenizer) -> None
 
 
 @pytest.mark.parametrize(("language", "minimum"), [("zh", 3.54), ("en", 3.21)])
-def test_the_committed_vocabulary_compresses(
+def test_the_committed_vocabulary_compresses_held_out_text(
     committed: Tokenizer, language: str, minimum: float
 ) -> None:
-    """It beats the 6,400-entry vocabulary of minimind on rows that neither was trained on."""
+    """It beats minimind's 6,400-entry vocabulary on rows that neither was trained on."""
     path = ROOT / f"dataset/sample/val/pretrain/alpaca_{language}.jsonl"
     if not path.exists():
         pytest.skip("needs the sample: python -m tools.prepare_data")
@@ -148,7 +148,7 @@ def test_the_error_names_a_broken_line(
 
 
 @pytest.mark.parametrize(("name", "offset"), [("gbk.txt", 10), ("gbk.jsonl", 16)])
-def test_the_error_names_a_file_with_another_encoding(
+def test_the_error_names_a_file_with_the_wrong_encoding(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, offset: int
 ) -> None:
     path = tmp_path / name
@@ -164,7 +164,7 @@ def test_the_error_names_a_file_with_another_encoding(
     assert not (tmp_path / "made").exists()
 
 
-def test_other_errors_are_named(
+def test_a_missing_file_or_a_tiny_vocabulary_is_an_error(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--data", str(tmp_path / "none.jsonl"), "--out", str(tmp_path)]) == 1
@@ -188,7 +188,7 @@ def test_rows_of_all_formats_are_read(tmp_path: Path) -> None:
     assert list(read_texts([path, plain], 10**6)) == [*expected, "eight\nnine"]
 
 
-def test_a_file_named_twice_counts_twice(data: Path) -> None:
+def test_a_file_given_twice_counts_twice(data: Path) -> None:
     once = list(read_texts([data], 10**6))
     assert list(read_texts([data, data], 10**6)) == once + once
 
