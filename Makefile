@@ -77,9 +77,9 @@ lock: .venv/ready-dev ## Pin the packages of the image for every supported Pytho
 	grep -hv -e '^torch' -e '^#' requirements.txt docker/requirements.in | \
 	  $(BIN)/uv pip compile --quiet --native-tls --universal --python-version 3.10 --generate-hashes \
 	    --no-header --no-annotate --output-file docker/requirements.lock.new -
-	{ echo '# Exact versions and digests of the image'"'"'s packages but torch. Written by `make lock`.'; \
+	{ echo '# Exact versions and hashes of the packages in the image, except torch. Written by `make lock`.'; \
 	  cat docker/requirements.lock.new; } > docker/requirements.lock
-	{ echo '# pip alone, which the layer of torch needs before the rest. Written by `make lock`.'; \
+	{ echo '# Only pip, which the torch layer installs first. Written by `make lock`.'; \
 	  awk '/^pip==/ {on = 1; print; next} on && /^ / {print; next} {on = 0}' docker/requirements.lock; } > docker/pip.lock
 	rm docker/requirements.lock.new
 

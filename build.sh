@@ -29,12 +29,12 @@ ENV_FILE=${ENV_FILE:-$ROOT/.env}
 usage() {
   say "usage: ./build.sh [auto|$(profiles "$TABLE" | sed 's/ *$//; s/ /|/g')] [options]
        ./build.sh doctor     check everything, from the GPU to ten training steps
-  --devices all|0,1|free:N   cards to use; default: all that no one else is using
-  --mirror auto|cn|off       package sources; auto probes which ones are reachable
+  --devices all|0,1|free:N   GPUs to use; default: all that are idle
+  --mirror auto|cn|off       package sources; auto checks which are reachable
   --env-only                 only write .env
   --no-build                 run the checks and write .env, but do not build
-  --dry-run                  show the choice and the new .env without writing anything
-exit codes: 0 success, 2 invalid option or setting, 3 Docker, 4 card, driver or toolkit, 5 build failed, 6 doctor found a problem
+  --dry-run                  show the settings and the new .env without writing anything
+exit codes: 0 success, 2 invalid option or setting, 3 Docker problem, 4 GPU, driver or toolkit problem, 5 build failed, 6 doctor found a problem
 language: TRAIN_LANG=en|zh" \
     "用法：./build.sh [auto|$(profiles "$TABLE" | sed 's/ *$//; s/ /|/g')] [选项]
       ./build.sh doctor      从显卡到试训练十步，逐项检查
@@ -76,7 +76,7 @@ parse_arguments() {
   case "$mirror" in auto | cn | off) ;; *) die 2 "--mirror $mirror: use auto, cn or off" "--mirror $mirror：请用 auto、cn 或 off" ;; esac
   case "$devices" in
     "") ;;
-    free:*[!0-9]* | free: | free:0) die 2 "--devices $devices: use free:N, where N is a number of cards greater than 0" "--devices $devices：请用 free:N，其中 N 是大于 0 的显卡数量" ;;
+    free:*[!0-9]* | free: | free:0) die 2 "--devices $devices: use free:N, where N is at least 1" "--devices $devices：请用 free:N，其中 N 是大于 0 的显卡数量" ;;
     free:*) ;;
     *) valid_devices "$devices" || die 2 "--devices $devices: use all, indices such as 0,1, UUIDs, or free:N" "--devices $devices：请用 all、UUID、free:N，或形如 0,1 的编号" ;;
   esac
@@ -89,12 +89,12 @@ check_engine() {
     denied) die $problem_code "no permission to use Docker. Run this once: sudo usermod -aG docker \$USER; then log out and back in" "没有使用 Docker 的权限。请执行一次：sudo usermod -aG docker \$USER，然后注销并重新登录" ;;
     down) die $problem_code "the Docker engine does not respond. Start it: sudo systemctl start docker (on Windows and Mac, open Docker Desktop)" "Docker 引擎没有响应。请先启动：sudo systemctl start docker（Windows、Mac 请打开 Docker Desktop）" ;;
   esac
-  [ -n "$compose" ] || die $problem_code "found no Docker Compose that works with engine $engine_version. Run: apt-get install docker-compose-plugin (docker-compose 1.x works up to engine 24)" \
+  [ -n "$compose" ] || die $problem_code "no installed Docker Compose works with Docker Engine $engine_version. Run: apt-get install docker-compose-plugin (docker-compose 1.x works only up to Engine 24)" \
     "没有找到与 Docker 引擎 $engine_version 兼容的 Docker Compose。请运行：apt-get install docker-compose-plugin（docker-compose 1.x 最高只支持到引擎 24）"
 }
 
 prepare_folders() {
-  # If they did not exist, the engine would create them as root.
+  # Docker would create missing folders as root.
   local folder
   for folder in runs_dir cache_dir; do
     mkdir -p "${!folder}" || die 2 "cannot create ${!folder}. Check its permissions" "无法创建 ${!folder}，请检查权限"
@@ -106,7 +106,7 @@ build_image() {
   if [ "$compose" = "docker compose" ]; then flags=--progress=plain; fi
   say "building $image; log: $log" "正在构建 $image；日志：$log"
   export DOCKER_BUILDKIT=1 COMPOSE_DOCKER_CLI_BUILD=1 BUILDKIT_PROGRESS=plain
-  # Proxies are passed by name, as Docker's predefined build arguments.
+  # Pass proxies by name: Docker predefines these build arguments.
   proxies=$(proxy_arguments)
   # shellcheck disable=SC2086
   (unset_loopback_proxies && $compose build $proxies $flags train) 2>&1 | tee "$log" || status=$?
@@ -122,7 +122,7 @@ next_steps() {
   local ssh_hint=""
   [ -z "${SSH_CONNECTION:-}" ] || ssh_hint=" (from your own computer: ssh -L $tb_port:localhost:$tb_port THIS_HOST)"
   say "
-next:
+next steps:
   $compose up -d train
   $compose exec train python -m tools.prepare_data   (downloads the sample; skip it if dataset/ has your own data)
   $compose exec train python train.py

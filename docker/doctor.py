@@ -1,7 +1,7 @@
-"""Checks that `./build.sh doctor` runs inside the container: from torch to ten training steps.
+"""Checks that `./build.sh doctor` runs in the container, from importing torch to ten steps.
 
-Prints one line per check, "OK name: detail" or "NO name: reason", and exits with 1 after any NO.
-The output contains no paths or file names of the user.
+Prints one line per check, "OK name: detail" or "NO name: reason". Exits with 1 if any check fails.
+The output contains none of the user's paths or file names.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ LIMIT = 300  # Seconds per check.
 
 
 def torch_version() -> str:
-    """Return the versions of torch and CUDA and the number of visible cards."""
+    """Return the torch and CUDA versions and the number of visible GPUs."""
     import torch
 
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if os.environ.get("GPU_PROFILE", "cpu") != "cpu" and not cards:
         raise RuntimeError(
             f"the profile is {os.environ['GPU_PROFILE']}, but torch {torch.__version__} sees no "
-            "card. On the host, run nvidia-smi, then docker compose up -d --force-recreate train"
+            "GPU. On the host, run nvidia-smi, then docker compose up -d --force-recreate train"
         )
-    return f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {cards} cards"
+    return f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {cards} GPUs"
 
 
 def matmul() -> str:
-    """Multiply two matrices on the training device: a card without kernels fails only here."""
+    """Multiply two matrices on the training device; an unsupported GPU fails only here."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,7 +46,7 @@ def matmul() -> str:
 
 
 def shared_memory() -> str:
-    """Check the size of /dev/shm: with Docker's 64 MB, data workers fail with "Bus error"."""
+    """Check the size of /dev/shm: at Docker's default of 64 MB, data workers crash."""
     size = shutil.disk_usage("/dev/shm").total // 1_000_000
     if size < 500:
         raise RuntimeError(f"{size} MB. Set SHM_SIZE=2gb in .env; run docker compose up -d train")
@@ -54,7 +54,7 @@ def shared_memory() -> str:
 
 
 def two_ranks() -> str:
-    """Run an all-reduce over two processes, on two cards if available."""
+    """Run an all-reduce across two processes, on two GPUs if available."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "ranks.py"
         script.write_text(
@@ -76,7 +76,7 @@ def two_ranks() -> str:
 
 
 def disk() -> str:
-    """Check the free space in runs/ and the permission to write there."""
+    """Check that runs/ is writable and has enough free space."""
     with tempfile.NamedTemporaryFile(dir=ROOT / "runs"):
         free = shutil.disk_usage(ROOT / "runs").free // 1_000_000_000
     if free < 5:
@@ -93,11 +93,11 @@ def data() -> str:
     if broken:
         raise RuntimeError(f"{len(broken)} links in dataset/ point outside the container. Set "
                            "DATASET_DIR in .env to the folder that contains the files")  # fmt: skip
-    return f"{len(files)} files in dataset/, " + ("the sample" if sample else "no sample")
+    return f"{len(files)} files in dataset/, " + ("with" if sample else "without") + " the sample"
 
 
 def ten_steps() -> str:
-    """Run ten optimizer steps of train.py on generated text."""
+    """Run train.py for ten optimizer steps on generated text."""
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.jsonl"
         rows = [{"text": f"{i} and {i} make {2 * i}. " * 20} for i in range(200)]
@@ -114,7 +114,7 @@ def ten_steps() -> str:
         lines = (Path(folder) / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
         if not (Path(folder) / "run/final/model.safetensors").is_file():
             raise RuntimeError("train.py exited with 0 but wrote no model")
-    return f"done in {seconds:.0f} s, {len(lines)} lines of metrics"
+    return f"done in {seconds:.0f} s, {len(lines)} lines in metrics.jsonl"
 
 
 def run(command: list[str]) -> str:
@@ -146,7 +146,7 @@ def main() -> int:
     for name, check in CHECKS.items():
         try:
             print(f"OK {name}: {check()}", flush=True)
-        except Exception as error:  # noqa: BLE001  # Any failure is reported.
+        except Exception as error:  # noqa: BLE001  # Report any failure.
             failed += 1
             print(f"NO {name}: {str(error) or type(error).__name__}", flush=True)
     return min(failed, 1)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The container's main process (started by Docker's init).
 #   idle (default)   run TRAIN_COMMAND if it is set; copy every train.log to standard output; on
-#                    SIGTERM let every training save a checkpoint and exit, however it was started
-#   anything else    execute it instead
+#                    SIGTERM, let every training run, no matter how it was started, save and exit
+#   anything else    execute this command instead
 #
-# Docker signals only this process and shows only its output. Without it, `stop` would kill a
-# training started by `docker exec`, and `logs` would not show it (moby#35703, moby#10166).
+# Docker signals only this process and shows only its output. Without this script, `stop` would kill
+# a run started with `docker exec`, and `logs` would not show its output (moby#35703, moby#10166).
 set -u
 STOP_WAIT=${STOP_WAIT:-110} # Seconds; stop_grace_period in docker-compose.yml is ten seconds longer.
 RUNS=${RUNS:-/workspace/runs}
@@ -14,10 +14,10 @@ RUNS=${RUNS:-/workspace/runs}
 
 note() { printf '[container] %s\n' "$*"; }
 
-# ---- trainings -----------------------------------------------------------------------------------
+# ---- training runs -------------------------------------------------------------------------------
 
-# programs: print the process ids of Python programs, torchrun and data workers. Shells ignore
-# SIGTERM, so waiting for them would use up the grace period; compile helpers exit with their parent.
+# programs: print the process ids of Python programs, torchrun and data workers. Skip shells,
+# because they ignore SIGTERM, and compile workers, because they exit with their parent.
 programs() {
   local folder comm state rest
   for folder in /proc/[0-9]*; do
@@ -57,8 +57,8 @@ on_stop() {
 declare -A stream=() partial=()
 first_pass=1
 
-# follow: print the lines added to any train.log since the last call. Hold back an incomplete line
-# until it ends. Skip what was written before the container started.
+# follow: print the lines added to any train.log since the last call. Hold back a line until it is
+# complete. Skip lines written before the container started.
 follow() {
   local file line name
   for file in "$RUNS"/train.log "$RUNS"/*/train.log "$RUNS"/*/*/train.log; do
@@ -100,7 +100,7 @@ for folder in "$RUNS" /workspace/.cache; do
 done
 for link in /workspace/dataset/* /workspace/runs; do
   if [ -L "$link" ] && ! [ -e "$link" ]; then
-    note "warning: $link points to $(readlink "$link"), which is not mounted. Set its folder in .env, for example:"
+    note "warning: $link points to $(readlink "$link"), which is not mounted. Set the folder that contains it in .env, for example:"
     note "  DATASET_DIR=$(dirname "$(readlink "$link")")"
   fi
 done

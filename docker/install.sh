@@ -1,10 +1,10 @@
 #!/bin/sh
-# Steps of the image build. Each tries an ordered list of addresses until one succeeds.
-#   install.sh apt PACKAGE...    from $APT_MIRRORS, then from the image's default sources
-#   install.sh certificates      add those in docker/certs, if any, to the image's
-#   install.sh torch VERSION LOCK   pip from LOCK; torch from $TORCH_INDEX_URLS, else like lock
-#   install.sh lock LOCK         packages by hash, from $PIP_INDEX_URLS, then pip's default
-# Progress is printed, because a long download without output looks like one that hangs.
+# The steps of the image build. Each step tries a list of addresses in order until one succeeds.
+#   install.sh apt PACKAGE...    install packages from $APT_MIRRORS, then from the default sources
+#   install.sh certificates      add any CA certificates in docker/certs to the image's trust store
+#   install.sh torch VERSION LOCK   install pip from LOCK, then torch, first from $TORCH_INDEX_URLS
+#   install.sh lock LOCK         install LOCK with hash checking
+# pip tries $PIP_INDEX_URLS, then its default index. Progress is printed, so that nothing seems to hang.
 set -eu
 
 step() { printf '\n== %s\n' "$*"; }
@@ -12,7 +12,7 @@ step() { printf '\n== %s\n' "$*"; }
 apt_sources() { ls /etc/apt/sources.list /etc/apt/sources.list.d/*.sources 2>/dev/null; }
 
 install_apt() {
-  rm -f /etc/apt/apt.conf.d/docker-clean # It would empty the cache that builds share.
+  rm -f /etc/apt/apt.conf.d/docker-clean # It would empty the apt cache that builds share.
   for file in $(apt_sources); do cp "$file" "$file.orig"; done
   for mirror in ${APT_MIRRORS:-} default; do
     for file in $(apt_sources); do
@@ -37,7 +37,7 @@ install_certificates() {
   if ls /certs/*.crt >/dev/null 2>&1; then cp /certs/*.crt /usr/local/share/ca-certificates/ && update-ca-certificates; fi
 }
 
-# Skip an index that does not respond: pip would spend minutes on retries.
+# answers INDEX: fail if the index does not respond, because pip would spend minutes on retries
 answers() {
   python3 - "$1" <<'PYTHON'
 import sys, urllib.request
@@ -49,7 +49,7 @@ except OSError as error:
 PYTHON
 }
 
-# pip_from INDEX ARGUMENTS: run pip install with an index; "default" is pip's own
+# pip_from INDEX ARGUMENTS: run pip install with an index; "default" means pip's own
 pip_from() {
   index=$1
   shift
@@ -71,9 +71,9 @@ install_pip() {
   return 1
 }
 
-what=$1
+action=$1
 shift
-case "$what" in
+case "$action" in
   apt) install_apt "$@" ;;
   certificates) install_certificates ;;
   torch)
@@ -82,5 +82,5 @@ case "$what" in
     install_pip "${TORCH_INDEX_URLS:-} ${PIP_INDEX_URLS:-}" "torch==$1"
     ;;
   lock) install_pip "${PIP_INDEX_URLS:-}" --require-hashes -r "$1" ;;
-  *) echo "unknown step $what" >&2 && exit 2 ;;
+  *) echo "unknown step $action" >&2 && exit 2 ;;
 esac

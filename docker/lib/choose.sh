@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Choose settings for the cards from configs/hardware.tsv. Pure functions: text in, text out.
+# Choose settings for the cards from configs/hardware.tsv. These are pure functions on text.
 
-# PyPI's torch 2.10.0 is built with CUDA 12.8 (sm_70 to sm_120), 2.13.0 with CUDA 13.0 (from sm_75).
+# PyPI's torch 2.10.0 is built with CUDA 12.8 (sm_70 to sm_120), 2.13.0 with CUDA 13.0 (sm_75 on).
 # CUDA 12.x needs driver 525, CUDA 13.x needs 580 (NVIDIA, "CUDA minor version compatibility").
 TORCH_CUDA12=2.10.0
 TORCH_CUDA13=2.13.0
@@ -9,7 +9,7 @@ TORCH_CPU=2.13.0
 CUDA12_DRIVER=525
 CUDA13_DRIVER=580
 
-# choose_row TABLE CAPABILITY MIB: print the table's row for a card. Memory "-" (unknown) is 0.
+# choose_row TABLE CAPABILITY MIB: print the table row for a card. Unknown memory ("-") counts as 0.
 choose_row() {
   awk -F'\t' -v capability="$2" -v mib="$3" '
     function number(v, part) { split(v, part, "."); return part[1] * 100 + part[2] }
@@ -19,8 +19,8 @@ choose_row() {
     number($2) <= number(capability) && number(capability) <= number($3) && $4 + 0 <= mib + 0 { print; exit }' "$1"
 }
 
-# profile_row TABLE PROFILE MIB: print the row of a profile requested by name: its typical row if MIB
-# is "-", its last row if the memory is too small for every row.
+# profile_row TABLE PROFILE MIB: print the row for a profile requested by name. If MIB is "-", this
+# is its typical row. If the memory is too small for every row, this is its last row.
 profile_row() {
   awk -F'\t' -v profile="$2" -v mib="$3" '
     /^#/ { next }
@@ -41,7 +41,7 @@ row_field() {
 # profiles TABLE: print the profile names that a user may request
 profiles() { awk -F'\t' '/^#/ {next} !seen {seen = 1; next} $1 != "mps" && !had[$1]++ {print $1}' "$1" | tr '\n' ' '; }
 
-# weakest <CARDS: print "capability MiB", the minimum of each; MiB is "-" if any is unknown
+# weakest <CARDS: print "capability MiB", the minimum of each; MiB is "-" if any card's is unknown
 weakest() {
   awk -F'\t' '
     function number(v, part) { split(v, part, "."); return part[1] * 100 + part[2] }
@@ -56,8 +56,8 @@ busy_cards() {
   awk -F'\t' '($7 != "-" && $7 > 2000 && $7 * 10 > $3) || ($8 != "-" && $8 + 0 >= 50 && $7 != "-" && $7 > 500) {print $1}'
 }
 
-# without_kernels TABLE <CARDS: print the indices of cards without kernels in PyPI's torch (Pascal
-# and older). is_available() is True on them, but the first kernel fails with "no kernel image".
+# without_kernels TABLE <CARDS: print the indices of cards for which PyPI's torch has no kernels
+# (Pascal and older). is_available() is True, but the first kernel fails with "no kernel image".
 without_kernels() {
   local line capability row
   while IFS= read -r line; do
@@ -113,7 +113,7 @@ size_mib() {
   esac
 }
 
-# capped_size SIZE MEMORY_MIB: limit a size of /dev/shm to half of the RAM, which it counts against
+# capped_size SIZE MEMORY_MIB: limit the size of /dev/shm to half of the RAM, because it uses RAM
 capped_size() {
   if [ "$2" -gt 0 ] && [ "$(size_mib "$1")" -gt $(($2 / 2)) ]; then echo "$(($2 / 2))mb"; else echo "$1"; fi
 }

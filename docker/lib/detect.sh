@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Hardware detection. Paths of the host begin with $HOST_ROOT (empty except in tests).
+# Hardware detection. Host paths start with $HOST_ROOT (empty except in tests).
 # A card is one line of tab-separated fields: index, name, MiB, capability, driver, MIG mode, MiB in
-# use, utilization in %, UUID. "-" is a value that nvidia-smi does not report.
+# use, utilization in %, UUID. "-" marks a value that nvidia-smi does not report.
 
 # run_limited SECONDS FILE COMMAND...: write a command's output to FILE; return 124 on a timeout.
-# Waiting for a process that hangs in the kernel would block, so poll it and abandon it.
+# `wait` would block on a process stuck in the kernel, so poll it and abandon it after the timeout.
 run_limited() {
   local ticks=$(($1 * 10)) file=$2 pid
   shift 2
@@ -29,8 +29,8 @@ smi_path() {
   [ -x "$wsl" ] && printf '%s\n' "$wsl"
 }
 
-# parse_cards FIELDS <CSV: convert nvidia-smi's "csv,noheader,nounits" to one card per line.
-# Memory is [N/A] on GB10, whose memory is unified (unsloth#10283).
+# parse_cards FIELDS <CSV: convert nvidia-smi's "csv,noheader,nounits" output to one card per line.
+# GB10 reports its memory as [N/A], because it is unified (unsloth#10283).
 parse_cards() {
   awk -F', *' -v fields="$1" '
     BEGIN { OFS = "\t"; n = split(fields, name, ",") }
@@ -45,8 +45,8 @@ parse_cards() {
     function known(v) { return v == "" ? "-" : v }'
 }
 
-# detect_cards: print the cards and return 0. Return 1 without nvidia-smi, 2 if it fails (and print
-# its output), 3 if it hangs, 4 if it finds no card.
+# detect_cards: print the cards and return 0. Return 1 if nvidia-smi is missing, 2 if it fails (and
+# print its output), 3 if it hangs, 4 if it finds no card.
 detect_cards() {
   local smi out status fields
   smi=$(smi_path) || return 1
@@ -62,7 +62,7 @@ detect_cards() {
     rm -f "$out"
     return 3
   fi
-  # The exit code of a driver without a card depends on its version.
+  # If there is no card, the exit code depends on the driver version.
   if grep -qi 'no devices were found' "$out"; then
     rm -f "$out"
     return 4
@@ -78,8 +78,8 @@ detect_cards() {
   return "$status"
 }
 
-# parse_slices CARDS <"nvidia-smi -L": print each MIG slice as a card with its UUID as index.
-# In MIG mode memory.total is that of the full card; a slice's is in its name: "3g.40gb".
+# parse_slices CARDS <"nvidia-smi -L": print each MIG slice as a card whose index is its UUID.
+# In MIG mode, memory.total is the full card's memory. A slice's is in its name ("3g.40gb").
 parse_slices() {
   awk -v cards="$1" '
     BEGIN { OFS = "\t"; n = split(cards, line, "\n"); for (i = 1; i <= n; i++) { split(line[i], f, "\t"); card[f[1]] = line[i] } }
@@ -102,7 +102,7 @@ detect_slices() {
   rm -f "$out"
 }
 
-# is_wsl, is_mac, has_amd: test the type of host
+# is_wsl, is_mac, has_amd: test for WSL, for a Mac, for an AMD GPU
 is_wsl() { grep -qi microsoft "${HOST_ROOT:-}/proc/version" 2>/dev/null; }
 is_mac() { [ "${HOST_SYSTEM:-$(uname -s)}" = Darwin ]; }
 has_amd() { [ -e "${HOST_ROOT:-}/dev/kfd" ]; }

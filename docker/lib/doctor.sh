@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2154
-# ./build.sh doctor: check host, engine, cards and image, then run docker/doctor.py in the container.
+# ./build.sh doctor: check the host, Docker and GPUs, then run docker/doctor.py in the container.
 
 doctor_problems=0
 doctor_report=""
@@ -24,12 +24,12 @@ run_doctor() {
   finding OK host "$(uname -sm), $(($(memory_mib) / 1024)) GB of memory, $(disk_gb "$ROOT") GB of free disk space$(is_wsl && echo ', WSL')"
   case "$engine_state" in
     ok) finding OK engine "Docker $engine_version$([ "$rootless" = yes ] && echo ', rootless')" ;;
-    *) finding NO engine "Docker is $engine_state. Run ./build.sh, which prints the fix" ;;
+    *) finding NO engine "Docker state: $engine_state. Run ./build.sh to see the fix" ;;
   esac
-  if [ -n "$compose" ]; then finding OK compose "$compose $($compose version --short 2>/dev/null)"; else finding NO compose "found none that works with this engine. Run ./build.sh, which prints the fix"; fi
+  if [ -n "$compose" ]; then finding OK compose "$compose $($compose version --short 2>/dev/null)"; else finding NO compose "no installed version works with this engine. Run ./build.sh to see the fix"; fi
   doctor_cards
   if [ ! -f "$ENV_FILE" ]; then
-    finding NO .env "missing. Run ./build.sh"
+    finding NO .env "file not found. Run ./build.sh"
   else
     finding OK .env "profile $(managed_value "$ENV_FILE" GPU_PROFILE), torch $(managed_value "$ENV_FILE" TORCH_VERSION)"
   fi
@@ -37,15 +37,15 @@ run_doctor() {
   if [ "$engine_state" != ok ] || [ -z "$compose" ]; then
     finding NO container "skipped: needs a working engine and Compose"
   elif ! docker image inspect "${image:-train_llm}" >/dev/null 2>&1; then
-    finding NO container "no image yet. Run ./build.sh"
+    finding NO container "the image is not built yet. Run ./build.sh"
   else
     log=$(mktemp)
-    # Use the running container, as a training would; without one, start a temporary container.
+    # Use the running container, as training does; if there is none, start a temporary one.
     subcommand="run --rm --no-deps"
     if [ -n "$($compose ps -q train 2>/dev/null)" ] && $compose exec -T train true >/dev/null 2>&1; then subcommand=exec; fi
     # shellcheck disable=SC2086
     if $compose $subcommand -T train python docker/doctor.py >"$log" 2>&1; then
-      finding OK container "starts, and every check inside passes"
+      finding OK container "starts, and all checks in it pass"
     elif grep -q '^NO ' "$log"; then
       finding OK container "starts"
     else
@@ -60,7 +60,7 @@ run_doctor() {
     rm -f "$log"
   fi
   say "
-paste this into a report (it contains no names or paths):" "
+paste this into your report (it contains no names or paths):" "
 报告问题时，请粘贴以下内容（不含用户名和路径）："
   printf '%s\n%s%s\n' '```' "$doctor_report" '```'
   [ "$doctor_problems" = 0 ] || exit 6
@@ -69,22 +69,22 @@ paste this into a report (it contains no names or paths):" "
 doctor_cards() {
   local cards status=0
   if is_mac; then
-    finding OK cards "not available to containers on a Mac: CPU"
+    finding OK cards "containers on a Mac cannot use the GPU; using the CPU"
     return
   fi
   cards=$(detect_cards) || status=$?
   case "$status" in
     0) finding OK cards "$(printf '%s\n' "$cards" | awk -F'\t' '{printf "%s%s capability %s, %s MiB, driver %s", sep, $2, $4, $3, $5; sep = "; "}')" ;;
-    1) finding OK cards "no nvidia-smi: CPU" ;;
+    1) finding OK cards "nvidia-smi not found; using the CPU" ;;
     2) finding NO cards "nvidia-smi failed: $(printf '%s' "$cards" | head -1)" ;;
     3) finding NO cards "nvidia-smi does not respond" ;;
-    4) finding NO cards "the driver finds no card" ;;
+    4) finding NO cards "the driver found no GPU" ;;
   esac
   if [ "$status" = 0 ] && [ "$engine_state" = ok ]; then
     if toolkit_present "$engine"; then
-      finding OK toolkit "containers can use the cards"
+      finding OK toolkit "containers can use the GPUs"
     else
-      finding NO toolkit "NVIDIA Container Toolkit is missing. Run ./build.sh, which prints the fix"
+      finding NO toolkit "the NVIDIA Container Toolkit is missing. Run ./build.sh to see the fix"
     fi
   fi
 }

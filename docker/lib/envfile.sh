@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# .env: a block managed by build.sh, then the user's lines, which come later and so override it.
+# .env: a block managed by build.sh, then the user's lines, which override the block.
 
-BLOCK_BEGIN='# >>> written by build.sh; do not edit this block, add your own lines below its end'
+BLOCK_BEGIN='# >>> written by build.sh; do not edit this block; add your own lines below it'
 BLOCK_END='# <<< end of the block of build.sh'
 
 # user_lines FILE: print the lines outside the block, without carriage returns
@@ -10,7 +10,7 @@ user_lines() {
   tr -d '\r' <"$1" | awk -v b="${BLOCK_BEGIN%%;*}" -v e="$BLOCK_END" 'index($0, b) == 1 {inside = 1; next} inside {if ($0 == e) inside = 0; next} {print}'
 }
 
-# user_value FILE KEY: print a key's unquoted value in the user's lines, or nothing if unset
+# user_value FILE KEY: print a key's unquoted value from the user's lines, or nothing if unset
 user_value() { user_lines "$1" | unquoted "$2"; }
 
 # managed_value FILE KEY: print the value of a key in the block
@@ -19,7 +19,7 @@ managed_value() {
   tr -d '\r' <"$1" | awk -v b="${BLOCK_BEGIN%%;*}" -v e="$BLOCK_END" '$0 == e {exit} inside {print} index($0, b) == 1 {inside = 1}' | unquoted "$2"
 }
 
-# unquoted KEY <LINES: print the last value of a key, without quotes and trailing comment
+# unquoted KEY <LINES: print the last value of a key, with quotes and any trailing comment stripped
 unquoted() {
   sed -n "s/^[[:space:]]*\\(export  *\\)\\{0,1\\}$1=//p" | tail -1 |
     sed -e 's/[[:space:]][[:space:]]*#.*$//' -e 's/[[:space:]]*$//' -e 's/^"\(.*\)"$/\1/' -e "s/^'\\(.*\\)'\$/\\1/"

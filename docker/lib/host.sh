@@ -30,8 +30,8 @@ engine_address() {
   fi
 }
 
-# engine_is_remote: test for an engine on another host, whose cards nvidia-smi here does not show. A
-# per-user socket (rootless, podman: unix:///run/user/...) is local.
+# engine_is_remote: test for an engine on another host, whose GPUs the local nvidia-smi cannot see.
+# A per-user socket (rootless, podman: unix:///run/user/...) is local.
 engine_is_remote() { case "$(engine_address)" in tcp://* | ssh://* | http://* | https://*) return 0 ;; *) return 1 ;; esac; }
 
 # engine_is_rootless FACTS, engine_is_desktop FACTS: test the type of engine
@@ -54,7 +54,7 @@ toolkit_present() {
 }
 
 # compose_command ENGINE_VERSION: print "docker compose" or "docker-compose"; fail if neither works.
-# The API of version 1 is broken on engines from 25 on (compose#11742) and unsupported by 29.
+# Compose v1 fails with Docker Engine 25 and later (compose#11742). Engine 29 rejects its API.
 compose_command() {
   local major=${1%%.*}
   if docker compose version >/dev/null 2>&1; then
@@ -72,15 +72,15 @@ compose_command() {
 # path_hash FOLDER: print six hexadecimal digits derived from the path
 path_hash() { printf '%s' "$1" | cksum | awk '{printf "%06x\n", $1 % 16777216}'; }
 
-# project_name FOLDER UID: print a name unique to user and folder. Compose's own default is the last
-# part of the path, so two users' folders of the same name would be one project (compose#5104).
+# project_name FOLDER UID: print a name unique to the user and folder. Compose's default is the last
+# part of the path, so two users' folders with the same name would share a project (compose#5104).
 project_name() {
   local base
   base=$(basename "$1" | tr '[:upper:]' '[:lower:]' | tr -c 'a-z0-9\n' '_' | sed 's/^_*//; s/__*/_/g; s/_*$//')
   echo "${base:-train_llm}_u$2_$(path_hash "$1")"
 }
 
-# container_name FOLDER: print train_llm, or a unique name if another folder's container has it
+# container_name FOLDER: print train_llm, or a unique name if another folder's container uses it
 container_name() {
   local owner
   owner=$(docker inspect --type container --format '{{index .Config.Labels "com.docker.compose.project.working_dir"}}' train_llm 2>/dev/null) || owner=""
@@ -114,7 +114,7 @@ host_user() {
   fi
 }
 
-# host_warnings FOLDER: warn about a slow disk, little memory or little space, with the fix
+# host_warnings FOLDER: warn about a slow disk, low memory or low disk space, and print the fix
 host_warnings() {
   local mib gb
   mib=$(memory_mib)
@@ -132,7 +132,7 @@ host_warnings() {
     fi
   fi
   if [ -n "$gb" ] && [ "$gb" -lt 30 ]; then
-    warn "only $gb GB of disk space is free here. The image takes 2 GB on a CPU and about 9 GB with CUDA; a build needs twice that. Free space: docker builder prune --filter until=24h" \
+    warn "only $gb GB of disk space is free here. The image takes 2 GB for a CPU or about 9 GB with CUDA; building it needs twice that. Free space: docker builder prune --filter until=24h" \
       "当前磁盘只剩 $gb GB 可用空间。CPU 镜像约 2 GB，CUDA 镜像约 9 GB，构建时需要两倍的空间。清理空间：docker builder prune --filter until=24h"
   fi
 }

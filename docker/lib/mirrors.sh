@@ -11,7 +11,7 @@ answers() {
   elif command -v wget >/dev/null; then
     wget -q -O /dev/null --timeout=4 --tries=1 "$1" 2>/dev/null
   else
-    return 0 # No tool to probe with: pip and apt try the list in order anyway.
+    return 0 # There is no tool to probe with. pip and apt try the list in order anyway.
   fi
 }
 
@@ -36,8 +36,8 @@ reachable() {
   done
 }
 
-# choose_region MODE FILE: print world or cn. Mode auto first probes PyTorch's own index, which a CPU
-# build needs anyway, and if that does not respond, the mirrors.
+# choose_region MODE FILE: print world or cn. Mode auto first probes PyTorch's index, which a CPU
+# build needs anyway. It probes the mirrors only if that index does not respond.
 choose_region() {
   case "$1" in
     cn) echo cn ;;
@@ -48,6 +48,6 @@ choose_region() {
   esac
 }
 
-# proxy_is_loopback URL: test for a proxy on 127.0.0.1, which in a build is its own container
-# (docker/for-win#14706, #14828)
+# proxy_is_loopback URL: test for a proxy at 127.0.0.1, which is the build container itself during a
+# build (docker/for-win#14706, #14828)
 proxy_is_loopback() { printf '%s' "$1" | grep -Eq '^([a-z0-9]+://)?([^@/]*@)?(localhost|127\.[0-9.]+|\[?::1\]?)([:/]|$)'; }

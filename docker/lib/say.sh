@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Messages in Chinese or English, by TRAIN_LANG or else the locale. Errors show both languages.
+# Messages in English or Chinese, as set by TRAIN_LANG or the locale. Errors are in both languages.
 
 # language: print zh or en
 language() {

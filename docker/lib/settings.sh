@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# Choose the settings in .env from the detected hardware. Results are global variables.
+# Choose the settings in .env from the detected hardware. The results are global variables.
 
-# user_setting KEY DEFAULT: print the value from the environment or the user's lines, else DEFAULT
+# user_setting KEY DEFAULT: print the value from the environment or the user's lines, or DEFAULT
 user_setting() {
   local value
   eval "value=\${$1:-}"
@@ -45,7 +45,7 @@ inspect_cards() {
       die 4 "a card is in MIG mode but has no slice. Create one: sudo nvidia-smi mig -cgi 0 -C (or disable MIG: sudo nvidia-smi -mig 0)" \
         "显卡处于 MIG 模式，但没有 MIG 实例。请创建：sudo nvidia-smi mig -cgi 0 -C（或关闭 MIG：sudo nvidia-smi -mig 0）"
     fi
-    # CUDA exposes at most one slice to a process, so the default is the first.
+    # A process can use only one MIG slice, so the default is the first one.
     all_cards=$(printf '%s\n%s\n' "$slices" "$all_cards" | awk -F'\t' '$6 != "Enabled" && NF')
   fi
   unusable=$(printf '%s\n' "$all_cards" | without_kernels "$TABLE" | joined)
@@ -73,13 +73,13 @@ inspect_cards() {
   if [ -z "$requested" ] && [ -z "$used_cards" ]; then
     used_cards=$(printf '%s\n' "$all_cards" | drop_cards "$unusable")
     if [ -n "$used_cards" ]; then
-      warn "every card is in use; using them anyway. Wait, or choose a card: --devices 0" "所有显卡都被占用，仍会使用这些显卡。可以等待显卡空闲，或自行指定：--devices 0"
+      warn "all cards are in use; using them anyway. To avoid this, wait, or choose a card: --devices 0" "所有显卡都被占用，仍会使用这些显卡。可以等待显卡空闲，或自行指定：--devices 0"
     fi
   elif [ -z "$requested" ] && [ -n "$busy_list" ]; then
-    warn "skipped because others are using them: card $busy_list (--devices all uses them anyway)" "以下显卡正在被他人使用，已跳过：$busy_list（要强制使用，请加 --devices all）"
+    warn "skipped the cards that are in use: $busy_list (--devices all includes them)" "以下显卡正在被他人使用，已跳过：$busy_list（要强制使用，请加 --devices all）"
   fi
   if [ -n "$unusable" ]; then
-    warn "card $unusable: PyPI's torch has no kernels for compute capability below 7.0. The oldest supported cards are RTX 20, GTX 16, T4 and V100. An older card needs the CUDA 12.6 wheels of pytorch.org, outside Docker" \
+    warn "card $unusable: PyPI's torch has no kernels for compute capability below 7.0. The oldest supported cards are RTX 20, GTX 16, T4 and V100. Older cards need the CUDA 12.6 wheels from pytorch.org, installed outside Docker" \
       "显卡 $unusable 的计算能力低于 7.0，PyPI 上的 torch 不支持。支持的最旧型号为 RTX 20、GTX 16、T4、V100；更旧的显卡需要在 Docker 之外自行安装 torch（pytorch.org 提供的 CUDA 12.6 版本）"
   fi
   if [ -z "$used_cards" ] || printf '%s\n' "$used_cards" | without_kernels "$TABLE" | grep -q .; then
@@ -88,14 +88,14 @@ inspect_cards() {
   fi
   if printf '%s' "$used_cards" | cut -f1 | grep -q '^MIG-'; then used_cards=$(printf '%s\n' "$used_cards" | head -1); fi
   cuda_devices=$(printf '%s\n' "$used_cards" | cut -f1 | joined)
-  # "all" still holds after a card is added; a list that the user requested is kept.
+  # "all" stays correct when a card is added. A list that the user requested is kept.
   case "$requested:$cuda_devices" in
     *MIG-*) ;;
     :* | all:*) [ "$used_cards" != "$all_cards" ] || cuda_devices=all ;;
   esac
 }
 
-# explain_missing_card: warn why no card can be used
+# explain_missing_card: print why no card can be used
 explain_missing_card() {
   case "$cards_state" in
     absent)
@@ -115,7 +115,7 @@ explain_missing_card() {
   esac
 }
 
-# choose_settings: set everything that .env and the printed table contain
+# choose_settings: set every value in .env and in the printed table
 choose_settings() {
   local weakest_card row_capability row_mib user
   on_card=no row="" driver="-" forced=no
@@ -126,7 +126,7 @@ choose_settings() {
   fi
   if [ "$profile" = auto ]; then
     case "$cards_state" in
-      remote) die 4 "Docker runs on another host ($(engine_address)), whose cards cannot be detected from here. Name the profile: ./build.sh rtx40 (or cpu). The repository must be at the same path on that host" \
+      remote) die 4 "Docker runs on another host ($(engine_address)), whose GPUs cannot be detected from here. Specify the profile: ./build.sh rtx40 (or cpu). The repository must be at the same path on that host" \
         "Docker 运行在另一台主机上（$(engine_address)），从本机无法检测那台主机的显卡。请指定显卡配置：./build.sh rtx40（或 cpu）。代码目录在那台主机上的路径必须与本机相同" ;;
       failing | hanging)
         explain_missing_card
@@ -147,7 +147,7 @@ choose_settings() {
     fi
     if [ "$on_card" = yes ]; then
       if [ "$row_capability" = - ] && [ "${driver%%.*}" -ge "$CUDA12_DRIVER" ] 2>/dev/null; then
-        die 4 "nvidia-smi does not report the compute capability. Name the profile: ./build.sh rtx30 (developer.nvidia.com/cuda-gpus)" "nvidia-smi 没有报告计算能力。请指定显卡配置：./build.sh rtx30（参见 developer.nvidia.com/cuda-gpus）"
+        die 4 "nvidia-smi does not report the compute capability. Specify the profile: ./build.sh rtx30 (developer.nvidia.com/cuda-gpus)" "nvidia-smi 没有报告计算能力。请指定显卡配置：./build.sh rtx30（参见 developer.nvidia.com/cuda-gpus）"
       fi
       [ "$row_capability" = - ] || row=$(choose_row "$TABLE" "$row_capability" "$row_mib")
     else
@@ -189,7 +189,7 @@ choose_settings() {
   choose_mirrors
 }
 
-# choose_torch: set torch and torch_mb from the driver and the capability of the cards
+# choose_torch: set torch and torch_mb from the driver and the cards' compute capabilities
 choose_torch() {
   local capabilities minimum
   torch=$TORCH_CPU torch_mb=300
@@ -200,7 +200,7 @@ choose_torch() {
     # shellcheck disable=SC2086
     if ! torch=$(torch_version "$TABLE" "$driver" $capabilities); then
       minimum=$torch
-      die 4 "the NVIDIA driver $driver is too old: torch needs $minimum or newer for this card. Install it from nvidia.com/drivers (for WSL: in Windows), or use the CPU: ./build.sh cpu" \
+      die 4 "the NVIDIA driver $driver is too old: torch needs $minimum or newer for this card. Install a newer driver from nvidia.com/drivers (for WSL, in Windows), or use the CPU: ./build.sh cpu" \
         "NVIDIA 驱动 $driver 过旧：torch 要支持这张显卡，驱动版本须为 $minimum 及以上。请从 nvidia.com/drivers 下载安装（WSL 用户请在 Windows 中安装），或改用 CPU：./build.sh cpu"
     fi
   elif [ "$(row_field "$TABLE" "$row" cuda13)" = no ]; then
@@ -249,7 +249,7 @@ env_block() {
   local files=docker-compose.yml pair
   if [ "$on_card" = yes ]; then
     files=$files:docker-compose.gpu.yml
-    # Under WSL a container sees every card, whatever it requests (nvidia-container-toolkit#21).
+    # Under WSL, a container sees every card, not only those it requests (nvidia-container-toolkit#21).
     if is_wsl && [ "$cuda_devices" != all ]; then files=$files:docker/compose.wsl.yml; fi
   fi
   cat <<EOF
@@ -275,7 +275,7 @@ EOF
   if [ "$on_card" = yes ] && [ "$nccl" != - ]; then
     for pair in $nccl; do echo "$pair"; done
   fi
-  # In the container, auto reads the same table, so pass only what it would choose differently.
+  # In the container, auto reads the same table, so pass only values that differ from its choice.
   if [ "$forced" = yes ] || { [ "$on_card" = yes ] && [ -z "$used_cards" ]; }; then
     printf 'TRAIN_LLM_MICRO_BATCH_SIZE=%s\nTRAIN_LLM_PRECISION=%s\nTRAIN_LLM_COMPILE=%s\n' "$micro_batch" "$precision" "$compile"
   fi
@@ -287,7 +287,7 @@ write_generated() {
   if [ "$on_card" = yes ]; then
     cp docker-compose.gpu.yml docker/generated/compose.hardware.yml
   else
-    printf '# No card, so there is nothing to add.\nservices:\n  train:\n    init: true\n' >docker/generated/compose.hardware.yml
+    printf '# There is no card, so nothing is added.\nservices:\n  train:\n    init: true\n' >docker/generated/compose.hardware.yml
   fi
 }
 
@@ -302,7 +302,7 @@ explain() {
   line "driver" "驱动" "$driver"
   line "profile" "显卡配置" "$profile_chosen"
   line "micro batch" "micro batch" "$micro_batch x 512"
-  if [ "$profile_chosen" = cpu ]; then precision=$(say "fp32 or bf16, whichever the first run measures as faster" "fp32 或 bf16，首次运行时实测，取较快者"); fi
+  if [ "$profile_chosen" = cpu ]; then precision=$(say "fp32 or bf16, whichever is faster in the first run's measurement" "fp32 或 bf16，首次运行时实测，取较快者"); fi
   line "precision" "精度" "$precision, compile $compile"
   line "predicted peak" "预计显存峰值" "$peak GB"
   line "/dev/shm" "共享内存" "$shm"
@@ -319,18 +319,18 @@ line() { printf '  %-16s %s\n' "$(say "$1" "$2")" "$3"; }
 warn_if_training() {
   [ "$engine_state" = ok ] || return 0
   if docker top "$container" -eo args 2>/dev/null | grep -Eq '(^|[ /])(train|sft_train|dpo_train)\.py'; then
-    warn "a training is running in $container and is not affected now. If settings changed, the next '$compose up -d train' will stop it (it saves a checkpoint first); run the same training command again to resume it" \
+    warn "training is running in $container and is not affected now. If the settings have changed, the next '$compose up -d train' stops it after it saves a checkpoint; to resume, run the same training command again" \
       "$container 中有训练正在进行，目前不受影响。如果设置有变化，下次运行 '$compose up -d train' 会停止这个训练（先保存检查点），之后重新运行同一条训练命令即可继续"
   fi
 }
 
-# unset_loopback_proxies, proxy_arguments: skip proxies on 127.0.0.1, the build's own container
+# unset_loopback_proxies, proxy_arguments: skip proxies at 127.0.0.1, the build container itself
 unset_loopback_proxies() {
   local name value
   for name in HTTP_PROXY HTTPS_PROXY http_proxy https_proxy ALL_PROXY all_proxy; do
     eval "value=\${$name:-}"
     if [ -n "$value" ] && proxy_is_loopback "$value"; then
-      warn "$name=$value is not passed to the build, where this address is the build container itself. Let the proxy listen on the network, then run: export $name=http://HOST_ADDRESS:PORT" \
+      warn "$name=$value is not passed to the build, where this address is the build container itself. Make the proxy listen on the network, then run: export $name=http://HOST_ADDRESS:PORT" \
         "$name=$value 不会传给构建过程，因为在构建容器中，这个地址指向容器自身。请让代理监听局域网地址，然后运行：export $name=http://主机地址:端口"
       unset "$name"
     fi

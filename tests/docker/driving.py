@@ -21,11 +21,11 @@ class Result(NamedTuple):
 
     @property
     def env(self) -> dict[str, str]:
-        """Return the lines of .env in the output."""
+        """Return the .env settings in the output."""
         return dict(re.findall(r"^([A-Z0-9_]+)=(.*)$", self.out, re.M))
 
     def row(self, name: str) -> str:
-        """Return a row of the printed table of settings."""
+        """Return a row of the printed settings table."""
         found = re.search(rf"^  {re.escape(name)}  +(.*)$", self.out, re.M)
         assert found, (name, self.out, self.err)
         return found[1]
@@ -35,7 +35,7 @@ def build(
     folder: Path, *arguments: str, cards: list[str] | None = None, listing: str = "",
     host: dict[str, str] | None = None, script: Path = ROOT / "build.sh", **env: str,
 ) -> Result:  # fmt: skip
-    """Run build.sh with fake tools. `host` maps paths below the fake host's root to contents."""
+    """Run build.sh with fake tools. `host` maps paths under the fake root to contents."""
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
     for tool in FAKES.iterdir():

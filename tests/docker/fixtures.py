@@ -15,7 +15,7 @@ def card(
 
 
 class Machine(NamedTuple):
-    """Cards and the expected profile, micro batch, precision, torch, CUDA_DEVICES."""
+    """Cards, and the expected profile, micro batch, precision, torch version and CUDA_DEVICES."""
 
     cards: list[str]
     expected: tuple[str, int, str, str, str]
@@ -30,13 +30,13 @@ def eight(busy: set[int]) -> list[str]:
     ]  # fmt: skip
 
 
-# Memory as nvidia-smi reports it. A comment names the report that a case comes from.
+# Memory is as reported by nvidia-smi. Comments name the reports that the cases come from.
 MACHINES: dict[str, Machine] = {
     "A100 80 GB": Machine(eight(set())[:1], ("a100", 128, "bf16", "2.10.0", "all")),
     "A100 40 GB": Machine([card("NVIDIA A100-PCIE-40GB", 40960, "8.0", "580.65.06")], ("a100", 128, "bf16", "2.13.0", "all")),
     "A800, the A100 for China": Machine([card("NVIDIA A800 80GB PCIe", 81920, "8.0", "580.65.06")], ("a100", 128, "bf16", "2.13.0", "all")),
     "A30, an A100 chip with less memory": Machine([card("NVIDIA A30", 24576, "8.0", "580.65.06")], ("rtx30", 64, "bf16", "2.13.0", "all")),
-    # LLaMA-Factory#5268 and others: the most common card in such reports
+    # LLaMA-Factory#5268 and others: the most common card in these reports
     "RTX 4090": Machine([card("NVIDIA GeForce RTX 4090", 24564, "8.9", "580.95.05")], ("rtx40", 64, "bf16", "2.13.0", "all")),
     "RTX 4090, driver for CUDA 12": Machine([card("NVIDIA GeForce RTX 4090", 24564, "8.9", "535.183.01")], ("rtx40", 64, "bf16", "2.10.0", "all")),
     "RTX 4090 D": Machine([card("NVIDIA GeForce RTX 4090 D", 24564, "8.9", "580.95.05")], ("rtx40", 64, "bf16", "2.13.0", "all")),
@@ -64,7 +64,7 @@ MACHINES: dict[str, Machine] = {
     # pytorch PR#175253: CUDA 13 wheels lack sm_70
     "V100, newest driver": Machine([card("Tesla V100-SXM2-32GB", 32768, "7.0", "580.95.05")], ("volta", 64, "fp16", "2.10.0", "all")),
     "V100 16 GB": Machine([card("Tesla V100-PCIE-16GB", 16384, "7.0", "535.183.01")], ("volta", 48, "fp16", "2.10.0", "all")),
-    # cog pkg/doctor/gpu_compatibility.go: every distinct capability counts
+    # cog pkg/doctor/gpu_compatibility.go: all distinct capabilities must be supported
     "RTX 4090 and RTX 3060": Machine(
         [card("NVIDIA GeForce RTX 4090", 24564, "8.9", "580.95.05", 0), card("NVIDIA GeForce RTX 3060", 12288, "8.6", "580.95.05", 1)],
         ("rtx30", 32, "bf16", "2.13.0", "all"),

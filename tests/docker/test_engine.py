@@ -1,6 +1,6 @@
-"""Protects the container workflow on a real engine: each command is run as a user types it.
+"""Tests for the container workflow on a real Docker engine, with the commands that a user types.
 
-Needs an engine that `docker info` finds. Without one these tests are skipped; under CI they fail.
+If `docker info` fails, these tests are skipped; under CI, they fail.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ ENGINE = (
 if not ENGINE and not os.environ.get("CI"):
     pytest.skip("needs a Docker engine", allow_module_level=True)
 
-PEOPLE = [None]
+USERS = [None]
 if os.geteuid() == 0:
-    PEOPLE.append("train-llm-tester")  # A regular user in the group docker.
-# One thread, because several trainings run at once; each step takes milliseconds.
+    USERS.append("train-llm-tester")  # A regular user in the docker group.
+# Use one thread, because several runs train at once. Each step takes milliseconds.
 TRAIN = (
     "env OMP_NUM_THREADS=1 python train.py configs/tiny_pretrain.yaml max_steps=1000000 "
     "save_every_steps=1000000 log_every_steps=1 eval_every_steps=0 data.files=dataset/text.jsonl "
@@ -42,7 +42,7 @@ REPORT: list[str] = []
 
 
 class Clone:
-    """A user's clone of the working tree, and the commands run in it."""
+    """A user's clone of the working tree, in which commands are run."""
 
     def __init__(self, folder: Path, user: str | None) -> None:
         self.folder, self.user = folder, user
@@ -61,7 +61,7 @@ class Clone:
             subprocess.run(["chown", "-R", user, str(folder)], check=True)
 
     def __call__(self, command: str, check: bool = True, limit: int = 900, **env: str) -> str:
-        """Run a shell command as the user; return its output and errors."""
+        """Run a shell command as the user; return its standard output and error."""
         done = subprocess.run(
             [*self._as(), "bash", "-c", command], cwd=self.folder, text=True, timeout=limit,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
@@ -107,20 +107,20 @@ class Clone:
         return self(f"docker inspect {self.container} --format '{form}'").strip()
 
     def logged(self, run: str) -> list[int]:
-        """Return the steps in the train.log of a run."""
+        """Return the steps in a run's train.log."""
         path = self.folder / "runs" / run / "train.log"
         text = path.read_text() if path.exists() else ""
         return [int(number) for number in re.findall(r"^step +(\d+)", text, re.M)]
 
     def wait(self, description: str, condition, limit: float = 120) -> None:
-        """Wait until a condition holds."""
+        """Wait until a condition is true."""
         end = time.monotonic() + limit
         while not condition():
-            assert time.monotonic() < end, f"timed out: {description}"
+            assert time.monotonic() < end, f"timed out waiting for {description}"
             time.sleep(0.5)
 
 
-@pytest.fixture(scope="module", params=PEOPLE, ids=lambda user: user or "me")
+@pytest.fixture(scope="module", params=USERS, ids=lambda user: user or "me")
 def clone(request, tmp_path_factory):
     """Yield a clone with a built image and a running container."""
     user = request.param
@@ -145,18 +145,18 @@ def clone(request, tmp_path_factory):
 
 
 def skip_second_user(clone: Clone) -> None:
-    """Skip the second user for a test that does not depend on the user."""
+    """Skip the test for the second user, because it does not depend on the user."""
     if clone.user:
         pytest.skip("does not depend on the user")
 
 
-def test_training_by_exec_is_logged_and_saved_by_stop(clone):
+def test_training_started_by_exec_is_logged_and_saves_on_stop(clone):
     training = clone.start(f"docker compose exec -T train {TRAIN} out_dir=runs/one")
     second = clone.start(f"docker compose exec -T train {TRAIN} out_dir=runs/more/two seed=1")
-    # An interactive shell at the same time, which ignores SIGTERM (moby#35703).
+    # Also run an interactive shell, which ignores SIGTERM (moby#35703).
     shell = clone.start(f"script -qec 'docker exec -it {clone.container} bash' /dev/null")
     clone.wait(
-        "two runs train", lambda: min(len(clone.logged("one")), len(clone.logged("more/two"))) > 3
+        "both runs to log", lambda: min(len(clone.logged("one")), len(clone.logged("more/two"))) > 3
     )
     time.sleep(2.5)
     logs = clone("docker compose logs --no-color train")
@@ -168,9 +168,9 @@ def test_training_by_exec_is_logged_and_saved_by_stop(clone):
     assert "\r" not in logs.replace("\r\n", "\n")
     started = time.monotonic()
     clone("docker compose stop train", limit=130)
-    took = time.monotonic() - started
-    REPORT.append(f"{clone.user or 'root'}: stop with two trainings {took:.1f} s")
-    assert took < 60
+    elapsed = time.monotonic() - started
+    REPORT.append(f"{clone.user or 'root'}: stop with two training runs {elapsed:.1f} s")
+    assert elapsed < 60
     for run in ("one", "more/two"):
         (saved,) = (clone.folder / "runs" / run).glob("step_*")
         step, last = int(saved.name.split("_")[1]), clone.logged(run)[-1]
@@ -188,7 +188,7 @@ def test_a_run_resumes_after_a_stop(clone):
     clone("docker compose up -d train")
     step = int(next((clone.folder / "runs/one").glob("step_*")).name.split("_")[1])
     training = clone.start(f"docker compose exec -T train {TRAIN} out_dir=runs/one")
-    clone.wait("the run resumes", lambda: clone.logged("one")[-1] > step)
+    clone.wait("the run to resume", lambda: clone.logged("one")[-1] > step)
     text = (clone.folder / "runs/one/train.log").read_text()
     assert f"resuming from step {step}" in text
     clone(f"docker exec {clone.container} pkill -TERM -f train.py")
@@ -206,7 +206,7 @@ def test_the_container_runs_as_the_user(clone):
     size = int(clone.inspect("{{.HostConfig.ShmSize}}"))
     assert size == 2 << 30
     image = clone.env("TRAIN_LLM_IMAGE")
-    # Another user id works too, although torch looks up the user name.
+    # An id without a user name works too, although torch looks up the name.
     clone(
         f"docker run --rm --user 4242 {image} python -c 'import getpass, torch; getpass.getuser()'"
     )
@@ -216,7 +216,7 @@ def test_the_container_runs_as_the_user(clone):
     assert "gcc" in clone("docker compose exec -T train gcc --version")
 
 
-def test_tensorboard_listens_on_this_machine_only(clone):
+def test_tensorboard_is_reachable_only_from_this_machine(clone):
     port = clone.env("TB_PORT")
 
     def responds(host: str) -> bool:
@@ -226,16 +226,16 @@ def test_tensorboard_listens_on_this_machine_only(clone):
         except OSError:
             return False
 
-    clone.wait("TensorBoard responds", lambda: responds("127.0.0.1"), 90)
+    clone.wait("TensorBoard to respond", lambda: responds("127.0.0.1"), 90)
     listening = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
     addresses = re.findall(rf": (\w+):{int(port):04X} \w+:\w+ 0A", listening)
     assert addresses and set(addresses) == {"0100007F"}
-    # Its mount is read-only.
+    # The mount of runs/ is read-only.
     name = clone("docker compose ps -q tensorboard").strip()
     assert "Read-only" in clone(f"docker exec {name} touch /workspace/runs/x", check=False)
 
 
-def test_the_doctor(clone):
+def test_doctor_passes_and_prints_an_anonymous_report(clone):
     skip_second_user(clone)
     out = clone("./build.sh doctor")
     for check in ("engine", "container", "one matmul", "two ranks", "disk", "data", "ten steps"):
@@ -244,7 +244,7 @@ def test_the_doctor(clone):
     assert str(clone.folder) not in report and (clone.user or "/root") not in report
 
 
-def test_a_busy_port_changes_tensorboards_port(clone):
+def test_tensorboard_uses_another_port_when_its_port_is_taken(clone):
     skip_second_user(clone)
     clone("docker compose stop")
     port = int(clone.env("TB_PORT"))
@@ -256,8 +256,8 @@ def test_a_busy_port_changes_tensorboards_port(clone):
     clone("./build.sh cpu --env-only && docker compose up -d train")
 
 
-def test_the_gpu_overlay(clone):
-    """With a stand-in for NVIDIA's hook, a container that requests cards starts without any."""
+def test_gpu_overlay_requests_the_selected_devices(clone):
+    """With a fake NVIDIA hook, a container that requests GPUs starts on a host without any."""
     skip_second_user(clone)
     overlay = "docker-compose.yml:docker-compose.gpu.yml"
     env = {"COMPOSE_FILE": overlay, "CUDA_DEVICES": "0,1", "GPU_PROFILE": "rtx40"}
@@ -271,7 +271,7 @@ def test_the_gpu_overlay(clone):
     assert "ended with 0" in out, out
     request = json.loads(clone.inspect("{{json .HostConfig.DeviceRequests}}"))  # fmt: skip
     assert request[0]["DeviceIDs"] == ["0,1"] and request[0]["Driver"] == "nvidia"
-    # The engine sets it for the main process; `exec` adds Compose's environment.
+    # The engine sets NVIDIA_VISIBLE_DEVICES in the main process, Compose sets CUDA_DEVICES.
     seen = clone("docker compose exec -T train cat /proc/1/environ", **env).split("\0")
     assert {"NVIDIA_VISIBLE_DEVICES=0,1", "CUDA_DEVICES=0,1"} <= set(seen)
     training = f"docker compose exec -T train {TRAIN} device=cuda out_dir=runs/card"
@@ -281,36 +281,36 @@ def test_the_gpu_overlay(clone):
 
 
 @pytest.mark.skipif(not shutil.which("docker-compose"), reason="needs docker-compose")
-def test_docker_compose_with_a_hyphen(clone):
+def test_docker_compose_with_a_hyphen_works(clone):
     skip_second_user(clone)
     clone("docker-compose down && docker-compose up -d train", COMPOSE_API_VERSION="1.41")
     clone("docker-compose exec -T train python train.py --help")
     assert "ready" in clone("docker-compose logs train")
     training = clone.start(f"docker-compose exec -T train {TRAIN} out_dir=runs/old")
-    clone.wait("it trains", lambda: len(clone.logged("old")) > 2)
+    clone.wait("the run to train", lambda: len(clone.logged("old")) > 2)
     clone("docker-compose stop", limit=130)
     training.wait(timeout=30)
     assert list((clone.folder / "runs/old").glob("step_*"))
     clone("docker-compose down")
 
 
-def test_train_command_runs_unattended(clone):
+def test_train_command_runs_when_the_container_starts(clone):
     skip_second_user(clone)
     command = f"{TRAIN} out_dir=runs/alone".replace("max_steps=1000000", "max_steps=3")
     with (clone.folder / ".env").open("a") as file:
         file.write(f"TRAIN_COMMAND={command}\nTRAIN_RESTART=unless-stopped\n")
     clone("docker compose up -d train")
-    clone.wait("the training finishes", lambda: (clone.folder / "runs/alone/final").is_dir())
-    clone.wait("the log", lambda: "exited with code 0" in clone("docker compose logs train"), 20)
+    clone.wait("the run to finish", lambda: (clone.folder / "runs/alone/final").is_dir())
+    clone.wait("a log", lambda: "exited with code 0" in clone("docker compose logs train"), 20)
     assert clone.inspect("{{.HostConfig.RestartPolicy.Name}}") == "unless-stopped"
 
 
-def test_two_clones_of_the_same_name_coexist(clone, tmp_path_factory):
+def test_two_clones_with_the_same_name_coexist(clone, tmp_path_factory):
     skip_second_user(clone)
     before = clone.inspect("{{.Id}} {{.State.StartedAt}}")
     other = Clone(clone.folder.parent / "other" / clone.folder.name, None)
     other("./build.sh cpu --env-only")
-    image = f"TRAIN_LLM_IMAGE={clone.env('TRAIN_LLM_IMAGE')}\n"  # It has the same content.
+    image = f"TRAIN_LLM_IMAGE={clone.env('TRAIN_LLM_IMAGE')}\n"  # The image is the same.
     with (other.folder / ".env").open("a") as file:
         file.write(image)
     try:
@@ -323,22 +323,22 @@ def test_two_clones_of_the_same_name_coexist(clone, tmp_path_factory):
     assert "Up" in clone("docker compose ps train")
 
 
-def test_rebuilds(clone):
+def test_rebuilds_use_cached_layers(clone):
     with (clone.folder / "train.py").open("a") as file:
         file.write("# a change\n")
     started = time.monotonic()
     out = clone("./build.sh cpu")
-    took = time.monotonic() - started
-    REPORT.append(f"{clone.user or 'root'}: rebuild after a code change {took:.1f} s")
-    assert took < 10 and out.count("CACHED") >= 4
+    elapsed = time.monotonic() - started
+    REPORT.append(f"{clone.user or 'root'}: rebuild after a code change {elapsed:.1f} s")
+    assert elapsed < 10 and out.count("CACHED") >= 4
     if clone.user:
         return
     lock = clone.folder / "docker/requirements.lock"
     lock.write_text(re.sub(r"zstandard==.*\n( .*\n)+", "", lock.read_text()))
     started = time.monotonic()
     out = clone("./build.sh cpu")
-    took = time.monotonic() - started
-    REPORT.append(f"rebuild after a requirements change {took:.1f} s (wheels from the cache)")
-    assert took < 120
+    elapsed = time.monotonic() - started
+    REPORT.append(f"rebuild after a requirements change {elapsed:.1f} s (wheels from the cache)")
+    assert elapsed < 120
     assert "Collecting torch" not in out
     clone("git checkout docker/requirements.lock && ./build.sh cpu")

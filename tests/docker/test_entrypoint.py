@@ -1,7 +1,7 @@
-"""Protects trainings in a container: they are logged and stopped, however they were started.
+"""Tests that training runs in a container are logged and stopped, no matter how they were started.
 
-Runs without an engine, in a plain process namespace. nsenter plays the role of `docker exec`. There
-is no Docker init, which is the harder case.
+The tests need no Docker engine: they use a plain PID namespace, and nsenter in place of `docker
+exec`. There is no Docker init, which makes stopping harder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.docker.driving import ROOT
 
 UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 if os.geteuid() or subprocess.run([*UNSHARE, "true"], capture_output=True).returncode:
-    pytest.skip("needs the right to create a process namespace", allow_module_level=True)
+    pytest.skip("needs permission to create a PID namespace", allow_module_level=True)
 
 TRAINER = """
 import signal, sys, time
@@ -35,7 +35,7 @@ while True:
 
 
 class Container:
-    """The entrypoint as the first process of a namespace, with its output."""
+    """The entrypoint, running as the first process of a PID namespace, and its output."""
 
     def __init__(self, folder: Path, *command: str, **env: str) -> None:
         self.folder, self.runs = folder, folder / "runs"
@@ -97,18 +97,18 @@ def start(tmp_path):
         container.process.wait()
 
 
-def test_two_trainings_save_and_a_shell_does_not_delay_them(start):
+def test_two_training_runs_save_and_a_shell_does_not_delay_them(start):
     container = start()
     container.train("one", 0.5)
     container.train("two", 1.5)
     # An interactive shell ignores SIGTERM.
     shell = container.exec("bash", "--norc", "-i")
-    took = container.stop()
+    elapsed = container.stop()
     shell.wait(timeout=10)
     assert container.process.returncode == 0
     for name in ("one", "two"):
         assert (container.folder / name).read_text() == "saved"
-    assert took < 15 and "all processes exited" in container.logs()
+    assert elapsed < 15 and "all processes exited" in container.logs()
 
 
 def test_processes_that_do_not_exit_are_reported(start):
@@ -118,11 +118,11 @@ def test_processes_that_do_not_exit_are_reported(start):
     assert "did not exit within 2 s" in container.logs()
 
 
-def test_stop_is_immediate_without_trainings(start):
+def test_stop_is_immediate_when_nothing_is_training(start):
     assert start().stop() < 5
 
 
-def test_lines_are_complete_and_printed_once(start):
+def test_log_lines_are_printed_complete_and_only_once(start):
     container = start()
     (container.runs / "a").mkdir()
     log = container.runs / "a/train.log"
@@ -139,7 +139,7 @@ def test_lines_are_complete_and_printed_once(start):
     assert output.count("step 1") == 1 and "[a] step 2\n" in output and "\r" not in output
 
 
-def test_a_new_run_of_the_same_name_and_a_nested_run(start):
+def test_nested_runs_and_new_runs_with_a_reused_name_are_logged(start):
     container = start()
     first, deep = container.runs / "a", container.runs / "b/c"
     first.mkdir()
@@ -154,7 +154,7 @@ def test_a_new_run_of_the_same_name_and_a_nested_run(start):
     assert container.logs().count("[a] new 1") == 1
 
 
-def test_old_lines_are_not_repeated(start, tmp_path):
+def test_lines_written_before_the_start_are_not_printed(start, tmp_path):
     (tmp_path / "runs/a").mkdir(parents=True)
     log = tmp_path / "runs/a/train.log"
     log.write_text("yesterday\n")
@@ -165,14 +165,14 @@ def test_old_lines_are_not_repeated(start, tmp_path):
     assert "yesterday" not in container.logs()
 
 
-def test_another_command_is_executed_instead(start):
+def test_a_command_other_than_idle_is_executed(start):
     container = start("echo", "a command")
     assert container.process.wait(timeout=10) == 0
     assert container.logs() == "a command\n"
 
 
-def test_train_command(start):
+def test_output_and_exit_code_of_a_failed_train_command_are_logged(start):
     container = start(TRAIN_COMMAND="echo its output; exit 3")
     container.wait(lambda: "TRAIN_COMMAND exited with code 3" in container.logs())
-    assert "its output" in container.logs()  # The last lines, because it failed.
+    assert "its output" in container.logs()  # Printed because the command failed.
     assert container.stop() < 5

@@ -1,4 +1,4 @@
-"""Protects .env, how Compose reads it, mirrors, and the fixes for known failures."""
+"""Tests for .env, how Compose reads it, package mirrors, and the fixes for known failures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_second_run_changes_nothing(tmp_path):
     assert not (tmp_path / ".env.bak").exists()
 
 
-def test_the_users_lines_are_kept_and_come_last(tmp_path):
+def test_user_lines_are_kept_below_the_block(tmp_path):
     own = '# mine\r\nSHM_SIZE="12gb" # a note\r\nTB_PORT=7000\r\nWANDB="a b=c"\r\n'
     (tmp_path / ".env").write_bytes(own.encode())
     result = build(tmp_path, "--env-only", cards=eight(set()))
@@ -38,14 +38,14 @@ def test_the_users_lines_are_kept_and_come_last(tmp_path):
     assert text.endswith('# mine\nSHM_SIZE="12gb" # a note\nTB_PORT=7000\nWANDB="a b=c"\n')
     assert (tmp_path / ".env.bak").read_bytes() == own.encode()
     assert text.startswith("# >>> written by build.sh")
-    # The block adopts their values; another choice replaces only the block.
+    # The block uses the user's values. A different profile replaces only the block.
     assert text.count("SHM_SIZE=") == 2 and "SHM_SIZE=12gb\n" in text
     build(tmp_path, "cpu", "--env-only")
     again = (tmp_path / ".env").read_text()
     assert "GPU_PROFILE=cpu" in again and "a100" not in again and again.count("# mine") == 1
 
 
-def test_a_folder_that_is_not_writable(tmp_path):
+def test_build_fails_when_env_file_cannot_be_written(tmp_path):
     result = build(tmp_path, "--env-only", ENV_FILE=str(tmp_path / "no/such/.env"))
     assert result.code == 2 and "cannot write" in result.err
 
@@ -56,7 +56,7 @@ def test_dry_run_writes_nothing(tmp_path):
 
 
 def copy_scripts(folder: Path) -> Path:
-    """Copy the files that build.sh needs; return its path."""
+    """Copy build.sh and the files that it needs; return the path of the copy."""
     for name in ("build.sh", "docker-compose.yml", "docker-compose.gpu.yml"):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder)
@@ -65,7 +65,7 @@ def copy_scripts(folder: Path) -> Path:
     return folder / "build.sh"
 
 
-def test_folders_of_the_same_name_are_separate_projects(tmp_path):
+def test_folders_with_the_same_name_are_separate_projects(tmp_path):
     # compose#5104, #4939: Compose uses only the last part of the path
     environments = []
     for parent in ("ann", "bob", "with space"):
@@ -85,14 +85,14 @@ def test_folders_of_the_same_name_are_separate_projects(tmp_path):
 
 
 @pytest.mark.parametrize("mode, reachable, indices", [
-    ("auto", ".", ""),  # the default responds
+    ("auto", ".", ""),  # the default index responds
     ("auto", "tuna|aliyun", "tuna aliyun"),
     ("cn", ".", "tuna aliyun ustc"),
     ("cn", "aliyun|ustc", "aliyun ustc"),  # tuna/issues#2603: refused requests for a day
     ("cn", "nothing", ""),
     ("off", "tuna", ""),
 ])  # fmt: skip
-def test_mirrors(mode, reachable, indices, tmp_path):
+def test_mirrors_depend_on_the_mode_and_what_is_reachable(mode, reachable, indices, tmp_path):
     result = build(tmp_path, "--mirror", mode, "--dry-run", FAKE_REACHABLE=reachable)
     assert result.code == 0, result.err
     found = result.env["PIP_INDEX_URLS"].split()
@@ -102,7 +102,7 @@ def test_mirrors(mode, reachable, indices, tmp_path):
         assert "no mirror" in result.err
 
 
-def test_the_users_addresses_override_mirrors(tmp_path):
+def test_user_addresses_override_mirrors(tmp_path):
     (tmp_path / ".env").write_text("PIP_INDEX_URLS=https://wheels.example/simple\nBASE_IMAGE=x:1\n")
     env = build(tmp_path, "--mirror", "cn", "--dry-run").env
     text = build(tmp_path, "--mirror", "cn", "--dry-run").out
@@ -115,7 +115,7 @@ def test_the_users_addresses_override_mirrors(tmp_path):
     ("http://10.0.0.2:3128", False), ("http://127.proxy.example:80", False),
     ("http://localhost.example:80", False),
 ])  # fmt: skip
-def test_loopback_proxies(proxy, loopback, tmp_path):
+def test_loopback_proxies_are_recognized(proxy, loopback, tmp_path):
     # docker/for-win#14706: inside a build, 127.0.0.1 is the build container
     script = f'. "{ROOT}/docker/lib/mirrors.sh"; proxy_is_loopback "$1"'
     done = subprocess.run(["/bin/bash", "-c", script, "x", proxy])
@@ -154,7 +154,7 @@ POLLUTED = {"CONTAINER_NAME": "x", "UID": "77", "USER_ID": "78", "IMAGE": "y", "
 
 
 def render(command: list[str], files: str, env: dict[str, str], env_file: Path) -> dict:
-    """Return the configuration as one version of Compose reads it."""
+    """Return the configuration that a version of Compose reads."""
     clean = {"PATH": os.environ["PATH"], "HOME": "/root", "COMPOSE_FILE": files, **env}
     option = ["--env-file", str(env_file)]
     done = subprocess.run(
@@ -164,9 +164,9 @@ def render(command: list[str], files: str, env: dict[str, str], env_file: Path) 
     return yaml.safe_load(done.stdout)
 
 
-@pytest.mark.skipif(not COMPOSES and not os.environ.get("CI"), reason="needs Compose")
+@pytest.mark.skipif(not COMPOSES and not os.environ.get("CI"), reason="needs Docker Compose")
 @pytest.mark.parametrize("gpu, dotenv, shell", [*product([False, True], repeat=3)])
-def test_both_versions_of_compose_agree(gpu, dotenv, shell, tmp_path):
+def test_both_versions_of_compose_read_the_same_configuration(gpu, dotenv, shell, tmp_path):
     assert COMPOSES
     cards = MACHINES["RTX 4090"].cards
     (tmp_path / ".env").touch()
@@ -213,7 +213,7 @@ def test_the_dev_container_refers_to_existing_files(tmp_path):
 
 
 def linter(name: str) -> str:
-    """Return a linter's path. Skip the test if it is missing; fail under CI."""
+    """Return a linter's path. If it is missing, skip the test, or fail under CI."""
     found = shutil.which(name, path=f"{ROOT}/.venv/bin:{os.environ['PATH']}")
     if not found and not os.environ.get("CI"):
         pytest.skip(f"{name} is missing. Run pip install -r requirements-dev.txt")
@@ -221,7 +221,7 @@ def linter(name: str) -> str:
     return found
 
 
-def test_shellcheck():
+def test_shell_scripts_pass_shellcheck():
     scripts = ["build.sh", "docker/install.sh", "docker/entrypoint.sh", ".ci/run"]
     scripts += [str(path.relative_to(ROOT)) for path in (ROOT / "tests/journeys").glob("*.sh")]
     done = subprocess.run(
@@ -230,14 +230,14 @@ def test_shellcheck():
     assert done.returncode == 0, done.stdout
 
 
-def test_hadolint():
+def test_dockerfile_passes_hadolint():
     done = subprocess.run(
         [linter("hadolint"), "Dockerfile"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
 
 
-def test_bash_3_2_is_enough():
+def test_scripts_work_in_bash_3_2():
     # Features of bash 4: associative arrays, mapfile, ${x,,}, |&, &>>, local -n, printf %(...)T
     newer = [r"(declare|local) -[nA]", r"\b(mapfile|readarray|coproc)\b", r",,}", r"\^\^}"]
     newer += [r"\|&", r"&>>", r"%\("]
@@ -248,7 +248,7 @@ def test_bash_3_2_is_enough():
         assert done.returncode == 1, f"{path}: {done.stdout}"
 
 
-def test_only_dockerfile_1_2_features():
+def test_dockerfile_uses_only_version_1_2_features():
     text = (ROOT / "Dockerfile").read_text()
     assert "syntax=" not in text and "<<" not in text and "--link" not in text
     lines = [

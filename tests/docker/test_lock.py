@@ -1,6 +1,6 @@
-"""Protects the image's packages: the lock's hashes are those that the index lists.
+"""Tests that the hashes in docker/*.lock match the package index.
 
-Downloads only the index pages. Installing with --require-hashes would check the same, but would
+Only index pages are downloaded. Installing with --require-hashes would check the same hashes but
 download every wheel.
 """
 
@@ -25,7 +25,7 @@ def locked(name: str) -> dict[tuple[str, str], set[str]]:
     return found
 
 
-def test_the_locks_hashes_are_on_the_index():
+def test_locked_hashes_are_listed_by_the_index():
     lock = locked("requirements.lock")
     assert len(lock) > 20 and all(lock.values())
 
@@ -42,11 +42,11 @@ def test_the_locks_hashes_are_on_the_index():
         with ThreadPoolExecutor(8) as pool:
             wrong = [problem for problem in pool.map(compare, lock.items()) if problem]
     except OSError as error:
-        pytest.skip(f"no index is reachable: {error}")
+        pytest.skip(f"the package index is unreachable: {error}")
     assert not wrong, wrong
 
 
-def test_the_lock_has_every_requirement_except_torch():
+def test_lock_contains_every_requirement_except_torch():
     names = {name.lower().replace("_", "-") for name, _ in locked("requirements.lock")}
     text = (ROOT / "requirements.txt").read_text() + (ROOT / "docker/requirements.in").read_text()
     required = {m.lower().replace("_", "-") for m in re.findall(r"^([\w-]+)", text, re.M)}
@@ -56,7 +56,7 @@ def test_the_lock_has_every_requirement_except_torch():
     assert list(pip) == [key for key in locked("requirements.lock") if key[0] == "pip"]
 
 
-def test_the_lock_has_no_addresses():
+def test_lock_contains_no_urls():
     assert "http" not in re.sub(
         r"httpx|httpcore", "", (ROOT / "docker/requirements.lock").read_text()
     )

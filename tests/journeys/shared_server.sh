@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A server with eight cards and two users: ann and bob have folders of the same name, four cards and
-# port 6006 are in use. The cards are simulated by tests/docker/fakes/nvidia-smi.
+# A server with eight GPUs and two users, ann and bob, whose folders have the same name. Four GPUs and
+# port 6006 are in use. The GPUs are simulated by tests/docker/fakes/nvidia-smi.
 # shellcheck source=tests/journeys/steps.sh
 . "$(dirname "$0")/steps.sh"
 ann=$JOURNEY/ann/train_llm bob=$JOURNEY/bob/train_llm
@@ -18,11 +18,11 @@ eventually 20 bash -c 'exec 3<>/dev/tcp/127.0.0.1/6006'
 step "ann previews the settings"
 fresh_clone "$ann"
 cd "$ann"
-expect "in use|using them: card 0,1,2,3" ./build.sh --dry-run
+expect "in use: 0,1,2,3" ./build.sh --dry-run
 expect "CUDA_DEVICES=4,5$" ./build.sh --dry-run --devices free:2
 expect "only 4 of the 5" ./build.sh --dry-run --devices free:5
 
-step "ann builds for the CPU, because her cards arrive tomorrow, and trains"
+step "ann builds for the CPU, because she gets GPUs only tomorrow, and trains"
 ./build.sh cpu >/dev/null
 grep -q "^TB_PORT=60[01][0-9]$" .env && ! grep -q "^TB_PORT=6006$" .env
 docker compose up -d train
@@ -30,32 +30,32 @@ docker compose up -d train
 docker compose exec -T train $LONG save_every_steps=1000000 out_dir=runs/ann >/dev/null 2>&1 &
 eventually 120 grep -q "^step 3 " runs/ann/train.log
 
-step "bob does the same in a folder of the same name; ann's training continues"
+step "bob does the same in a folder with the same name; ann's run continues"
 fresh_clone "$bob"
 cd "$bob"
 ./build.sh cpu --env-only >/dev/null
 grep -q "^TRAIN_LLM_CONTAINER=train_llm_" .env
-printf 'TRAIN_LLM_IMAGE=%s\n' "$(sed -n 's/^TRAIN_LLM_IMAGE=//p' "$ann/.env")" >>.env # It has the same content.
+printf 'TRAIN_LLM_IMAGE=%s\n' "$(sed -n 's/^TRAIN_LLM_IMAGE=//p' "$ann/.env")" >>.env # The image is the same.
 docker compose up -d train
 before=$(tail -1 "$ann/runs/ann/train.log")
 docker compose down
 sleep 5
 test "$before" != "$(tail -1 "$ann/runs/ann/train.log")"
 
-step "ann's server shuts down: the training was saved"
+step "the server shuts down: ann's run is saved"
 cd "$ann"
 docker compose stop
 last=$(sed -n 's/^step \([0-9]*\) .*/\1/p' runs/ann/train.log | tail -1)
 saved=$(basename "$(ls -d runs/ann/step_*)" | tr -dc 0-9 | sed 's/^0*//')
 test "$saved" -ge "$last" && test "$saved" -le $((last + 2))
 
-step "the next day: ann requests her cards by index"
+step "the next day: ann requests her GPUs by index"
 export CUDA_DEVICES=4,5 SHM_SIZE=1gb
 ./build.sh --no-build >/dev/null
 expect '"4,5"|4,5' docker compose config
 if docker compose up -d train >"$JOURNEY/up.log" 2>&1; then
   expect '^NVIDIA_VISIBLE_DEVICES=4,5$' docker compose exec -T train bash -c "tr '\\0' '\\n' </proc/1/environ"
 else
-  # This engine has no toolkit: docs/troubleshooting.md has the fix for this message.
+  # This Docker host has no toolkit. docs/troubleshooting.md has the fix for this message.
   grep -q "could not select device driver" "$JOURNEY/up.log"
 fi

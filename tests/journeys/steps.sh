@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Helpers of the user journeys: each step is a command as a user types it, with its expected output.
+# Helpers for the user journeys. Each step runs a command that a user types and checks its output.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 JOURNEY=$(mktemp -d /var/tmp/train_llm_journey.XXXXXX)
@@ -8,7 +8,7 @@ chmod 755 "$JOURNEY"
 # step TEXT: print what the user does next
 step() { printf '\n[%s %4d s] %s\n' "$(basename "$0" .sh)" "$SECONDS" "$*"; }
 
-# expect PATTERN COMMAND...: run a command; its output must match, whatever its exit code
+# expect PATTERN COMMAND...: check that a command's output matches; ignore its exit code
 expect() {
   local pattern=$1 out
   shift
@@ -32,7 +32,7 @@ eventually() {
   done
 }
 
-# fresh_clone FOLDER: clone the working tree as a user does, and add a little data
+# fresh_clone FOLDER: clone the working tree as a user would, and add some data
 fresh_clone() {
   git clone -q "$HERE" "$1"
   (cd "$HERE" && git ls-files -mo --exclude-standard) | while IFS= read -r name; do
@@ -47,12 +47,12 @@ fresh_clone() {
   done >"$1/dataset/text.jsonl"
 }
 
-# tidy_up FOLDER: remove what a journey started, and nothing else
+# tidy_up FOLDER: remove only what the journey created
 tidy_up() {
   (cd "$1" && docker compose down -v && docker image rm "$(docker compose config --images | sort -u | head -1)") >/dev/null 2>&1 || true
 }
 
-# A training with small steps and one thread, because others may use this machine.
+# Train with small steps and one thread, because others may be using this machine.
 TINY="env OMP_NUM_THREADS=1 python train.py configs/tiny_pretrain.yaml max_steps=20 log_every_steps=1 eval_every_steps=0
   data.files=dataset/text.jsonl tokens_per_step=4096 sequence_length=128 precision=fp32 model.hidden_size=64 model.num_hidden_layers=1"
 LONG=${TINY/max_steps=20/max_steps=1000000}

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A student in China with Windows: Git rewrites line endings, WSL has 8 GB of memory and an RTX 4060,
-# Docker Hub is slow. WSL and the card are simulated; the engine is real.
+# A student in China who uses Windows. Git rewrites line endings, WSL has 8 GB of memory and an RTX
+# 4060, and Docker Hub is slow. WSL and the GPU are simulated; the Docker engine is real.
 # shellcheck source=tests/journeys/steps.sh
 . "$(dirname "$0")/steps.sh"
 home=$JOURNEY/train_llm
 trap 'tidy_up "$home"; rm -rf "$JOURNEY"' EXIT
 export TRAIN_LANG=zh
 
-step "clone with Git for Windows, which would break the scripts"
+step "clone with Git for Windows, whose CRLF conversion must not break the scripts"
 export GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=core.autocrlf GIT_CONFIG_VALUE_0=true
 fresh_clone "$home"
 cd "$home"
@@ -25,16 +25,16 @@ grep -q "wslconfig" "$JOURNEY/output"
 grep -q "配置 .*rtx40" "$JOURNEY/output"
 grep -q "^TORCH_VERSION=2.10.0$" "$JOURNEY/output"
 
-step "an invalid argument gets an error in both languages"
+step "an invalid argument prints an error in both languages"
 expect "unknown argument 'rtx4060'" ./build.sh rtx4060
 expect "未知参数 'rtx4060'" ./build.sh rtx4060
 
-step "build (for the CPU, because this engine has no card) and run the doctor"
+step "build (for the CPU, because this Docker host has no GPU) and run the doctor"
 ./build.sh cpu >"$JOURNEY/build.log" 2>&1 || { tail -20 "$JOURNEY/build.log" && exit 1; }
 grep -q "已构建" "$JOURNEY/build.log"
 expect "OK ten steps" ./build.sh doctor
 
-step "train and close the terminal: the training continues"
+step "train and close the terminal: the run continues"
 docker compose up -d train
 # shellcheck disable=SC2086
 setsid docker compose exec -T train $LONG out_dir=runs/wsl </dev/null >/dev/null 2>&1 &
@@ -45,7 +45,7 @@ before=$(tail -1 runs/wsl/train.log)
 sleep 5
 test "$before" != "$(tail -1 runs/wsl/train.log)"
 
-step "Windows restarts for an update: after stop and up, the same command resumes"
+step "Windows restarts for an update: after stop and up, the same command resumes the run"
 docker compose stop
 docker compose up -d train
 # shellcheck disable=SC2086
