@@ -313,7 +313,12 @@ explain() {
   line "container" "容器" "$container, $image"
   line "TensorBoard" "TensorBoard" "http://localhost:$tb_port"
 }
-line() { printf '  %-16s %s\n' "$(say "$1" "$2")" "$3"; }
+line() {
+  local LC_ALL=C label ascii # In bytes: a Chinese character has 3 and takes 2 columns.
+  label=$(say "$1" "$2")
+  ascii=${label//[^ -~]/}
+  printf '  %s%*s %s\n' "$label" $((16 - ${#ascii} - (${#label} - ${#ascii}) / 3 * 2)) "" "$3"
+}
 
 # warn_if_training: warn that `up` with changed settings recreates the container and stops training
 warn_if_training() {
