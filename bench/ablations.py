@@ -17,7 +17,6 @@ no run starts after that many hours.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -136,16 +135,20 @@ def recorded_values() -> dict[str, float]:
     return {run["key"]: run["value"] for run in runs}
 
 
-def current_runs(tokens: int = TOKENS, seeds: int = SEEDS) -> list[dict[str, Any]]:
-    """Return the recorded runs whose keys are current; `default` marks the recipe itself."""
-    done, found = recorded_values(), []
-    for stage, changes in CHANGES.items():
-        for change, seed in itertools.product(changes, range(seeds)):
-            value = done.get(run_key(stage, change, seed, tokens))
-            if value is not None:
-                found.append({"stage": stage, "change": change, "seed": seed, "tokens": tokens,
-                              "value": value, "default": is_default(stage, change)})  # fmt: skip
-    return found
+def recorded_runs() -> list[dict[str, Any]]:
+    """Return the last run of each change and seed.
+
+    `default` marks the recipe itself, `current` a run of the present recipe and sample.
+    """
+    found = {}
+    for run in map(json.loads, RUNS.open(encoding="utf-8")):
+        stage, change, seed, tokens = (run[key] for key in ("stage", "change", "seed", "tokens"))
+        if change in CHANGES[stage]:
+            current = run["key"] == run_key(stage, change, seed, tokens)
+            found[stage, change, seed, tokens] = {
+                **run, "default": is_default(stage, change), "current": current
+            }  # fmt: skip
+    return list(found.values())
 
 
 def is_default(stage: str, change: str) -> bool:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
-from bench.ablations import BASELINE, CHANGES, METRIC, current_runs
-from bench.common import RECORDS, ROOT
+from bench.ablations import BASELINE, CHANGES, METRIC, recorded_runs
+from bench.common import RECORDS, ROOT, SAMPLE
 
 DESCRIPTIONS = {
     "packed": "tokens/s on full rows of 512, 26.9M model, ours / transformers.Trainer, both with"
@@ -101,10 +102,12 @@ measurements are in comments, next to the code that they explain.
   rate 3e-3, 2.514 with 6e-3, and 2.576 with 12e-3; other programs used some cores in the last run.
 * One pair of runs means little on a shared host: Trainer's `packed` runs ranged from 576 to 840
   tokens/s within two days. Ratios on 2026-11-26 (three commits): 1.86, 2.07, 2.09, 2.22 and 2.45.
+  On 2026-11-28, other programs used the cores during `sft`: the same run of ours was nearly twice
+  as fast in `sft_wrapped`.
 * The loss computes its gradient in place of its probabilities; the feed-forward layer saves only
   its two inputs and recomputes SiLU and the product in backward. Both save memory, and steps of
   the 2.8M model became 5 to 8% faster. In records up to 2026-11-26, the loss also overwrote the
-  logits, which saved 4 bytes per logit in fp32.
+  logits, which saved 4 bytes per logit in fp32 (`memory` 0.79; now 0.83).
 * Logits are computed only at positions with a label; a third of a typical conversation has none.
 * Not adopted: micro-batches of 2, 8 or 16 rows of 512 instead of 4 (no gain; 16 is 10% slower).
 * Not adopted: one cast for q, k and v (1% gain), huge pages (no gain), and computing SiLU and its
@@ -116,8 +119,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("page", nargs="?", type=Path, default=ROOT / "docs/benchmarks.md")
     options = parser.parse_args()
+    if not (SAMPLE / "SOURCES.json").is_file():
+        sys.exit(f"{SAMPLE} does not exist. Run python -m tools.prepare_data first.")
     records = [json.loads(line) for line in RECORDS.open(encoding="utf-8")]
-    options.page.write_text(page(records, current_runs()), encoding="utf-8")
+    options.page.write_text(page(records, recorded_runs()), encoding="utf-8")
     print(f"wrote {options.page}")
 
 
@@ -182,12 +187,18 @@ def ablations(stage: str, tokens: int, runs: list[dict[str, Any]]) -> list[str]:
         for change, values in by_change.items()
         if baseline.keys() & values
     }
+    outdated = sorted({run["date"] for run in runs if not run["current"]})
     lines = [
         "",
         f"## Ablations of configs/tiny_{stage}.yaml, {tokens:,} tokens",
         "",
         f"Final {METRIC[stage]}, lower is better. The baseline is the recipe"
         f"{f' with {BASELINE[stage]}' if BASELINE[stage] else ''}.",
+        *(
+            [f"Measured until {outdated[-1]}; the sample or the recipe changed since."]
+            if outdated
+            else []
+        ),
         "",
         "| change | mean gain over baseline, same seeds | mean | std | seeds |",
         "| --- | --- | --- | --- | --- |",

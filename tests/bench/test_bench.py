@@ -56,6 +56,8 @@ def test_ablations_are_sorted_by_the_gain_for_the_same_seeds():
             "tokens": 4000,
             "value": value,
             "default": bool(change),
+            "current": seed < 2,
+            "date": f"2026-11-0{seed + 1}",
         }  # fmt: skip
         for change, seed, value in values
     ]
@@ -65,6 +67,7 @@ def test_ablations_are_sorted_by_the_gain_for_the_same_seeds():
     assert changed < baseline
     assert lines[changed] == "| `seed=9` **(recipe)** | +0.1000 | 2.4000 | 0.7071 | 2 |"
     assert lines[baseline] == "| baseline |  | 2.0000 | 1.0000 | 3 |"
+    assert "Measured until 2026-11-03; the sample or the recipe changed since." in lines
 
 
 def test_every_recorded_benchmark_has_a_description():
