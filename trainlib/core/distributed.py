@@ -137,8 +137,9 @@ def run_on_main_process(distributed: DistributedContext, action: Callable[[], T]
         except (UserError, AlreadyFinished) as error:
             outcome = error
     outcome = distributed.broadcast_object(outcome)
-    if isinstance(outcome, (UserError, AlreadyFinished)):
+    if isinstance(outcome, UserError):
         outcome.reported = True
+    if isinstance(outcome, Exception):
         raise outcome
     return outcome
 

@@ -199,7 +199,7 @@ def weights_digest(folder: str | Path) -> str:
     """Return a digest of the weights in a model folder."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(Path(folder).glob("*.safetensors")):
-        digest.update(np.memmap(path, mode="r"))
+        digest.update(np.memmap(path, mode="r").data)
     return digest.hexdigest()
 
 
