@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """RMSNorm for inputs of one dtype, in fp32 or wider; saves its input and one value a position.
+    """RMSNorm in fp32 or wider for inputs of one dtype; saves its input and one value per position.
 
     With i = 1 / rms and the gradient g of the result, dx = i g w - x i^3 sum(g w x) / D, and dw is
     the sum over positions of g x i. Both sums are matrix-vector products without intermediates.

@@ -23,7 +23,7 @@ Node = dict[str, Any]
 
 
 def adopt(folder: str | Path) -> Tokenizer:
-    """Return a folder's tokenizer with these changes; if none is needed, the file is unchanged.
+    """Return a folder's tokenizer with the changes above; if none is needed, keep the exact file.
 
     Raises ValueError if the file cannot be read, or if the tokenizer is not lossless.
     """

@@ -24,7 +24,7 @@ ROWS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_saved_keys", [MAX_SAVED_KEYS, BLOCK])
 def test_values_and_gradients_equal_exact_attention(rows, dtype, max_saved_keys, monkeypatch):
-    """In bf16, the error relative to float64 is at most 1.25 times that of torch's, plus 0.001.
+    """In bf16, the error relative to float64 is at most 1.25 times torch's error plus 0.001.
 
     With max_saved_keys=BLOCK, backward recomputes the probabilities of most queries.
     """

@@ -88,8 +88,8 @@ def test_autocast_does_not_change_results_in_fp32(name):
     torch.testing.assert_close((actual_value, *actual), (value, *expected))
 
 
-def test_autocast_with_16_bit_inputs_and_fp32_weights_gives_the_formula_dtypes():
-    """As in a run: the norm returns fp32 and the feed-forward layer 16 bits, like the formulas."""
+def test_under_autocast_dtypes_and_values_equal_the_formulas():
+    """As in a run, inputs have 16 bits and weights 32: the norm returns fp32, SwiGLU 16 bits."""
     for name in ("rms_norm", "swiglu"):
         make, fused, plain = CASES[name]
         *inputs, weight = make(torch.bfloat16)

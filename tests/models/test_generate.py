@@ -70,7 +70,7 @@ def test_generation_stops_at_a_stop_id_and_at_the_limits(folder):
         next(generate(model, [5] * 512, Sampling()))
 
 
-def test_a_seed_is_repeatable_and_leaves_the_global_rng_state_unchanged(folder):
+def test_a_seed_makes_sampling_repeatable_and_leaves_the_global_rng_unchanged(folder):
     model, state = load_model(folder), torch.get_rng_state()
     sampling = Sampling(temperature=1.0, max_new_tokens=12, seed=3)
     assert list(generate(model, [7], sampling)) == list(generate(model, [7], sampling))

@@ -1,4 +1,4 @@
-"""Tests that only assistant content and end tokens are supervised, and no turn can be forged."""
+"""Tests that only answers and their end tokens are supervised, and that no turn can be forged."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Batch:
         return self.labels != IGNORE_INDEX if self.labels.device.type == "cpu" else None
 
     def selected(self, values: Tensor) -> Tensor:
-        """Return the entries of `values`, labels or document_ids, that correspond to the logits."""
+        """Return the entries of `values` (labels or document_ids) that correspond to the logits."""
         select = self.select
         return values if select is None else values[select]
 

@@ -74,7 +74,7 @@ def read_messages(turns: Any, field: str, tools: Any = None, system: Any = None)
     functions = _parse_json(tools, '"tools"') if tools else []
     if functions:
         if not isinstance(functions, list) or not all(isinstance(f, dict) for f in functions):
-            raise ValueError('"tools" must be a list of objects, or a JSON string of one')
+            raise ValueError('"tools" must be a list of objects, or a JSON string of such a list')
         check_text(json.dumps(functions, ensure_ascii=False), '"tools"')
         if messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": ""})
@@ -131,7 +131,7 @@ def _join_parts(parts: list, field: str) -> str:
 
 
 def _read_calls(calls: Any, field: str) -> list[dict[str, Any]]:
-    """Convert one call or a list of calls, parsed or in JSON, to [{"name", "arguments"}]."""
+    """Convert one call or a list of calls, parsed or a JSON string, to [{"name", "arguments"}]."""
     calls = _parse_json(calls, f'{field}: "tool_calls"')
     result = []
     for call in calls if isinstance(calls, list) else [calls]:

@@ -1,4 +1,4 @@
-"""Row formats: any accepted file to records (documents, conversations, preference pairs).
+"""Row formats: convert accepted files to records (documents, conversations, preference pairs).
 
     Source (readers.py)   file -> items: JSON lines, array, CSV, text, Parquet; .gz and .zst
     detect                first rows -> format, and the reason for it

@@ -102,4 +102,4 @@ def _write(
     write_atomically(path, "".join(lines))
     if lines:
         worst = json.loads(lines[0])
-        log.info("worst rows: %s, first %s line %d", path, worst["path"], worst["line"])
+        log.info("worst rows: %s (the worst is line %d in %s)", path, worst["line"], worst["path"])

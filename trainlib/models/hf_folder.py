@@ -111,7 +111,7 @@ def _warn_once(text: str) -> None:
 
 
 def adopt_model_config(config: Any) -> Any:
-    """Replace the model config by that of the init_from checkpoint.
+    """Replace the model config with the one in the init_from checkpoint.
 
     Warns about differing values in a config file. Raises UserError for those on the command line.
     """
