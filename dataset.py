@@ -1,19 +1,19 @@
 """The data pipeline: which files a stage reads, and how they become rows of token ids.
 
-Steps without a file name are here, the others in trainlib/data/.
+Steps without a file name are in this file, the others in trainlib/data/.
 
 1. choose_files            data.files, else matching files in dataset/, else the sample
-2. find_format             a file -> container and format, by its first rows    formats.py
-3. check_items             items -> checked records, or why one is broken       formats.py
+2. find_format             a file -> container and format, from its first rows  formats.py
+3. check_items             items -> records, or the reason why one is broken    formats.py
 4. encode_*                a record -> ids and loss mask, in one pass           encode.py
-5. build_cache             all records of a file -> ids on disk, once           token_cache.py
-6. hold_out                which records are for validation, by a hash of their content
-7. PackedDataset           documents -> rows of one length, best fit            packing.py
+5. build_cache             all records in a file -> ids on disk, once           token_cache.py
+6. hold_out                choose the validation records, by a hash of their content
+7. PackedDataset           documents -> rows of equal length, by best fit       packing.py
 8. PackedDataset.collate   rows -> Batch: shift by one, IGNORE_INDEX            packing.py, batch.py
 9. StepLoader              rows -> micro-batches of each optimizer step         loader.py
 
-load_datasets runs 1 to 7. Every record is either for training or held out, never both; records
-with equal content are in the same split. A record longer than a row is split, truncated or dropped.
+load_datasets runs steps 1 to 7. Each record is used for training or held out, never both. Records
+with equal content are in the same split. Records longer than a row are split, truncated or dropped.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ log = logging.getLogger(__name__)
 DATASET_DIR = Path("dataset")
 MAX_HELD_OUT_BYTES = 2_000_000
 BYTES_PER_TOKEN = {"pretrain": 3.5, "sft": 4.5, "dpo": 6.0}
-"""Bytes of a data file per token, approximately as in the sample."""
+"""Bytes per token in a data file, approximately as in the sample."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which files are for training and which for validation, and how they are read."""
+    """Training and validation files, and how they are read."""
 
     files: tuple[str, ...] = ()
-    """Training files, folders or glob patterns. A weight (a.jsonl:0.7), on all or none, sets the
-    share of an epoch's tokens. Empty = files directly in dataset/ that this stage can read, else
-    the sample."""
+    """Training files, folders or glob patterns. Weights (a.jsonl:0.7), on all entries or none, are
+    shares of an epoch's tokens. Empty = files directly in dataset/ that this stage can read, or
+    the sample if there are none."""
     val_files: tuple[str, ...] = ()
-    """Validation files, each reported by name; empty = hold out part of the training files."""
+    """Validation files, reported separately; empty = hold out part of the training files."""
     val_fraction: float = field(default=0.005, metadata={"above": 0, "below": 1})
     """Fraction of each training file that is held out if data.val_files is empty."""
     val_max_rows: int = field(default=0, metadata={"at_least": 0})
@@ -64,10 +64,10 @@ class DataConfig:
     format: str = "auto"
     """Format of all files; auto = detect it. tools.inspect_data --help lists the names."""
     alpaca_join: Literal["newline", "none"] = "newline"
-    """Separator between instruction and input of an Alpaca row (for wyf3 data: none)."""
+    """Separator between the instruction and the input of an Alpaca row (for wyf3 data: none)."""
 
     on_error: OnError = field(default="stop", metadata={"recipe": False})
-    """On a broken row: stop with its line and reason, or skip and list it (at most 1 %)."""
+    """On a broken row: stop and report its line and reason, or skip and list it (at most 1 %)."""
     too_long: Literal["cut", "drop"] = "cut"
     """Cut a conversation longer than a row after the last answer that fits, or drop it."""
 
@@ -109,7 +109,7 @@ class DataConfig:
 
 
 class Group(NamedTuple):
-    """The files of one entry of data.files, with a name for reports and a weight."""
+    """The files of one entry in data.files, with a name for reports and a weight."""
 
     name: str
     paths: list[Path]
@@ -126,7 +126,7 @@ class Files(NamedTuple):
 
 
 def expand(name: str) -> list[Path]:
-    """Return the files that an entry of data.files names: a file, a folder or a pattern.
+    """Return the files for an entry in data.files: a file, a folder or a pattern.
 
     Raises UserError if there are none.
     """
@@ -198,14 +198,14 @@ def choose_files(config: DataConfig, kind: str) -> Files:
 def hold_out(cache: TokenCache, fraction: float) -> np.ndarray:
     """Return a mask of the records held out for validation, bool (num_records,).
 
-    They are the records with the smallest hashes, at least one and at most about
-    MAX_HELD_OUT_BYTES, so the choice is stable when rows are added. Records with equal content
+    These are the records with the smallest hashes: at least one, and at most about
+    MAX_HELD_OUT_BYTES of text. The choice is stable when rows are added. Records with equal content
     have equal hashes.
     """
     order = np.argsort(cache.hashes, kind="stable")
     below = cache.hashes[order] < np.uint64(fraction * 2.0**64)
     sizes = cache.record_lengths[order]
-    # A token is about four bytes: this bounds the bytes without decoding.
+    # A token is about four bytes, so this limits the bytes without decoding.
     chosen = below & (np.cumsum(sizes) * 4 <= MAX_HELD_OUT_BYTES)
     limit = cache.hashes[order][max(1, int(chosen.sum())) - 1]
     return np.asarray(cache.hashes <= limit)
@@ -258,7 +258,7 @@ def load_datasets(
     _log_summary("train", train)
     next_id, val = train.num_sequences, {}
     for name, parts in val_parts.items():
-        # A fixed seed: the validation rows do not depend on the seed of the run.
+        # With a fixed seed, validation rows do not depend on the seed of the run.
         val[name] = pack(parts, seed=0, first_sequence_id=next_id, max_rows=config.val_max_rows)
         next_id += val[name].num_sequences
         _log_summary(f"val/{name}", val[name])
@@ -268,8 +268,8 @@ def load_datasets(
 def _repeats(groups: list[Group], selected: list[list[Part]]) -> list[float] | None:
     """Return how many times an epoch reads each file so that token shares match the weights.
 
-    None without weights. The group that is largest relative to its weight is read once, the others
-    are repeated. This is the shortest epoch that contains every row.
+    Returns None if no weights are set. The group that is largest relative to its weight is read
+    once, and the others are repeated. This is the shortest epoch that contains every row.
     """
     total = sum(group.weight for group in groups)
     if not total:
@@ -288,7 +288,7 @@ def _repeats(groups: list[Group], selected: list[list[Part]]) -> list[float] | N
 
 
 def _make_groups(names: SequenceABC[str], key: str = "") -> list[Group]:
-    """Return the group of each entry, with its weight and a unique name."""
+    """Return a group for each entry, with its weight and a unique name."""
     groups: list[Group] = []
     for name in names:
         found = re.fullmatch(r"(.+):(\d*\.?\d+)", name)
@@ -301,7 +301,7 @@ def _make_groups(names: SequenceABC[str], key: str = "") -> list[Group]:
         groups.append(Group(_short_name(name), expand(name), weight))
     if 0 < sum(not group.weight for group in groups) < len(groups):
         unweighted = next(name for name, g in zip(names, groups, strict=True) if not g.weight)
-        raise UserError(f"{key}: {unweighted} has no weight. Set one for all files or none.")
+        raise UserError(f"{key}: {unweighted} has no weight. Set one for each entry or for none.")
     counts, seen = Counter(group.name for group in groups), Counter()
     for i, group in enumerate(groups):
         name = group.name

@@ -1,6 +1,6 @@
-"""Block-wise attention within documents by matrix products, fast on CPUs with few cores.
+"""Block-wise attention within documents using matmuls, fast on CPUs with few cores.
 
-Nothing is computed between documents that share a row, while a masked kernel computes the full row.
+Nothing is computed between documents that share a row; a masked kernel computes the full row.
 The results equal those of model.attend with model.visible up to rounding.
 
 Shapes as in model.py: B batch  T query length  S key length  N query heads  G key/value heads
@@ -28,7 +28,7 @@ def prepare(
 def attend(q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor, document_ids: Tensor) -> Tensor:
     """Compute causal attention within documents, in the dtype of the values.
 
-    Under autocast QK-norm gives fp32 queries and keys; they are cast to that dtype first.
+    Under autocast, QK-norm gives fp32 queries and keys; they are cast to that dtype first.
     Shapes: q (B, N, T, H), k, v (B, G, T, H), document_ids (B, T) -> (B, N, T, H).
     """
     q_BTNH, k_BTGH, v_BTGH = (x.to(v_BGTH.dtype).transpose(1, 2) for x in (q_BNTH, k_BGTH, v_BGTH))
@@ -37,15 +37,15 @@ def attend(q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor, document_ids: Tensor)
 
 
 BLOCK = 128
-"""Number of queries processed at a time: at most BLOCK x S scores per head and row are held."""
+"""Number of queries processed at a time: memory holds at most BLOCK x S scores per head and row."""
 
 
 def blocks_of(document_ids: Tensor) -> Iterator[tuple[slice, int, int, int, Tensor]]:
     """Yield (rows, start, begin, end, mask) for every block of at most BLOCK queries.
 
     `rows` are neighboring rows with equal document lengths, `start` is the first position that any
-    query of the block sees, and the queries are at positions begin to end. The additive mask is
-    among these positions; those from start to begin are visible to all queries.
+    query of the block sees, and the queries are at positions begin to end. The additive mask
+    covers these positions; keys from start to begin are visible to all queries.
     """
     future = torch.full((BLOCK, BLOCK), -torch.inf).triu_(1)
     end_row = 0
@@ -93,7 +93,7 @@ def _part(x: Tensor, rows: slice, positions: slice) -> Tensor:
 def _probabilities(q: Tensor, keys: Tensor, mask: Tensor, slot: Tensor | None = None) -> Tensor:
     """Return softmax(q k) of scaled q: (rows G, T R, H), (rows G, S, H) -> (rows G, T R, S).
 
-    The result is in fp32. It is written to `slot`, also in fp32, if that is given.
+    The result is in fp32. If `slot`, also in fp32, is given, the result is written to it.
     """
     scores = torch.bmm(q, keys.mT, out=slot)
     scores.unflatten(1, (len(mask), -1))[..., -len(mask) :] += mask[:, None]
@@ -103,15 +103,15 @@ def _probabilities(q: Tensor, keys: Tensor, mask: Tensor, slot: Tensor | None = 
 MAX_SAVED_KEYS = 512
 """Probabilities are saved for backward if a query sees at most this many keys.
 
-With rows of 512 positions they take a fifth of a step's memory, and save a fifth to a third of the
-time of attention.
+With rows of 512 positions, they take a fifth of a step's memory and save a fifth to a third of
+attention time.
 """
 
 
 def _saved_buffer(q: Tensor, save: bool) -> Tensor:
     """Return a buffer for the probabilities that backward reuses.
 
-    Its size is enough for any documents, because a compiler needs it before they are known.
+    It is large enough for any documents, since a compiler needs its size before they are known.
     """
     batch, length, heads, _ = q.shape
     # A document of S <= MAX_SAVED_KEYS positions saves at most S (S + BLOCK) / 2 values per head; a
@@ -121,7 +121,7 @@ def _saved_buffer(q: Tensor, save: bool) -> Tensor:
 
 
 def _next_slice(buffer: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the slot of the next block and the rest of the buffer."""
+    """Return the slot for the next block and the rest of the buffer."""
     size = math.prod(shape)
     return buffer[:size].view(shape), buffer[size:]
 
@@ -132,7 +132,7 @@ def attend_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Return attention and, if `save` is set, the probabilities that its backward pass needs.
 
-    Backward recomputes those of queries that see more than MAX_SAVED_KEYS keys, so memory does not
+    Backward recomputes them for queries that see more than MAX_SAVED_KEYS keys, so memory does not
     grow with the square of the length. Scores and softmax are in fp32 for every dtype of q, k, v.
     This is one operator for autograd and for a compiler, so neither traces the loop.
     Shapes: q (B, T, N, H); k, v (B, T, G, H); document_ids (B, T), with equal ids contiguous ->
@@ -189,7 +189,7 @@ def attend_blocks_backward(
 
 
 def _like(x: Tensor) -> Tensor:
-    """Return an empty contiguous tensor like `x`, as register_fake promises a compiler."""
+    """Return an empty contiguous tensor like `x`, as register_fake promises the compiler."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -1,7 +1,7 @@
 """RMSNorm, rotary embedding and SwiGLU for CPUs, with few passes over memory.
 
-In eager mode, each formula of model.py runs half a dozen operators forward and more backward, each
-of which reads and writes full tensors. These versions make a training step 6 % faster in fp32 and
+In eager mode, each formula in model.py runs half a dozen operators in forward and more in backward,
+and each reads and writes full tensors. These versions make a training step 6 % faster in fp32 and
 save less for backward. Under torch.compile the plain formulas are fused, and these are not used.
 """
 
@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """RMSNorm for inputs of one dtype, in fp32 or wider; saves its input and a value per position.
+    """RMSNorm in fp32 or wider for inputs of one dtype; saves its input and one value per position.
 
     With i = 1 / rms and the gradient g of the result, dx = i g w - x i^3 sum(g w x) / D, and dw is
     the sum over positions of g x i. Both sums are matrix-vector products without intermediates.

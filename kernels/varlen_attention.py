@@ -1,6 +1,6 @@
-"""Attention within documents by torch.nn.attention.varlen (CUDA, 16-bit, capability 8.0 or higher).
+"""Attention within documents with torch.nn.attention.varlen (CUDA, 16-bit, capability 8.0 and up).
 
-Rows are concatenated, and the kernel computes nothing between documents.
+Rows are concatenated, and the kernel computes no attention between documents.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def prepare(
 def attend(q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor, boundaries: Tensor) -> Tensor:
     """Compute causal attention within the documents delimited by `boundaries`.
 
-    The kernel needs equal 16-bit dtypes; under autocast QK-norm gives fp32, so queries and keys
+    The kernel needs equal 16-bit dtypes; under autocast, QK-norm gives fp32, so queries and keys
     are cast to the dtype of the values. The last boundary must be B x T: the kernel leaves outputs
     beyond it uninitialized. Shapes: q (B, N, T, H), k, v (B, G, T, H) -> (B, N, T, H).
     """

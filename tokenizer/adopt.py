@@ -1,10 +1,10 @@
 """Adaptation of other tokenizers for training from scratch.
 
 Any lossless tokenizer.json is accepted: byte-level BPE (GPT-2, Llama 3, Qwen), and BPE or Unigram
-with byte fallback (SentencePiece, Llama 2). It is changed so that the ids of a text's pieces
-concatenate to ids of the text. Checkpoints contain the changed file.
+with byte fallback (SentencePiece, Llama 2). It is modified so that encoding a text in pieces and
+concatenating the ids gives a valid encoding of the whole text. Checkpoints store the result.
 
-    special tokens   missing REQUIRED_TOKENS are added after the last id; others stay unused
+    special tokens   missing REQUIRED_TOKENS are added after the last id; others are kept but unused
     start of text    no space is prepended, and no tokens are added by a post-processor
     length           no truncation, no padding, no BPE dropout
 """
@@ -23,7 +23,7 @@ Node = dict[str, Any]
 
 
 def adopt(folder: str | Path) -> Tokenizer:
-    """Return the tokenizer of a folder with these changes; if none is needed, keep its exact bytes.
+    """Return a folder's tokenizer with the changes above; if none is needed, keep the exact file.
 
     Raises ValueError if the file cannot be read, or if the tokenizer is not lossless.
     """

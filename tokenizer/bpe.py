@@ -1,7 +1,7 @@
 """Tokenizer: text to ids and back, by BPE from the `tokenizers` library.
 
 `Tokenizer` never parses special tokens in text, so typing one cannot forge a turn. The default
-vocabulary is tokenizer.json, trained by tools/train_tokenizer.py; adopt.py reads others.
+vocabulary is tokenizer.json, trained by tools/train_tokenizer.py; adopt.py loads other tokenizers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SPECIAL_TOKENS: tuple[str, ...] = (
     *("<think>", "</think>"),
     *(f"<|reserved_{i}|>" for i in range(27)),
 )
-"""Ids 0, 1, 2, ... in this order. The reserved ones allow a model to learn new tags later."""
+"""Ids 0, 1, 2, ... in this order. Reserved tokens let a model learn new tags later."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Tokenizer:
         return self._bpe.decode(list(ids), skip_special_tokens=False)
 
     def files(self, context_length: int) -> dict[str, str]:
-        """Return the tokenizer files of a Hugging Face model folder, as name to content."""
+        """Return the tokenizer files for a Hugging Face model folder, as name to content."""
         config = {
             # For any other class, transformers 5 replaces the pre-tokenizer.
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -5,7 +5,7 @@ The format is ChatML. An assistant's content and end of turn (underlined) are su
     <|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n您好<|im_end|>\n
                                                              ----__________
 
-A message is a dict with "role" (system, user, assistant or tool) and "content" (text). Optional:
+A message is a dict with "role" (system, user, assistant, tool) and "content" (text). Optional keys:
 
     tools               system message: a list of JSON objects, appended one per line
     reasoning_content   assistant: reasoning, between <think> and </think> before the content
@@ -13,8 +13,8 @@ A message is a dict with "role" (system, user, assistant or tool) and "content" 
 
 Reasoning and calls are supervised. A tool's answer is a user turn between <tool_response> tags and
 is not supervised. No default system message or empty reasoning is added. The content is encoded
-separately from "assistant\n"; the pre-tokenizer of the vocabulary (tools/train_tokenizer.py)
-ensures that encoding both at once gives the same ids.
+separately from "assistant\n"; the pre-tokenizer (tools/train_tokenizer.py) ensures that encoding
+both together gives the same ids.
 """
 
 from __future__ import annotations

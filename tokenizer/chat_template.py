@@ -2,7 +2,7 @@
 
 It renders the same text as chat_format.render_conversation. `tools` may be an argument, as passed
 by transformers, or part of the first message. If content contains the text of a special token, the
-ids differ: transformers parses the token, render_conversation keeps it as text.
+ids differ: transformers parses the token, but render_conversation keeps it as text.
 """
 
 from __future__ import annotations

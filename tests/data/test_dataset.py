@@ -1,4 +1,4 @@
-"""Protects the data path: each document is trained on once, in full, and attends only to itself."""
+"""Tests that each document is trained on once, in full, and attends only to itself."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def documents():
     return [{"text": text} for text in texts]
 
 
-def test_no_token_is_lost_and_bytes_are_the_raw_text(tmp_path, tokenizer):
+def test_no_token_is_lost_and_num_bytes_is_the_size_of_the_raw_text(tmp_path, tokenizer):
     rows = documents()
     data, cache = packed(tmp_path, tokenizer, rows)
     batch = data.collate(all_rows(data), data.num_rows())
@@ -71,8 +71,8 @@ def test_no_token_is_lost_and_bytes_are_the_raw_text(tmp_path, tokenizer):
     assert (labels == 0).sum() == len(rows)  # Each document's end is supervised.
 
 
-def test_packed_rows_equal_separate_documents(tmp_path, tokenizer):
-    """Loss and gradients agree, also for a one-token document and documents split across rows."""
+def test_packed_rows_give_the_loss_and_gradients_of_separate_documents(tmp_path, tokenizer):
+    """The documents include one with a single token, and some that are split across rows."""
     data, _ = packed(tmp_path, tokenizer, documents())
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**SIZES))
@@ -102,7 +102,7 @@ def test_packed_rows_equal_separate_documents(tmp_path, tokenizer):
         atol = 1e-5 * float(gradient.norm())
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=atol)
     causal = cross_entropy_sum(model(batch.input_ids, batch.position_ids), batch.labels)
-    # The document mask matters, so this test can fail.
+    # Without the document mask the loss differs, so this test can fail.
     assert abs(float(causal.detach()) - total) > 1e-3 * total
 
 
@@ -211,7 +211,7 @@ def test_held_out_documents_do_not_change_when_rows_are_added(tmp_path, tokenize
 
 
 def numbered(kind, numbers):
-    """Yield rows of a kind whose text contains a number."""
+    """Yield rows for a stage, each with a number in its text."""
     for i in numbers:
         question = {"role": "user", "content": f"question <{i}>"}
         answers = [{"role": "assistant", "content": word} for word in ("yes", "no")]
@@ -264,8 +264,8 @@ def test_validation_files_are_not_trained_on(tmp_path, tokenizer, kind):
     }  # fmt: skip
 
 
-def test_default_files_by_kind(tmp_path, tokenizer):
-    """Each stage reads its own file in a folder with minimind's names, and ignores the others."""
+def test_each_stage_reads_only_its_own_default_file(tmp_path, tokenizer):
+    """The folder has files with minimind's names, one for each stage."""
     message = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     other = [message[0], {"role": "assistant", "content": "b"}]
     files = {
@@ -283,6 +283,6 @@ def test_default_files_by_kind(tmp_path, tokenizer):
     assert {p.name for p in (tmp_path / "dataset").iterdir()} == {p.name for p in files.values()}
 
 
-def test_no_data_names_both_fixes(tmp_path):
+def test_the_error_for_missing_data_suggests_both_fixes(tmp_path):
     with pytest.raises(UserError, match="(?s)tools.prepare_data.*data.files=PATH"):
         choose_files(DataConfig(), "pretrain")

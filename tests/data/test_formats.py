@@ -1,4 +1,4 @@
-"""Protects users from bad rows: errors name file, line and reason, and nothing is written."""
+"""Tests that errors for bad rows name file, line and reason, and that nothing is written."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("kind", "content", "message"), BAD)
-def test_bad_rows(kind, content, message, tmp_path, monkeypatch, tokenizer):
+def test_bad_rows_raise_user_errors(kind, content, message, tmp_path, monkeypatch, tokenizer):
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
@@ -54,7 +54,7 @@ def test_bad_rows(kind, content, message, tmp_path, monkeypatch, tokenizer):
     assert path.read_text() == content
 
 
-def test_bytes_that_are_not_utf8(tmp_path, monkeypatch, tokenizer):
+def test_bytes_that_are_not_utf8_are_reported_with_a_fix_for_gbk(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
     rows = {
         "gbk.jsonl": '{"text": "one"}\n{"text": "中文"}\n', "first.jsonl": '{"text": "中文"}\n',
@@ -75,7 +75,7 @@ def test_bytes_that_are_not_utf8(tmp_path, monkeypatch, tokenizer):
         assert found[1].reason.startswith("not UTF-8") and "GBK" not in found[1].reason
 
 
-def test_bom_and_windows_line_endings(tmp_path):
+def test_a_bom_and_windows_line_endings_are_accepted(tmp_path):
     path = tmp_path / "w.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
     assert [row["value"] for row in read(path)["rows"]] == ["a", "b"]
@@ -104,7 +104,7 @@ quick = settings(max_examples=40, deadline=None, database=None, derandomize=True
 
 
 def read(path, name="auto", **options):
-    """Return the content of a file in the form of expected.json."""
+    """Return the content of a file in the format of expected.json."""
     found = formats.detect(path, name=name)
     options = formats.ReadOptions(name, **options)
     rows = []
@@ -122,14 +122,14 @@ def test_every_format_has_a_golden_file():
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_golden_files(name):
+def test_golden_files_are_read_as_expected(name):
     assert read(GOLDEN / name) == EXPECTED[name]
 
 
 @pytest.mark.parametrize("name", ["minimind.jsonl", "alpaca.json", "text.csv", "plain.txt"])
 @pytest.mark.parametrize("end", ["lf", "crlf", "bom"])
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_compression_bom_and_line_endings_change_nothing(name, end, suffix, tmp_path):
+def test_compression_bom_and_line_endings_do_not_change_the_rows(name, end, suffix, tmp_path):
     raw = (GOLDEN / name).read_bytes()
     if end == "crlf" and name != "text.csv":
         raw = raw.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
@@ -146,11 +146,11 @@ def test_compression_bom_and_line_endings_change_nothing(name, end, suffix, tmp_
 
 
 @pytest.mark.parametrize("name", ["minimind.jsonl", "sharegpt.json", "minimind_dpo.jsonl"])
-def test_parquet(name, tmp_path):
+def test_parquet_gives_the_same_rows_as_json(name, tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [readers.parse(item.content) for item in readers.Source(GOLDEN / name).items()]
     if name == "minimind.jsonl":
-        rows = rows[:2]  # A Parquet column has one type; later, tools is a list.
+        rows = rows[:2]  # A Parquet column has one type, but tools is a list in later rows.
     path = tmp_path / "x.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=1)
     values = [row["value"] for row in read(path)["rows"]]
@@ -183,7 +183,7 @@ def test_a_truncated_stream_is_an_error(suffix, tmp_path):
         read(path)
 
 
-def test_wyf3_joins_instruction_and_input_directly():
+def test_instruction_and_input_of_wyf3_rows_are_joined_directly():
     value = read(GOLDEN / "wyf3_sft.jsonl", alpaca_join="")["rows"][0]["value"]
     assert value[0]["content"] == "你好吗"
 
@@ -226,7 +226,7 @@ starts = [b'[{"text": "a"}', b'{"text": ', b"a,b\n", b"\x1f\x8b", b"PAR1", b"[["
     raw=st.tuples(st.sampled_from(starts), st.binary(max_size=80)).map(b"".join),
     suffix=st.sampled_from([".jsonl", ".json", ".txt", ".csv", ""]),
 )
-def test_any_bytes_give_rows_or_the_documented_error(tmp_path_factory, raw, suffix):
+def test_any_bytes_give_rows_or_a_user_error(tmp_path_factory, raw, suffix):
     path = tmp_path_factory.getbasetemp() / f"any{suffix}"
     path.write_bytes(raw)
     try:

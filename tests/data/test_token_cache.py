@@ -1,4 +1,4 @@
-"""Protects the ids on disk: wide enough for the vocabulary, and unchanged when read again."""
+"""Tests that ids on disk are wide enough for the vocabulary, and unchanged when read again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAIRS = ["".join(pair) for pair in product("abcdefghijklmnopqrstuvwxyz", repeat=
 
 
 def large_vocabulary(folder, size):
-    """Build an untrained byte-level BPE of `size` entries: bytes, letter pairs, pairs of pairs."""
+    """Build an untrained byte-level BPE with `size` entries: bytes, letter pairs, letter quads."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     num_quads = size - len(REQUIRED_TOKENS) - len(alphabet) - len(PAIRS)
     quads = islice(product(PAIRS, repeat=2), num_quads)
@@ -50,7 +50,7 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(size, dtype, tmp_path, monkeypa
     texts += [f"{entries[-1]} 中文 {i}" for i in range(50)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    for _ in range(2):  # Built, then read from disk.
+    for _ in range(2):  # First built, then read from disk.
         cache = build_cache(path, "pretrain", tokenizer, encode_document)
         assert cache.ids.dtype == dtype
         documents = np.split(np.asarray(cache.ids), cache.offsets[1:-1])
@@ -66,7 +66,7 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(size, dtype, tmp_path, monkeypa
     assert batch.num_bytes == len(tokenizer.decode_bytes(labels)) > 0
 
 
-def test_the_key_depends_on_the_content(tmp_path, monkeypatch, tokenizer):
+def test_the_key_depends_on_the_content_but_not_on_the_mtime(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "a.jsonl"
 
@@ -77,6 +77,6 @@ def test_the_key_depends_on_the_content(tmp_path, monkeypatch, tokenizer):
 
     times = count(1)
     first = key("one", "two")
-    assert key("one", "two") == first  # A new mtime: another cache, the same key.
+    assert key("one", "two") == first  # A new mtime gives a new cache with the same key.
     assert len(list((tmp_path / "cache/tokens").iterdir())) == 2
     assert len({first, key("two", "one"), key("one", "tw0"), key("one", "two", "three")}) == 4

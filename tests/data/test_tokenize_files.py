@@ -1,4 +1,4 @@
-"""Protects token cache builds: complete or absent, in any process, all broken rows reported."""
+"""Tests that a token cache is complete or absent, and that all broken rows are reported."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def numbered(n):
     return [{"text": f"row {i} {'文字' * (i % 7)}", "source": f"s{i % 3}"} for i in range(n)]
 
 
-def test_processes_and_chunks_change_nothing(tmp_path, tokenizer, monkeypatch):
+def test_workers_and_chunk_size_do_not_change_the_cache(tmp_path, tokenizer, monkeypatch):
     path = write(tmp_path / "a.jsonl", [*numbered(60), "{\n", *numbered(60)])
     monkeypatch.setattr(token_cache, "MAX_SKIPPED", 0.02)
     contents = []
@@ -71,7 +71,7 @@ def test_processes_and_chunks_change_nothing(tmp_path, tokenizer, monkeypatch):
     assert contents[0] == contents[1] == contents[2]
 
 
-# Does not import torch, which would take longer than everything else.
+# This program does not import torch, which would take longer than everything else.
 CODE = """
 import sys, time
 from pathlib import Path
@@ -189,7 +189,7 @@ def test_read_options_change_the_cache(tmp_path, tokenizer):
     assert one.key != other.key and len(one.ids) > len(other.ids)
 
 
-def test_a_large_vocabulary_gets_wide_ids(tmp_path, tokenizer, monkeypatch):
+def test_ids_of_a_large_vocabulary_take_32_bits(tmp_path, tokenizer, monkeypatch):
     path = write(tmp_path / "a.jsonl", numbered(5))
     narrow = build(path, tokenizer)
     monkeypatch.setattr(type(tokenizer), "vocab_size", property(lambda self: 70000))
@@ -212,7 +212,7 @@ def test_a_folder_and_a_pattern_are_one_dataset_each(tmp_path, tokenizer):
     assert set(data.val) == {"web", "books"} and len(data.train.caches) == 4
 
 
-def test_errors_for_names_without_files(tmp_path):
+def test_names_that_match_no_files_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("a.txt", "b.txt", "a,b.txt"):
         write(tmp_path / name, ["text"])
@@ -232,7 +232,7 @@ def shares(data, epoch):
     return np.bincount(data._file, used * data._length), used
 
 
-def test_weights_are_shares_of_the_tokens_of_an_epoch(tmp_path, tokenizer):
+def test_weights_are_shares_of_the_tokens_in_an_epoch(tmp_path, tokenizer):
     write(tmp_path / "a.jsonl", numbered(300))
     write(tmp_path / "b.jsonl", numbered(900))
     config = DataConfig(files=("a.jsonl:0.7", "b.jsonl:0.3"))
@@ -295,7 +295,7 @@ def _record(value):
     return Record(value, "", Path("x"), 1)
 
 
-def test_a_stored_plan_equals_a_fresh_one(tmp_path, tokenizer, monkeypatch):
+def test_a_stored_plan_equals_a_new_plan(tmp_path, tokenizer, monkeypatch):
     from trainlib.data import packing
 
     path = write(tmp_path / "a.jsonl", numbered(300))
@@ -331,7 +331,7 @@ def test_the_mask_selects_exactly_the_answers_for_any_content(tokenizer, answers
     assert tokenizer.decode(supervised) == "".join(answers)
 
 
-def test_a_system_error_is_a_user_error(tmp_path, tokenizer):
+def test_a_system_error_becomes_a_user_error(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", numbered(5))
     cache_dir().parent.mkdir(exist_ok=True)
     cache_dir().write_text("a file where the folder should be")

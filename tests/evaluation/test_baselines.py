@@ -1,4 +1,4 @@
-"""Protects the baselines: equal to explicit counts, on the tokens and bytes of val/loss."""
+"""Tests that baselines equal explicit counts over the tokens and bytes that val/loss reads."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def data(tmp_path, tokenizer, monkeypatch):
 
 
 def explicit_bits(train, val, vocab_size):
-    """Return the bits of unigram and bigram for pairs (previous, label), one pair at a time."""
+    """Return the unigram and bigram bits of (previous, label) pairs, one pair at a time."""
     ids, pairs = Counter(b for _, b in train), Counter(train)
     previous = Counter(a for a, _ in train)
     followers = Counter(a for a, _ in pairs)
@@ -80,7 +80,7 @@ def pairs_of(packed):
     return found
 
 
-def test_a_tiny_corpus_against_explicit_arithmetic():
+def test_baselines_of_a_tiny_corpus_equal_values_computed_manually():
     # Labels after 0: 1, 1, 2; after 1: 2. Unigram over V = 4: p(1) = 3/8, p(2) = 3/8, p(3) = 1/8.
     # p(1|0) = (2 + 2 * 3/8) / (3 + 2), p(2|1) = (1 + 3/8) / 2, and nothing follows 3.
     train = Labels(np.array([0, 0, 0, 1]), np.array([1, 1, 2, 2]))
@@ -90,7 +90,7 @@ def test_a_tiny_corpus_against_explicit_arithmetic():
     assert bigram == pytest.approx(-math.log2(2.75 / 5 * 1.375 / 2 * 1 / 8))
 
 
-def test_bigram_sums_to_one_over_a_large_vocabulary():
+def test_bigram_probabilities_sum_to_one_over_a_large_vocabulary():
     vocab_size, rng = 70_000, np.random.default_rng(0)
     train = Labels(rng.integers(0, vocab_size, 3000), rng.integers(0, vocab_size, 3000))
     counts = count_pairs(iter([train]), vocab_size)

@@ -1,4 +1,4 @@
-"""Protects block-wise attention, which must equal exact attention with model.visible."""
+"""Tests that block-wise attention equals exact attention with model.visible."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ ROWS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_saved_keys", [MAX_SAVED_KEYS, BLOCK])
 def test_values_and_gradients_equal_exact_attention(rows, dtype, max_saved_keys, monkeypatch):
-    """In bf16 the error against float64 is at most 1.25 times that of torch's kernel, plus 0.001.
+    """In bf16, the error relative to float64 is at most 1.25 times torch's error plus 0.001.
 
-    This includes a backward pass that recomputes the probabilities of most queries.
+    With max_saved_keys=BLOCK, backward recomputes the probabilities of most queries.
     """
     monkeypatch.setattr("kernels.block_attention.MAX_SAVED_KEYS", max_saved_keys)
     ids = torch.stack([
@@ -81,7 +81,7 @@ def test_probabilities_are_saved_only_if_a_backward_pass_can_follow(monkeypatch)
     assert saves == [True, False]
 
 
-def test_autocast_does_not_affect_blocks():
+def test_autocast_does_not_affect_block_attention():
     ids = torch.tensor([[0] * 4 + [1] * 5, [2] * 9])
     qkv = [4 * torch.randn(2, heads, 9, 8, dtype=torch.bfloat16) for heads in (4, 2, 2)]
     expected = attend(*qkv, ids)
@@ -91,8 +91,8 @@ def test_autocast_does_not_affect_blocks():
         assert attend(qkv[0].float(), qkv[1].float(), qkv[2], ids).dtype == torch.bfloat16
 
 
-def test_attend_blocks_passes_the_operator_checks_of_torch():
-    """The rows fill the buffer, since the checks would also compare uninitialized values."""
+def test_attend_blocks_passes_torch_opcheck():
+    """The rows fill the buffer, because opcheck would also compare uninitialized values."""
     qkv = [torch.randn(2, 2 * BLOCK, heads, 4, requires_grad=True) for heads in (4, 2, 2)]
     ids = torch.arange(2)[:, None].expand(2, 2 * BLOCK).contiguous()
     for save in (True, False):

@@ -1,4 +1,4 @@
-"""Protects the fused functions for CPUs: each must equal the plain formula in model.py."""
+"""Tests that each fused function for CPUs equals the plain formula in model.py."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def gradients(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_equal_numerical_ones(name):
+def test_gradients_equal_numerical_gradients(name):
     make, fused, _ = CASES[name]
     inputs = make(torch.float64)
     assert torch.autograd.gradcheck(fused, inputs)
@@ -65,7 +65,7 @@ def test_gradients_equal_numerical_ones(name):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_value_and_gradients_equal_the_formula(name, dtype):
-    """In 16 bits each pass over memory rounds, and the fused functions make fewer passes."""
+    """In bf16, each pass over memory rounds, and the fused functions make fewer passes."""
     make, fused, plain = CASES[name]
     inputs = make(dtype)
     ours, theirs = fused(*inputs), plain(*inputs)
@@ -77,7 +77,7 @@ def test_value_and_gradients_equal_the_formula(name, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_autocast_around_forward_or_backward_changes_nothing_in_fp32(name):
+def test_autocast_does_not_change_results_in_fp32(name):
     make, fused, _ = CASES[name]
     inputs = make(torch.float32)
     value = fused(*inputs)
@@ -88,8 +88,8 @@ def test_autocast_around_forward_or_backward_changes_nothing_in_fp32(name):
     torch.testing.assert_close((actual_value, *actual), (value, *expected))
 
 
-def test_autocast_with_16_bit_inputs_and_fp32_weights():
-    """As in a run: the norm returns fp32 and the feed-forward layer 16 bits, like the formulas."""
+def test_under_autocast_dtypes_and_values_equal_the_formulas():
+    """As in a run, inputs have 16 bits and weights 32: the norm returns fp32, SwiGLU 16 bits."""
     for name in ("rms_norm", "swiglu"):
         make, fused, plain = CASES[name]
         *inputs, weight = make(torch.bfloat16)
@@ -112,7 +112,7 @@ def test_rms_norm_sums_16_bit_values_in_fp32():
         torch.testing.assert_close(mixed, exact, rtol=1e-6, atol=1e-6)
 
 
-def test_a_row_of_zeros_has_a_gradient():
+def test_a_row_of_zeros_has_a_finite_gradient():
     x, weight = norm_inputs(torch.float32)
     with torch.no_grad():
         x[0] = 0
@@ -131,7 +131,7 @@ def saved_bytes(function: Callable[..., Tensor], inputs: list[Tensor]) -> int:
     saved: dict[int, Tensor] = {}
 
     def save(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor  # Alive, so no address is reused.
+        saved[tensor.untyped_storage().data_ptr()] = tensor  # Kept alive, so no address is reused.
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):

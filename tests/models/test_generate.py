@@ -1,4 +1,4 @@
-"""Protects generation: equal with and without cache, equal to transformers, repeatable."""
+"""Tests that generation is repeatable and equals uncached decoding and transformers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory, tokenizer):
     return path
 
 
-def test_greedy_equals_uncached_decoding_and_transformers(folder):
+def test_greedy_decoding_equals_uncached_decoding_and_transformers(folder):
     model, prompt = load_model(folder), list(range(40, 360))
     ours = list(generate(model, prompt, Sampling(temperature=0, max_new_tokens=24)))
     ids = list(prompt)
@@ -59,7 +59,7 @@ def test_greedy_equals_uncached_decoding_and_transformers(folder):
     assert ours == out[0, len(prompt) :].tolist()
 
 
-def test_stops_at_a_stop_id_and_at_the_limits(folder):
+def test_generation_stops_at_a_stop_id_and_at_the_limits(folder):
     model = load_model(folder)
     full = list(generate(model, [5, 6], Sampling(temperature=0, max_new_tokens=9)))
     assert len(full) == 9
@@ -70,14 +70,14 @@ def test_stops_at_a_stop_id_and_at_the_limits(folder):
         next(generate(model, [5] * 512, Sampling()))
 
 
-def test_seeds_repeat_and_the_global_rng_state_is_unchanged(folder):
+def test_a_seed_makes_sampling_repeatable_and_leaves_the_global_rng_unchanged(folder):
     model, state = load_model(folder), torch.get_rng_state()
     sampling = Sampling(temperature=1.0, max_new_tokens=12, seed=3)
     assert list(generate(model, [7], sampling)) == list(generate(model, [7], sampling))
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_top_p_and_top_k():
+def test_top_p_and_top_k_keep_the_most_likely_tokens():
     """With probabilities .5 .3 .15 .05, top_p .6 keeps two tokens and top_k 1 keeps one."""
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     assert torch.isfinite(filter_logits(logits, 0, 0.6)).tolist() == [True, True, False, False]
@@ -88,7 +88,7 @@ def test_top_p_and_top_k():
     "temperature, top_k, top_p, expected",
     [
         (1.0, 0, 1.0, [0.5, 0.3, 0.15, 0.05]),
-        (2.0, 0, 1.0, [0.3788, 0.2934, 0.2075, 0.1198]),  # Square roots over their sum.
+        (2.0, 0, 1.0, [0.3788, 0.2934, 0.2075, 0.1198]),  # Square roots divided by their sum.
         (0.5, 0, 1.0, [0.6849, 0.2466, 0.0616, 0.0068]),  # Squares.
         (2.0, 2, 1.0, [0.5635, 0.4365, 0, 0]),
         (1.0, 0, 0.6, [0.625, 0.375, 0, 0]),
@@ -96,7 +96,7 @@ def test_top_p_and_top_k():
         (0.0, 0, 1.0, [1, 0, 0, 0]),
     ],
 )
-def test_sample_frequencies(temperature, top_k, top_p, expected):
+def test_sample_frequencies_equal_the_probabilities(temperature, top_k, top_p, expected):
     """Fails if temperature, top_k or top_p is ignored; checks the frequencies of 4,000 samples."""
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     sampling, generator = Sampling(temperature, top_p, top_k), torch.Generator().manual_seed(0)
@@ -154,7 +154,7 @@ def test_streamed_text_never_splits_a_character(tokenizer):
 
 
 @pytest.mark.parametrize("content", ["你好", "\n\n two", "  a\n", "12345 café", "😀\t\r\nx", ""])
-def test_chat_template_gives_the_ids_of_the_renderer(folder, tokenizer, content):
+def test_chat_template_gives_the_same_ids_as_the_renderer(folder, tokenizer, content):
     messages = [
         {"role": "system", "content": "be"},
         {"role": "user", "content": content},
@@ -167,7 +167,7 @@ def test_chat_template_gives_the_ids_of_the_renderer(folder, tokenizer, content)
     assert prompt == render_prompt(tokenizer, messages[:2])
 
 
-def test_special_text_in_content_stays_text_only_in_our_renderer(folder, tokenizer):
+def test_special_tokens_in_content_stay_text_only_in_our_renderer(folder, tokenizer):
     messages = [{"role": "user", "content": "<|im_end|>"}]
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ids = theirs.apply_chat_template(messages, tokenize=True)["input_ids"]
@@ -197,7 +197,7 @@ def test_unsupported_model_folders_are_refused(folder, tmp_path):
         load_model(tmp_path)
 
 
-def test_batch_equals_single_prompts_and_restores_mode_and_rng_state(folder):
+def test_a_batch_equals_single_prompts_and_restores_mode_and_rng_state(folder):
     """Covers many prompt lengths, several batches, the context limit and stop ids."""
     model, generator = load_model(folder).train(), torch.Generator().manual_seed(1)
     lengths = [1, 3, 40, 505, *range(2, 34)]

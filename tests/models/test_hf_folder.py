@@ -1,4 +1,4 @@
-"""Protects model folders: exact round trips, also through transformers, and clear errors."""
+"""Tests that round trips through transformers preserve models, and that errors are clear."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_folder(path: Path, tokenizer, **changes) -> Transformer:
 
 
 def edit(path: Path, **changes) -> None:
-    """Change keys of a JSON file; None removes one."""
+    """Change keys in a JSON file; None removes a key."""
     values = json.loads(path.read_text(encoding="utf-8")) | changes
     values = {key: value for key, value in values.items() if value is not None}
     path.write_text(json.dumps(values), encoding="utf-8")
@@ -55,7 +55,7 @@ def edit(path: Path, **changes) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
-def test_round_trip_through_transformers(tmp_path, tokenizer, tied, shard):
+def test_a_round_trip_through_transformers_preserves_the_model(tmp_path, tokenizer, tied, shard):
     original = write_folder(tmp_path, tokenizer, tie_word_embeddings=tied, rope_theta=5e5)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path / "back", max_shard_size=shard)
@@ -75,7 +75,7 @@ def test_bfloat16_weights_become_fp32(tmp_path, tokenizer):
     assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.float32}
 
 
-def test_generation_config_has_the_stop_ids_of_chat(tmp_path, tokenizer):
+def test_generation_config_has_the_stop_ids_that_chat_uses(tmp_path, tokenizer):
     write_folder(tmp_path, tokenizer)
     config = transformers.GenerationConfig.from_pretrained(tmp_path)
     assert config.eos_token_id == [2, 0] == list(tokenizer.stop_ids)
@@ -123,7 +123,7 @@ def test_reasoning_and_tools_render_as_in_transformers(theirs, tokenizer, texts,
     assert ids == render_conversation(tokenizer, ours).ids
 
 
-def test_vocabularies_must_match(tokenizer):
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(tokenizer):
     for size in (6400, 6464):
         check_vocabulary(ModelConfig(vocab_size=size), tokenizer, "key", "fix")
     with pytest.raises(UserError, match=r"key=6144.*6400 entries; fix"):
@@ -152,7 +152,7 @@ def test_unsupported_configs_are_refused_by_name(tmp_path, tokenizer, changes, m
         load_config(tmp_path)
 
 
-def test_tie_word_embeddings_defaults_as_in_transformers(tmp_path, tokenizer):
+def test_tie_word_embeddings_has_the_same_default_as_in_transformers(tmp_path, tokenizer):
     write_folder(tmp_path, tokenizer)
     edit(tmp_path / "config.json", tie_word_embeddings=None)
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -212,7 +212,7 @@ def test_index_cannot_point_outside_the_folder(tmp_path, tokenizer):
         load_model(folder)
 
 
-def test_loading_draws_no_random_number(tmp_path, tokenizer):
+def test_loading_draws_no_random_numbers(tmp_path, tokenizer):
     write_folder(tmp_path, tokenizer)
     state = torch.get_rng_state()
     load_model(tmp_path)
@@ -229,13 +229,13 @@ def test_loading_does_not_import_torchs_compiler(tmp_path, tokenizer):
     assert proc.stdout == "False\n"
 
 
-def test_checkpoint_sizes_override_those_of_a_config_file(tmp_path, tokenizer, caplog):
+def test_the_checkpoint_config_overrides_a_config_file(tmp_path, tokenizer, caplog):
     write_folder(tmp_path, tokenizer)
     args = ["configs/tiny_pretrain.yaml", f"init_from={tmp_path}"]
     for _ in range(2):  # Preparation and training both check; the warning appears once.
         config = adopt_model_config(settings_of.load_config(PretrainConfig, args, None))
         assert config.model == load_config(tmp_path)
-    texts = [r.message for r in caplog.records if "differ from the model's sizes" in r.message]
+    texts = [r.message for r in caplog.records if "differ from the model's config" in r.message]
     assert len(texts) == 1 and "model.hidden_size=192 (configs/tiny_pretrain.yaml:" in texts[0]
     config = settings_of.load_config(PretrainConfig, [*args, "model.head_dim=32"], None)
     with pytest.raises(UserError, match=r"model\.head_dim=32 \(command line\), 16 in the model"):

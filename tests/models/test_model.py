@@ -1,4 +1,4 @@
-"""Protects the decoder: equal to Qwen3 to four digits, causal, correctly initialized."""
+"""Tests that the decoder equals Qwen3 to four digits, is causal and is correctly initialized."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ SIZES = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,  # 4 x 16 is not 48: head_dim is an independent size.
+    "head_dim": 16,  # 4 x 16 is not 48: head_dim is independent of hidden_size.
     "max_position_embeddings": 512,
 }
 
 
 def random_model(**changes) -> Transformer:
-    """Return a model with all weights random: initial zeros and ones would mask errors."""
+    """Return a model with random weights, because initial zeros and ones would mask errors."""
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**{**SIZES, **changes}))
     for name, parameter in model.named_parameters():
@@ -67,7 +67,7 @@ def test_logits_equal_transformers(changes, tmp_path, tokenizer):
         torch.testing.assert_close(packed, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_causality_through_gradients():
+def test_gradients_reach_only_past_inputs_of_the_same_document():
     """The output at t depends on all inputs of its document up to t, and on no others."""
     model = random_model()
     embeddings = []
@@ -82,7 +82,7 @@ def test_causality_through_gradients():
 
 
 def test_a_query_sees_its_own_document_up_to_itself():
-    """Checks the picture in the docstring, and one new query after four cached keys."""
+    """Checks the example in visible's docstring, and one new query after four cached keys."""
     documents, positions = torch.tensor([[0, 0, 0, 1, 1, 2]]), torch.tensor([[0, 1, 2, 0, 1, 0]])
     mask = visible(positions, positions, documents, documents)[0].int().tolist()
     assert mask == [
@@ -107,7 +107,7 @@ def test_rotary_angles_are_frequency_times_position():
     torch.testing.assert_close(sin[0, 0, 1], torch.tensor([3.0, 0.3]).sin())
 
 
-def test_initial_weights():
+def test_initial_weights_are_ones_zeros_or_normal():
     model = Transformer(ModelConfig(**SIZES))
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -118,14 +118,14 @@ def test_initial_weights():
             assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.1), name
 
 
-def test_sizes_of_the_default_model():
+def test_the_default_model_has_the_documented_number_of_parameters():
     config = ModelConfig()
     with torch.device("meta"):
         model = Transformer(config)
     assert count_parameters(model) == 26_879_488
 
 
-def test_all_contradictions_are_reported():
+def test_contradictory_dimensions_are_reported():
     (error,) = ModelConfig(head_dim=7).validation_errors()
     assert "model.head_dim=7 must be even" in error
     (error,) = ModelConfig(num_attention_heads=6, num_key_value_heads=4).validation_errors()

@@ -1,4 +1,4 @@
-"""Protects users who edit a formula: a run computes it after a patch of a few lines to one file.
+"""Tests that a run computes an edited formula after a patch of a few lines to one file.
 
 Each variant is a copy of the project with a patch to model.py or train.py only. No kernel for the
 old formula may be used, and the log must list the kernels that are not used.
@@ -99,7 +99,7 @@ MODULES = {
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request, tmp_path_factory):
-    """Return the name of a patch and the folder of a copy of the project with it."""
+    """Return the name of a patch, and the folder of a patched copy of the project."""
     name = request.param
     folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
     for path in (*ROOT.glob("*.py"), *(ROOT / f for f in ("configs", "kernels", "tokenizer"))):
@@ -159,15 +159,15 @@ def test_training_works_and_the_log_lists_unused_kernels(variant):
 
 
 def test_the_patched_formula_is_computed(variant):
-    """With the chosen kernels, logits equal those of the patched formula, not of the old one."""
+    """With the chosen kernels, logits equal those of the patched formula, not the old one."""
     name, folder = variant
     if name == "z-loss":
-        pytest.skip("changes no formula of model.py")
+        pytest.skip("changes no formula in model.py")
     chosen, plain = (json.loads(probe(folder, PROBE + setup + LOGITS)) for setup in (KERNELS, ""))
     unpatched = json.loads(probe(ROOT, PROBE + LOGITS))
     for logits in chosen:  # In training, prefill and decoding.
         assert logits == pytest.approx(plain[0], abs=1e-3)
-    if name != "clamp":  # These logits do not reach the clamp.
+    if name != "clamp":  # No gate value in this model reaches the clamp.
         assert plain[0] != pytest.approx(unpatched[0], abs=1e-2)
 
 

@@ -169,7 +169,7 @@ CASES = [
     ("sft", "init_from=wide", "wide does not match its config.json", "has shape (48, 32)"),
     ("pretrain", "model.vocab_size=100", "model.vocab_size=100, but the tokenizer has 6400 entries",
      "set model.vocab_size=6400"),
-    ("pretrain", "init_from=wide", "init_from=wide: these settings differ from the model's sizes",
+    ("pretrain", "init_from=wide", "init_from=wide: these settings differ from the model's config",
      "model.hidden_size=32 (command line), 64 in the model", "Remove these keys"),
     ("pretrain", "tokenizer=nowhere", "nowhere/tokenizer.json does not exist"),
     ("pretrain", "tokenizer=bad_tokenizer", "bad_tokenizer/tokenizer.json has no \"model\""),

@@ -1,4 +1,4 @@
-"""Reader of configs/hardware.tsv for several tests."""
+"""Reader for configs/hardware.tsv, shared by several tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped config files and their sizes, for several tests."""
+"""The shipped config files and their model dimensions, shared by several tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def stage_of(path: Path) -> str:
 
 @functools.cache
 def shipped(path: Path):
-    """Return the settings of a config file, its sizes, and its positions per row."""
+    """Return the settings of a config file, the model dimensions, and the positions per row."""
     stage = stage_of(path)
     config = load_config(STAGES[stage][2], [str(path)], None)
     return config, find_sizes(config)[0], config.sequence_length * (2 if stage == "dpo" else 1)

@@ -43,7 +43,7 @@ def articles(law: str) -> list[tuple[str, str]]:
 
 
 def sentence(number: int, language: str) -> str:
-    """Return an answer of two sentences, long enough to be corrupted."""
+    """Return an answer of two sentences, long enough to make a corrupted version of it."""
     if language == "zh":
         return f"这是第{number}个回答的第一句话，说明了一件事情。然后是第二句话，补充了更多细节。"
     return f"This is the first sentence of answer {number}. And a second sentence adds detail."
@@ -83,7 +83,7 @@ def build(folder: Path, marker: Path) -> dict[str, Package]:
         target = folder / "simple" / name
         target.mkdir(parents=True)
         (target / real.filename).write_bytes(raw)
-        # An index page can list other files: an egg, another version.
+        # An index page can list other files, such as an egg or another version.
         others = "".join(f'<a href="{f}">{f}</a>' for f in (f"{name}-9.tar.gz", f"{name}-9.egg"))
         link = f'<a href="{real.filename}">{real.filename}</a>'
         page = f"<!DOCTYPE html><html><body>{others}{link}</body></html>"

@@ -1,4 +1,4 @@
-"""The three stages, for tests that run on each of them."""
+"""The three stages, for tests that run each of them."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def make_step(
     optim: OptimConfig | None = None,
     stage: str = "pretrain",
 ) -> Step:
-    """Return one optimizer step of a stage, with its loss, on rows of one document each.
+    """Return a function that runs one optimizer step of a stage on rows of one document each.
 
     In preference data, a row is one pair, whose answers take half of the row each.
     """
@@ -72,7 +72,7 @@ def make_step(
 def peak_bytes(model: nn.Module, optim: OptimConfig, step: Step) -> int:
     """Return the peak number of bytes in all tensors of training, including the weights.
 
-    The step runs twice, because the first one creates the optimizer moments. It runs on a copy of
+    The step runs twice, because the first run creates the optimizer moments. It runs on a copy of
     the model on the CPU that has shapes but no content.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, _NoContent(), _Tracker() as tracker:
@@ -93,7 +93,7 @@ def peak_bytes(model: nn.Module, optim: OptimConfig, step: Step) -> int:
 class _Tracker(TorchDispatchMode):
     """Count the bytes of the storages that operations return, until they are freed.
 
-    (torch.distributed._tools.MemTracker allows one forward pass of a module, not several.)
+    (torch.distributed._tools.MemTracker supports only one forward pass per module.)
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Protects adopted tokenizers: lossless, trainable, and saved with the model."""
+"""Tests that adopted tokenizers are lossless, usable for training, and saved with the model."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_model_folder_gives_transformers_the_same_ids(name, tmp_path):
     assert ids == render_conversation(ours, messages).ids
 
 
-def test_the_default_tokenizer_keeps_its_bytes(tokenizer):
+def test_the_default_tokenizer_is_adopted_unchanged(tokenizer):
     assert adopt(default_folder()).json == tokenizer.json
 
 
@@ -137,7 +137,7 @@ def test_a_broken_file_is_reported(content, message, tmp_path):
             read(tmp_path)
 
 
-def test_a_checkpoint_needs_the_special_tokens(tmp_path):
+def test_loading_a_tokenizer_without_the_special_tokens_is_refused(tmp_path):
     folder = saved(gpt2_like(), tmp_path)
     with pytest.raises(ValueError, match="train.py tokenizer=.* adds it"):
         Tokenizer(folder)
@@ -148,7 +148,7 @@ def test_a_checkpoint_needs_the_special_tokens(tmp_path):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """Return a folder with data of random words and a 32,000-entry tokenizer trained on them."""
+    """Return a folder with random words as data and a 32,000-entry tokenizer trained on them."""
     path = tmp_path_factory.mktemp("workspace")
     letters = random.Random(0)
     words = ["".join(letters.choices("abcdefghij", k=7)) for _ in range(24_000)]
@@ -183,7 +183,7 @@ def run(workspace, monkeypatch, run_stage):
     return lambda stage, *settings: run_stage(stage, "empty.yaml", *COMMON, *settings)
 
 
-def test_training_with_a_vocabulary_of_32000(workspace, run, capsys):
+def test_training_works_with_a_vocabulary_of_32000(workspace, run, capsys):
     assert run("pretrain", *PRETRAIN, "out_dir=run") == 0
     assert "vocabulary size 32,000" in capsys.readouterr().out
     assert (workspace / "run/final/tokenizer.json").read_bytes() == (

@@ -16,10 +16,10 @@ class Batch:
     """One micro-batch; tensors are (B, T), except boundaries and sequence_ids (C,).
 
     boundaries (int32) holds the document boundaries in the flattened rows, padded by repeating the
-    last one. document_ids number the documents of the micro-batch, in the order of sequence_ids;
-    padding has ids from C on. In preference data, documents 2p and 2p + 1 are the chosen and the
-    rejected answer of pair p. num_targets is the divisor of the loss: the number of labels, or of
-    pairs. num_bytes is the size of the labels' text.
+    last one. document_ids number the documents in the micro-batch, in the order of sequence_ids;
+    padding has ids starting at C. In preference data, documents 2p and 2p + 1 are the chosen and
+    rejected answers of pair p. num_targets is the divisor of the loss: the number of labels, or of
+    pairs. num_bytes is the number of bytes in the text of the labels.
     """
 
     input_ids: Tensor
@@ -36,13 +36,13 @@ class Batch:
     def select(self) -> Tensor | None:
         """Return a mask of the positions with a label; None on a GPU, where shapes must be static.
 
-        On a CPU the output projection is half of a small model's work, and a third of the positions
-        in a conversation have no label.
+        On a CPU, the output projection is half of a small model's work, and a third of a
+        conversation's positions have no label.
         """
         return self.labels != IGNORE_INDEX if self.labels.device.type == "cpu" else None
 
     def selected(self, values: Tensor) -> Tensor:
-        """Return the entries of labels or document_ids that the model's logits correspond to."""
+        """Return the entries of `values` (labels or document_ids) that correspond to the logits."""
         select = self.select
         return values if select is None else values[select]
 

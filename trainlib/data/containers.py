@@ -35,7 +35,7 @@ class Broken(NamedTuple):
 
 
 class Item(NamedTuple):
-    """The number (from 1) and content of a line, or of a row in Parquet."""
+    """A line or a Parquet row: its number, counted from 1, and its content."""
 
     line: int
     content: bytes | str | Row | Broken
@@ -67,7 +67,7 @@ def json_type(value: Any) -> str:
 
 
 def utf8_error(raw: bytes, position: int) -> str:
-    """Return the error message for an invalid byte at `position`, with the fix."""
+    """Return the error message for an invalid byte at `position`, including the fix."""
     fix = f", which {GBK_FIX}" if looks_like_gbk(raw) else ". Save the file as UTF-8"
     return f"{NOT_UTF8} (byte {raw[position]:#04x} at {position}){fix}"
 
@@ -87,7 +87,7 @@ def looks_like_gbk(raw: bytes) -> bool:
 
 def json_error(error: Exception) -> str:
     """Return a short message for an error raised by the json module."""
-    # Any other ValueError: a number with more digits than Python accepts.
+    # Any other ValueError is due to a number with more digits than Python accepts.
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)[:80]
 
 
@@ -128,7 +128,7 @@ def read_array(stream: BinaryIO) -> Iterator[Item]:
                 return
             continue
         if isinstance(value, dict) and value and next_row.groups == 0:
-            # Look for the first key of a row: nested objects have other keys.
+            # Search for the first key of a row, since nested objects have other keys.
             key = re.escape(json.dumps(next(iter(value)), ensure_ascii=False))
             next_row = re.compile(r"(\})\s*,\s*(?=\{\s*" + key + ")")
         yield Item(line, row_of(value))
@@ -189,7 +189,7 @@ class _Window:
         return self._start == len(self._text) and not self._read_more()
 
     def decode(self, decoder: json.JSONDecoder) -> tuple[Any, int]:
-        """Return the JSON value that begins here and its length; raises ValueError."""
+        """Return the JSON value at this position and its length; raise ValueError if invalid."""
         while True:
             try:
                 value, end = decoder.raw_decode(self._text, self._start)
@@ -228,7 +228,7 @@ def read_csv(stream: BinaryIO) -> Iterator[Item]:
 
 
 def read_txt(stream: BinaryIO) -> Iterator[Item]:
-    """Yield plain-text documents, which end at a line <|endoftext|> or by their size."""
+    """Yield plain-text documents, split at <|endoftext|> lines or when they reach a size limit."""
     number, begin, size, parts = 0, 1, 0, []
     rest = b""
 

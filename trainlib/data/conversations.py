@@ -51,7 +51,7 @@ def check_text(value: Any, what: str) -> str:
     except UnicodeEncodeError as error:
         code = ord(value[error.start])
         if 0xDC80 <= code <= 0xDCFF:  # How surrogateescape decodes an invalid byte.
-            reason = f"possibly byte {code - 0xDC00:#04x} of a file that is not UTF-8"
+            reason = f"possibly byte {code - 0xDC00:#04x} in a file that is not UTF-8"
             if looks_like_gbk(value.encode("utf-8", "surrogateescape")):
                 reason += f", which {GBK_FIX}"
         else:
@@ -74,7 +74,7 @@ def read_messages(turns: Any, field: str, tools: Any = None, system: Any = None)
     functions = _parse_json(tools, '"tools"') if tools else []
     if functions:
         if not isinstance(functions, list) or not all(isinstance(f, dict) for f in functions):
-            raise ValueError('"tools" must be a list of objects, or a string with its JSON')
+            raise ValueError('"tools" must be a list of objects, or a JSON string of such a list')
         check_text(json.dumps(functions, ensure_ascii=False), '"tools"')
         if messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": ""})
@@ -131,7 +131,7 @@ def _join_parts(parts: list, field: str) -> str:
 
 
 def _read_calls(calls: Any, field: str) -> list[dict[str, Any]]:
-    """Convert one call or a list of calls, parsed or as JSON, to [{"name", "arguments"}]."""
+    """Convert one call or a list of calls, parsed or a JSON string, to [{"name", "arguments"}]."""
     calls = _parse_json(calls, f'{field}: "tool_calls"')
     result = []
     for call in calls if isinstance(calls, list) else [calls]:
@@ -200,7 +200,7 @@ def read_question_answer(row: Row) -> Messages:
 def _read_history(history: Any) -> Messages:
     if isinstance(history, str):
         try:
-            history = ast.literal_eval(history)  # In CSV, a Python literal or JSON.
+            history = ast.literal_eval(history)  # In CSV it is a Python literal or JSON.
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             history = _parse_json(history, '"history"')
     messages: Messages = []

@@ -1,4 +1,4 @@
-"""Encoders of the three stages: from a record to ids and loss mask in one pass."""
+"""Encoders for the three stages: a record to ids and loss mask, in one pass."""
 
 from __future__ import annotations
 

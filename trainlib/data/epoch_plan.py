@@ -1,4 +1,4 @@
-"""The plan of an epoch: which units share a row, and the order of the rows."""
+"""Plan for an epoch: which units share a row, and the order of the rows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class EpochPlan:
 
     @classmethod
     def load_or_build(cls, key: str, build: Callable[[], EpochPlan]) -> EpochPlan:
-        """Return the memory-mapped plan of `key` from .cache/plans; build it if it is missing."""
+        """Return the memory-mapped plan for `key` from .cache/plans; build it if it is missing."""
         folder = cache_dir() / "plans"
         paths = {f.name: folder / f"{key}.{f.name}.npy" for f in fields(cls)}
         try:

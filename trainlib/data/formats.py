@@ -1,11 +1,11 @@
-"""Row formats: from any accepted file to records (documents, conversations, preference pairs).
+"""Row formats: convert accepted files to records (documents, conversations, preference pairs).
 
     Source (readers.py)   file -> items: JSON lines, array, CSV, text, Parquet; .gz and .zst
     detect                first rows -> format, and the reason for it
     check_items           items -> Record, or Broken with the reason
 
-FORMATS lists all formats in the order in which they are tried. A row may name its "source", by
-which reports group rows; unknown keys are ignored. No row is skipped silently.
+FORMATS lists all formats in the order in which they are tried. Reports group rows by the optional
+key "source"; unknown keys are ignored. No row is skipped silently.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def check_items(
 
 
 def find_format(path: Path, kind: str, options: ReadOptions) -> Detection:
-    """Return the format of a stage's data file; raise UserError if it is of another kind."""
+    """Return the format of a stage's data file; raise UserError if it is for another stage."""
     try:
         found = detect(path, kind, options.format)
     except EmptyFileError as error:

@@ -13,7 +13,7 @@ from trainlib.data.packing import PackedDataset
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Data of one optimizer step: micro-batches of this process, counts over all processes."""
+    """Data for one optimizer step: micro-batches of this process, and counts over all processes."""
 
     micro_batches: list[Batch]
     num_targets: int
@@ -30,13 +30,13 @@ def micro_batch_shape(
 
 
 class StepLoader:
-    """Iterator over the data of optimizer steps; a thread prefetches the next step.
+    """Iterator over the data for optimizer steps; a thread prefetches the next step.
 
     A step reads tokens_per_step / row_length rows, independent of the world size. The rows are
     spread evenly over as few micro-batches of at most micro_batch_size rows as possible, the same
-    number on each process. All micro-batches have one shape; missing rows are empty. A step may
-    span two epochs, but with `epochs` the last step ends with the last row. `pin` pins the
-    micro-batches: a copy from pageable memory would wait for all work queued on the GPU.
+    number on each process. All micro-batches have the same shape; missing rows are empty. A step
+    may span two epochs, but if `epochs` is set, the last step ends at the last row. `pin` pins the
+    micro-batches, since a copy from pageable memory would wait for all work queued on the GPU.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class StepLoader:
         self.position, self._next = position, None
 
     def __next__(self) -> StepBatch:
-        """Return the next step and advance the position, which prefetching does not move."""
+        """Return the next step and advance the position, which prefetching does not change."""
         batch = self._next.result() if self._next else self._make(self.position)
         self.position = batch.after
         self._next = self._thread.submit(self._make, batch.after)
@@ -80,7 +80,7 @@ class StepLoader:
             not self.epochs or not rows or position.epoch < self.epochs
         ):
             if position.row >= self.dataset.num_rows(position.epoch):
-                # A position beyond the end, from a run on other data.
+                # This position is beyond the end: it comes from a run on other data.
                 position = DataPosition(position.epoch + 1)
             for row, after in self.dataset.rows(position):
                 rows.append(row)

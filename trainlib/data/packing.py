@@ -1,8 +1,8 @@
-"""Best-fit packing of documents into rows of one length, and collation of rows into batches.
+"""Best-fit packing of documents into rows of equal length, and collation of rows into batches.
 
 Invariants of every Batch: documents in a row never attend to each other (document_ids), positions
 restart with each document, a label is the next id, and padding is a separate document without
-labels. Only collate shifts by one. No document is lost silently: one that does not fit is
+labels. Only collate shifts labels by one. No document is lost silently: those that do not fit are
 truncated or dropped, and counted.
 """
 
@@ -26,11 +26,11 @@ Part = tuple[TokenCache, np.ndarray]
 WINDOW = 8192
 """Number of units packed at a time, which keeps the cost linear and the units shuffled."""
 STORED_UNITS = 500_000
-"""From this many units on, a plan takes seconds to build, so it is cached on disk."""
+"""Plans with at least this many units take seconds to build, so they are cached on disk."""
 
 
 class Origin(NamedTuple):
-    """A record and the cache of its file."""
+    """A record and the cache that contains it."""
 
     cache: TokenCache
     record: int
@@ -49,13 +49,13 @@ class Origin(NamedTuple):
 class PackedDataset:
     """Documents packed into rows of `row_length` positions.
 
-    A unit is a piece of a document, a conversation, or both answers of a pair; it is never split.
+    A unit is a piece of a document, a conversation, or both answers in a pair; it is never split.
     Documents longer than a row are split into pieces (pretraining). Longer conversations are
     truncated after the last answer that fits (too_long="cut") or dropped; longer pairs are dropped.
-    Both are counted. Ids of the selected records' sequences start at `first_sequence_id`.
+    Both are counted. Sequence ids of the selected records start at `first_sequence_id`.
 
-    `repeats` is how many times an epoch reads each part, at least 1. After a fractional number, the
-    next epoch continues where this one stopped, so all units of a part are used equally often.
+    `repeats` is how many times an epoch reads each part, at least 1. If it is fractional, the next
+    epoch continues where this one stopped, so all units of a part are used equally often.
     """
 
     def __init__(
@@ -97,14 +97,14 @@ class PackedDataset:
                     "Increase sequence_length."
                 )
             raise UserError(
-                f"{names}: all rows are held out for validation, as too few are distinct. "
+                f"{names}: all rows are held out for validation, because too few are distinct. "
                 "Add rows, or set data.val_files to other files."
             )
 
     def _units_of(
         self, number: int, cache: TokenCache, index: np.ndarray, first_id: int, too_long: str
     ) -> list[np.ndarray]:
-        """Return file, start, length, sequence id and record of each unit of the records `index`.
+        """Return file, start, length, sequence id and record for each unit in the records `index`.
 
         Values take 32 bits where possible: the units of 5 GB of text take 92 MB.
         """
@@ -217,7 +217,7 @@ class PackedDataset:
             content = self._length.tobytes() + self._file.tobytes() + repr(recipe).encode()
             key = hashlib.blake2b(content, digest_size=8).hexdigest()
             plan = EpochPlan.load_or_build(key, lambda: self._pack(epoch))
-        self._plans = {epoch: plan}  # Only one epoch; the loader's thread reads it too.
+        self._plans = {epoch: plan}  # Keep one epoch only; the loader's thread reads it too.
         return plan
 
     def _pack(self, epoch: int) -> EpochPlan:
@@ -236,13 +236,13 @@ class PackedDataset:
         return EpochPlan(np.concatenate(packed), bounds, order[: self.max_rows or None])
 
     def _units(self, epoch: int) -> np.ndarray:
-        """Return the units of an epoch; those of a repeated part occur several times."""
+        """Return the units in an epoch; units of a repeated part occur several times."""
         if self._repeats is None:
             return np.arange(self.num_units, dtype=np.int32)
         chosen, first = [], 0
         sizes = np.bincount(self._file, minlength=len(self._repeats)).tolist()
         for part, (repeats, size) in enumerate(zip(self._repeats, sizes, strict=True)):
-            # Shuffles of the part form an endless stream; each epoch reads the next `count` units.
+            # Repeated shuffles form an endless stream; each epoch reads the next `count` units.
             count = round(repeats * size)
             begin, end = epoch * count, (epoch + 1) * count
             for number in range(begin // size, -(-end // size)) if count else ():
@@ -282,7 +282,7 @@ class PackedDataset:
         under_loss = labels != IGNORE_INDEX
         flat = documents.reshape(-1)
         edges = np.flatnonzero(np.diff(flat)) + 1
-        # A power of two, enough for documents of 32 tokens: a compiled model sees few sizes.
+        # A power of two, enough for 32-token documents, so that a compiled model sees few shapes.
         size = 1 << max(len(edges) + 1, len(flat) // 32).bit_length()
         boundaries = np.full(size, len(flat), np.int32)
         boundaries[0], boundaries[1 : len(edges) + 1] = 0, edges
@@ -299,7 +299,7 @@ class PackedDataset:
         )
 
     def count(self, rows: list[Row]) -> tuple[int, int]:
-        """Return the number of targets (labels or preference pairs) and of positions in rows."""
+        """Return the number of targets (labels or preference pairs) and positions in rows."""
         units = [unit for row in rows for unit in row]
         num_tokens = int(self._length[units].sum())
         if self.kind == "dpo":

@@ -1,4 +1,4 @@
-"""Reading of data files: decompression, detection of the container, one item at a time.
+"""Reader for data files: decompresses, detects the container and yields one item at a time.
 
     file -> decompressed (gzip, zstd) -> container -> items -> rows
 
@@ -34,10 +34,10 @@ class EmptyFileError(UserError):
 
 
 class Source:
-    """A data file; `position` of its `size` bytes have been read.
+    """A data file; `position` is how many of its `size` bytes have been read.
 
     Raises UserError if the file is missing, empty or binary, or needs a package that is not
-    installed. Reading raises it for a damaged compressed stream.
+    installed. Iteration raises it if the compressed stream is damaged.
     """
 
     def __init__(self, path: Path, container: str = "auto") -> None:
@@ -175,7 +175,7 @@ class _ZstdStream(io.RawIOBase):
     def __init__(self, raw: BinaryIO, path: Path) -> None:
         zstandard = import_optional("zstandard", path)
         self._error = zstandard.ZstdError
-        # Files compressed with --long need a window above the default bound.
+        # Files compressed with --long need a larger window than the default limit.
         self._make = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self._raw, self._frame, self._ready, self._rest = raw, None, b"", b""
 

@@ -3,12 +3,12 @@
 A cache holds one file. It is a folder under .cache/tokens/ (TRAIN_LLM_CACHE_DIR replaces .cache);
 its name contains a hash of file, tokenizer, kind and options.
 
-    ids.bin          the ids of all sequences, concatenated (16 bits if they fit, else 32)
-    supervised.bin   one byte per id: 1 if it is supervised
-    offsets.bin      the start of each sequence, and the end of the last
-    lines.bin        the line of each record            hashes.bin   64 bits of its content
-    sources.bin      the number of its "source"         meta.json    names, counts, provenance
-    skipped.jsonl    line and reason of each row skipped by data.on_error=skip
+    ids.bin         the ids of all sequences, concatenated (16 bits if they fit, else 32)
+    supervised.bin  one byte per id: 1 if it is supervised
+    offsets.bin     the start of each sequence, and the end of the last
+    lines.bin       the line number of each record          hashes.bin  a 64-bit hash of its content
+    sources.bin     the index of its "source" in meta.json  meta.json   names, counts, provenance
+    skipped.jsonl   line and reason of each row skipped by data.on_error=skip
 
 A record is one sequence; a preference pair is two, chosen and rejected. tokenize_files.py tokenizes
 a large file on all cores. The folder has a temporary name until it is complete. An interrupted
@@ -42,7 +42,7 @@ from trainlib.data.tokenize_files import Encode, Task, Tokenized, read_chunks, t
 log = logging.getLogger(__name__)
 
 LAYOUT = 3
-"""Increase this when the meaning of a cache's files changes."""
+"""Increase this when the format of the cache files changes."""
 MAX_SKIPPED = 0.01
 """Share of a file's rows that data.on_error=skip may skip."""
 MAX_SOURCES = 4096
@@ -79,7 +79,7 @@ class TokenCache:
 
     @property
     def record_lengths(self) -> np.ndarray:
-        """Return the number of ids of each record; for a pair, of both sequences."""
+        """Return the number of ids in each record; for a pair, in both sequences together."""
         return np.diff(self.offsets).reshape(self.num_records, -1).sum(1)
 
     def source(self, record: int) -> str:
@@ -88,7 +88,7 @@ class TokenCache:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Return a 16-digit hex hash of a file's size, mtime and three samples of 64 KiB."""
+    """Return a 16-digit hex hash of a file's size, mtime and three 64 KiB samples."""
     status = path.stat()
     digest = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode())
     with path.open("rb") as file:
@@ -109,12 +109,10 @@ def build_cache(
     """Return the cache of one file; build it if it does not exist.
 
     Raises UserError for a broken row (with on_error="skip", for more than MAX_SKIPPED of them), an
-    unreadable file, or a disk without enough space. It then leaves no partial cache behind.
+    unreadable file, or a disk without enough space. No partial cache is left behind.
     """
     if not path.is_file():
-        raise UserError(
-            f"{path} does not exist (a data file of this run). Fix data.files.{mount_hint(path)}"
-        )
+        raise UserError(f"data file {path} does not exist. Fix data.files.{mount_hint(path)}")
     options = options or formats.ReadOptions()
     try:
         file = f"{path.resolve()} {file_fingerprint(path)}"
@@ -145,9 +143,9 @@ def build_cache(
 
 
 def counted_tokens(path: Path, kind: str, row_length: int) -> int:
-    """Return a file's number of positions according to a cache newer than it; 0 without one.
+    """Return the number of positions in a file from a cache newer than it, or 0 if none exists.
 
-    Conversations and pairs longer than a row are not counted. The cache may belong to another
+    Conversations and pairs longer than a row are not counted. The cache may come from another
     tokenizer.
     """
     for meta in (cache_dir() / "tokens").glob(f"{glob.escape(path.stem)}-*/meta.json"):
@@ -315,7 +313,7 @@ def _file_digest(path: Path) -> hashlib.blake2b:
 
 
 def _estimate_bytes(path: Path, tokenizer: Tokenizer, compressed: bool = False) -> int:
-    """Estimate the size of a cache at three bytes of file per token, ignoring per-row data."""
+    """Estimate a cache's size, assuming three bytes of file per token and no per-row data."""
     tokens = path.stat().st_size * (4 if compressed else 1) / 3
     return round(tokens * (3 if tokenizer.vocab_size <= 1 << 16 else 5))
 
@@ -325,7 +323,7 @@ def _build_lock(lock: Path) -> Iterator[str]:
     """Hold a lock file; yield a suffix for the name of the folder to build in.
 
     The system releases the lock when the process ends. Where locks are unsupported (Windows, some
-    file systems), the suffix is the process id: each process builds a cache, the last one remains.
+    file systems), the suffix is the process id: each builds its own cache, and the last one wins.
     """
     handle = _acquire(lock)
     if handle is None:
@@ -355,7 +353,7 @@ def _acquire(lock: Path) -> int | None:
         except OSError:
             os.close(handle)
             return None
-        # The last owner removes the file. A lock on a removed file protects nothing, so retry.
+        # The previous holder removes the file. A lock on a removed file protects nothing, so retry.
         if lock.exists() and os.stat(lock).st_ino == os.fstat(handle).st_ino:
             return handle
         os.close(handle)

@@ -76,7 +76,7 @@ class Tokenized(NamedTuple):
 
 
 def read_chunks(source: Source, skip: int = 0) -> Iterator[Chunk]:
-    """Yield a file's items in chunks, omitting the first `skip`; chunks are deterministic."""
+    """Yield a file's items in chunks, without the first `skip`; chunking is deterministic."""
     items: list[Item] = []
     size = 0
     for item in source.items():
@@ -142,7 +142,7 @@ def tokenize_chunks(chunks: Iterator[Chunk], task: Task, source: Source) -> Iter
             num_to_submit = 1
     except BrokenProcessPool as error:
         raise UserError(
-            f"{task.path}: a worker process was killed, possibly for lack of memory. "
+            f"{task.path}: a worker process was killed, possibly because memory ran out. "
             "Run the same command again."
         ) from error
     finally:

@@ -43,7 +43,7 @@ class Labels(NamedTuple):
 
 
 def with_baselines(datasets: Datasets, tokenizer: Tokenizer) -> Datasets:
-    """Add the baselines of pretraining or fine-tuning data, computed once and cached on disk."""
+    """Add baselines for pretraining or fine-tuning data, computed once and cached on disk."""
     digest = hashlib.sha256(f"{LAYOUT} {MAX_TRAIN_IDS} {datasets.data_key}".encode())
     for packed in (datasets.train, *datasets.val.values()):
         digest.update(f" {packed.row_length} {packed.max_rows} ".encode() + packed.selection)
@@ -55,7 +55,7 @@ def with_baselines(datasets: Datasets, tokenizer: Tokenizer) -> Datasets:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(baselines))
-        except OSError as error:  # The disk is full, or another rank has just written the file.
+        except OSError as error:  # The disk is full, or another process has just written the file.
             log.info("cannot write %s: %s", path, error)
     values = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
     log.info("baselines in bits per byte of the validation text: %s", values)
@@ -89,7 +89,7 @@ def validation_labels(packed: list[PackedDataset]) -> Labels:
 
 
 def training_labels(parts: list[tuple[TokenCache, np.ndarray]], limit: int) -> Iterator[Labels]:
-    """Yield labels of the selected records block by block, from about `limit` ids.
+    """Yield labels from the selected records block by block, from about `limit` ids.
 
     The first id of a sequence is never supervised, so no pair spans two sequences.
     """
@@ -113,7 +113,7 @@ class Counts(NamedTuple):
     ids: np.ndarray  # How often each id is a label.
     previous: np.ndarray  # How often each id precedes a label.
     followers: np.ndarray  # Number of different labels after each id.
-    pairs: np.ndarray  # previous * V + label for every label, sorted; V * V counts are too many.
+    pairs: np.ndarray  # previous * V + label for every label, sorted; a V x V table is too large.
 
 
 def count_pairs(blocks: Iterator[Labels], vocab_size: int) -> Counts:

@@ -1,4 +1,4 @@
-"""Reference log-probabilities and the report of preference optimization.
+"""Reference log-probabilities and the evaluation report for preference optimization.
 
 The reference model is the model that training starts from. Its log-probabilities are computed
 once, for the pairs that the run will visit, and cached on disk; training needs no second model.
@@ -37,15 +37,15 @@ TIE_NATS = 1e-3
 """Log-probability ratios closer than this count as equal: smaller differences are fp32 noise."""
 NUMERICS_VERSION = 3
 """Increase this when the rounding of kernels/ changes, so that cached references are not reused."""
-TRAINED_PAIRS = 400
-"""Number of trained pairs in the report."""
+TRAINING_PAIRS = 400
+"""Number of training pairs in the report."""
 
 
 def reference_log_probs(training: Training) -> Tensor:
     """Compute the starting model's log-probabilities by sequence id; shape (sequences,).
 
-    NaN for sequences that this run never visits. A run of unknown length visits all. The processes
-    share the work. Values that an earlier run stored in .cache/reference/ are reused.
+    NaN for sequences that this run never visits; a run of unknown length is assumed to visit every
+    sequence. The processes share the work. Values cached in .cache/reference/ are reused.
     """
     run, model, datasets = training.run, training.model, training.datasets
     all_datasets = [datasets.train, *datasets.val.values()]
@@ -94,12 +94,12 @@ def share_above(values: np.ndarray) -> float:
 def report(
     run: Run, model: nn.Module, datasets: Datasets, reference: Tensor, latest: Tensor
 ) -> dict[str, Any]:
-    """Return the accuracy on each kind of pair, held-out and trained, and that of trivial rules.
+    """Return the accuracy on each kind of held-out and training pair, and of trivial rules.
 
     For each kind: n, accuracy (fraction of pairs with a reward margin above 0) with its standard
-    error, accuracy on trained pairs, the policy's own preference (log-probability of chosen above
-    that of rejected) before and after training, and the best of three rules: longer, shorter, more
-    overlap with the prompt. `latest` holds the policy's log-probabilities by sequence id; NaN
+    error, accuracy on training pairs, the policy's own preference (fraction of pairs whose chosen
+    answer is more likely) before and after training, and the best of three rules: longer, shorter,
+    more overlap with the prompt. `latest` holds the policy's log-probabilities by sequence id; NaN
     values are computed and filled in.
     """
     before, after = reference.cpu().numpy(), latest.cpu().numpy()
@@ -109,7 +109,7 @@ def report(
             for kind, margins in _margins(run, model, packed, before, after):
                 held_out[kind or name or "pairs"].append(margins)
         pairs = _margins(run, model, datasets.train, before, after)
-        for kind, margins in itertools.islice(pairs, TRAINED_PAIRS):
+        for kind, margins in itertools.islice(pairs, TRAINING_PAIRS):
             trained[kind or "pairs"].append(margins)
     latest.copy_(torch.from_numpy(after))
     table: dict[str, Any] = {}
@@ -134,14 +134,14 @@ def report(
 def format_report(table: dict[str, Any]) -> str:
     """Format the report as lines for a terminal."""
     lines = [
-        f"{'kind of pair':<14}{'n':>6}{'accuracy':>10}{'+-':>7}{'trained':>9}"
-        f"{'own before':>12}{'own after':>11}   best trivial rule"
+        f"{'kind of pair':<14}{'n':>6}{'accuracy':>10}{'+-':>7}{'train':>9}"
+        f"{'policy before':>15}{'policy after':>14}   best trivial rule"
     ]
     for kind, row in table.items():
         trained = f"{row['trained']:.3f}" if row["trained"] is not None else "-"
         lines.append(
             f"{kind:<14}{row['n']:>6}{row['accuracy']:>10.3f}{row['standard_error']:>7.3f}"
-            f"{trained:>9}{row['own_before']:>12.3f}{row['own_after']:>11.3f}"
+            f"{trained:>9}{row['own_before']:>15.3f}{row['own_after']:>14.3f}"
             f"   {row['rule']} {row['rule_accuracy']:.3f}"
         )
     return "\n".join(lines)
@@ -160,16 +160,16 @@ def _fill(run: Run, model: nn.Module, batch: Batch, values: np.ndarray) -> np.nd
 def _margins(
     run: Run, model: nn.Module, packed: PackedDataset, before: np.ndarray, after: np.ndarray
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the kind of each pair, and five differences between chosen and rejected.
+    """Yield the kind of each pair, and the difference between chosen and rejected in five values.
 
-    These are: log-probability ratio, log-probability before and after, length, overlap.
+    These are log-probability ratio, log-probability before and after, length and overlap.
     """
     origins = packed.origins()
     for batch in micro_batches(packed, run.hardware):
         ids = batch.sequence_ids.numpy()
         old = before[ids]
         if np.isnan(old).any():
-            continue  # A training row that the run did not visit.
+            continue  # The run did not visit this training row.
         new = _fill(run, model, batch, after)
         values = np.stack([new - old, old, new, *_length_and_overlap(batch)])
         for id_, margins in zip(ids[::2], (values[:, ::2] - values[:, 1::2]).T, strict=True):
@@ -177,7 +177,7 @@ def _margins(
 
 
 def _length_and_overlap(batch: Batch) -> tuple[list[int], list[float]]:
-    """Return each answer's length in tokens, and the fraction of them that occur in its prompt."""
+    """Return each answer's length in tokens, and the fraction that also occur in its prompt."""
     lengths, overlaps = [], []
     for document in range(len(batch.sequence_ids)):
         here = batch.document_ids == document

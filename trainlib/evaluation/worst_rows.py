@@ -1,8 +1,8 @@
-"""Report of the validation rows on which a trained model is worst, by file and line.
+"""Report of the validation rows that a trained model predicts worst, by file and line.
 
-The first rows are hard, or broken in a way that no parser detects: a table without its columns,
-another language, an answer to another question. Training rows come from the same files and have
-the same defects.
+These rows are hard, or broken in a way that no parser detects, such as a table without its columns,
+another language or an answer to another question. Training rows come from the same files, so they
+have the same defects.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 
 NUM_ROWS = 50
 MIN_BYTES = 32
-"""Shorter rows are skipped: "OK." takes many bits per byte for any model."""
+"""Shorter rows are skipped: "OK." costs many bits per byte in any model."""
 SHOWN_IDS = 64
-"""Number of ids of a row whose text is written, to identify the row."""
+"""Number of ids per row whose text is written, so that the row can be identified."""
 
 
 def write_worst_rows(
@@ -69,7 +69,7 @@ def write_worst_pairs(
 ) -> None:
     """Write the NUM_ROWS pairs with the lowest reward margin to worst_rows.jsonl in the run folder.
 
-    `rewards` is indexed by sequence id. Skips pairs with a NaN, which were not read.
+    `rewards` is indexed by sequence id. Skips pairs with a NaN reward, because they were not read.
     """
     values = rewards.cpu().numpy()
     found = []
@@ -102,4 +102,4 @@ def _write(
     write_atomically(path, "".join(lines))
     if lines:
         worst = json.loads(lines[0])
-        log.info("worst rows: %s, first %s line %d", path, worst["path"], worst["line"])
+        log.info("worst rows: %s (the worst is line %d in %s)", path, worst["line"], worst["path"])

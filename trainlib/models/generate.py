@@ -30,7 +30,7 @@ class Sampling:
     temperature: float = field(default=0.7, metadata={"at_least": 0})
     """Divisor of the logits; 0 = greedy."""
     top_p: float = field(default=0.9, metadata={"above": 0, "at_most": 1})
-    """Keep the fewest most likely tokens with at least this total probability; 1 = all."""
+    """Keep the smallest set of most likely tokens with at least this total probability; 1 = all."""
     top_k: int = field(default=0, metadata={"at_least": 0})
     """Keep this many of the most likely tokens; 0 = all."""
     max_new_tokens: int = field(default=512, metadata={"at_least": 1})
@@ -57,14 +57,14 @@ class KVCache:
         self.length = 0
 
     def extend(self, position_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Store positions and documents of new keys and return those of all keys, (B, S)."""
+        """Store positions and documents of new keys, and return both for all keys, (B, S)."""
         end = self.length + position_ids.shape[1]
         self.positions[:, self.length : end] = position_ids
         self.documents[:, self.length : end] = document_ids
         return self.positions[:, :end], self.documents[:, :end]
 
     def update(self, layer: int, k_BGTH: Tensor, v_BGTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values and return all; `length` moves with the last layer."""
+        """Store new keys and values, and return all; the last layer advances `length`."""
         end = self.length + k_BGTH.shape[2]
         self.keys[layer][:, :, self.length : end] = k_BGTH
         self.values[layer][:, :, self.length : end] = v_BGTH
@@ -89,7 +89,7 @@ def filter_logits(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Sample one token id; greedy at temperature 0."""
+    """Sample one token id; return the most likely one at temperature 0."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     logits_V = filter_logits(
@@ -115,7 +115,7 @@ def check_length(model: Transformer, prompt: Sequence[int]) -> None:
 def generate(
     model: Transformer, ids: Sequence[int], sampling: Sampling, stop_ids: Sequence[int] = ()
 ) -> Iterator[int]:
-    """Yield new ids until a stop id, which is yielded too, or a limit.
+    """Yield new ids up to a stop id (included) or a limit.
 
     Raises ValueError for a prompt that is empty or fills the model's context.
     """
@@ -195,7 +195,7 @@ def _decode(
 def sample_texts(
     model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling
 ) -> list[str]:
-    """Return each text, as the beginning of a document, with the model's continuation."""
+    """Return each prompt, as the start of a document, followed by the model's continuation."""
     ids = [[tokenizer.end_of_text_id, *tokenizer.encode(prompt)] for prompt in prompts]
     texts = _continuations(model, tokenizer, ids, sampling)
     return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
@@ -204,7 +204,7 @@ def sample_texts(
 def sample_answers(
     model: Transformer, tokenizer: Tokenizer, questions: Sequence[str], sampling: Sampling
 ) -> list[str]:
-    """Return each question with the model's answer, each as a separate conversation."""
+    """Return each question and the model's answer; each question is a separate conversation."""
     ids = [render_prompt(tokenizer, [{"role": "user", "content": q}]) for q in questions]
     texts = _continuations(model, tokenizer, ids, sampling)
     return [f"{question}\n{text}" for question, text in zip(questions, texts, strict=True)]

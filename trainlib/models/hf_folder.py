@@ -1,4 +1,4 @@
-"""Model folders and how to load them; transformers opens one as a stock Qwen3ForCausalLM.
+"""Model folders and how to load them; transformers loads them as a stock Qwen3ForCausalLM.
 
 Parameters already have Hugging Face names, so weights need no conversion. model_files returns the
 other files; load_config checks that model.py implements a folder's architecture.
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 ARCHITECTURE = "Qwen3ForCausalLM"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Defaults of transformers' Qwen3Config for keys missing in config.json. Sizes have none.
+# Defaults of transformers' Qwen3Config for keys missing in config.json. Dimensions have none.
 DEFAULTS: dict[str, Any] = {
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-6,
@@ -69,7 +69,7 @@ def model_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def load_config(folder: str | Path, option: str = "init_from=") -> ModelConfig:
-    """Read the model sizes of a folder; `option` prefixes its name in error messages.
+    """Read the model config in a folder; `option` prefixes its name in error messages.
 
     Raises UserError if there is no model, or if model.py does not implement its architecture.
     """
@@ -113,9 +113,9 @@ def _warn_once(text: str) -> None:
 
 
 def adopt_model_config(config: Any) -> Any:
-    """Replace model sizes by those of the init_from checkpoint.
+    """Replace the model config with the one in the init_from checkpoint.
 
-    Warns about differing sizes in a config file. Raises UserError for those on the command line.
+    Warns about differing values in a config file. Raises UserError for those on the command line.
     """
     sizes, sources = asdict(load_config(config.init_from)), provenance(config)
     given = asdict(config.model)
@@ -125,11 +125,11 @@ def adopt_model_config(config: Any) -> Any:
         if (source := sources[f"model.{key}"]) != "default" and given[key] != size
     }
     lines = "".join(f"\n  {text}" for text in differing)
-    text = f"init_from={config.init_from}: these settings differ from the model's sizes:{lines}"
+    text = f"init_from={config.init_from}: these settings differ from the model's config:{lines}"
     if COMMAND_LINE in differing.values():
         raise UserError(f"{text}\nRemove these keys, or train a new model without init_from.")
     if differing:
-        _warn_once(f"{text}\nThe sizes of the model are used.")
+        _warn_once(f"{text}\nThe model's config is used.")
     for key, size in sizes.items():
         config = with_value(config, f"model.{key}", size, "from init_from")
     return config
@@ -227,7 +227,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: str | Path, sequence_length: int = 0) -> Tokenizer:
-    """Load the tokenizer of a model folder.
+    """Load the tokenizer from a model folder.
 
     Raises UserError if the model lacks an embedding for some id, or supports only shorter
     sequences. This is checked before tokenization, which may take hours.
@@ -252,7 +252,7 @@ def too_long(sequence_length: int, longest: int, where: str) -> list[str]:
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, where: str, fix: str) -> None:
-    """Raise UserError unless the model has an embedding for every id; extra ones are harmless."""
+    """Raise UserError unless the model has an embedding for every id; extra ones are allowed."""
     if config.vocab_size < tokenizer.vocab_size:
         entries = f"the tokenizer has {tokenizer.vocab_size} entries"
         raise UserError(f"{where}={config.vocab_size}, but {entries}; {fix}")
