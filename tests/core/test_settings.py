@@ -194,7 +194,7 @@ def test_all_problems_are_reported_at_once(tmp_path, monkeypatch):
         "zzzzzz=4 (command line): unknown key",
         "write it without dashes: seed=5", "inner=6 (command line): a section",
         "word (command line): expected a config file", "switch=7 (command line): expected on or",
-        f"seed ({file}:2): set twice, first in line 1", f"limit ({file}:3): expected a value",
+        f"seed ({file}:2): set twice, first on line 1", f"limit ({file}:3): expected a value",
         f"inner.rate={0.0} must be above 0 (inner.rate: {file}:6)",
         f"start=[a] ({file}:7): expected a string, not a list",
         "environment TRAIN_LLM_MICRO_BATCH_SIZE", f"seed=a ({file}:1)",
@@ -260,10 +260,10 @@ def test_unreadable_files_are_reported(tmp_path):
         for part in ("did you mean seed?", "output.rate=-1 must be at least 0"):
             assert part in str(caught.value)
     for content, message in (
-        ("{seed: 1, seed: 2}", r"seed \(.*:1\): set twice, first in line 1"),
+        ("{seed: 1, seed: 2}", r"seed \(.*:1\): set twice, first on line 1"),
         (
             "inner:\n  rate: 1\ninner.rate: 2\n",
-            r"inner.rate \(.*:3\): set twice, first in line 2",
+            r"inner.rate \(.*:3\): set twice, first on line 2",
         ),
         ("? [a]\n: 1\n", "bad.yaml:1: expected `key: value`"),
         ("inner: [1]\n", "inner .*a section; expected"),

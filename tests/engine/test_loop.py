@@ -108,9 +108,9 @@ def test_each_passed_baseline_is_logged_once_across_a_resume(tmp_path, capsys):
     evaluations(None, [(0, 4.1), (1, 2.9), (2, 3.1)])
     evaluations(tmp_path / "step_000002", [(3, 2.8), (4, 1.9), (5, 1.8)])
     logged = [
-        "below the unigram line at step 1: 2.900 against 3.000 bits per byte",
+        "below the unigram baseline at step 1: 2.900 against 3.000 bits per byte",
         "resuming from step 2",
-        "below the bigram line at step 4: 1.900 against 2.000 bits per byte",
+        "below the bigram baseline at step 4: 1.900 against 2.000 bits per byte",
     ]
     assert (tmp_path / "train.log").read_text().splitlines() == logged
     out = capsys.readouterr().out

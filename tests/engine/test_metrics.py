@@ -81,9 +81,9 @@ def test_the_page_has_charts_of_existing_metrics(tmp_path):
     log.close()
     log = MetricsLog(tmp_path, 1)
     log.add_baselines({"unigram": 3.0, "bigram": 2.5})
-    log.write_evaluation(2, figures, ["To be, or"], ["below the unigram line at step 2"])
+    log.write_evaluation(2, figures, ["To be, or"], ["below the unigram baseline at step 2"])
     log.close()
-    assert (tmp_path / "train.log").read_text().endswith("below the unigram line at step 2\n")
+    assert (tmp_path / "train.log").read_text().endswith("below the unigram baseline at step 2\n")
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -107,9 +107,9 @@ def test_each_baseline_is_passed_once():
     lines = {"uniform": 4.0, "unigram": 3.0, "bigram": 2.0}
     assert newly_passed(math.inf, lines, []) == {} == newly_passed(math.nan, lines, [])
     assert newly_passed(3.5, lines, []) == {}  # uniform is skipped.
-    assert newly_passed(2.4, lines, []) == {"unigram": "below the unigram line"}
+    assert newly_passed(2.4, lines, []) == {"unigram": "below the unigram baseline"}
     assert list(newly_passed(1.0, lines, [])) == ["unigram", "bigram"]
-    assert newly_passed(1.0, lines, ["unigram"]) == {"bigram": "below the bigram line"}
+    assert newly_passed(1.0, lines, ["unigram"]) == {"bigram": "below the bigram baseline"}
     assert newly_passed(1.0, lines, ["bigram", "unigram"]) == {}
 
 

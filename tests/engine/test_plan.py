@@ -208,7 +208,7 @@ def plan(data, run_stage, monkeypatch, capsys):
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
 def test_each_stage_plans_a_run_on_a_card(stage, plan, data):
     out = plan(stage, "--gpu", "a100:4", "max_steps=500")
-    assert out.startswith(f"plan of {stage}: nothing is trained")
+    assert out.startswith(f"plan for {stage}: nothing is trained")
     source = "the settings" if stage == "pretrain" else "run/final/config.json"
     assert f" parameters, from {source}; " in out
     row_length = 128 if stage == "dpo" else 64
@@ -254,7 +254,7 @@ def test_a_plan_that_does_not_fit_suggests_a_micro_batch_size(plan):
 
 def test_sizes_are_from_the_pretraining_config_if_there_is_no_model(plan):
     out = " ".join(plan("sft", "init_from=nowhere").split())
-    assert "26,879,488 parameters, from configs/pretrain.yaml, as nowhere/config.json" in out
+    assert "26,879,488 parameters, from configs/pretrain.yaml, because nowhere/config.json" in out
 
 
 def test_the_vocabulary_size_of_another_tokenizer_is_used(plan, data, tokenizer):
@@ -267,7 +267,7 @@ def test_the_vocabulary_size_of_another_tokenizer_is_used(plan, data, tokenizer)
     )
     assert other - default == (10_000 - 6400) * 32
     (data / "other" / "tokenizer.json").write_text("{")
-    assert "tokenizer.json: no model sizes" in plan("pretrain", "tokenizer=other", code=1)
+    assert "tokenizer.json: no model dimensions" in plan("pretrain", "tokenizer=other", code=1)
 
 
 def test_the_length_of_an_epoch_is_read_from_the_token_cache(plan, run_stage, data, monkeypatch):

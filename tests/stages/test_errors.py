@@ -174,7 +174,7 @@ CASES = [
     ("pretrain", "tokenizer=nowhere", "nowhere/tokenizer.json does not exist"),
     ("pretrain", "tokenizer=bad_tokenizer", "bad_tokenizer/tokenizer.json has no \"model\""),
     ("pretrain", "tokenizer=base init_from=base seed=x", "2 problems", "seed=x (command line)",
-     "tokenizer=base and init_from=base: the model comes with its own tokenizer; keep one"),
+     "tokenizer=base and init_from=base: the model in init_from has its own tokenizer; keep one"),
     ("pretrain", "data.val_fraction=2", "data.val_fraction=2.0 must be above 0 and below 1"),
     ("sft", "data.val_max_rows=-1", "data.val_max_rows=-1 must be"),
     ("pretrain", "deadline=23:30", "deadline=23:30 (command line): unknown key; --help lists all"),
@@ -292,15 +292,15 @@ def test_a_run_of_another_stage_is_refused(run, tmp_path):
     assert identity["stage"] == "pretrain"
     before = contents(folder)
     code, out = run("sft", f"out_dir={folder}")
-    assert code == 1 and f"{folder} holds a run of pretrain, but this is sft" in out
+    assert code == 1 and f"{folder} holds a run of the pretrain stage, but this is sft" in out
     assert f"init_from={folder}/final" in out
     for out_dir in (folder, tmp_path / "new"):
         code, out = run("sft", f"out_dir={out_dir}", f"resume={step}")
-        assert code == 1 and f"resume={step} is from a run of pretrain, but this is sft" in out
+        assert code == 1 and f"{step} is from a run of the pretrain stage, but this is sft" in out
     assert contents(folder) == before
     (folder / "final").rename(tmp_path / "final")
     code, out = run("sft", f"out_dir={folder}")
-    assert code == 1 and "holds a run of pretrain" in out and "init_from=" not in out
+    assert code == 1 and "holds a run of the pretrain stage" in out and "init_from=" not in out
     del identity["stage"]
     (folder / "identity.json").write_text(json.dumps(identity))
     code, out = run("sft", f"out_dir={folder}")

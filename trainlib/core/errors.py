@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """A problem with settings, files or folders; the message gives location, value and fix.
+    """A problem with settings, files or folders; the message says where it is and how to fix it.
 
     Entry points print it without a traceback and exit with code 1.
     """
@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 
 class AlreadyFinished(UserError):  # noqa: N818  # Not an error: exit code 0.
-    """The same run is finished already, so there is nothing to do."""
+    """The same run has already finished, so there is nothing to do."""
 
 
 @contextlib.contextmanager
