@@ -1,4 +1,4 @@
-"""Protects users' time and files: errors are reported at the start, and nothing is written.
+"""Tests that errors are reported at the start of a run, before anything is written.
 
 Every case is a command line of a stage, run in this process.
 """
@@ -72,7 +72,7 @@ def write_model(folder: Path, tokenizer: Tokenizer, **changes: object) -> None:
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, tokenizer):
-    """A folder like that of a user: valid and invalid data and models."""
+    """Return a folder like a user's, with valid and invalid data and models."""
     path = tmp_path_factory.mktemp("workdir")
     (path / "configs").symlink_to(ROOT / "configs")
     for name, rows in FILES.items():
@@ -93,7 +93,7 @@ def workdir(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def run(workdir, tmp_path, monkeypatch, capsys, run_stage):
-    """Return a function that runs a stage in that folder and returns exit code and output."""
+    """Return a function that runs a stage there and returns the exit code and the output."""
     monkeypatch.chdir(workdir)
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
 
@@ -116,7 +116,7 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-# Stage, settings, and texts that the message contains.
+# Stage, settings, and texts that the message must contain.
 CASES = [
     ("pretrain", "optim.muon_rl=1", "optim.muon_rl=1 (command line): unknown key",
      "did you mean optim.muon_lr?"),
@@ -204,7 +204,7 @@ def test_invalid_commands_are_reported_and_write_nothing(case, run, workdir, tmp
         assert text in out
     assert contents(workdir) == before and not (workdir / "out").exists()
     assert not list(tmp_path.glob("cache/tokens/.making-*"))
-    if "problem" in out:  # One line per problem, as many as counted.
+    if "problem" in out:  # The message has one line per counted problem.
         message = out[out.index("error: ") :].splitlines()
         assert len(message) == 1 + int(message[0].split()[1])
 
@@ -233,7 +233,7 @@ def test_a_finished_or_different_run_is_not_changed(run, workdir, tmp_path):
     assert (contents(tmp_path / "done"), contents(workdir)) == before
 
 
-def test_a_finished_run_is_not_reported_as_finished_if_its_base_was_trained_again(run, tmp_path):
+def test_a_finished_run_is_out_of_date_if_its_base_was_trained_again(run, tmp_path):
     base, words = tmp_path / "base", (f"out_dir={tmp_path}/run", f"init_from={tmp_path}/base/final")
     assert run("pretrain", f"out_dir={base}")[0] == 0
     for _ in range(2):
@@ -264,7 +264,7 @@ def test_only_runs_are_moved_aside(run, workdir, tmp_path, monkeypatch):
     assert code == 1 and "resume=never: . cannot be moved" in out
 
 
-def test_the_options_offered_for_an_unfinished_run_work(run, workdir, tmp_path):
+def test_the_options_suggested_for_an_unfinished_run_work(run, workdir, tmp_path):
     out_dir, step = tmp_path / "stopped", tmp_path / "stopped/step_000002"
     assert run("pretrain", f"out_dir={out_dir}")[0] == 0
     (out_dir / "final").rename(tmp_path / "final")
@@ -284,8 +284,8 @@ def test_the_options_offered_for_an_unfinished_run_work(run, workdir, tmp_path):
     assert run("pretrain", *words)[0] == 0
 
 
-def test_a_run_of_another_stage_is_refused(run, tmp_path):
-    """Also with resume=; an older run, which has no stage, is compared by its recipe."""
+def test_a_run_from_another_stage_is_rejected(run, tmp_path):
+    """This includes resume=PATH. An older run, which has no stage, is compared by its recipe."""
     folder, step = tmp_path / "run", tmp_path / "run/step_000002"
     assert run("pretrain", f"out_dir={folder}")[0] == 0
     identity = json.loads((folder / "identity.json").read_text())
@@ -324,9 +324,9 @@ def test_a_run_resumes_with_touched_but_not_with_changed_data(run, workdir, tmp_
     assert code == 1 and "the data files or the tokenizer have changed" in out
 
 
-def test_pretraining_continues_from_a_model_with_its_sizes(run, workdir, tmp_path):
+def test_pretraining_from_a_model_uses_its_dimensions(run, workdir, tmp_path):
     words = ("init_from=base", f"out_dir={tmp_path}/more")
-    assert run("pretrain", *words)[0] == 0  # The same sizes may be set again.
+    assert run("pretrain", *words)[0] == 0  # The same dimensions may be set again.
     text = (tmp_path / "more/run.yaml").read_text()
     assert "vocab_size: 6400  # from init_from" in text
     (tmp_path / "more/final").rename(tmp_path / "final")
@@ -360,9 +360,9 @@ def test_a_document_longer_than_a_row_is_split_and_kept(run, workdir, tokenizer)
 
 
 @pytest.mark.parametrize("name", ["/elsewhere/a.jsonl", "link.jsonl"])
-def test_in_a_container_a_missing_file_is_reported_with_its_mount(name, elsewhere, monkeypatch):
+def test_in_a_container_the_missing_file_error_explains_the_mount(name, elsewhere, monkeypatch):
     Path("link.jsonl").symlink_to("/elsewhere/a.jsonl")
-    monkeypatch.setenv("GPU_PROFILE", "cpu")  # As docker-compose.yml sets it.
+    monkeypatch.setenv("GPU_PROFILE", "cpu")  # docker-compose.yml sets it.
     tokenizer = Tokenizer(default_folder())
     with pytest.raises(UserError) as error:
         build_cache(Path(name), "pretrain", tokenizer, encode_document)
