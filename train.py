@@ -49,7 +49,7 @@ class PretrainConfig(RunConfig):
     """Folder of the run."""
     tokenizer: str = ""
     """Folder with a tokenizer.json (byte-level BPE, or BPE with byte fallback); empty = the
-    project's own. Special tokens that the chat format needs are added if they are missing."""
+    project's own. Missing special tokens of the chat format are added after the last id."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Model dimensions; vocab_size is taken from the tokenizer if not set."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -73,7 +73,7 @@ def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, MetricSums]:
 
 
 def open_tokenizer(config: PretrainConfig) -> tuple[PretrainConfig, Tokenizer]:
-    """Return the settings, with dimensions from init_from or the tokenizer; and the tokenizer.
+    """Return the settings, with dimensions from init_from or the tokenizer, and the tokenizer.
 
     Raises UserError if settings, model and tokenizer do not match.
     """

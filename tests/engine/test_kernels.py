@@ -110,7 +110,7 @@ def choose(*args: Any, row_length: int = 40) -> tuple[str, ...]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("row_length", [2, 12, 40, 700])
 def test_kernels_that_agree_are_used(precision, row_length, caplog):
-    """Rows are shorter or longer than a block and the limit for saved probabilities."""
+    """Row lengths are below and above the block size and the limit for saved probabilities."""
     caplog.set_level(logging.INFO)
     assert choose(precision, "blocks", row_length=row_length) == ("blocks", *FUSED)
     assert caplog.messages == ["kernels: blocks, rms_norm, rotate, swiglu"]

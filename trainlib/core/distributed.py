@@ -94,8 +94,8 @@ def init_distributed(device: str) -> DistributedContext:
     """Join the process group that the environment describes, if any."""
     if not is_launched_process() or int(os.environ["WORLD_SIZE"]) == 1:
         return DistributedContext()
-    # When imported, this module captures the current process group as a default argument. The first
-    # optimizer would import it through torch's compiler, and it would hold our group until exit.
+    # When imported, torch.distributed.nn.functional captures the current group as a default value.
+    # The first optimizer would import it through torch's compiler, and keep our group until exit.
     # Gloo threads exit only when the last reference to their group is dropped, and a thread that
     # frees a tensor during shutdown aborts a finished run. Import it before there is a group.
     importlib.import_module("torch.distributed.nn.functional")  # `import` would shadow `torch`.

@@ -60,7 +60,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Choice:
-    """Hardware settings for a run. Except for rounding, they do not affect what it learns."""
+    """Hardware settings for a run. They affect what the model learns only through rounding."""
 
     device: str
     precision: str
@@ -139,7 +139,7 @@ def read_cards() -> dict[str, Card]:
 
 
 def find_card(name: str) -> Card:
-    """Return the card with a name, ignoring case and spaces; raises UserError if unknown."""
+    """Return the card with this name, ignoring case and spaces; raises UserError if unknown."""
     cards = read_cards()
     key = re.sub("[ _-]|nvidia|geforce|tesla", "", name.lower())
     if found := cards.get(key) or cards.get(f"rtx{key}"):

@@ -2,7 +2,7 @@
 
 Sections are dataclass fields of the stage's class. Precedence: command line, environment
 (hardware keys only), YAML, default. Values are parsed according to the type of their field, never
-by YAML's rules. In files and arguments alike, `1e-3` can be a number and `23:30` a string.
+by YAML's rules: in files and arguments, `1e-3` can be a number, `off` a boolean, `23:30` a string.
 """
 
 from __future__ import annotations

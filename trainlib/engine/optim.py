@@ -1,7 +1,7 @@
 """Optimizers, and the schedule of a run: its length and learning rate.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices inside the blocks,
-AdamW (arXiv:1711.05101) for embeddings and norms; or only AdamW. The loop, the schedule
+AdamW (arXiv:1711.05101) for embeddings and norms, or for everything. The loop, the schedule
 and the checkpoint accept a list of optimizers of any class.
 """
 

@@ -53,7 +53,7 @@ stack of updates, and two stages of Newton-Schulz, in fp32 (False) or bf16 (True
 ATTENTION_SHARE, TRAFFIC_SHARE = 0.4, 0.85
 """Fraction of peak FLOP/s in attention with head size 64; of bandwidth in elementwise kernels."""
 BYTES_PER_VALUE, BYTES_PER_WEIGHT = 13.2, 20.5
-"""Memory traffic with Inductor, per linear-layer output, and per weight in each micro-batch."""
+"""Bytes of traffic with Inductor: per linear-layer output, and per weight in each micro-batch."""
 LAUNCH_SECONDS = 70e-6
 """Host time per linear layer in each micro-batch: about 12 launches of 6 microseconds each."""
 

@@ -28,7 +28,7 @@ class StepResult:
 
 
 def optimizer_step(training: Training, batch: StepBatch, loss_scale: float) -> StepResult:
-    """Update the model from the micro-batches on all ranks; skip a non-finite loss or gradient.
+    """Update the model from the micro-batches on all ranks, unless loss or gradient is not finite.
 
     The global gradient norm is clipped to optim.grad_clip. The loss is multiplied by loss_scale
     before the backward pass, so that small fp16 gradients do not underflow.
