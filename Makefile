@@ -5,7 +5,7 @@ AUTHOR ?=
 BIN = .venv/bin
 TORCH_CPU = https://download.pytorch.org/whl/cpu
 
-# Words that this project used in place of the usual ones: baseline, rebuild, fix, resume, report, predict, next to.
+# Words to avoid. Use baseline, rebuild, fix, resume, report, predict or next to instead.
 ODD_WORDS = yardsticks?|anew|mend(s|ed|ing)?|cures?|(go|goes|going|went) on with|told|foretold|beside
 
 # make env MIRROR=cn: pip and torch from the first mirrors of docker/mirrors.conf that answer. The
@@ -23,19 +23,19 @@ help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 	@echo "Variables: NAME=小智 AUTHOR='Li Lei' QUICK=1 (demo), PYTHON=python3.12, MIRROR=cn"
 
-env: .venv/ready ## Create the environment .venv; then: . .venv/bin/activate
+env: .venv/ready ## Create the environment .venv. To activate it: . .venv/bin/activate
 
-demo: .venv/ready ## Train a small model that chats, in three stages, on a CPU or a GPU.
+demo: .venv/ready ## Train a small chat model in three stages, on a CPU or a GPU.
 	$(BIN)/python -m tools.demo --name "$(NAME)" $(if $(AUTHOR),--author "$(AUTHOR)") $(if $(QUICK),--quick)
 
 test: .venv/ready-dev ## Run the quick tests.
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not cuda"
 
-test-all: .venv/ready-dev ## Run the slow tests as well.
+test-all: .venv/ready-dev ## Run the quick and the slow tests.
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not cuda"
 
-# With CI=true an engine must be there.
-docker-test: .venv/ready-dev ## Test the containers on a Docker engine: half an hour.
+# If CI is set, a Docker engine is required.
+docker-test: .venv/ready-dev ## Test the containers on a Docker engine (half an hour).
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -s --durations=8 tests/docker
 	@if docker info >/dev/null 2>&1; then \
 	  for journey in laptop shared_server student_wsl; do bash tests/journeys/$$journey.sh || exit 1; done; \
@@ -44,14 +44,14 @@ docker-test: .venv/ready-dev ## Test the containers on a Docker engine: half an 
 gpu-check: .venv/ready-dev ## Test training on this machine's GPU, and measure it; writes docs/gpu.md.
 	$(BIN)/python -m tools.gpu_check
 
-bench: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json ## Run the benchmarks: an hour.
+bench: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json ## Run the short benchmarks (an hour).
 	$(BIN)/python -m bench.training --pairs 1
 	$(BIN)/python -m bench.costs --repeats 1
 	$(BIN)/python -m bench.time_to_loss
 	$(BIN)/python -m bench.report
 
-# An interrupted call resumes: the ablations and the peer's runs are kept.
-bench-long: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json ## Run those of hours as well.
+# After an interruption, run it again: finished ablations and peer runs are kept.
+bench-long: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json ## Run all benchmarks (many hours).
 	$(BIN)/python -m bench.training
 	$(BIN)/python -m bench.costs
 	$(BIN)/python -m bench.ablations
@@ -72,8 +72,8 @@ lint: .venv/ready-dev ## Check style, types, spelling and the word list.
 tensorboard: .venv/ready ## Show all runs on http://localhost:6006
 	$(BIN)/tensorboard --logdir runs --port 6006
 
-# No address of an index is written down.
-lock: .venv/ready-dev ## Pin the packages of the image for every supported Python.
+# The files contain no index URLs.
+lock: .venv/ready-dev ## Pin the image's packages for every supported Python version.
 	grep -hv -e '^torch' -e '^#' requirements.txt docker/requirements.in | \
 	  $(BIN)/uv pip compile --quiet --native-tls --universal --python-version 3.10 --generate-hashes \
 	    --no-header --no-annotate --output-file docker/requirements.lock.new -
@@ -87,7 +87,7 @@ dataset/sample/SOURCES.json: | .venv/ready
 	$(BIN)/python -m tools.prepare_data
 
 # Install torch. Without an NVIDIA driver the CPU wheel is enough: from PyTorch's own index if it
-# answers within three seconds, else from pip's default index.
+# responds within three seconds, else from pip's default index.
 define torch_into
 @if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 && \
   ! test -e /proc/driver/nvidia && \
@@ -99,7 +99,7 @@ endef
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "$(PYTHON) is too old: Python 3.10 or newer is needed. Name one: make env PYTHON=python3.12"; exit 1; }
+	  { echo "$(PYTHON) is too old: Python 3.10 or newer is required. Run: make env PYTHON=python3.12"; exit 1; }
 	@# A venv created without ensurepip has python but no pip. Running venv again adds pip.
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(if $(filter command%,$(origin MIRROR)),$(BIN)/pip config --site set global.index-url $(PIP_INDEX_URL))

@@ -20,10 +20,10 @@ DEFAULT_MODELS = ("runs/dpo/final", "runs/sft/final", "runs/demo/dpo/final")
 def answer(
     model: Transformer, tokenizer: Tokenizer, messages: list[Message], sampling: Sampling
 ) -> str:
-    """Print the answer of the assistant as it is generated, and return it; Ctrl-C stops it.
+    """Print the assistant's answer as it is generated, and return it; Ctrl-C stops it.
 
-    Removes the oldest exchanges from `messages` if the prompt and an answer, for which at most half
-    of the context is reserved, do not fit. Raises UserError if the last message does not fit.
+    Removes the oldest exchanges from `messages` until the prompt fits, with up to half of the
+    context reserved for the answer. Raises UserError if the last message does not fit.
     """
     limit = model.config.max_position_embeddings
     longest = limit - min(sampling.max_new_tokens, limit // 2)
@@ -46,9 +46,9 @@ def answer(
 def converse(
     model: Transformer, tokenizer: Tokenizer, system: list[Message], sampling: Sampling
 ) -> None:
-    """Answer questions until end of input; /new starts a new conversation, /quit exits."""
+    """Answer questions until the input ends; /new starts a new conversation, /quit exits."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # Adds a history to input().
+        import readline  # noqa: F401  # Adds line editing to input().
     print("/new starts a new conversation, /quit exits", file=sys.stderr)
     messages = list(system)
     while True:
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--system", default="", help="system message (default: none)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 = greedy")
     parser.add_argument("--top-p", type=float, default=0.9)
-    parser.add_argument("--top-k", type=int, default=0, help="most likely tokens; 0 = all")
+    parser.add_argument("--top-k", type=int, default=0, help="use only the top K tokens; 0 = all")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=None)
     options = parser.parse_args()

@@ -34,22 +34,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DPOConfig(RunConfig):
-    """All settings of preference optimization; model and tokenizer are those of init_from."""
+    """Settings for preference optimization. Model and tokenizer come from init_from."""
 
     out_dir: str = field(default="runs/dpo", metadata=EXECUTION_ONLY)
     """Folder of the run."""
     init_from: str = "runs/sft/final"
     """Model folder to start training from; also the reference model."""
     beta: float = field(default=0.1, metadata={"above": 0})
-    """Reward per nat of log-probability ratio to the reference; larger = stay closer to it."""
+    """Reward per nat of the log-probability ratio to the reference; larger = stay closer to it."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation files."""
 
 
 def dpo_loss(log_probs: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, MetricSums]:
-    """Return the sum over pairs of -log sigmoid of the margin (arXiv:2305.18290, equation 7).
+    """Return the sum of -log sigmoid(margin) over the pairs (arXiv:2305.18290, equation 7).
 
-    Shapes: log_probs, reference (2 P,), alternating chosen and rejected.
+    Shapes: log_probs and reference (2 P,), in which chosen and rejected answers alternate.
     """
     rewards = beta * (log_probs - reference)
     chosen, rejected = rewards.view(-1, 2).unbind(1)
@@ -72,7 +72,7 @@ def prepare(config: DPOConfig) -> tuple[DPOConfig, Tokenizer, Datasets]:
 
 
 def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Training:
-    """Set up preference optimization of a fine-tuned model."""
+    """Set up the preference optimization of a fine-tuned model."""
     model = load_model(config.init_from)
     run = start_run(config, "dpo", datasets.data_key, datasets.train.row_length)
 
@@ -96,7 +96,7 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
 
     files = model_files(model.config, tokenizer)
     training = Training.create(run, model, datasets, files, loss_fn, evaluate, finish)
-    # Log-probabilities by sequence id; the functions above read them once fit calls them.
+    # Log-probabilities by sequence id. The functions above use these when fit calls them.
     reference = reference_log_probs(training)
     latest = torch.full_like(reference, torch.nan)
     return training

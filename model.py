@@ -5,10 +5,10 @@ key/value heads with a norm on each query and key head, SwiGLU, embeddings tied 
 Module and parameter names are those of `transformers.Qwen3ForCausalLM`, so state dicts are
 interchangeable.
 
-The file has four parts: sizes, formulas, `ops`, which maps each formula to the function that
-computes it, and the modules that call them.
+The file has four parts: the dimensions, the formulas, `ops` (which maps each formula to the
+function that computes it), and the modules that call these functions.
 
-Shape suffixes of local names:
+Shape suffixes in local names:
     B batch  T query length  S key length  D hidden_size  N query heads  G key/value heads
     H head_dim  F intermediate_size  V vocab_size
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the decoder, with their Hugging Face names."""
+    """Dimensions of the decoder, with their Hugging Face names."""
 
     vocab_size: int = field(default=6400, metadata={"above": 0})
     """Number of entries in the vocabulary."""
@@ -45,20 +45,20 @@ class ModelConfig:
     num_key_value_heads: int = field(default=4, metadata={"above": 0})
     """Key/value heads; each is shared by num_attention_heads / num_key_value_heads query heads."""
     head_dim: int = field(default=64, metadata={"above": 0})
-    """Width of one head; must be even, need not be hidden_size / num_attention_heads."""
+    """Width of one head; must be even, but need not be hidden_size / num_attention_heads."""
     max_position_embeddings: int = field(default=2048, metadata={"above": 0})
     """Maximum length of a document in tokens."""
     rope_theta: float = field(default=10000.0, metadata={"above": 0})
     """Base of the rotary wavelengths."""
     rms_norm_eps: float = field(default=1e-6, metadata={"above": 0})
-    """Added to the mean square inside each norm."""
+    """Value added to the mean square in each norm."""
     tie_word_embeddings: bool = True
     """Share the embedding matrix with the output layer."""
     initializer_range: float = field(default=0.02, metadata={"above": 0})
-    """Standard deviation of the initial weights, except residual projections, which are zero."""
+    """Standard deviation of the initial weights; residual projections start at zero."""
 
     def validation_errors(self) -> list[str]:
-        """Return one message for each combination of sizes that cannot work."""
+        """Return one message for each invalid combination of dimensions."""
         errors = []
         if self.head_dim % 2:
             errors.append(f"model.head_dim={self.head_dim} must be even (rotary pairs)")
@@ -97,7 +97,7 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Te
 
 
 def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + H/2) of a head by the angle of its position (Hugging Face order)."""
+    """Rotate each pair (i, i + H/2) in a head by its position's angle (Hugging Face order)."""
     first, second = x_BNTH.chunk(2, dim=-1)
     cos, sin = cos.to(x_BNTH.dtype), sin.to(x_BNTH.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -136,7 +136,7 @@ def attention_bias(
     query_positions: Tensor, key_positions: Tensor, query_documents: Tensor,
     key_documents: Tensor, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Return the bias for attention scores: 0 where visible, else -inf; (B, 1, T, S)."""
+    """Return the bias for attention scores, (B, 1, T, S): 0 where visible, else -inf."""
     seen = visible(query_positions, key_positions, query_documents, key_documents)
     zero = torch.zeros((), dtype=dtype, device=seen.device)
     return torch.where(seen, zero, -torch.inf)[:, None]
@@ -145,7 +145,7 @@ def attention_bias(
 def prepare(
     position_ids: Tensor, document_ids: Tensor, boundaries: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return the attention bias of a batch without a cache, computed once for all layers."""
+    """Return the attention bias for a batch without a cache; all layers share it."""
     return attention_bias(position_ids, position_ids, document_ids, document_ids, dtype)
 
 
@@ -167,7 +167,7 @@ def attend(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, bias: Tensor) -> Tens
 
 
 class AttentionOp(NamedTuple):
-    """prepare(position_ids, document_ids, boundaries, dtype), once per forward, and attend."""
+    """The functions prepare, which is called once per forward pass, and attend."""
 
     prepare: Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor] = prepare
     attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attend
@@ -175,10 +175,10 @@ class AttentionOp(NamedTuple):
 
 @dataclass
 class Ops:
-    """The functions that the modules call: the formulas above, unless a run sets kernels.
+    """The functions that the modules call: the formulas above, unless a run replaces them.
 
-    A run first compares each kernel with its formula (trainlib/engine/kernels.py), so if you edit a
-    formula, the run computes the edited one.
+    Before a run uses a kernel, it compares the kernel with the formula. Therefore, if you edit a
+    formula, the run uses your version (see trainlib/engine/kernels.py).
     """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
@@ -194,7 +194,7 @@ class Cache(Protocol):
     """Interface of a key/value cache (trainlib.models.generate.KVCache implements it)."""
 
     def extend(self, position_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the positions and documents of new keys; return those of all keys, (B, S)."""
+        """Append the positions and documents of new keys; return them for all keys, (B, S)."""
         ...
 
     def update(self, layer: int, k_BGTH: Tensor, v_BGTH: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,7 +206,7 @@ class Cache(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """Scaling to unit root mean square, then by a learned weight."""
+    """Scale to unit root mean square, then by a learned weight."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -339,10 +339,10 @@ class Transformer(nn.Module):
         select: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Return the logits of the next token at each position, or where `select` is True.
+        """Return the next-token logits at each position, or only where `select` is True.
 
         Without document_ids, a row is one document. `boundaries` contains the same information as
-        document_ids in the format of the varlen kernel.
+        document_ids, in the format that the varlen kernel needs.
 
         Shapes: input_ids, position_ids, document_ids (B, T), boundaries int32 (documents + 1,) ->
         (B, T, vocab_size), or (B, 1, vocab_size) with last_only; select bool (B, T) ->
@@ -352,7 +352,7 @@ class Transformer(nn.Module):
             position_ids = torch.ones_like(input_ids).cumsum(-1) - 1
         if document_ids is None:
             document_ids = torch.zeros_like(input_ids)
-        # A bias with a dtype other than that of the queries would be converted in each layer.
+        # If the bias and the queries had different dtypes, each layer would convert the bias.
         device, dtype = input_ids.device.type, self.lm_head.weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -368,5 +368,5 @@ class Transformer(nn.Module):
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of trainable values, counting tied ones once."""
+    """Return the number of trainable values, counting tied weights once."""
     return sum(p.numel() for p in model.parameters())

@@ -24,12 +24,12 @@ from trainlib.evaluation.worst_rows import write_worst_rows
 from trainlib.models.generate import Sampling, sample_answers
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
 
-QUESTIONS = ("你是谁？", "Name three colors.")  # Answered at every evaluation, as samples.
+QUESTIONS = ("你是谁？", "Name three colors.")  # Answered at every evaluation, to show samples.
 
 
 @dataclass(frozen=True)
 class SFTConfig(RunConfig):
-    """All settings of fine-tuning; model sizes and tokenizer are those of init_from."""
+    """Settings for fine-tuning. The model dimensions and the tokenizer come from init_from."""
 
     out_dir: str = field(default="runs/sft", metadata=EXECUTION_ONLY)
     """Folder of the run."""
@@ -53,7 +53,7 @@ def prepare(config: SFTConfig) -> tuple[SFTConfig, Tokenizer, Datasets]:
 
 
 def main(config: SFTConfig, tokenizer: Tokenizer, datasets: Datasets) -> Training:
-    """Set up fine-tuning of a pretrained model on conversations."""
+    """Set up the fine-tuning of a pretrained model on conversations."""
     model = load_model(config.init_from)
     run = start_run(config, "sft", datasets.data_key, config.sequence_length)
 

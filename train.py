@@ -38,42 +38,42 @@ from trainlib.models.hf_folder import (
 
 log = logging.getLogger(__name__)
 
-PROMPTS = ("第一条", "话说", "To be,")  # Continued at every evaluation, as samples.
+PROMPTS = ("第一条", "话说", "To be,")  # Completed at every evaluation, to show samples.
 
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
-    """All settings of pretraining."""
+    """Settings for pretraining."""
 
     out_dir: str = field(default="runs/pretrain", metadata=EXECUTION_ONLY)
     """Folder of the run."""
     tokenizer: str = ""
-    """Folder with a tokenizer.json; empty = the project's own. Byte-level BPE, or BPE with byte
-    fallback. Special tokens of the chat format that are missing are added after the last id."""
+    """Folder with a tokenizer.json (byte-level BPE, or BPE with byte fallback); empty = the
+    project's own. Missing special tokens of the chat format are added after the last id."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Sizes of the model; vocab_size is taken from the tokenizer if not set."""
+    """Model dimensions; vocab_size is taken from the tokenizer if not set."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation files."""
 
     def validation_errors(self) -> list[str]:
-        """Also check for two tokenizers, and for rows longer than max_position_embeddings."""
+        """Also reject tokenizer with init_from, and rows longer than max_position_embeddings."""
         errors, longest = super().validation_errors(), self.model.max_position_embeddings
         if self.tokenizer and self.init_from:
             both = f"tokenizer={self.tokenizer} and init_from={self.init_from}"
-            errors.append(f"{both}: the model comes with its own tokenizer; keep one")
+            errors.append(f"{both}: the model in init_from has its own tokenizer; keep one")
         if not self.init_from:
             errors += too_long(self.sequence_length, longest, "model.max_position_embeddings")
         return errors
 
 
 def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, MetricSums]:
-    """Return the sum of -log p over the labels, and bits per byte to compare vocabularies."""
+    """Return the sum of -log p over the labels, and the bits per byte as a metric."""
     loss_sum = cross_entropy_sum(model(**batch.inputs), batch.selected(batch.labels))
     return loss_sum, {"bits_per_byte": (loss_sum / math.log(2), batch.num_bytes)}
 
 
 def open_tokenizer(config: PretrainConfig) -> tuple[PretrainConfig, Tokenizer]:
-    """Return the settings with sizes from init_from or the vocabulary, and the tokenizer.
+    """Return the settings, with dimensions from init_from or the tokenizer, and the tokenizer.
 
     Raises UserError if settings, model and tokenizer do not match.
     """
@@ -83,7 +83,7 @@ def open_tokenizer(config: PretrainConfig) -> tuple[PretrainConfig, Tokenizer]:
         tokenizer = adopt(config.tokenizer or default_folder())
     if provenance(config)["model.vocab_size"] == "default":
         size = tokenizer.vocab_size
-        return with_value(config, "model.vocab_size", size, "of the tokenizer"), tokenizer
+        return with_value(config, "model.vocab_size", size, "from the tokenizer"), tokenizer
     fix = f"set model.vocab_size={tokenizer.vocab_size} or omit it"
     check_vocabulary(config.model, tokenizer, "model.vocab_size", fix)
     return config, tokenizer
@@ -97,7 +97,7 @@ def prepare(config: PretrainConfig) -> tuple[PretrainConfig, Tokenizer, Datasets
 
 
 def main(config: PretrainConfig, tokenizer: Tokenizer, datasets: Datasets) -> Training:
-    """Set up training of a new model, or of the model in init_from."""
+    """Set up the training of a new model, or of the model in init_from."""
     initial = load_model(config.init_from) if config.init_from else None
     run = start_run(config, "pretrain", datasets.data_key, config.sequence_length)
     model = initial or Transformer(config.model)

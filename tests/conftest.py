@@ -21,14 +21,14 @@ torch.set_float32_matmul_precision("highest")
 
 @pytest.fixture(autouse=True)
 def plain_ops() -> Iterator[None]:
-    """Reset model.ops to the formulas of model.py before each test."""
+    """Reset model.ops to the formulas in model.py before each test."""
     vars(model.ops).update(vars(model.Ops()))
     yield
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """Return the tokenizer of the project."""
+    """Return the project's tokenizer."""
     return Tokenizer(default_folder())
 
 

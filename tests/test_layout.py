@@ -1,4 +1,4 @@
-"""Protects the layout: import rules, and limits on the size of files, functions and the project.
+"""Tests for the layout: import rules, and size limits for files, functions and the project.
 
 ALLOWED defines the import rules; docs/development.md explains them.
 """
@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": set(),
     "tokenizer": set(),
     "kernels": set(),
-    # trainlib by level, then its users. A part may also import what the parts in its row may.
+    # trainlib by level, then its users. A part may also import whatever its imports may import.
     "data": {"core", "tokenizer"},
     "models": {"data", "model"},
     "engine": {"models", "kernels"},
@@ -52,7 +52,7 @@ def module_name(path: Path) -> str:
 
 
 def sources() -> list[Path]:
-    """Return all Python files of the root folder, the library and tools."""
+    """Return all Python files in the root folder, the library and tools."""
     folders = [ROOT / name for name in ("trainlib", *FOLDERS)]
     return sorted([*ROOT.glob("*.py"), *(p for f in folders for p in f.rglob("*.py"))])
 
@@ -73,7 +73,7 @@ def imports(path: Path) -> set[str]:
 
 
 def closure(part: str) -> set[str]:
-    """Return what a part may import: itself, the parts in its row, and what these may import."""
+    """Return the parts that a part may import, directly or indirectly, and the part itself."""
     found, todo = {part}, [part]
     while todo:
         new = ALLOWED[todo.pop()] - found
@@ -109,7 +109,7 @@ def test_forbidden_imports_are_detected():
     assert part_of("trainlib.core.files") == "core" and part_of("torch.nn") is None
 
 
-def test_the_levels_are_few():
+def test_there_are_at_most_seven_levels():
     """The longest path in the table has at most six steps from the bottom level."""
 
     @functools.cache
@@ -125,7 +125,7 @@ def test_the_levels_are_few():
 
 
 def test_the_project_stays_within_its_budget():
-    """Limits apply outside tools/, bench/, docker/ and tests/; tools/ has its own."""
+    """bench/, docker/ and tests/ have no limit; tools/ has its own."""
     tools = [path for path in sources() if path.is_relative_to(ROOT / "tools")]
     library = [path for path in sources() if path not in tools]
     assert 40 < sum(path.name != "__init__.py" for path in library) <= 60
@@ -167,7 +167,7 @@ def test_importing_the_model_imports_no_other_part():
 
 
 def body(stage: str) -> list[str]:
-    """Return the lines of a stage before main, with the name of the stage replaced."""
+    """Return the lines of a stage script before main, with the stage name replaced by X."""
     text = (ROOT / stage).read_text(encoding="utf-8")
     text = text[text.index("@dataclass") :]
     text = re.sub(r"Pretrain|SFT|DPO|pretrain|sft|dpo", "X", text[: text.index("def main(")])

@@ -1,4 +1,4 @@
-"""Protects what tools outside the project read: hooks, CI, make, citation, the issue form."""
+"""Tests for files that external tools read: hooks, CI, Makefile, citation and issue form."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_hooks_run_the_lint_commands_and_download_nothing():
 
 
 def make(*words: str, **env: str) -> str:
-    """Return what make prints, with a curl that answers for $FAKE_REACHABLE only."""
+    """Return what make prints, with a fake curl that reaches only $FAKE_REACHABLE."""
     path = f"{ROOT / 'tests/docker/fakes'}:{os.environ['PATH']}"
     command = ["make", "--no-print-directory", "-f", "Makefile", *words]
     done = subprocess.run(
@@ -43,7 +43,7 @@ def test_make_alone_describes_every_target():
     assert sorted(re.findall(r"^make (\S+) +\S", make(), re.M)) == sorted(targets)
 
 
-def test_mirror_chooses_the_first_index_that_answers(tmp_path):
+def test_mirror_chooses_the_first_index_that_responds(tmp_path):
     extra = tmp_path / "show.mk"
     extra.write_text("show:\n\t@echo pip $$PIP_INDEX_URL, torch $(TORCH_CPU)\n")
     show = ("-f", str(extra), "show")
@@ -59,7 +59,7 @@ def test_mirror_chooses_the_first_index_that_answers(tmp_path):
     assert first not in make(*show) and "download.pytorch.org" in make(*show)
 
 
-def test_the_workflow_runs_what_ci_runs():
+def test_the_github_workflow_runs_the_ci_script():
     (job,) = load(".github/workflows/ci.yml")["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
     assert os.access(ROOT / ".ci/run", os.X_OK)

@@ -1,4 +1,4 @@
-"""Protects the reader of README and docs/: what they name exists, and both languages agree."""
+"""Tests for README and docs/: everything they name exists, and both languages agree."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
 every_page = pytest.mark.parametrize("name", TEXTS)
 every_chinese_page = pytest.mark.parametrize("name", CHINESE)
 
-OTHERS = {
+SYSTEM_COMMANDS = {
     *("git", "cd", "wc", ".", "pip", "export", "unset", "touch", "kill", "watch", "nvidia-smi"),
     *("sudo", "docker", "pre-commit", "torchrun", "bash", "curl", "echo", "chmod", "cp", "mkdir"),
 }
@@ -33,7 +33,7 @@ COMPOSE = {"up", "exec", "logs", "ps", "stop", "start", "restart", "down", "buil
 
 
 def blocks(text: str, language: str = "bash") -> list[str]:
-    """Return the contents of the fenced blocks of a language."""
+    """Return the contents of the fenced blocks in a language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
 
 
@@ -65,7 +65,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def without_container(command: list[str]) -> list[str]:
-    """Check docker-compose's own words; return the command that runs in the container, if any."""
+    """Check a docker compose subcommand; return the command to run in the container, if any."""
     while command and re.fullmatch(r"[A-Z_]+=.*", command[0]):
         command = command[1:]
     if command[:2] == ["docker", "compose"]:
@@ -134,12 +134,12 @@ def test_every_command_exists(name):
         elif first == "./build.sh":
             check_build(rest)
         else:
-            assert first in OTHERS or first.endswith(("/pre-commit", "/pip")), first
+            assert first in SYSTEM_COMMANDS or first.endswith(("/pre-commit", "/pip")), first
             for requirements in re.findall(r"-r (\S+)", " ".join(rest)):
                 assert (ROOT / requirements).is_file(), requirements
 
 
-def test_commands_are_found_and_a_wrong_one_is_seen():
+def test_commands_are_found_and_wrong_commands_are_rejected():
     text = (
         "```bash\nA=1 make demo && python train.py x.y=1\n"
         "docker-compose exec -T train python -m tools.demo\n```"
@@ -193,14 +193,14 @@ def test_readme_is_short_and_names_every_file(name):
 
 
 @every_chinese_page
-def test_both_languages_have_the_same_blocks_and_parts(name):
+def test_both_languages_have_the_same_blocks_and_structure(name):
     english, chinese = TEXTS[name.replace(".zh-CN", "")], TEXTS[name]
 
     def without_comments(text: str) -> list[str]:
         return [re.sub(r" *# .*", "", block) for block in blocks(text)]
 
     def parts(text: str) -> list[str]:
-        """The marks that begin headings, items, rows and pictures, in order."""
+        """Return the markers of headings, list items, table rows and images, in order."""
         return re.findall(r"^(?:#+ |[*-] |\||!)", prose(text), re.M)
 
     assert without_comments(english) == without_comments(chinese)
@@ -211,7 +211,7 @@ def test_both_languages_have_the_same_blocks_and_parts(name):
     assert f"({page.replace('.zh-CN', '')})" in chinese.splitlines()[0]
 
 
-def test_the_figures_of_the_demo_are_between_their_marks():
+def test_the_demo_figures_are_between_their_markers():
     for path in (*READMES, *PAGES):
         text = TEXTS[str(path)]
         assert text.count(BEGIN) == text.count(END) == 1

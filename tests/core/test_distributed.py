@@ -1,4 +1,4 @@
-"""Protects data-parallel training: same results as one rank, and only the main rank writes."""
+"""Tests that data-parallel training matches one rank, and that only the main rank writes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SETTINGS = [
     "model.head_dim=16", "tokens_per_step=512", "sequence_length=64", "micro_batch_size=2",
     "log_every_steps=1", "max_steps=6", "eval_every_steps=3", "save_every_steps=2", "device=cpu",
     "precision=fp32", "data.files=a.jsonl", "data.val_fraction=0.1",
-    # For a low-rank gradient, Muon in bf16 amplifies differences in the last digit.
+    # With a low-rank gradient, Muon in bf16 amplifies differences in the last digit.
     "optim.name=adamw",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A folder with configs and data; with so few rows, some steps are not full."""
+    """Return a folder with configs and data: so few rows that some steps are not full."""
     path = tmp_path_factory.mktemp("ranks")
     (path / "configs").symlink_to(ROOT / "configs")
     rows = [
@@ -68,7 +68,7 @@ def single(workdir):
 
 
 def assert_same_metrics(folder, single):
-    """Assert equal metrics in the same steps, up to rounding by the order of summation."""
+    """Assert equal metrics at the same steps, except for rounding due to summation order."""
     ours, theirs = metrics(folder), metrics(single)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for mine, yours in zip(ours, theirs, strict=True):
@@ -110,7 +110,7 @@ def test_torchrun_works_and_a_run_resumes_with_another_world_size(workdir, singl
     process = start(workdir, "out_dir=torchrun", "max_steps=6", prefix=[*torchrun, "2"])
     finish(process)
     assert_same_metrics(workdir / "torchrun", single)
-    # The first steps with one process, the remaining ones with three.
+    # Run the first steps with one process, and the remaining ones with three.
     (workdir / "half").mkdir()
     finish(start(workdir, "out_dir=half", f"resume={single}/step_000004", "ranks=3"))
     theirs = [row for row in metrics(single) if row["step"] > 4]
@@ -130,7 +130,7 @@ def threads():
     return [name.read_text() for name in Path("/proc/self/task").glob("*/comm")]
 
 distributed = init_distributed("cpu")
-import torch._dynamo  # As optimizers of torch do.
+import torch._dynamo  # As torch's optimizers do.
 distributed.all_reduce([torch.ones(3)])
 print("joined", *threads())
 destroy_distributed()
@@ -139,8 +139,8 @@ print("left", *threads())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in /proc")
-def test_leaving_the_process_group_ends_its_threads(workdir):
-    # A thread that freed a tensor while Python shut down aborted a finished run.
+def test_destroying_the_process_group_ends_its_threads(workdir):
+    # A thread that frees a tensor while Python shuts down can abort a finished run.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -180,7 +180,7 @@ def test_a_user_error_is_printed_once_and_ends_all_ranks(workdir, single):
 
 
 @pytest.mark.slow
-def test_if_a_rank_dies_the_others_end(workdir):
+def test_if_one_rank_dies_the_other_ranks_exit(workdir):
     process = start(workdir, "out_dir=dies", "ranks=2", "max_steps=100000")
     log = workdir / "dies" / "train.log"
     while process.poll() is None and not (log.exists() and "step 1 " in log.read_text()):

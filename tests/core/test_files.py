@@ -1,4 +1,4 @@
-"""Protects atomic writes: a folder has the old file or the new one, and nothing else."""
+"""Tests that after an atomic write, a folder has the old or the new file, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path
     assert path.read_bytes() == "new 小\r\n".encode() and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_temporary_path_has_the_suffix_of_the_file(tmp_path):
+def test_the_temporary_path_has_the_same_suffix_as_the_file(tmp_path):
     path = tmp_path / "a.npy"
     with replacing(path) as temporary:
         np.save(temporary, np.arange(3))

@@ -1,4 +1,4 @@
-"""Protects the choice of hardware settings: auto on each card, and the cached measurement."""
+"""Tests for the choice of hardware settings on each card, and for the cached measurement."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ CARDS = {
 
 
 @pytest.mark.parametrize("card", CARDS)
-def test_auto_on_each_card(card):
+def test_auto_chooses_the_settings_for_each_card(card):
     capability, memory, precision, compile_, rows = CARDS[card]
     chosen = choose_hardware(Facts(cuda=capability, memory_mib=memory, varlen=True), TABLE)
     attention = "varlen" if precision == "bf16" else "masked"
     assert chosen == Choice("cuda", precision, "high", attention, compile_, rows)
 
 
-def test_auto_without_a_card():
+def test_auto_chooses_a_cpu_without_a_card():
     assert choose_hardware(Facts(), TABLE) == Choice("cpu", "measure", "medium", "blocks", False, 4)
     assert choose_hardware(Facts(threads=FEW_THREADS), TABLE).attention == "blocks"
     assert choose_hardware(Facts(threads=FEW_THREADS + 1), TABLE).attention == "masked"
     assert choose_hardware(Facts(amx=True), TABLE).matmul == "highest"
     mac = Facts(mps=True)
-    assert choose_hardware(mac, TABLE).device == "cpu"  # mps only on request.
+    assert choose_hardware(mac, TABLE).device == "cpu"  # mps is used only on request.
     metal = choose_hardware(mac, TABLE, device="mps")
     assert metal == Choice("mps", "fp32", "highest", "masked", False, 16)
 
@@ -67,7 +67,7 @@ def test_settings_override_the_table():
     assert choose_hardware(facts, TABLE, row_length=512 * 512).micro_batch_size == 1
 
 
-def test_unavailable_devices_and_precisions_are_refused_with_a_fix():
+def test_unavailable_devices_and_precisions_are_rejected_with_a_fix():
     with pytest.raises(UserError, match="no CUDA device here. Set device=cpu"):
         choose_hardware(Facts(), TABLE, device="cuda")
     with pytest.raises(UserError, match="no Metal device"):
@@ -100,7 +100,7 @@ def test_the_faster_precision_is_chosen_and_a_damaged_cache_is_rebuilt(tmp_path,
 
 
 def test_a_card_that_torch_does_not_see_is_reported(tmp_path, monkeypatch):
-    """Detected by nvidia-smi on a host and by the profile in a container; otherwise no warning."""
+    """A card is detected by nvidia-smi on a host, and by the profile in a container."""
     monkeypatch.delenv("GPU_PROFILE", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not unseen_card()

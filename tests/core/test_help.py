@@ -1,4 +1,4 @@
-"""Protects --help: all settings of all stages, with default, description and title."""
+"""Tests that --help shows all settings of all stages, with defaults, descriptions and titles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def unwrapped(text: str) -> str:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_setting_has_default_type_and_description(stage):
+def test_every_setting_is_shown_with_default_type_and_description(stage):
     lines = unwrapped(stage_help(stage)).splitlines()
     found = keys(STAGES[stage][2])
     assert len(found) > 30
@@ -41,7 +41,7 @@ def test_every_setting_has_default_type_and_description(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_key_of_the_configs_is_listed(stage):
+def test_every_key_in_the_configs_is_listed(stage):
     for name in (f"{stage}.yaml", f"tiny_{stage}.yaml"):
         values = yaml.safe_load((ROOT / "configs" / name).read_text(encoding="utf-8"))
         text = stage_help(stage, f"configs/{name}")
@@ -50,11 +50,11 @@ def test_every_key_of_the_configs_is_listed(stage):
             assert all(f"\n  {name}=" in text for name in names)
     text = stage_help("dpo", "configs/dpo.yaml")
     assert re.search(r"optim\.name=muon  \(muon or adamw; adamw in \S+dpo\.yaml\)", unwrapped(text))
-    assert not re.search("512 in", text)  # It equals the default.
+    assert not re.search("512 in", text)  # This equals the default.
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_it_fits_in_80_columns_and_has_titles(stage):
+def test_help_fits_in_80_columns_and_has_titles(stage):
     text = stage_help(stage)
     assert max(map(len, text.splitlines())) < 80
     titles = list(groups(STAGES[stage][2]))
@@ -69,7 +69,7 @@ def test_it_fits_in_80_columns_and_has_titles(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_usage_flags_environment_and_examples(stage, monkeypatch, capsys, run_stage):
+def test_help_shows_usage_flags_environment_and_examples(stage, monkeypatch, capsys, run_stage):
     script = STAGES[stage][0]
     monkeypatch.chdir(ROOT)
     for argv in (["-h"], ["configs/none.yaml", "--help", "wrong=1"]):

@@ -1,4 +1,4 @@
-"""Protects settings: parsing by type, precedence, and one report of all problems."""
+"""Tests for settings: parsing by type, precedence, and reporting all problems at once."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("key, text, expected", WRONG)
-def test_an_invalid_value_reports_key_value_source_and_expectation(key, text, expected, tmp_path):
+def test_an_error_names_the_key_value_source_and_expected_type(key, text, expected, tmp_path):
     message = problems(f"{key}={text}")
     assert f"{key}={text} (command line): expected" in message and expected in message
     section, _, last = key.rpartition(".")
@@ -141,18 +141,18 @@ def test_an_invalid_value_reports_key_value_source_and_expectation(key, text, ex
     assert f"({tmp_path / 'c.yaml'}:3): expected" in message and key in message
 
 
-def test_yaml_lists_and_dotted_keys_and_empty_sections(tmp_path):
+def test_yaml_may_have_lists_dotted_keys_and_empty_sections(tmp_path):
     cfg = load(text="files:\n- a\n- 010\ninner.rate: 2\noutput:\n", folder=tmp_path)
     assert cfg.files == ("a", "010") and cfg.inner.rate == 2.0 and cfg.output == Output()
     assert cfg.inner.fraction == 0.25
     assert load(text="", folder=tmp_path) == load(text="# nothing\n", folder=tmp_path) == Settings()
 
 
-def test_keys_that_are_not_set_keep_the_default_of_the_section():
+def test_unset_keys_keep_the_default_of_their_section():
     assert load("inner.kind=adamw").inner == Inner(rate=0.125, kind="adamw")
 
 
-def test_precedence_and_provenance(tmp_path, monkeypatch):
+def test_sources_have_a_precedence_and_are_recorded(tmp_path, monkeypatch):
     text = "seed: 1\ndevice: a\nmicro_batch_size: 1\n"
     monkeypatch.setenv("TRAIN_LLM_DEVICE", "b")
     monkeypatch.setenv("TRAIN_LLM_MICRO_BATCH_SIZE", "2")
@@ -194,7 +194,7 @@ def test_all_problems_are_reported_at_once(tmp_path, monkeypatch):
         "zzzzzz=4 (command line): unknown key",
         "write it without dashes: seed=5", "inner=6 (command line): a section",
         "word (command line): expected a config file", "switch=7 (command line): expected on or",
-        f"seed ({file}:2): set twice, first in line 1", f"limit ({file}:3): expected a value",
+        f"seed ({file}:2): set twice, first on line 1", f"limit ({file}:3): expected a value",
         f"inner.rate={0.0} must be above 0 (inner.rate: {file}:6)",
         f"start=[a] ({file}:7): expected a string, not a list",
         "environment TRAIN_LLM_MICRO_BATCH_SIZE", f"seed=a ({file}:1)",
@@ -205,7 +205,7 @@ def test_all_problems_are_reported_at_once(tmp_path, monkeypatch):
     assert "output.rate=-1 must be at least 0 and at most 100 (output.rate: command" in message
 
 
-def test_problems_that_follow_from_others_are_not_reported():
+def test_problems_caused_by_other_problems_are_not_reported():
     # With the default fraction the sum would be too large, but only the fraction is invalid.
     message = problems("inner.rate=8.9", "inner.fraction=x")
     assert message.startswith("1 problem ") and "at most" not in message
@@ -260,10 +260,10 @@ def test_unreadable_files_are_reported(tmp_path):
         for part in ("did you mean seed?", "output.rate=-1 must be at least 0"):
             assert part in str(caught.value)
     for content, message in (
-        ("{seed: 1, seed: 2}", r"seed \(.*:1\): set twice, first in line 1"),
+        ("{seed: 1, seed: 2}", r"seed \(.*:1\): set twice, first on line 1"),
         (
             "inner:\n  rate: 1\ninner.rate: 2\n",
-            r"inner.rate \(.*:3\): set twice, first in line 2",
+            r"inner.rate \(.*:3\): set twice, first on line 2",
         ),
         ("? [a]\n: 1\n", "bad.yaml:1: expected `key: value`"),
         ("inner: [1]\n", "inner .*a section; expected"),
@@ -275,7 +275,7 @@ def test_unreadable_files_are_reported(tmp_path):
     assert load_config(Settings, [str(file)], None).seed == 4
 
 
-def test_run_yaml_gives_the_same_settings(tmp_path):
+def test_run_yaml_loads_as_the_same_settings(tmp_path):
     strange = 'a: "b" # \\ \u0085 \u2028 小\n\t😀'
     cfg = load(
         "seed=5", f"start={strange}", "limit=-3", "switch=on", "max_steps=4", "inner.rate=1e-07",
@@ -290,14 +290,14 @@ def test_run_yaml_gives_the_same_settings(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
 
 
-def test_the_recipe_has_only_settings_that_affect_learning_as_json_values():
+def test_the_recipe_has_only_settings_that_affect_learning():
     flat = recipe(load("files=[a]"))
     assert json.loads(json.dumps(flat)) == flat
     assert flat["files"] == ["a"] and flat["inner.kind"] == "muon" and "seed" in flat
     assert not {"device", "micro_batch_size", "output.rate"} & set(flat)
 
 
-def test_docs_are_the_strings_under_the_fields():
+def test_docs_are_read_from_the_docstrings_of_fields():
     by_name = {key.name: key for key in keys(Settings)}
     assert by_name["seed"].doc == "Seed of random numbers."  # From the base class.
     assert by_name["inner.rate"].doc == "Peak rate, over all steps."

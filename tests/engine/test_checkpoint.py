@@ -1,4 +1,4 @@
-"""Protects step folders: complete or absent, exact, and readable without unpickling."""
+"""Tests that step folders are complete or absent, exact, and loaded without unpickling."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_resuming_after_two_of_five_steps_is_bit_identical(tmp_path, backwards):
     tensors, scalars = optimizer_tensors(optimizers, first)
     assert {"0/0.weight/momentum_buffer", "1/1.bias/exp_avg", "1/2.bias/step"} <= set(tensors)
     checkpoints.save(2, first, tensors, {"optimizers": scalars, "train": {"step": 2}})
-    train(first, optimizers, range(2, 4))  # Not in the snapshot, which is already taken.
+    train(first, optimizers, range(2, 4))  # Not in the snapshot, which was taken before.
     checkpoints.join()
 
     second = new_model()
@@ -99,7 +99,7 @@ def test_the_step_count_is_restored_on_the_device_the_optimizer_needs(fused):
     assert state["step"].device.type == ("meta" if fused else "cpu")
 
 
-def test_the_state_of_other_optimizers_is_refused_in_both_directions():
+def test_state_from_other_optimizers_is_rejected_in_both_directions():
     model = new_model()
     one, two = [torch.optim.AdamW(model.parameters(), lr=0.1)], new_optimizers(model)
     for old, new in ((one, two), (two, one)):
@@ -135,7 +135,7 @@ def test_a_new_folder_has_no_checkpoint(tmp_path):
     assert Checkpoints(tmp_path / "none", 2).newest() is None
 
 
-def test_due_steps_are_multiples():
+def test_due_steps_are_multiples_of_the_interval():
     assert [s for s in range(1, 8) if due(s, 3)] == [3, 6]
     assert not any(due(s, 0) for s in range(8))
 
@@ -148,7 +148,7 @@ def test_step_folders_are_sorted_by_number(tmp_path):
     assert Checkpoints(tmp_path, 2).newest() == tmp_path / "step_1000000"
 
 
-def test_the_newest_is_named_by_latest_or_has_the_highest_number(tmp_path):
+def test_the_newest_folder_is_named_by_latest_or_has_the_highest_number(tmp_path):
     for step in (3, 4):
         saved(tmp_path, step)
     checkpoints, latest = Checkpoints(tmp_path, 2), tmp_path / "latest"
@@ -173,7 +173,7 @@ def test_resuming_from_an_earlier_checkpoint_keeps_the_new_one(tmp_path):
     assert not (tmp_path / "step_000002").exists()
 
 
-def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+def test_leftovers_from_a_killed_process_are_removed(tmp_path):
     partial = tmp_path / ".writing-step_000001"
     partial.mkdir()
     (partial / "model.safetensors").write_bytes(b"half")
@@ -182,7 +182,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("I/O error")])
-def test_a_full_disk_is_reported_and_old_checkpoints_stay(tmp_path, monkeypatch, error):
+def test_a_full_disk_is_reported_and_old_checkpoints_are_kept(tmp_path, monkeypatch, error):
     model = saved(tmp_path, 1)
     checkpoints = Checkpoints(tmp_path, 1)
 
@@ -205,7 +205,7 @@ def test_a_full_disk_is_reported_and_old_checkpoints_stay(tmp_path, monkeypatch,
     assert torch.equal(other[0].weight, model[0].weight)
 
 
-def test_a_folder_of_another_model_is_refused_and_changes_nothing(tmp_path):
+def test_a_folder_from_another_model_is_rejected_and_changes_nothing(tmp_path):
     saved(tmp_path, 1)
     for other, name in (
         (new_model(width=7), "0.weight"),

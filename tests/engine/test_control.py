@@ -1,4 +1,4 @@
-"""Protects stopping: signals are recorded, polled in one place, and their handlers restored."""
+"""Tests for stop requests: signals are recorded, polled, and their handlers restored."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_signal_requests_a_stop_and_is_logged(name, caplog, tmp_path):
         assert "stopping after step 7: saving a checkpoint" in caplog.text
 
 
-def test_an_interrupt_after_a_stop_request_raises_at_once(tmp_path):
+def test_an_interrupt_after_a_stop_request_raises_immediately(tmp_path):
     with Control(tmp_path, Clock(), DistributedContext()) as control:
         send(signal.SIGTERM)
         send(signal.SIGTERM)  # Schedulers repeat SIGTERM; the checkpoint must still be written.
@@ -58,7 +58,7 @@ def test_signal_handlers_are_restored_after_an_error(tmp_path):
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-def test_finish_starts_the_decay_only_once(tmp_path):
+def test_a_finish_file_starts_the_decay_only_once(tmp_path):
     schedule = Schedule(OptimConfig(decay_fraction=0.25), None)
     with Control(tmp_path, Clock(), DistributedContext()) as control:
         (tmp_path / "FINISH").touch()
@@ -69,7 +69,7 @@ def test_finish_starts_the_decay_only_once(tmp_path):
         assert control.poll(30, Schedule(OptimConfig(decay_fraction=0.5), None)).finish == 45
 
 
-def test_finish_never_extends_a_run(tmp_path, caplog):
+def test_a_finish_file_never_extends_a_run(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     with Control(tmp_path, Clock(), DistributedContext()) as control:
         (tmp_path / "FINISH").touch()
@@ -95,7 +95,7 @@ def time(monkeypatch):
 
 @pytest.mark.parametrize("slow", [1.0, 2.0])
 def test_a_run_with_a_time_limit_ends_in_time(time, slow):
-    """One hour: 100 s to start, 2 s per step, and 2 or 4 s per step in the decay."""
+    """The limit is one hour. The start takes 100 s, and a step 2 s, or 4 s in a slow decay."""
     clock, schedule, step = Clock(max_hours=1), Schedule(OptimConfig(), None), 0
     time.now += 100
     while not schedule.reached(step):
@@ -104,13 +104,13 @@ def test_a_run_with_a_time_limit_ends_in_time(time, slow):
         if (end := clock.plan(step, schedule)) is not None:
             schedule.begin_decay(step, end)
     used = time.now - 1000
-    assert 3100 < used <= 3500, used  # The duration of the start is reserved for the end.
+    assert 3100 < used <= 3500, used  # The end is allotted as much time as the start.
     assert schedule.decay is not None and schedule.factor(step - 1) < 0.05
     if slow == 1:
         assert schedule.decay[0] == pytest.approx(step / 2, rel=0.05)  # decay_fraction is 0.5.
 
 
-def test_time_before_a_resume_counts(time):
+def test_time_before_a_resume_counts_toward_the_limit(time):
     clock = Clock(max_hours=1)
     clock.earlier = 3000
     time.now += 500

@@ -1,4 +1,4 @@
-"""Protects runs on limited machines: fp16 loss scaling, no compiler, a closed terminal."""
+"""Tests for runs on limited machines: fp16 loss scaling, no compiler, a closed terminal."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def step(model, optimizers, precision, scale, x, target):
     return optimizer_step(training, batch, scale)  # type: ignore[arg-type]
 
 
-def test_fp16_losses_follow_fp32():
+def test_fp16_losses_match_fp32_losses():
     x, target = torch.randn(16, 8), torch.randn(16, 8)
     losses = {}
     for precision, scale in (("fp32", 1.0), ("fp16", 2.0**10)):
@@ -69,7 +69,7 @@ def test_fp16_losses_follow_fp32():
     assert losses["fp16"][-1] < 0.8 * losses["fp16"][0]
     for half, full in zip(losses["fp16"], losses["fp32"], strict=True):
         assert half == pytest.approx(full, rel=0.02)
-    assert losses["fp16"] != losses["fp32"]  # It did use another precision.
+    assert losses["fp16"] != losses["fp32"]  # fp16 was really used.
 
 
 def test_loss_scaling_preserves_small_gradients():
@@ -95,7 +95,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale():
     assert not result.finite and torch.equal(model.weight, before)
     batch = StepBatch([], 4, 4, DataPosition(0, 1))
     state.advance(batch, result.finite)
-    # An overflow is part of finding the scale, so no bad step is counted.
+    # An overflow is part of finding the scale and does not count as a bad step.
     assert (state.loss_scale, state.bad_steps, state.step) == (2.0**29, 0, 1)
     for _ in range(SCALE_STEPS):
         state.advance(batch, True)
@@ -129,7 +129,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not from glibc")
 def test_freed_memory_is_kept():
     """Five allocations of 40 MB cause no page faults, instead of about 50,000."""
     env = {k: v for k, v in os.environ.items() if "MALLOC" not in k and k != "LD_PRELOAD"}
@@ -145,7 +145,7 @@ def test_freed_memory_is_kept():
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A folder with configs and a data file."""
+    """Return a folder with configs and a data file."""
     path = tmp_path_factory.mktemp("runtime")
     (path / "configs").symlink_to(ROOT / "configs")
     rows = ({"text": f"第{i}条 the text of row {i}. " * (i % 9 + 1)} for i in range(99))
@@ -174,7 +174,7 @@ def metrics(folder):
 
 
 @pytest.mark.slow
-def test_a_run_in_fp16_learns(workdir):
+def test_an_fp16_run_learns(workdir):
     run(workdir, "out_dir=fp16", "precision=fp16", "max_steps=20", "eval_every_steps=0")
     rows = metrics(workdir / "fp16")
     assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.3
@@ -191,7 +191,7 @@ def test_compile_on_without_a_compiler_is_an_error(workdir):
 
 @pytest.mark.slow
 def test_a_compiled_run_evaluates_and_samples(workdir):
-    """In generation, each token has a new length, which must not reach the compiled layers."""
+    """Each generated token changes the length, which must not recompile the layers."""
     if shutil.which("g++") is None:
         pytest.skip("compilation requires g++")
     out = run(workdir, "out_dir=compiled", "compile=on", "max_steps=4", "eval_every_steps=2")
@@ -209,7 +209,7 @@ def wait_for_step(folder, step, process):
     assert process.poll() is None, "the run ended before the test could act"
 
 
-def test_a_run_survives_its_terminal(workdir):
+def test_a_run_survives_a_closed_terminal(workdir):
     """When the window is closed, SIGHUP arrives and writes to the terminal fail with EIO."""
     master, slave = pty.openpty()
     process = start(
@@ -238,7 +238,7 @@ def test_a_run_survives_a_closed_pipe(workdir):
 
 
 @pytest.mark.slow
-def test_finish_writes_final_and_a_resume_continues_the_decay(workdir):
+def test_a_finish_file_ends_a_run_and_a_resume_continues_the_decay(workdir):
     settings = ["max_hours=1", "save_every_steps=1", "eval_every_steps=0"]
     process = start(workdir, "out_dir=hours", *settings, stdout=subprocess.DEVNULL)
     folder = workdir / "hours"

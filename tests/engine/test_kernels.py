@@ -1,4 +1,4 @@
-"""Protects the choice of kernels: those that agree with model.py are used, others are not.
+"""Tests that a run uses a kernel only if it agrees with model.py.
 
 The varlen kernel exists only for CUDA. A CPU kernel with the same signature is registered here, so
 that the real call, its autograd and its compilation are tested.
@@ -35,7 +35,7 @@ FUSED = ("rms_norm", "rotate", "swiglu")
 
 def forward(q, k, v, ends, ends_k, max_q, max_k, causal=False, scale=None, window=None,
             grouped=False, *rest):  # fmt: skip
-    """Compute attention per document; NaN elsewhere, where the real kernel writes nothing."""
+    """Compute attention per document; return NaN where the real kernel writes nothing."""
     assert ends.dtype == torch.int32 and ends.is_contiguous() and int(ends[-1]) == len(q)
     assert q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
     assert all(x.stride(-1) == 1 for x in (q, k, v))
@@ -57,7 +57,7 @@ def forward(q, k, v, ends, ends_k, max_q, max_k, causal=False, scale=None, windo
 
 def backward(grad, q, k, v, out, lse, ends, ends_k, max_q, max_k, causal, rng, scale=None,
              window=None, *rest):  # fmt: skip
-    """Compute the gradients explicitly, since autograd does not record inside a kernel."""
+    """Compute the gradients explicitly, because autograd does not record inside a kernel."""
     repeats = q.shape[1] // k.shape[1]
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
     for begin, end in zip(ends.tolist(), ends.tolist()[1:], strict=False):
@@ -84,7 +84,7 @@ def kernel():
 
 @pytest.fixture
 def batch():
-    """Two rows of 12 positions, documents of 1 to 12, and boundaries as from packing."""
+    """Return two rows of 12 positions with documents of 1 to 12, and their boundaries."""
     ids = torch.tensor([[0] * 5 + [1] + [2] * 6, [3] * 12])
     edges = np.flatnonzero(np.diff(ids.reshape(-1).numpy())) + 1
     boundaries = np.full(8, 24, np.int32)
@@ -110,7 +110,7 @@ def choose(*args: Any, row_length: int = 40) -> tuple[str, ...]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("row_length", [2, 12, 40, 700])
 def test_kernels_that_agree_are_used(precision, row_length, caplog):
-    """Rows are shorter and longer than a block, and than the limit for saved probabilities."""
+    """Row lengths are below and above the block size and the limit for saved probabilities."""
     caplog.set_level(logging.INFO)
     assert choose(precision, "blocks", row_length=row_length) == ("blocks", *FUSED)
     assert caplog.messages == ["kernels: blocks, rms_norm, rotate, swiglu"]
@@ -176,8 +176,8 @@ EDITS = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edited_formula_is_what_a_run_computes(name, monkeypatch, caplog):
-    """The default of Ops represents the formula in model.py."""
+def test_a_run_uses_an_edited_formula(name, monkeypatch, caplog):
+    """Replacing a default in Ops simulates an edit in model.py."""
     caplog.set_level(logging.INFO)
     field = "attention" if name == "blocks" else name
     edited = Ops(**{field: EDITS[name]})
@@ -243,7 +243,7 @@ def test_layers_do_not_convert_the_mask_under_autocast(batch):
     assert copies and (2, 1, 12, 12) not in copies
 
 
-def test_causal_keywords_of_each_torch_release():
+def test_causal_keywords_match_each_torch_release():
     def of_2_10(q, k, v, cu, cu_k, max_q, max_k, is_causal=False): ...
     def of_2_11(q, k, v, cu, cu_k, max_q, max_k, *, window_size=(-1, -1)): ...
     def of_2_12(q, k, v, cu, cu_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False): ...
@@ -276,7 +276,7 @@ def warmed_up(batch, num_steps=None, flops=0.0, choice=("bf16",), **config):
 
 
 def test_plain_kernels_can_be_requested(batch):
-    model_module.ops.swiglu = fails  # As a previous run may leave it.
+    model_module.ops.swiglu = fails  # A previous run may have set it.
     _, found = warmed_up(batch, choice=("bf16", "blocks"), kernels="plain")
     assert found.kernels == () and model_module.ops == Ops()
 
@@ -286,7 +286,7 @@ def test_plain_kernels_can_be_requested(batch):
     [("bf16", "auto", 1000, True), ("bf16", "auto", 999, False), ("bf16", "auto", None, False),
      ("fp32", "auto", 1000, False), ("bf16", "off", 1000, False)],
 )  # fmt: skip
-def test_a_long_run_on_a_cpu_is_compiled_in_bf16(
+def test_on_a_cpu_only_long_bf16_runs_are_compiled(
     batch, precision, compile_, num_steps, compiled, monkeypatch
 ):
     """A step has two rows of 12 positions, so 1000 steps reach LONG_RUN and 999 do not."""

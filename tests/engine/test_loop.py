@@ -1,4 +1,4 @@
-"""Protects exact resume, evaluation mode, and the gradient of an optimizer step."""
+"""Tests for exact resume, evaluation mode, and the gradient of an optimizer step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCHEDULE = Schedule(OptimConfig(), 10)
 
 
 class Loader:
-    """Loader that records its position."""
+    """A loader that records its position."""
 
     position = DataPosition()
 
@@ -62,7 +62,7 @@ def steps(model, optimizers, count):
     for _ in range(count):
         for optimizer in optimizers:
             optimizer.zero_grad()
-        model(torch.randn(4, 8)).square().sum().backward()  # Depends on the RNG state.
+        model(torch.randn(4, 8)).square().sum().backward()  # This depends on the RNG state.
         for optimizer in optimizers:
             optimizer.step()
 
@@ -88,7 +88,7 @@ def test_a_restored_run_continues_bit_for_bit(tmp_path):
         assert torch.equal(p, q)
 
 
-def test_each_passed_baseline_is_logged_once_across_a_resume(tmp_path, capsys):
+def test_each_passed_baseline_is_logged_only_once_despite_a_resume(tmp_path, capsys):
     model, optimizers = new_model()
 
     baselines = {"uniform": 4.0, "unigram": 3.0, "bigram": 2.0}
@@ -108,9 +108,9 @@ def test_each_passed_baseline_is_logged_once_across_a_resume(tmp_path, capsys):
     evaluations(None, [(0, 4.1), (1, 2.9), (2, 3.1)])
     evaluations(tmp_path / "step_000002", [(3, 2.8), (4, 1.9), (5, 1.8)])
     logged = [
-        "below the unigram line at step 1: 2.900 against 3.000 bits per byte",
+        "below the unigram baseline at step 1: 2.900 against 3.000 bits per byte",
         "resuming from step 2",
-        "below the bigram line at step 4: 1.900 against 2.000 bits per byte",
+        "below the bigram baseline at step 4: 1.900 against 2.000 bits per byte",
     ]
     assert (tmp_path / "train.log").read_text().splitlines() == logged
     out = capsys.readouterr().out
@@ -119,7 +119,7 @@ def test_each_passed_baseline_is_logged_once_across_a_resume(tmp_path, capsys):
     assert json.loads((tmp_path / "baselines.json").read_text()) == baselines
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+def test_a_checkpoint_from_another_model_is_rejected(tmp_path):
     model, optimizers = new_model()
     training = new_training(tmp_path, model, optimizers)
     save(training, TrainState(step=1))
@@ -177,7 +177,7 @@ def test_the_fp16_loss_scale_never_falls_to_1():
 
 
 class TwoRows:
-    """A data set of two rows."""
+    """A data set with two rows."""
 
     row_length = 1
 
@@ -226,7 +226,7 @@ def test_only_one_process_trains_in_a_folder(tmp_path):
 
 @pytest.mark.parametrize("clip", [0.5, 0.0, 1e6])
 @pytest.mark.parametrize("loss_scale", [1.0, 256.0])
-def test_the_gradient_of_a_step_is_the_clipped_gradient_of_the_mean_loss(clip, loss_scale):
+def test_a_step_uses_the_clipped_gradient_of_the_mean_loss(clip, loss_scale):
     """Fails if gradients are clipped per parameter, or if grad_clip=0 clips."""
     torch.manual_seed(0)
     model, x = torch.nn.Linear(3, 2), 100 * torch.randn(4, 3)

@@ -1,4 +1,4 @@
-"""Protects the losses: sums over supervised positions, checked against manual arithmetic."""
+"""Tests that the losses, sums over supervised positions, match manual arithmetic."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_values_and_gradients_match_torch(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_logits_can_be_reused(dtype):
-    """A z-loss and an entropy term after the loss have the same gradients as in float64.
+    """The loss plus a z-loss and an entropy term has the same gradients as in float64.
 
     Fails if the loss modifies the logits, which both terms read after it.
     """
@@ -79,7 +79,7 @@ def test_the_logits_can_be_reused(dtype):
     torch.testing.assert_close(ours.double(), exact, **tolerances)
 
 
-def test_a_second_backward_pass_is_refused():
+def test_a_second_backward_pass_is_rejected():
     loss = token_losses(torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1])).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="recompute the loss"):
@@ -97,7 +97,7 @@ def test_sequence_log_probs_sums_by_document_and_omits_padding():
     )
 
 
-def test_dpo_loss_of_two_pairs():
+def test_the_dpo_loss_matches_manual_arithmetic():
     """Margins 0 and ln 3 (beta 1) give ln 2 and -ln(3/4); a tie counts as half correct."""
     reference = torch.tensor([-3.0, -4.0, -1.0, -1.0])
     policy = reference + torch.tensor([0.5, 0.5, math.log(3), 0.0])
@@ -120,7 +120,7 @@ def test_beta_is_the_slope_of_the_dpo_loss(beta):
 
 
 @pytest.mark.parametrize("stage", [train, sft_train])
-def test_bits_per_byte_of_a_uniform_model(stage):
+def test_bits_per_byte_of_a_uniform_model_match_manual_arithmetic(stage):
     """Fails if the logarithm has another base: 5 labels of 3 bits on 12 bytes are 15 / 12."""
     labels = torch.tensor([[3, 1, IGNORE_INDEX, 7], [0, IGNORE_INDEX, 2, IGNORE_INDEX]])
     zeros = torch.zeros_like(labels)

@@ -1,4 +1,4 @@
-"""Protects the memory of --plan: its formulas match a count of the tensors of a step."""
+"""Tests that the memory formulas of --plan match a count of the tensors in a step."""
 
 from __future__ import annotations
 
@@ -79,21 +79,21 @@ def test_a_second_micro_batch_keeps_the_gradients_of_the_first():
 def on_card(
     rows: int, num_micro: int = 1, count: int = 1, optimizer: str = "muon", row_length: int = 512
 ) -> dict[str, float]:
-    """Return the bytes by name of an uncompiled step of the default model on a card."""
+    """Return the bytes, by name, of an uncompiled step of the default model on a card."""
     choice = Choice("cuda", "bf16", "high", "varlen", False, rows)
     terms = step_memory(Sizes(), optimizer, choice, row_length, num_micro, rows, count)
     return {term.name: term.bytes for term in terms}
 
 
-def test_several_cards_hold_a_flat_buffer_of_the_gradients():
+def test_several_cards_need_a_flat_gradient_buffer():
     single, several = (on_card(1, 1, count, "adamw", 64) for count in (1, 4))
     assert "all-reduce" in several and "all-reduce" not in single
     assert several["all-reduce"] == several["gradients"] == 4 * Sizes().parameters
-    # With many rows the peak is in the loss, when the buffer does not exist.
+    # With many rows, the peak is in the loss, where the buffer does not exist yet.
     assert on_card(64, 2, 1) == on_card(64, 2, 4)
 
 
-def test_the_hardware_table_has_the_peak_of_a_step():
+def test_the_hardware_table_has_the_right_peak_memory():
     cards = [row for row in table() if row["precision"] == "bf16"]
     assert len(cards) > 10
     for row in cards:

@@ -1,4 +1,4 @@
-"""Protects the metrics of a run: one line per step, strict JSON, no duplicates after a resume."""
+"""Tests for a run's metrics: one line per step, strict JSON, no duplicates after a resume."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STEP = ("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", 
 
 
 def layout(events: EventAccumulator) -> dict[str, list[str]]:
-    """Return the metric names of each chart of the page, read from the events."""
+    """Return the metric names in each chart on the page, read from the events."""
     page = Layout.FromString(
         events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
     )
@@ -71,7 +71,7 @@ def test_a_sample_is_displayed_literally(text):
     ]
 
 
-def test_the_page_has_charts_of_existing_metrics(tmp_path):
+def test_the_page_has_charts_only_for_existing_metrics(tmp_path):
     log = MetricsLog(tmp_path, None)
     log.add_baselines({"unigram": 3.0, "bigram": 2.5})
     assert json.loads((tmp_path / "baselines.json").read_text()) == {"unigram": 3.0, "bigram": 2.5}
@@ -81,9 +81,9 @@ def test_the_page_has_charts_of_existing_metrics(tmp_path):
     log.close()
     log = MetricsLog(tmp_path, 1)
     log.add_baselines({"unigram": 3.0, "bigram": 2.5})
-    log.write_evaluation(2, figures, ["To be, or"], ["below the unigram line at step 2"])
+    log.write_evaluation(2, figures, ["To be, or"], ["below the unigram baseline at step 2"])
     log.close()
-    assert (tmp_path / "train.log").read_text().endswith("below the unigram line at step 2\n")
+    assert (tmp_path / "train.log").read_text().endswith("below the unigram baseline at step 2\n")
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -98,18 +98,18 @@ def test_the_page_has_charts_of_existing_metrics(tmp_path):
     assert texts == [b"To be", b"To be&#44; or"]
 
 
-def test_the_page_of_dpo_has_rewards_but_no_bits_per_byte():
+def test_the_dpo_page_has_rewards_but_no_bits_per_byte():
     shown = charts(["val/loss", "val/reward_margin", "val/reward_accuracy"], [])
     assert {"reward margin", "reward accuracy"} < set(shown) and "bits per byte" not in shown
 
 
-def test_each_baseline_is_passed_once():
+def test_each_passed_baseline_is_reported_once():
     lines = {"uniform": 4.0, "unigram": 3.0, "bigram": 2.0}
     assert newly_passed(math.inf, lines, []) == {} == newly_passed(math.nan, lines, [])
     assert newly_passed(3.5, lines, []) == {}  # uniform is skipped.
-    assert newly_passed(2.4, lines, []) == {"unigram": "below the unigram line"}
+    assert newly_passed(2.4, lines, []) == {"unigram": "below the unigram baseline"}
     assert list(newly_passed(1.0, lines, [])) == ["unigram", "bigram"]
-    assert newly_passed(1.0, lines, ["unigram"]) == {"bigram": "below the bigram line"}
+    assert newly_passed(1.0, lines, ["unigram"]) == {"bigram": "below the bigram baseline"}
     assert newly_passed(1.0, lines, ["bigram", "unigram"]) == {}
 
 

@@ -1,4 +1,4 @@
-"""Protects the optimizers and the schedule: Muon and AdamW match references, settings work."""
+"""Tests that optimizers and schedule match references, and that every setting has an effect."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def is_matrix(name: str) -> bool:
     return "proj" in name
 
 
-def test_muon_equals_torch_muon():
+def test_muon_matches_torch_muon():
     torch.manual_seed(0)
     shapes = [(16, 16), (32, 16), (16, 32), (16, 16)]
     ours = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
@@ -70,7 +70,7 @@ def test_matrices_and_other_weights_have_separate_optimizers():
     assert len(build_optimizers(model, OptimConfig(name="adamw"))) == 1
 
 
-def test_schedule_at_its_corners():
+def test_schedules_have_the_right_rates_at_their_corners():
     wsd = Schedule(OptimConfig(warmup_fraction=0.1, decay_fraction=0.5), 100)
     assert [wsd.factor(s) for s in (9, 10, 49, 50)] == pytest.approx([10 / 11, 1, 1, 1])
     assert wsd.factor(75) == pytest.approx(0.5) and wsd.factor(99) == pytest.approx(0.02)
@@ -81,7 +81,7 @@ def test_schedule_at_its_corners():
     )
 
 
-def test_invalid_settings_are_refused():
+def test_invalid_settings_are_rejected():
     wrong = OptimConfig(muon_lr=-1, momentum=2)
     assert bound_errors(wrong, "optim.") == [
         "optim.muon_lr=-1 must be above 0",
@@ -110,7 +110,7 @@ def test_weight_decay_shrinks_only_the_matrices(name):
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_adamw_follows_the_formula_of_the_paper(name):
+def test_adamw_matches_the_formula_in_the_paper(name):
     """Fails if betas are swapped or a weight has the wrong learning rate (arXiv:1711.05101)."""
     model, config = small_model(), OptimConfig(name=name, beta1=0.6, beta2=0.9)
     optimizers = build_optimizers(model, config)
@@ -133,10 +133,10 @@ def test_adamw_follows_the_formula_of_the_paper(name):
 
 @functools.cache
 def trained(config: OptimConfig) -> dict[str, torch.Tensor]:
-    """Return the weights after six steps, for matrices and for the rest.
+    """Return the weights after six steps: the matrices, and the rest.
 
-    The gradients do not depend on the weights, and their size varies between steps. With gradients
-    of equal size, both optimizers would take the same steps with and without clipping.
+    The gradients do not depend on the weights, and their norm varies between steps. With gradients
+    of equal norm, both optimizers would take the same steps with and without clipping.
     """
     model, generator = small_model(), torch.Generator().manual_seed(1)
     optimizers, schedule = build_optimizers(model, config), Schedule(config, 6)
@@ -185,7 +185,7 @@ def test_every_setting_affects_the_right_weights(key, name):
 
 
 @pytest.mark.parametrize("name, peaks", [("muon", [0.1, 0.3]), ("adamw", [0.2, 0.3])])
-def test_each_group_has_its_peak_rate_times_the_factor(name, peaks):
+def test_each_group_uses_its_peak_rate_times_the_factor(name, peaks):
     """Fails if a group has the wrong rate, rates accumulate, or they fall below the final one."""
     rates = {"muon_lr": 0.1, "adamw_lr": 0.2, "embedding_lr": 0.3}
     config = OptimConfig(name=name, final_lr_fraction=0.2, **rates)

@@ -1,4 +1,4 @@
-"""Protects --plan: parameters, operations and time by formula, and the output."""
+"""Tests for --plan: the formulas for parameters, operations and time, and the output."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ SMALL = [
 ]  # fmt: skip
 
 
-# ---- sizes and time ------------------------------------------------------------------------------
+# ---- formulas -----------------------------------------------------------------------------------
 
 
 def update_flops(optimizers: list[torch.optim.Optimizer]) -> float:
-    """Return the operations of Newton-Schulz in one step: two products of 2 m m n, one of 2 m^3."""
+    """Return the operations in Newton-Schulz: per step, two matmuls of 2 m m n and one of 2 m^3."""
     muons = [o for o in optimizers if isinstance(o, torch.optim.Muon)]
     total = 0.0
     for group in (group for muon in muons for group in muon.param_groups):
@@ -41,7 +41,7 @@ def update_flops(optimizers: list[torch.optim.Optimizer]) -> float:
 
 
 def assert_formulas(sizes: Sizes, optim: OptimConfig) -> None:
-    """Assert that the formulas match a model of these sizes."""
+    """Assert that the formulas match a model with these dimensions."""
     with torch.device("meta"):
         model = Transformer(ModelConfig(**vars(sizes)))
     assert sizes.parameters == count_parameters(model)
@@ -57,11 +57,11 @@ def test_the_formulas_hold_for_the_shipped_configs(path, elsewhere):
     assert_formulas(sizes, OptimConfig(name="adamw"))
 
 
-def test_the_formulas_hold_for_other_sizes():
+def test_the_formulas_hold_for_other_dimensions():
     assert_formulas(Sizes(97, 32, 48, 3, 4, 2, 24, tie_word_embeddings=False), OptimConfig())
     default = ModelConfig()
     assert vars(Sizes()) == vars(default)
-    # 16 of 512 x 512, 16 of 256 x 512, 24 of 512 x 1408; five steps of 4 m m n + 2 m m m each.
+    # 16 matrices of 512 x 512, 16 of 256 x 512, 24 of 512 x 1408; five Newton-Schulz steps each.
     assert Sizes().update_flops("muon") == 5 * (
         16 * 6 * 512**3 + 16 * (4 * 256**2 * 512 + 2 * 256**3)
         + 24 * (4 * 512**2 * 1408 + 2 * 512**3)
@@ -80,7 +80,7 @@ def test_the_time_of_a_step_has_the_expected_parts():
         "attention": 0.25e6 * 12 * 100 * 50 / 40e12,
         "traffic": 0.25e6 * 1900 * 13.2 / 850e9,
         "weights": 2 * 200_400 * 20.5 / 850e9,
-        "launches": 0,  # The host takes 2 * 8 * 70 us, the device 14 ms.
+        "launches": 0,  # The host takes 2 * 8 * 70 us; the device takes 14 ms.
         "update": 5 * (4 * 6e6 + 3 * 10e6) / 50e12,
         "all-reduce": 1.5 * 4 * 200_400 / 10e9,
     })  # fmt: skip
@@ -92,8 +92,8 @@ def test_the_time_of_a_step_has_the_expected_parts():
     assert slow["traffic"] == pytest.approx(2 * parts["traffic"])
 
 
-def test_the_speed_of_a_4090():
-    """The table of cards was estimated for 350,000 to 450,000 tokens per second on this card."""
+def test_the_predicted_speed_of_a_4090_is_in_the_expected_range():
+    """The card table was calibrated to 350,000 to 450,000 tokens per second on this card."""
     card = find_card("rtx4090")
     num_micro = micro_batch_shape(256, 64, 1)[0]
     seconds = sum(step_time(card, Sizes(), "muon", True, 256.5, 131072, num_micro).values())
@@ -101,7 +101,7 @@ def test_the_speed_of_a_4090():
     assert 131072 / seconds / card.slowest == pytest.approx(350_000, rel=0.05)
 
 
-def test_the_table_of_cards_has_plausible_values():
+def test_the_card_table_has_plausible_values():
     cards = read_cards()
     assert {"rtx2080ti", "rtx3060", "rtx3090", "rtx4090", "rtx5090", "a100", "h100", "h200",
             "v100"} <= set(cards)  # fmt: skip
@@ -116,7 +116,7 @@ def test_the_table_of_cards_has_plausible_values():
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def test_the_arguments_of_a_plan_are_removed():
+def test_plan_arguments_are_parsed_and_removed():
     assert plan_request(["a.yaml", "seed=1"]) == (None, ["a.yaml", "seed=1"])
     words = ["--plan", "a.yaml", "--gpu", "rtx4090:4", "--budget=2h", "seed=1"]
     request, rest = plan_request(words)
@@ -155,7 +155,7 @@ def test_invalid_plan_arguments_are_errors(words, texts):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, tokenizer):
-    """A folder with rows for each stage, and a model to fine-tune."""
+    """Return a folder with rows for each stage, and a model to fine-tune."""
     path = tmp_path_factory.mktemp("plan")
 
     def talk(i: int, answer: str) -> list[dict[str, str]]:
@@ -181,7 +181,7 @@ def data(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def plan(data, run_stage, monkeypatch, capsys):
-    """Return a function that plans a stage; it must open no model and write nothing."""
+    """Return a function that plans a stage; it must build no model and write nothing."""
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(data / "cache"))
     monkeypatch.chdir(data)
     monkeypatch.setattr("torch.nn.Module.__init__", None)
@@ -208,7 +208,7 @@ def plan(data, run_stage, monkeypatch, capsys):
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
 def test_each_stage_plans_a_run_on_a_card(stage, plan, data):
     out = plan(stage, "--gpu", "a100:4", "max_steps=500")
-    assert out.startswith(f"plan of {stage}: nothing is trained")
+    assert out.startswith(f"plan for {stage}: nothing is trained")
     source = "the settings" if stage == "pretrain" else "run/final/config.json"
     assert f" parameters, from {source}; " in out
     row_length = 128 if stage == "dpo" else 64
@@ -252,9 +252,9 @@ def test_a_plan_that_does_not_fit_suggests_a_micro_batch_size(plan):
     assert " NO" in plan("pretrain", *words, f"micro_batch_size={2 * fits}")
 
 
-def test_sizes_are_from_the_pretraining_config_if_there_is_no_model(plan):
+def test_dimensions_come_from_the_pretraining_config_if_there_is_no_model(plan):
     out = " ".join(plan("sft", "init_from=nowhere").split())
-    assert "26,879,488 parameters, from configs/pretrain.yaml, as nowhere/config.json" in out
+    assert "26,879,488 parameters, from configs/pretrain.yaml, because nowhere/config.json" in out
 
 
 def test_the_vocabulary_size_of_another_tokenizer_is_used(plan, data, tokenizer):
@@ -267,7 +267,7 @@ def test_the_vocabulary_size_of_another_tokenizer_is_used(plan, data, tokenizer)
     )
     assert other - default == (10_000 - 6400) * 32
     (data / "other" / "tokenizer.json").write_text("{")
-    assert "tokenizer.json: no model sizes" in plan("pretrain", "tokenizer=other", code=1)
+    assert "tokenizer.json: no model dimensions" in plan("pretrain", "tokenizer=other", code=1)
 
 
 def test_the_length_of_an_epoch_is_read_from_the_token_cache(plan, run_stage, data, monkeypatch):
@@ -282,7 +282,7 @@ def test_the_length_of_an_epoch_is_read_from_the_token_cache(plan, run_stage, da
     (meta,) = (data / "cache" / "tokens").glob("pretrain-*/meta.json")
     values = json.loads(meta.read_text())
     assert count == values["tokens"] - values["records"]
-    os.utime(data / "pretrain.jsonl")  # A file changed after caching is estimated again.
+    os.utime(data / "pretrain.jsonl")  # If a file changes after caching, its length is estimated.
     os.utime(meta, (1, 1))
     assert "estimated from their size" in plan("pretrain", "max_steps=5")
 

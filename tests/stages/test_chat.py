@@ -1,4 +1,4 @@
-"""Protects the chat: the history fits in the context, and an error ends only its turn."""
+"""Tests for the chat: the history fits in the context, and an error ends only its turn."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_an_interrupted_answer_is_kept(monkeypatch, capsys, model, tokenizer):
         (["--prompt", "hi", "vocabulary"], "6144"),
     ],
 )
-def test_errors_exit_with_one_and_no_traceback(tmp_path, model, tokenizer, options, words):
+def test_errors_exit_with_code_1_and_no_traceback(tmp_path, model, tokenizer, options, words):
     if options[-1] == "vocabulary":
         options, model = options[:-1], Transformer(ModelConfig(**SIZES, vocab_size=6144))
     for name, content in model_files(model.config, tokenizer).items():
@@ -109,7 +109,7 @@ def test_every_sampling_option_is_used(monkeypatch):
     assert calls == [(messages, sampling)]
 
 
-def test_a_run_folder_is_refused_with_the_path_of_its_model(tmp_path, monkeypatch, capsys):
+def test_the_error_for_a_run_folder_suggests_its_model_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "final").mkdir()
     (tmp_path / "final/config.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(tmp_path), "--prompt", "hi"])

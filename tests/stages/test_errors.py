@@ -1,4 +1,4 @@
-"""Protects users' time and files: errors are reported at the start, and nothing is written.
+"""Tests that errors are reported at the start of a run, before anything is written.
 
 Every case is a command line of a stage, run in this process.
 """
@@ -72,7 +72,7 @@ def write_model(folder: Path, tokenizer: Tokenizer, **changes: object) -> None:
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, tokenizer):
-    """A folder like that of a user: valid and invalid data and models."""
+    """Return a folder like a user's, with valid and invalid data and models."""
     path = tmp_path_factory.mktemp("workdir")
     (path / "configs").symlink_to(ROOT / "configs")
     for name, rows in FILES.items():
@@ -93,7 +93,7 @@ def workdir(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def run(workdir, tmp_path, monkeypatch, capsys, run_stage):
-    """Return a function that runs a stage in that folder and returns exit code and output."""
+    """Return a function that runs a stage there and returns the exit code and the output."""
     monkeypatch.chdir(workdir)
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
 
@@ -116,7 +116,7 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-# Stage, settings, and texts that the message contains.
+# Stage, settings, and texts that the message must contain.
 CASES = [
     ("pretrain", "optim.muon_rl=1", "optim.muon_rl=1 (command line): unknown key",
      "did you mean optim.muon_lr?"),
@@ -174,7 +174,7 @@ CASES = [
     ("pretrain", "tokenizer=nowhere", "nowhere/tokenizer.json does not exist"),
     ("pretrain", "tokenizer=bad_tokenizer", "bad_tokenizer/tokenizer.json has no \"model\""),
     ("pretrain", "tokenizer=base init_from=base seed=x", "2 problems", "seed=x (command line)",
-     "tokenizer=base and init_from=base: the model comes with its own tokenizer; keep one"),
+     "tokenizer=base and init_from=base: the model in init_from has its own tokenizer; keep one"),
     ("pretrain", "data.val_fraction=2", "data.val_fraction=2.0 must be above 0 and below 1"),
     ("sft", "data.val_max_rows=-1", "data.val_max_rows=-1 must be"),
     ("pretrain", "deadline=23:30", "deadline=23:30 (command line): unknown key; --help lists all"),
@@ -204,7 +204,7 @@ def test_invalid_commands_are_reported_and_write_nothing(case, run, workdir, tmp
         assert text in out
     assert contents(workdir) == before and not (workdir / "out").exists()
     assert not list(tmp_path.glob("cache/tokens/.making-*"))
-    if "problem" in out:  # One line per problem, as many as counted.
+    if "problem" in out:  # The message has one line per counted problem.
         message = out[out.index("error: ") :].splitlines()
         assert len(message) == 1 + int(message[0].split()[1])
 
@@ -266,7 +266,7 @@ def test_only_runs_are_moved_aside(run, workdir, tmp_path, monkeypatch):
     assert code == 1 and "resume=never: . cannot be moved" in out
 
 
-def test_the_options_offered_for_an_unfinished_run_work(run, workdir, tmp_path):
+def test_the_options_suggested_for_an_unfinished_run_work(run, workdir, tmp_path):
     out_dir, step = tmp_path / "stopped", tmp_path / "stopped/step_000002"
     assert run("pretrain", f"out_dir={out_dir}")[0] == 0
     (out_dir / "final").rename(tmp_path / "final")
@@ -286,23 +286,23 @@ def test_the_options_offered_for_an_unfinished_run_work(run, workdir, tmp_path):
     assert run("pretrain", *words)[0] == 0
 
 
-def test_a_run_of_another_stage_is_refused(run, tmp_path):
-    """Also with resume=; an older run, which has no stage, is compared by its recipe."""
+def test_a_run_from_another_stage_is_rejected(run, tmp_path):
+    """This includes resume=PATH. An older run, which has no stage, is compared by its recipe."""
     folder, step = tmp_path / "run", tmp_path / "run/step_000002"
     assert run("pretrain", f"out_dir={folder}")[0] == 0
     identity = json.loads((folder / "identity.json").read_text())
     assert identity["stage"] == "pretrain"
     before = contents(folder)
     code, out = run("sft", f"out_dir={folder}")
-    assert code == 1 and f"{folder} holds a run of pretrain, but this is sft" in out
+    assert code == 1 and f"{folder} holds a run of the pretrain stage, but this is sft" in out
     assert f"init_from={folder}/final" in out
     for out_dir in (folder, tmp_path / "new"):
         code, out = run("sft", f"out_dir={out_dir}", f"resume={step}")
-        assert code == 1 and f"resume={step} is from a run of pretrain, but this is sft" in out
+        assert code == 1 and f"{step} is from a run of the pretrain stage, but this is sft" in out
     assert contents(folder) == before
     (folder / "final").rename(tmp_path / "final")
     code, out = run("sft", f"out_dir={folder}")
-    assert code == 1 and "holds a run of pretrain" in out and "init_from=" not in out
+    assert code == 1 and "holds a run of the pretrain stage" in out and "init_from=" not in out
     del identity["stage"]
     (folder / "identity.json").write_text(json.dumps(identity))
     code, out = run("sft", f"out_dir={folder}")
@@ -326,9 +326,9 @@ def test_a_run_resumes_with_touched_but_not_with_changed_data(run, workdir, tmp_
     assert code == 1 and "the data files or the tokenizer have changed" in out
 
 
-def test_pretraining_continues_from_a_model_with_its_sizes(run, workdir, tmp_path):
+def test_pretraining_from_a_model_uses_its_dimensions(run, workdir, tmp_path):
     words = ("init_from=base", f"out_dir={tmp_path}/more")
-    assert run("pretrain", *words)[0] == 0  # The same sizes may be set again.
+    assert run("pretrain", *words)[0] == 0  # The same dimensions may be set again.
     text = (tmp_path / "more/run.yaml").read_text()
     assert "vocab_size: 6400  # from init_from" in text
     (tmp_path / "more/final").rename(tmp_path / "final")
@@ -362,9 +362,9 @@ def test_a_document_longer_than_a_row_is_split_and_kept(run, workdir, tokenizer)
 
 
 @pytest.mark.parametrize("name", ["/elsewhere/a.jsonl", "link.jsonl"])
-def test_in_a_container_a_missing_file_is_reported_with_its_mount(name, elsewhere, monkeypatch):
+def test_in_a_container_the_missing_file_error_explains_the_mount(name, elsewhere, monkeypatch):
     Path("link.jsonl").symlink_to("/elsewhere/a.jsonl")
-    monkeypatch.setenv("GPU_PROFILE", "cpu")  # As docker-compose.yml sets it.
+    monkeypatch.setenv("GPU_PROFILE", "cpu")  # docker-compose.yml sets it.
     tokenizer = Tokenizer(default_folder())
     with pytest.raises(UserError) as error:
         build_cache(Path(name), "pretrain", tokenizer, encode_document)

@@ -1,4 +1,4 @@
-"""Protects the settings: each key in --help is set once, and a run uses it."""
+"""Tests that each key in --help can be set, and that a run uses it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ VALUES = {
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A folder with configs and data for each stage."""
+    """Return a folder with configs and data for each stage."""
     path = tmp_path_factory.mktemp("keys")
     (path / "configs").symlink_to(ROOT / "configs")
 
@@ -98,7 +98,7 @@ def run(workdir, stage, length, out_dir, init_from):
     return [json.loads(line) for line in (workdir / out_dir / "metrics.jsonl").open()]
 
 
-def test_every_key_is_listed():
+def test_every_key_has_a_test_value():
     for _, cls in STAGES.values():
         assert {key.name for key in keys(cls)} <= {*VALUES, *LENGTHS}
 
@@ -127,7 +127,7 @@ def test_beta_scales_the_first_gradient(workdir, tmp_path, monkeypatch, run_stag
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_pretraining_run_with_every_key(workdir, length):
+def test_pretraining_runs_with_every_key_set(workdir, length):
     tokenizer = str(ROOT / "tokenizer")
     rows = run(workdir, "pretrain", length, f"pretrain_{length}", tokenizer)
     steps = [row["step"] for row in rows if "train/loss" in row]
@@ -138,7 +138,7 @@ def test_a_pretraining_run_with_every_key(workdir, length):
 
 
 @pytest.mark.slow
-def test_later_stages_with_every_key(workdir):
+def test_later_stages_run_with_every_key_set(workdir):
     if not (workdir / "pretrain_max_steps").exists():
         run(workdir, "pretrain", "max_steps", "pretrain_max_steps", str(ROOT / "tokenizer"))
     run(workdir, "sft", "epochs", "sft_all", "pretrain_max_steps/final")

@@ -1,4 +1,4 @@
-"""Protects complete runs: three stages, exact resume after a kill, and clear errors."""
+"""Tests for complete runs: three stages, exact resume after a kill, and clear errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(script, *settings, code=0, cwd=None):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A folder with configs and data for each stage, and a separate cache."""
+    """Yield a folder with configs, data for each stage, and a separate cache."""
     path = tmp_path_factory.mktemp("workdir")
     (path / "configs").symlink_to(ROOT / "configs")
     os.environ["TRAIN_LLM_CACHE_DIR"] = str(path / "cache")
@@ -139,7 +139,7 @@ def test_worst_rows_match_the_loss_of_transformers(workdir, pretrained):
             assert row["text"] == f"<|endoftext|>{text}<|endoftext|>"
 
 
-def test_a_killed_run_resumes_and_ends_bit_identical(workdir, pretrained):
+def test_a_killed_run_resumes_with_bit_identical_results(workdir, pretrained):
     process = subprocess.Popen(
         command("train.py", *pretrain("killed")), cwd=workdir, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -175,7 +175,7 @@ def test_sigterm_saves_a_checkpoint_and_stops(workdir, pretrained):
 
 
 def test_micro_batches_do_not_change_the_loss(workdir):
-    """In fp32, since bf16, chosen where it is faster, would exceed the tolerance."""
+    """Use fp32, because bf16 (the default where it is faster) would exceed the tolerance."""
     for name, rows in (("wide", 2), ("micro", 3)):
         words = (f"micro_batch_size={rows}", "precision=fp32", "max_steps=12")
         run("train.py", *pretrain(name, *words), cwd=workdir)
@@ -207,7 +207,7 @@ def test_a_step_folder_can_be_resumed_in_another_folder(workdir, pretrained):
     assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
-def test_three_stages(workdir, pretrained):
+def test_three_stages_run_in_sequence(workdir, pretrained):
     sft = ["configs/tiny_sft.yaml", "out_dir=sft", "init_from=full/final", "data.files=sft.jsonl"]
     out = run("sft_train.py", *sft, *COMMON, "max_steps=8", "sequence_length=64", cwd=workdir)
     rows = metrics(workdir / "sft")
@@ -231,14 +231,14 @@ def test_three_stages(workdir, pretrained):
     answer = json.loads((workdir / "sft/worst_rows.jsonl").read_text().splitlines()[0])
     assert f"q {answer['line'] - 1}" in answer["text"] and answer["bytes"] >= 32
     shutil.rmtree(workdir / "dpo/final")
-    (workdir / "dpo/report.json").unlink()  # As after a kill before final/ is written.
+    (workdir / "dpo/report.json").unlink()  # This simulates a kill before final/ is written.
     run("dpo_train.py", *dpo, "data.val_fraction=0.1", cwd=workdir)
     assert json.loads((workdir / "dpo/report.json").read_text())["kind"]
     again = run("dpo_train.py", *dpo, "out_dir=dpo2", "data.val_fraction=0.1", cwd=workdir)
     assert "reference: 0 answers computed" in again
 
 
-def test_prepare_only_and_help(workdir):
+def test_prepare_only_and_help_do_not_train(workdir):
     assert "caches are ready" in run("train.py", *pretrain("bad"), "--prepare-only", cwd=workdir)
     assert not (workdir / "bad").exists()
     for script in ("train.py", "sft_train.py", "dpo_train.py"):
@@ -246,7 +246,7 @@ def test_prepare_only_and_help(workdir):
         assert "optim.muon_lr" in out and "Peak learning rate of the matrices under Muon" in out
 
 
-def test_run_yaml_gives_the_same_run(workdir, pretrained):
+def test_run_yaml_describes_the_same_run(workdir, pretrained):
     text = (pretrained / "run.yaml").read_text()
     assert "max_steps: 12  # command line" in text and "seed: 0  # default" in text
     assert "already finished: full/final" in run("train.py", "full/run.yaml", cwd=workdir)

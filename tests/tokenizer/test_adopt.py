@@ -191,7 +191,7 @@ def test_training_works_with_a_vocabulary_of_32000(workspace, run, capsys):
     ).read_bytes()
     text = (workspace / "run/run.yaml").read_text()
     assert "tokenizer: tok  # command line" in text
-    assert "vocab_size: 32000  # of the tokenizer" in text
+    assert "vocab_size: 32000  # from the tokenizer" in text
     model = transformers.AutoModelForCausalLM.from_pretrained(workspace / "run/final")
     loaded = transformers.AutoTokenizer.from_pretrained(workspace / "run/final")
     assert model.config.vocab_size == len(loaded) == model.get_input_embeddings().num_embeddings

@@ -1,6 +1,6 @@
 """Data-parallel training in several processes: collectives, and a launcher for the processes.
 
-Every rank holds the full model and processes its share of the rows of a step. The gradients are
+Every rank holds the full model and processes its share of each step's rows. The gradients are
 all-reduced once per step. The environment variables are those of torchrun (RANK, WORLD_SIZE,
 LOCAL_RANK, MASTER_ADDR, MASTER_PORT), so `torchrun --nproc-per-node 2 train.py` works too.
 """
@@ -30,12 +30,12 @@ T = TypeVar("T")
 
 PARENT = "TRAIN_LLM_PARENT"
 TIMEOUT = timedelta(minutes=30)
-"""Timeout of collectives, in which the other ranks wait while rank 0 writes."""
+"""Timeout for collectives. The other ranks wait in a collective while rank 0 writes."""
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """Rank and world size of this process, and its collectives; a single process by default."""
+    """The rank, world size and collectives of this process; by default, it runs alone."""
 
     rank: int = 0
     world_size: int = 1
@@ -66,7 +66,7 @@ class DistributedContext:
                 dist.broadcast(tensor.detach(), 0)
 
     def broadcast_object(self, value: Any) -> Any:
-        """Return the value of rank 0, a small object."""
+        """Return rank 0's value, which should be a small object."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -74,7 +74,7 @@ class DistributedContext:
         return box[0]
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, small objects, in rank order."""
+        """Return the values from all ranks in rank order; they should be small objects."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -94,11 +94,11 @@ def init_distributed(device: str) -> DistributedContext:
     """Join the process group that the environment describes, if any."""
     if not is_launched_process() or int(os.environ["WORLD_SIZE"]) == 1:
         return DistributedContext()
-    # This module keeps the process group that exists at its import as a default argument. The
-    # first optimizer would import it through torch's compiler, and it would hold our group until
-    # exit. Threads of gloo end only with the last reference to their group. A thread that frees a
-    # tensor while Python shuts down aborts a finished run. Imported now, it holds no group.
-    importlib.import_module("torch.distributed.nn.functional")  # `import` would hide `torch` above.
+    # When imported, torch.distributed.nn.functional captures the current group as a default value.
+    # The first optimizer would import it through torch's compiler, and keep our group until exit.
+    # Gloo threads exit only when the last reference to their group is dropped, and a thread that
+    # frees a tensor during shutdown aborts a finished run. Import it before there is a group.
+    importlib.import_module("torch.distributed.nn.functional")  # `import` would shadow `torch`.
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if PARENT in os.environ:
         parent = int(os.environ[PARENT])
@@ -147,7 +147,7 @@ def run_on_main_process(distributed: DistributedContext, action: Callable[[], T]
 def resolve_world_size(config: Any) -> int:
     """Return the number of processes of a run: config.ranks, or one for each visible GPU.
 
-    Raises UserError if there are more processes than GPUs.
+    Raises UserError if `ranks` exceeds the number of visible GPUs.
     """
     use_gpus = config.device in ("auto", "cuda") and torch.cuda.is_available()
     gpus = torch.cuda.device_count() if use_gpus else 0
@@ -163,8 +163,8 @@ def launch_processes(world_size: int) -> int:
     """Run this command as `world_size` ranks on this host, and return their exit code.
 
     If a rank fails, the others are killed. Signal handling differs from torchrun, whose agent kills
-    the ranks 30 seconds after a SIGTERM and then fails. Here signals are forwarded; the ranks save
-    a checkpoint, exit, and determine the exit code.
+    the ranks 30 seconds after a SIGTERM and then fails. Here, signals are forwarded to the ranks,
+    which save a checkpoint and exit.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -186,7 +186,7 @@ def launch_processes(world_size: int) -> int:
         for rank in range(world_size):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
             env = {**os.environ, **common, **own}
-            # A new session for each rank: Ctrl-C then reaches the ranks only through this process.
+            # Each rank has its own session, so that Ctrl-C reaches it only through this process.
             command = [sys.executable, *sys.argv]
             processes.append(subprocess.Popen(command, env=env, start_new_session=True))
         return _wait(processes)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """A problem with settings, files or folders; the message gives location, value and fix.
+    """A problem with settings, files or folders; the message says where it is and how to fix it.
 
     Entry points print it without a traceback and exit with code 1.
     """
@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 
 class AlreadyFinished(Exception):  # noqa: N818
-    """The same run is finished already. Not an error: the exit code is 0."""
+    """The same run has already finished. Not an error: the exit code is 0."""
 
 
 @contextlib.contextmanager

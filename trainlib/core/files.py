@@ -1,4 +1,4 @@
-"""Atomic file writes: readers see the old file or the new one, never a part. Folder locks."""
+"""Atomic file writes, where readers see either the old file or the new one, and folder locks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def refuse_to_overwrite(path: Path, mark: str = "") -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to disk; raises OSError for a file."""
+    """Flush a file, or a folder's entries, to disk; raise OSError only for a file."""
     is_folder = path.is_dir()
     # Windows cannot open folders, and some network file systems cannot sync them.
     with contextlib.suppress(OSError) if is_folder else contextlib.nullcontext():
@@ -80,7 +80,7 @@ def move_aside(folder: Path) -> Path:
 
 
 def cache_dir() -> Path:
-    """Return the folder of files that can be rebuilt."""
+    """Return the folder for cached files, which can be rebuilt."""
     return Path(os.environ.get("TRAIN_LLM_CACHE_DIR", ".cache"))
 
 

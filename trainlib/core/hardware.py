@@ -1,7 +1,7 @@
-"""Hardware of this machine, and the choice of settings for it: a pure function of one table.
+"""Detect this machine's hardware and choose settings for it.
 
-configs/hardware.tsv has a row for each class of card; build.sh reads the same table for the
-container. Settings take precedence over the choices made here.
+The choice is a pure function of the hardware and configs/hardware.tsv, which has a row for each
+class of card; build.sh uses the same table. Explicit settings take precedence over the choice.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 TABLE = ROOT / "configs" / "hardware.tsv"
 CARDS = TABLE.with_name("cards.tsv")
 TABLE_ROW_LENGTH = 512
-"""Row length in positions to which the micro-batch sizes of the table refer."""
+"""Row length, in positions, that the table's micro-batch sizes assume."""
 FEW_THREADS = 4
-"""Largest number of threads for which attention uses blocks. With 2 threads, blocks were 1.5 to
-2.7 times as fast as a full mask for 8 heads, and equally fast for 3. The matrix product of a block
+"""Largest number of threads with which attention uses blocks. With 2 threads, blocks were 1.5 to
+2.7 times as fast as a full mask with 8 heads, and just as fast with 3 heads. The matmul for a block
 takes less than a millisecond, too little work for many threads."""
 
 
@@ -53,14 +53,14 @@ class Facts:
     varlen: bool = False
     """True if torch has variable-length attention."""
     amx: bool = False
-    """True if the CPU has matrix tiles (AMX), with which "medium" products round to bf16."""
+    """True if the CPU supports AMX, where matmul precision "medium" rounds to bf16."""
     threads: int = 1
-    """Threads that a matrix product on the CPU uses."""
+    """Number of threads that a matmul on the CPU uses."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Hardware settings of a run; apart from rounding, none changes what the model learns."""
+    """Hardware settings for a run. They affect what the model learns only through rounding."""
 
     device: str
     precision: str
@@ -68,7 +68,7 @@ class Choice:
     matmul: str
     """Argument for torch.set_float32_matmul_precision."""
     attention: str
-    """masked (the formula in model.py), or a kernel from kernels/: varlen, blocks."""
+    """masked (the formula in model.py), or a kernel in kernels/: varlen or blocks."""
     compile: bool
     micro_batch_size: int
     """Maximum number of rows in one forward pass."""
@@ -109,7 +109,7 @@ def capability(text: str) -> tuple[int, int] | None:
 
 
 class Card(NamedTuple):
-    """A row of configs/cards.tsv, which lists the units."""
+    """A row in configs/cards.tsv, whose comments define the units."""
 
     name: str
     tflops: float
@@ -121,9 +121,9 @@ class Card(NamedTuple):
 
     @property
     def slowest(self) -> float:
-        """Return the upper bound of a step's time, as a multiple of the time that --plan computes.
+        """Return the upper bound on a step's time, as a multiple of the time that --plan computes.
 
-        Below capability 8.0 no kernel skips pairs in different documents, and Muon runs in fp32.
+        Below capability 8.0, no kernel skips pairs across documents, and Muon runs in fp32.
         """
         return 4 / 3 if self.capability >= (8, 0) else 2.0
 
@@ -139,7 +139,7 @@ def read_cards() -> dict[str, Card]:
 
 
 def find_card(name: str) -> Card:
-    """Return a card by name, ignoring case and spaces; raises UserError if it is unknown."""
+    """Return the card with this name, ignoring case and spaces; raises UserError if unknown."""
     cards = read_cards()
     key = re.sub("[ _-]|nvidia|geforce|tesla", "", name.lower())
     if found := cards.get(key) or cards.get(f"rtx{key}"):
@@ -168,12 +168,12 @@ def choose_hardware(
     micro_batch_size: int = 0,
     row_length: int = TABLE_ROW_LENGTH,
 ) -> Choice:
-    """Resolve "auto" for a machine; a pure function.
+    """Resolve "auto" for a machine. This is a pure function.
 
     Raises UserError for a device or precision that the machine does not support.
     """
     if device == "auto":
-        device = "cuda" if facts.cuda else "cpu"  # mps only on request.
+        device = "cuda" if facts.cuda else "cpu"  # mps is used only on request.
     if device == "cuda" and not facts.cuda:
         raise UserError(
             "device=cuda, but torch sees no CUDA device here. Set device=cpu, or check "
@@ -189,8 +189,8 @@ def choose_hardware(
         )
     if precision == "auto":
         precision = "measure" if device == "cpu" else row.precision
-    # On a CPU, "medium" uses oneDNN: exact fp32, up to 1.6 times as fast as "highest". With AMX it
-    # rounds to bf16. On CUDA, "high" means TF32.
+    # On a CPU, "medium" uses oneDNN in exact fp32, up to 1.6 times as fast as "highest". With AMX,
+    # it rounds to bf16. On CUDA, "high" means TF32.
     matmul = {"cuda": "high", "cpu": "highest" if facts.amx else "medium"}.get(device, "highest")
     if not micro_batch_size:
         micro_batch_size = max(1, row.micro_batch_size * TABLE_ROW_LENGTH // row_length)
@@ -207,7 +207,7 @@ def choose_hardware(
 
 
 def find_facts() -> Facts:
-    """Return the facts of this machine; of several cards, the lowest values."""
+    """Return the facts about this machine; with several cards, the minimum of each value."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cards = [torch.cuda.get_device_properties(card) for card in range(count)]
     return Facts(
@@ -259,7 +259,7 @@ def measured_precision(cache_file: Path, matmul: str) -> str:
             torch.set_float32_matmul_precision(before)
         known[key] = min(seconds, key=lambda name: seconds[name])
         log.info(
-            "measured a matrix product on this CPU: fp32 %.1f ms, bf16 %.1f ms; using %s",
+            "measured a matmul on this CPU: fp32 %.1f ms, bf16 %.1f ms; using %s",
             1e3 * seconds["fp32"], 1e3 * seconds["bf16"], known[key],
         )  # fmt: skip
         cache_file.parent.mkdir(parents=True, exist_ok=True)
@@ -268,13 +268,13 @@ def measured_precision(cache_file: Path, matmul: str) -> str:
 
 
 def _seconds(dtype: torch.dtype, budget: float = 0.15) -> float:
-    """Return the best time of a layer-sized matrix product, measured for `budget` seconds."""
+    """Return the best time for a layer-sized matmul, measured for `budget` seconds."""
     x, w = torch.ones(512, 512, dtype=dtype), torch.ones(512, 1408, dtype=dtype)
     return best_time(lambda: x @ w, budget)
 
 
 def best_time(action: Callable[[], object], budget: float) -> float:
-    """Return the best time of an action in seconds, repeated for about `budget` seconds."""
+    """Repeat an action for about `budget` seconds, and return its best time in seconds."""
     times: list[float] = []
     while len(times) < 2 or sum(times) < budget:
         begin = time.perf_counter()
@@ -296,10 +296,10 @@ def cpu_name() -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """Return whether this CPU has instructions for bfloat16 matrix products."""
+    """Return whether this CPU has instructions for bfloat16 matmuls."""
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 def instructions() -> str:
-    """Return the instruction set for matrix products on this CPU, such as AVX2 or AVX512 bf16."""
+    """Return the instruction set for matmuls on this CPU, such as AVX2 or AVX512 bf16."""
     return f"{torch.backends.cpu.get_cpu_capability()}{' bf16' if cpu_has_bf16() else ''}"

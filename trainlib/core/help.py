@@ -1,4 +1,4 @@
-"""Text of --help: every setting of a stage, by group, from the metadata of its field."""
+"""Generate the --help text, which lists every setting of a stage by group."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from trainlib.core.settings import HARDWARE_KEYS, Key, RawValue, keys, read_file
 
 WIDTH = 79  # Some 80-column terminals wrap after the last column.
 FLAGS = {
-    "--help": "print this and exit",
+    "--help": "print this help and exit",
     "--prepare-only": "build the token caches and exit",
-    "--plan": "print the memory and time of the run on each card, and exit",
-    "--gpu NAME[:N]": "plan in detail for N cards of one type of configs/cards.tsv",
+    "--plan": "estimate the run's memory and time on each card, and exit",
+    "--gpu NAME[:N]": "plan in detail for N cards of one type in configs/cards.tsv",
     "--budget TIME": "plan how many tokens fit in this time: 45m, 2h, 1.5d",
 }
 """Command-line options of a stage."""
@@ -59,7 +59,7 @@ def help_text(cls: type, script: str, stage: str, file: Path) -> str:
 
 
 def groups(cls: type) -> dict[str, list[Key]]:
-    """Return the settings by title: those in GROUPS of the class, all others ("run"), sections."""
+    """Return the settings by title: "run" if they have no group, the groups, then the sections."""
     titles = {name: title for title, names in getattr(cls, "GROUPS", {}).items() for name in names}
     grouped: dict[str, list[Key]] = {"run": [], **{title: [] for title in titles.values()}}
     hints, inherited = get_type_hints(cls), {}

@@ -1,4 +1,4 @@
-"""Parse setting strings by the type of their field, and format values back to YAML."""
+"""Parse settings according to the types of their fields, and format values as YAML."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def type_text(type_: Any) -> str:
 
 
 def value_text(value: Any) -> str:
-    """Format a value as YAML that parse reads back."""
+    """Format a value as YAML that `parse` can read."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, (tuple, list)):

@@ -1,8 +1,8 @@
 """Settings: frozen dataclasses filled from a YAML file, the environment and the command line.
 
 Sections are dataclass fields of the stage's class. Precedence: command line, environment
-(hardware keys only), YAML, default. A value is parsed by the type of its field, never by the rules
-of YAML: `1e-3` can be a number, `off` a boolean and `23:30` a string, in a file and in arguments.
+(hardware keys only), YAML, default. Values are parsed according to the type of their field, never
+by YAML's rules: in files and arguments, `1e-3` can be a number, `off` a boolean, `23:30` a string.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def read_file(path: Path, names: list[str], errors: list[str]) -> dict[str, RawV
     try:
         root = yaml.compose(path.read_bytes().decode("utf-8-sig"), yaml.BaseLoader)
     except OSError as error:
-        hint = "pass another as the first argument, like configs/NAME.yaml"
+        hint = "pass another file as the first argument, such as configs/NAME.yaml"
         errors.append(f"{path}: cannot read the config file ({error.strerror}); {hint}")
         return None
     except UnicodeDecodeError as error:
@@ -129,7 +129,7 @@ def read_file(path: Path, names: list[str], errors: list[str]) -> dict[str, RawV
         if not name:
             errors.append(f"{source}: expected `key: value`")
         elif name in lines:
-            errors.append(f"{name} ({source}): set twice, first in line {lines[name]}; keep one")
+            errors.append(f"{name} ({source}): set twice, first on line {lines[name]}; keep one")
         elif _is_section(name, names):
             if not isinstance(node, yaml.MappingNode) and node.value != "":
                 errors.append(f"{name} ({source}): a section; expected `key: value` lines under it")
@@ -167,7 +167,7 @@ def _is_section(name: str, names: list[str]) -> bool:
 
 def _unknown(name: str, names: list[str]) -> str:
     if _is_section(name, names):
-        return f"a section; set a key in it, like {name}.KEY=value"
+        return f"a section; set a key in it, such as {name}.KEY=value"
     last = name.rpartition(".")[2]
     by_last = {known.rpartition(".")[2]: known for known in reversed(names)}
     near = [by_last[last]] if last in by_last else difflib.get_close_matches(name, names, 1)
@@ -253,14 +253,14 @@ def _keep_one_length(
     sources: dict[str, str],
     errors: list[str],
 ) -> None:
-    """Reset all other length keys if a source sets one, so that it overrides earlier sources."""
+    """If a source sets a length key, reset the others, so that it overrides earlier sources."""
     lengths = [key.name for key in length_keys if key.name in names and values[key.name]]
     if len(lengths) > 1:
         both = " and ".join(f"{name}={value_text(values[name])}" for name in lengths)
         origins = ", ".join(dict.fromkeys(sources[name] for name in lengths))
         errors.append(f"{both} ({origins}): a run has only one length; keep one")
     for key in length_keys:
-        # An explicit zero such as `max_steps=0` stays as it is.
+        # An explicit zero such as `max_steps=0` is kept.
         if lengths and key.name != lengths[-1] and values.get(key.name, key.default):
             values[key.name], sources[key.name] = 0, f"replaced by {lengths[-1]}"
 
@@ -287,7 +287,7 @@ BOUNDS = {
 
 
 def bound_errors(config: Any, prefix: str = "") -> list[str]:
-    """Return one message for each value that is out of bounds, without those of sections."""
+    """Return one message for each value that is out of bounds, excluding sections."""
     errors = []
     for field in fields(config):
         value = getattr(config, field.name)
@@ -301,7 +301,7 @@ def bound_errors(config: Any, prefix: str = "") -> list[str]:
 def _config_errors(
     config: Any, sources: dict[str, str], failed: set[str], prefix: str = ""
 ) -> list[str]:
-    """Return the errors of a config and its sections, with the sources of the keys.
+    """Return the errors in a config and its sections, with the sources of the keys.
 
     Skips messages that mention a key in `failed`, since they may follow from another problem. Adds
     the keys of a section with errors to `failed`.
@@ -335,7 +335,7 @@ def with_value(cfg: T, name: str, value: Any, source: str) -> T:
 
 
 def resolved(cfg: T, **values: Any) -> T:
-    """Return a copy of the settings with "auto" replaced by resolved values, of source "auto"."""
+    """Return a copy of the settings with "auto" resolved to values whose source is "auto"."""
     for name, value in values.items():
         if value != getattr(cfg, name):
             cfg = with_value(cfg, name, value, "auto")
@@ -354,7 +354,7 @@ def provenance(cfg: Any) -> dict[str, str]:
 def recipe(cfg: Any) -> dict[str, Any]:
     """Return the settings that determine what the model learns, by dotted key, as JSON values.
 
-    Skips a field with the metadata {"recipe": False}, and all of its section.
+    Skips fields, and entire sections, that have the metadata {"recipe": False}.
     """
     values = {key.name: key.default for key in _walk(cfg) if key.recipe}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}

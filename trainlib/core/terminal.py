@@ -1,4 +1,4 @@
-"""Streams and signals of a run that continues after its terminal is closed."""
+"""Streams and signals for a run that continues after its terminal is closed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def survive_a_dead_terminal() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # For example under pythonw and some services.
+        if stream is None:  # For example, under pythonw and in some services.
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif not isinstance(stream, DetachableStream):
             setattr(sys, name, DetachableStream(stream))

@@ -40,7 +40,7 @@ class Checkpoints:
         self.writes = writes
         """True if this process writes, which only rank 0 does."""
         self.extra_files = files or {}
-        """Contents by name of the files that make a checkpoint a model folder."""
+        """Contents, by file name, of the other files that make a checkpoint a model folder."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -75,20 +75,20 @@ class Checkpoints:
     ) -> None:
         """Write a step folder, point `latest` to it, and remove the oldest folders."""
         name = f"step_{step:06d}"
-        # Remove what a killed process left behind; only this thread writes here.
+        # Remove what a killed process left behind; no other thread writes here.
         for partial in self.folder.glob(".writing-*"):
             shutil.rmtree(partial, ignore_errors=True)
         with self._new_folder(name, weights) as partial:
             save_file(tensors, partial / "optimizer.safetensors")
             (partial / "train_state.json").write_text(json.dumps(state), encoding="utf-8")
         write_atomically(self.folder / "latest", name)
-        # A run resumed from an earlier checkpoint may have later folders, which do not count.
+        # After a resume from an earlier checkpoint, ignore the later folders.
         up_to_step = [path for path in self._step_folders() if _step(path) <= step]
         for old in up_to_step[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def _step_folders(self) -> list[Path]:
-        """Return the complete step folders sorted by number, as names differ in width."""
+        """Return the complete step folders, sorted by number because names differ in width."""
         names = (path for path in self.folder.glob("step_*") if path.name[5:].isdigit())
         return sorted(names, key=_step)
 
@@ -137,7 +137,7 @@ class Checkpoints:
         return next(reversed(named or folders), None)
 
     def restore(self, model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Load a step folder into a model; return its other tensors and the state.
+        """Load a step folder into a model; return the other tensors and the state in the folder.
 
         Raises UserError and leaves the model unchanged if the folder is damaged or does not match.
         """
@@ -189,7 +189,7 @@ def load_optimizer_tensors(
     tensors: dict[str, Tensor],
     scalars: dict[str, Any],
 ) -> None:
-    """Restore the state of the optimizers by parameter name, in any order of parameters.
+    """Restore the optimizer state by parameter name; the parameters may be in any order.
 
     Raises UserError if the state belongs to other optimizers.
     """

@@ -25,7 +25,7 @@ class Requests:
     save: bool = False
     stop: bool = False
     finish: int | None = None
-    """The last step of the run, if the learning rate is to decay from now on."""
+    """The last step of the run, if the learning rate must decay from now on; else None."""
 
 
 class Clock:
@@ -63,13 +63,13 @@ class Clock:
             steps_left = max(0, int(MARGIN * left / per_step))
             begins = steps_left <= schedule.config.decay_fraction * (step + steps_left)
             return step + steps_left if begins else None
-        # The decay was planned with a margin, so only a run that became slower ends earlier.
+        # The decay was planned with a margin, so it ends earlier only if steps have become slower.
         steps_left = max(0, int(left / per_step))
         return step + steps_left if step + steps_left < schedule.num_steps else None
 
 
 class Control:
-    """Signals, the FINISH file in the folder of the run, and the clock.
+    """Signals, the FINISH file in the run folder, and the clock.
 
     SIGTERM and SIGINT: save a checkpoint and stop. SIGUSR1: save a checkpoint and continue. SIGHUP,
     sent when a terminal is closed, is ignored (trainlib.core.terminal). FINISH: decay the learning

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Hardware:
-    """Hardware settings of this process; the warm-up sets `kernels`."""
+    """Hardware settings for this process; the warm-up sets `kernels`."""
 
     device: torch.device
     precision: str
@@ -34,14 +34,14 @@ class Hardware:
     """Kernels in use instead of the plain formulas (trainlib/engine/kernels.py)."""
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the forward-pass context: 16-bit products with fp32 weights, or a null context."""
+        """Return the forward-pass context: 16-bit matmuls with fp32 weights, or a null context."""
         if self.precision in DTYPES:
             return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
         return contextlib.nullcontext()
 
 
 def use_hardware(choice: Choice, local_rank: int = 0) -> Hardware:
-    """Apply a choice of hardware to this process and return it."""
+    """Apply the chosen hardware settings to this process, and return them."""
     torch.set_float32_matmul_precision(choice.matmul)
     if choice.device == "cpu":
         keep_freed_memory()
@@ -51,14 +51,14 @@ def use_hardware(choice: Choice, local_rank: int = 0) -> Hardware:
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Options of mallopt, from malloc.h of glibc."""
+"""Options for mallopt, from glibc's malloc.h."""
 
 
 def keep_freed_memory() -> None:
     """Keep freed memory in this process for reuse, if malloc is from glibc.
 
-    Otherwise the memory of large tensors returns to the system, and every step spends 3 to 4 % of
-    its time on new pages. Memory that only the start of a run needs is kept as well.
+    Otherwise, glibc returns the memory of large tensors to the system, and every step spends 3 to
+    4% of its time on page faults. Memory that is needed only at startup is kept as well.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
@@ -73,9 +73,9 @@ def compile_layers(
     If compilation fails (no C++ compiler, a card that Triton does not support), the layers stay
     uncompiled and the reason is logged. Raises UserError instead if compilation is required.
     """
-    log.info("compiling the layers: up to a minute on a CPU, seconds from a cache")
+    log.info("compiling the layers (up to a minute on a CPU, a few seconds if cached)")
     begin = time.perf_counter()
-    # Each length of `boundaries`, with and without gradients, compiles to a variant.
+    # Each length of `boundaries` is compiled separately, with and without gradients.
     torch._dynamo.config.recompile_limit = 64
     for layer in layers:
         layer.compile(fullgraph=True, dynamic=False)
@@ -100,7 +100,7 @@ def compile_layers(
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Set eval mode without gradients; restore the mode and the RNG state on exit."""
+    """Set eval mode and disable gradients; restore the mode and the RNG state on exit."""
     was_training, cpu_state = model.training, torch.get_rng_state()
     cuda_state = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     model.eval()

@@ -1,7 +1,7 @@
-"""Choice of the functions that compute the decoder: kernels where they agree with model.py.
+"""Choose the functions that compute the decoder: kernels, where they agree with model.py.
 
-Before the model is used, each candidate is compared with the plain formula on small inputs. So if
-you edit a formula in model.py, a run computes the edited formula. A kernel that fails on the
+Before the model is used, each candidate is compared with the plain formula on small inputs.
+Therefore, if you edit a formula in model.py, a run uses your version. A kernel that fails on the
 device is not used, and the log says why.
 """
 
@@ -38,7 +38,7 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A faster function, and how to call it or the plain formula on test inputs."""
+    """A kernel, and how to call it or the plain formula on test inputs."""
 
     name: str
     op: str
@@ -55,10 +55,10 @@ def choose_kernels(
 ) -> Hardware:  # fmt: skip
     """Set model.ops for a run; return the hardware with the names of the kernels in use.
 
-    Call it before the layers are compiled. A candidate is used if the relative L2 errors of its
-    output and gradients against the plain formula in fp32 are at most FACTOR times those of the
-    plain formula in the precision of the run, plus FLOOR. All ranks use the kernels that every rank
-    accepts. With `plain`, no candidate is tested. Raises torch.OutOfMemoryError.
+    Call it before the layers are compiled. Errors are relative L2 errors against the plain formula
+    in fp32. A candidate is used if the errors of its output and gradients are at most FACTOR times
+    the plain formula's errors in the run's precision, plus FLOOR. All ranks use the kernels that
+    every rank accepts. With `plain`, no candidate is tested. Raises torch.OutOfMemoryError.
     """
     chosen, reasons = Ops(), {}
     candidates = [] if plain else find_candidates(hardware, config, row_length)
@@ -78,10 +78,10 @@ def choose_kernels(
 
 
 def find_candidates(hardware: Hardware, config: ModelConfig, row_length: int) -> list[Candidate]:
-    """Return the kernels for a device, each with test inputs of the sizes of the model.
+    """Return the candidates for a device, each with test inputs of the model's dimensions.
 
-    Inputs are normal around 1, so that errors do not cancel, and come from a separate generator.
-    The second row for swiglu is larger, since a clamp would not show in small values.
+    Inputs are normal with mean 1, so that errors do not cancel, and use a separate generator. The
+    second row for swiglu has larger values, because small values would not reveal a clamp.
     """
     generator = torch.Generator().manual_seed(0)
     device, dtype = hardware.device, DTYPES.get(hardware.precision, torch.float32)
@@ -127,7 +127,7 @@ def find_candidates(hardware: Hardware, config: ModelConfig, row_length: int) ->
 
 
 def _documents(row_length: int) -> tuple[Tensor, Tensor]:
-    """Return the positions and documents of two rows: one long document, and many short ones."""
+    """Return position and document ids for two rows: one long document, and many short ones."""
     short = torch.arange(row_length).float().mul(2).sqrt().long() + 1  # Lengths 1, 2, 3, ...
     document_ids = torch.stack([torch.zeros(row_length, dtype=torch.int64), short])
     starts = torch.cat([torch.ones(ROWS, 1), document_ids.diff(dim=1)], 1) != 0
@@ -161,7 +161,7 @@ def disagreement(candidate: Candidate, hardware: Hardware) -> str:
 
 
 def _results(candidate: Candidate, function: Any, hardware: Hardware) -> dict[str, Any]:
-    """Return the output of a function, and its gradients for a random gradient of the output."""
+    """Return a function's output, and its input gradients for a random output gradient."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in candidate.inputs.items()}
     with hardware.autocast():
         output = candidate.call(function, leaves)

@@ -1,4 +1,4 @@
-"""Command line of a stage: settings, data, the folder of the run, then training or a plan."""
+"""Command line of a stage: read the settings, prepare the data, then train or print a plan."""
 
 from __future__ import annotations
 
@@ -85,15 +85,15 @@ def launch(
         if only_prepare:
             print("the token caches are ready")
         elif not is_launched_process() and (count := resolve_world_size(config)) > 1:
-            log.info("starting %d ranks, one process each (set ranks=1 for only one)", count)
+            log.info("starting %d ranks, one process each (set ranks=1 to use only one)", count)
             sys.exit(launch_processes(count))
         elif fit(training := main(*prepared)):
             print_next(training.run)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         sys.exit(
-            f"error: out of memory on the card ({reason}). Set a smaller micro_batch_size; it does "
-            "not change what the model learns."
+            f"error: out of memory on the card ({reason}). Set a smaller micro_batch_size; this "
+            "does not change what the model learns."
         )
     except AlreadyFinished as finished:
         log.info("%s", finished)
@@ -109,7 +109,7 @@ def launch(
 
 
 def refuse_other_stage(argv: list[str], stage: str) -> None:
-    """Raise UserError for a file in configs/ whose name is that of another stage."""
+    """Raise UserError for a file in configs/ that belongs to another stage."""
     for file in (Path(word) for word in argv if word.endswith((".yaml", ".yml"))):
         name = file.stem.removeprefix("tiny_")
         for other, script in STAGES.items():
@@ -122,7 +122,7 @@ def refuse_other_stage(argv: list[str], stage: str) -> None:
 
 
 def print_next(run: Run) -> None:
-    """Log the command for the next stage; after a tiny recipe, the one with its tiny recipe."""
+    """Log the command for the next stage, with its tiny recipe if this run used one."""
     tiny = f"configs/tiny_{run.stage}.yaml:"
     small = any(source.startswith(tiny) for source in provenance(run.config).values())
     chat = f"python chat.py --model {run.folder}/final"
@@ -135,10 +135,10 @@ def print_next(run: Run) -> None:
 
 
 def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> Run:
-    """Acquire the folder of a run and choose the hardware.
+    """Acquire the run folder and choose the hardware.
 
-    Writes nothing and raises AlreadyFinished if the folder holds the same run, finished, and
-    UserError if it holds a run with another recipe or other data.
+    If the same run has already finished in the folder, writes nothing and raises AlreadyFinished.
+    Raises UserError if the folder holds a run with another recipe or other data.
     """
     folder = Path(config.out_dir)
     base = weights_digest(config.init_from) if config.init_from else None
@@ -176,14 +176,14 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
             # The next checkpoint follows this one, even if the folder has later ones.
             write_atomically(folder / "latest", resume_from.name)
         write_atomically(folder / IDENTITY, json.dumps(identity, ensure_ascii=False))
-        # Write the resolved precision, since a resume must keep it.
+        # Write the resolved precision, because a resumed run must use the same.
         write_run_yaml(resolved(config, precision=choice.precision), folder / "run.yaml")
     log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
     return Run(config, stage, folder, hardware, distributed, Clock(config.max_hours), resume_from)
 
 
 def _precision(folder: Path, resume_from: Path | None, matmul: str) -> str:
-    """Return the precision of the run to resume, otherwise the faster one on this CPU."""
+    """Return the precision of the run to resume, or the faster one on this CPU for a new run."""
     run_yaml = folder / "run.yaml"
     if resume_from is not None and run_yaml.is_file():
         previous = yaml.safe_load(run_yaml.read_text(encoding="utf-8")).get("precision")

@@ -52,8 +52,8 @@ def fit(training: Training) -> bool:
             display.count(batch, result, lr)
             if state.bad_steps == MAX_BAD_STEPS:
                 raise UserError(
-                    f"step {state.step}: loss or gradient not finite for {MAX_BAD_STEPS} steps in "
-                    "a row. Lower optim.*_lr, or check the data. The last checkpoint is kept."
+                    f"step {state.step}: loss or gradient was not finite {MAX_BAD_STEPS} times in "
+                    "a row. Lower optim.*_lr, or check the data. The last checkpoint is intact."
                 )
             requests = control.poll(state.step, schedule)
             if requests.finish is not None:
@@ -65,7 +65,7 @@ def fit(training: Training) -> bool:
                 run_evaluation()
             if requests.save or stopping or end or due(state.step, config.save_every_steps):
                 save(training, state)
-        # Before the signal handlers are restored: a second signal must not interrupt the write.
+        # Join before the signal handlers are restored: a signal must not interrupt the write.
         checkpoints.join()
         finished = schedule.reached(state.step)
         if finished:
@@ -85,5 +85,5 @@ def fit(training: Training) -> bool:
 
 
 def due(step: int, every: int) -> bool:
-    """Return whether a step is a multiple of `every`; False if that is 0."""
+    """Return whether a step is a multiple of `every`; if `every` is 0, return False."""
     return bool(every) and step % every == 0

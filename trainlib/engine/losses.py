@@ -1,9 +1,9 @@
 """Losses and log-probabilities as functions of logits, which they do not modify.
 
-Losses are sums. The training step divides once, by the targets of the whole step, so micro-batches
-are weighted by their number of targets.
+Losses are sums. The training step divides once, by the number of targets in the step, so
+micro-batches are weighted by their number of targets.
 
-Shapes: B rows, T positions, V vocab_size, C documents of a micro-batch.
+Shapes: B rows, T positions, V vocab_size, C documents in a micro-batch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from trainlib.data.batch import IGNORE_INDEX, Batch
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return -log p(label) of each position in nats, in fp32; 0 where the label is IGNORE_INDEX.
+    """Return -log p(label) at each position in nats, in fp32; 0 where the label is IGNORE_INDEX.
 
     Equals F.cross_entropy with reduction="none" on fp32 logits, with fewer passes over the largest
-    tensor of a step. Ignored positions get zero gradient, even if their 16-bit logits overflowed.
+    tensor in a step. Ignored positions get zero gradient, even if their 16-bit logits overflowed.
     Shapes: logits (..., V), labels (...) -> (N,), with all positions flattened.
     """
     return TokenLossFunction.apply(logits.flatten(0, -2), labels.flatten())
@@ -39,8 +39,8 @@ class TokenLossFunction(torch.autograd.Function):
         probabilities = torch.empty_like(logits, dtype=dtype)
         # Without `out`, 16-bit logits would be converted to a second fp32 tensor.
         torch.softmax(logits, 1, dtype=dtype, out=probabilities)
-        # The largest logit has probability exp(0) / sum. So the sum needs no second pass, and there
-        # is no logarithm of the probability of a label, which may be 0.
+        # The largest logit has probability exp(0) / sum, so the sum needs no second pass. A label's
+        # own probability may be 0, so its logarithm is never taken.
         losses = below_max - probabilities.amax(1).log()
         ctx.dtype = logits.dtype
         ctx.probabilities = probabilities
@@ -73,12 +73,12 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
 def sequence_log_probs(
     logits: Tensor, labels: Tensor, document_ids: Tensor, num_documents: int
 ) -> Tensor:
-    """Return the total log-probability in nats of the supervised tokens of each document.
+    """Return the total log-probability in nats of the supervised tokens in each document.
 
     Shapes: logits (..., V); labels, document_ids (...) -> (C,) with C = num_documents. Padding has
     document ids of num_documents or more and is omitted.
     """
-    # One more slot collects the padding.
+    # An extra slot collects the padding.
     slots = document_ids.flatten().clamp(max=num_documents)
     losses = token_losses(logits, labels)
     return losses.new_zeros(num_documents + 1).index_add(0, slots, -losses)[:num_documents]

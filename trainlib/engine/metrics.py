@@ -1,4 +1,4 @@
-"""Metrics of a run on disk: metrics.jsonl, train.log and TensorBoard, under the same names."""
+"""Write a run's metrics to metrics.jsonl, train.log and TensorBoard, under the same names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PAGE = "is it going well?"
 
 
 def charts(validation: list[str], baselines: list[str]) -> dict[str, list[str]]:
-    """Return the metric names of each chart by title, without the charts of other stages.
+    """Return the metric names for each chart by title, without the charts for other stages.
 
     `validation` lists the metric names that an evaluation returns.
     """
@@ -53,7 +53,7 @@ def charts(validation: list[str], baselines: list[str]) -> dict[str, list[str]]:
 class MetricsLog:
     """Writer of metrics.jsonl, train.log and TensorBoard.
 
-    Resuming from a step removes later lines of metrics.jsonl, and a truncated last line. So each
+    Resuming from a step removes later lines and a truncated last line from metrics.jsonl, so each
     step has at most one training line and one validation line.
     """
 
@@ -71,7 +71,7 @@ class MetricsLog:
         self._has_page = False
 
     def add_baselines(self, baselines: dict[str, float]) -> None:
-        """Write the baselines of val/bits_per_byte to baselines.json, and plot them as lines."""
+        """Write the baselines for val/bits_per_byte to baselines.json, and plot them as lines."""
         self._baselines = baselines
         if baselines:
             write_atomically(self._folder / "baselines.json", json.dumps(baselines, indent=2))
@@ -125,7 +125,7 @@ class MetricsLog:
 
 
 class NoMetricsLog(MetricsLog):
-    """Metrics writer for ranks other than 0, which does nothing."""
+    """A metrics writer that does nothing, for ranks other than 0."""
 
     def __init__(self) -> None: ...
 
@@ -133,7 +133,7 @@ class NoMetricsLog(MetricsLog):
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the rows of metrics.jsonl of a run, without values that were not finite."""
+    """Return the rows of a run's metrics.jsonl, without values that were not finite."""
     rows = _complete_rows(folder / "metrics.jsonl")
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
@@ -147,12 +147,12 @@ def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def newly_passed(value: float, baselines: dict[str, float], passed: list[str]) -> dict[str, str]:
-    """Return the baselines that a value is below for the first time, with a message for each.
+    """Return the baselines that a value falls below for the first time, with a message for each.
 
-    Skips uniform: an untrained model may be above or below it.
+    Skips "uniform", because an untrained model may be above or below it.
     """
     return {
-        name: f"below the {name} line"
+        name: f"below the {name} baseline"
         for name, limit in sorted(baselines.items(), key=lambda item: -item[1])
         if value < limit and name not in passed and name != "uniform"
     }
@@ -175,7 +175,7 @@ def as_markdown(samples: list[str]) -> str:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Remove the rows of a metrics file after a step."""
+    """Remove the rows after a step from a metrics file."""
     if path.exists():
         lines = [json.dumps(row) + "\n" for row in _complete_rows(path) if row["step"] <= step]
         write_atomically(path, "".join(lines))

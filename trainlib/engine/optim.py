@@ -1,7 +1,7 @@
 """Optimizers, and the schedule of a run: its length and learning rate.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices inside the blocks,
-AdamW (arXiv:1711.05101) for embeddings and norms; or AdamW for everything. The loop, the schedule
+AdamW (arXiv:1711.05101) for embeddings and norms, or for everything. The loop, the schedule
 and the checkpoint accept a list of optimizers of any class.
 """
 
@@ -51,7 +51,7 @@ class OptimConfig:
     """Learning rate at the end, as a fraction of the peak."""
 
     def validation_errors(self) -> list[str]:
-        """Return one message for each combination of settings that cannot work."""
+        """Return one message for each invalid combination of settings."""
         warmup, decay = self.warmup_fraction, self.decay_fraction
         if self.schedule != "wsd" or max(warmup, decay) > 1 or warmup + decay <= 1:
             return []
@@ -60,17 +60,17 @@ class OptimConfig:
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Return whether matrix products on this device are faster in bfloat16 than in fp32."""
+    """Return whether matmuls on this device are faster in bfloat16 than in fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        # Without them, a 512 x 512 Newton-Schulz iteration took 2.2 s in bf16, 0.03 s in fp32.
+        # Without bf16 instructions, 512 x 512 Newton-Schulz took 2.2 s in bf16, 0.03 s in fp32.
         return cpu_has_bf16()
     return False
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Replace the singular values of each matrix by values near 1 (quintic Newton-Schulz).
+    """Replace the singular values of each matrix with values near 1 (quintic Newton-Schulz).
 
     Shapes: (M, rows, columns) -> the same. Source: the Muon post, with the coefficients of
     torch.optim.Muon.
@@ -90,9 +90,9 @@ def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.f
 class Muon(torch.optim.Muon):
     """torch.optim.Muon that orthogonalizes matrices of equal shape together, in the faster dtype.
 
-    torch.optim.Muon orthogonalizes one matrix at a time, always in bfloat16: 40 to 70 times slower
-    than fp32 on a CPU without bfloat16 instructions. Settings, state and update rule are the same,
-    as a test checks.
+    torch.optim.Muon orthogonalizes one matrix at a time, always in bfloat16, 40 to 70 times slower
+    than fp32 on a CPU without bfloat16 instructions. The settings, the state and the update rule
+    are the same; a test checks this.
     """
 
     @torch.no_grad()
@@ -181,7 +181,7 @@ class Schedule:
             self.decay, self.num_steps = decay, decay[2]
 
     def factor(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0, as a fraction of the peak."""
+        """Return the learning rate at a step, counted from 0, as a fraction of the peak."""
         c = self.config
         if self.decay is not None:
             begin, high, end = self.decay
@@ -204,7 +204,7 @@ class Schedule:
         return self.num_steps is not None and step >= self.num_steps
 
     def set_rates(self, optimizers: list[Optimizer], step: int) -> float:
-        """Set the learning rate of each parameter group for a step; return that of the first."""
+        """Set the learning rate of each parameter group for a step; return the first group's."""
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * self.factor(step)

@@ -2,8 +2,8 @@
 
     python train.py --plan [--gpu NAME[:N]] [--budget TIME] [config.yaml] [key=value ...]
 
-Opens no model and writes nothing. tests/engine/test_memory.py compares the memory with a count of
-the tensors of a step. Times follow from configs/cards.tsv and have not been measured yet.
+Builds no model and writes nothing. tests/engine/test_memory.py compares the predicted memory with
+a count of the tensors in a step. Times are computed from configs/cards.tsv and not yet verified.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ from trainlib.engine.flops import Sizes
 
 CONFIGS = ROOT / "configs"
 CUDA_BYTES = 700_000_000
-"""Bytes of a process on a card besides its tensors: CUDA context and cuBLAS workspace."""
+"""Bytes that a process needs on a card besides tensors: CUDA context and cuBLAS workspace."""
 USABLE = 0.95
-"""Fraction of the memory of a card that tensors can use; the rest is fragmentation."""
+"""Fraction of a card's memory that tensors can use; the rest is lost to fragmentation."""
 SAVED = {
     ("cpu", False): (16, 12, 12, 8),
     ("cpu", True): (18, 8, 8, 4),
     ("cuda", False): (16, 16, 16, 8),
     ("cuda", True): (18, 12, 12, 4),
 }
-"""Bytes that an uncompiled layer saves for backward per position, by (device, 16-bit products),
-times each of four widths: residual stream (inputs and outputs of both norms; with 16 bits a copy
+"""Bytes that an uncompiled layer saves for backward per position, by (device, 16-bit matmuls), as
+factors of four widths: residual stream (inputs and outputs of both norms; in 16 bits, also a copy
 for each of five linear layers), queries (projected, rotated, attention output), keys (projected,
-rotated, values), feed-forward (gate, up). On a card, the input of rotate is added."""
+rotated, values), feed-forward (gate, up). On a card, the input to rotate is saved too."""
 LOGIT_BYTES = {False: 8, True: 6}
-"""Bytes per logit, with its fp32 probability, which becomes its gradient; True = 16 bits."""
+"""Bytes per logit, including its fp32 probability, which becomes its gradient; True = 16-bit."""
 UPDATE_BYTES = {False: 19, True: 15}
-"""Bytes per value of the matrices of one shape, which Muon orthogonalizes together: the update, the
-stack of updates, and two stages of Newton-Schulz, in fp32 or (True) in bf16."""
+"""Bytes per value in the matrices of one shape, which Muon orthogonalizes together: the update, the
+stack of updates, and two stages of Newton-Schulz, in fp32 (False) or bf16 (True)."""
 
 ATTENTION_SHARE, TRAFFIC_SHARE = 0.4, 0.85
-"""Fractions of peak FLOP/s and of bandwidth: attention with head size 64, elementwise kernels."""
+"""Fraction of peak FLOP/s in attention with head size 64; of bandwidth in elementwise kernels."""
 BYTES_PER_VALUE, BYTES_PER_WEIGHT = 13.2, 20.5
-"""Bytes of traffic per output of a linear layer, and per weight and micro-batch, with Inductor."""
+"""Bytes of traffic with Inductor: per linear-layer output, and per weight in each micro-batch."""
 LAUNCH_SECONDS = 70e-6
-"""Host time per linear layer and micro-batch: about 12 launches of 6 microseconds each."""
+"""Host time per linear layer in each micro-batch: about 12 launches of 6 microseconds each."""
 
 
 def find_sizes(config: Any) -> tuple[Sizes, str]:
-    """Return the sizes of the model of a run, and their source; raises UserError."""
+    """Return the dimensions of a run's model, and their source; raises UserError."""
     path, values = Path(config.init_from) / "config.json", {}
     source, needed = str(path), bool(config.init_from)
     if not config.init_from:
@@ -69,7 +69,7 @@ def find_sizes(config: Any) -> tuple[Sizes, str]:
     elif not path.is_file():
         small = any("tiny_" in source for source in provenance(config).values())
         path = CONFIGS / ("tiny_pretrain.yaml" if small else "pretrain.yaml")
-        source = f"configs/{path.name}, as {source} does not exist"
+        source = f"configs/{path.name}, because {source} does not exist"
     try:
         text = path.read_text(encoding="utf-8") if needed else ""
         read = (json.loads if path.suffix == ".json" else yaml.safe_load)(text or "{}")
@@ -85,14 +85,14 @@ def find_sizes(config: Any) -> tuple[Sizes, str]:
         known: Any = {name: int(values[name]) for name in names}
         return Sizes(**known), source
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: no model sizes ({error}). Choose another folder.") from error
+        raise UserError(f"{path}: no model dimensions ({error}). Choose another folder.") from error
 
 
 # ---- memory --------------------------------------------------------------------------------------
 
 
 class Term(NamedTuple):
-    """A part of the memory of a step at its peak."""
+    """One part of the peak memory of a step."""
 
     name: str
     bytes: float
@@ -114,7 +114,7 @@ def step_memory(
     parameters, head = 4 * sizes.parameters, 4 * sizes.vocab_size * d
     saved = SAVED["cuda" if cuda else "cpu", half]
     layer = sum(a * b for a, b in zip(saved, sizes.widths, strict=True))
-    scores, reason = 0.0, "probabilities of blocks"  # Values per position.
+    scores, reason = 0.0, "probabilities in blocks"  # Values per position.
     if choice.attention == "masked":
         scores, reason = row_length + cuda * layers * 2 * (q - k), "mask; on cards, repeated k, v"
     elif choice.attention == "blocks":
@@ -129,9 +129,9 @@ def step_memory(
         Term("attention", positions * scores * width, reason),
         Term("layers", positions * layers * layer, "activations that backward needs"),
         Term("logits", positions * (LOGIT_BYTES[half] * sizes.vocab_size + (4 + width) * d),
-             "with probabilities and gradients, and input and output of the final norm"),
-        Term("16-bit weights", parameters / 2, "copies for matrix products") if half
-        else Term("output matrix", head, "its gradient, in addition to that of the logits"),
+             "with probabilities and gradients; also input and output of the final norm"),
+        Term("16-bit weights", parameters / 2, "copies for matmuls") if half
+        else Term("output matrix", head, "its gradient, in addition to the logit gradients"),
     ]  # fmt: skip
     exchange = [*fixed, gradients, Term("all-reduce", parameters, "flat gradient buffer")]
     low = choice.precision == "bf16" if cuda else hardware.cpu_has_bf16()
@@ -150,11 +150,11 @@ def step_time(
     card: Card, sizes: Sizes, optimizer: str, half: bool, context: float, positions: float,
     num_micro: int, count: int = 1,
 ) -> dict[str, float]:  # fmt: skip
-    """Return a lower bound on the seconds of each part of a step; the parts run in sequence.
+    """Return a lower bound in seconds for each part of a step; the parts run in sequence.
 
-    Launches count only if the host takes longer than the device. The all-reduce is a ring: each
-    card sends and receives 2 (count - 1) / count of the fp32 gradients. fp32 products run in TF32
-    from capability 8.0 on, at half the 16-bit rate, and at an eighth of it on older cards.
+    Launches count only if the host takes longer than the device. The all-reduce is a ring, in which
+    each card sends and receives 2 (count - 1) / count of the fp32 gradients. fp32 matmuls run at
+    half the 16-bit rate (TF32) from capability 8.0 on, and at an eighth of it on older cards.
     """
     rate = 1 if half else 1 / 2 if card.capability >= (8, 0) else 1 / 8
     peak, bandwidth = rate * card.tflops * 1e12, TRAFFIC_SHARE * card.gbs * 1e9
@@ -206,18 +206,18 @@ def plan_request(argv: list[str]) -> tuple[PlanRequest | None, list[str]]:
     budget = parse_seconds(options["--budget"]) if "--budget" in options else 0.0
     name, colon, count = options.get("--gpu", "").partition(":")
     if colon and not re.fullmatch("[1-9][0-9]{0,5}", count):
-        raise UserError(f"--gpu {name}:{count}: not a number of cards: {count!r}. Use {name}:4.")
+        raise UserError(f"--gpu {name}:{count}: {count!r} is not a number of cards. Use {name}:4.")
     card = hardware.find_card(name) if "--gpu" in options else None
     return PlanRequest(card, int(count or 1), budget), [arg for arg in rest if arg != "--plan"]
 
 
 def parse_seconds(text: str) -> float:
-    """Return the seconds of a duration such as 45m, 2h, 1.5d, or 2 (hours); raises UserError."""
+    """Return the seconds in a duration such as 45m, 2h, 1.5d, or 2 (hours); raises UserError."""
     found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(s|m|min|h|d|)", text.strip())
     units = {"s": 1, "m": 60, "min": 60, "d": 86400}
     if seconds := float(found[1]) * units.get(found[2], 3600) if found else 0.0:
         return seconds
-    raise UserError(f"--budget {text}: not a positive time. Use 45m, 2h, 1.5d or hours.")
+    raise UserError(f"--budget {text}: not a positive time. Use 45m, 2h, 1.5d, or hours.")
 
 
 class Plan(NamedTuple):
@@ -231,7 +231,7 @@ class Plan(NamedTuple):
     budget: float
 
     def on(self, card: Card | None, count: int) -> tuple[Choice, int, int, list[Term], dict]:
-        """Return the hardware, micro-batches, rows of each, memory and time of a step.
+        """Return the hardware, micro-batches, rows in each, and the memory and time of a step.
 
         Without a card, plan for this machine and return no time. Documents are assumed to be as
         long as rows. Raises UserError for settings that the device does not support.
@@ -252,7 +252,7 @@ class Plan(NamedTuple):
         return choice, *shape, terms, step_time(card, *model, *work) if card else {}
 
     def table(self, entries: dict[str, tuple[Card, int]], shares: bool) -> list[str]:
-        """Return a table with a line for each entry; `shares` adds the efficiency of N cards."""
+        """Return a table with one line per entry; `shares` adds the efficiency of N cards."""
         end, single = "max_tokens" if self.budget else "time", 0.0
         lines = ["", f"  {'':16}{'micro-batches':>13}{'GB':>7}{'of GB':>7}{'fits':>6}"
                  f"{'tokens/s':>20}{end:>20}{'  share' if shares else ''}"]  # fmt: skip
@@ -285,7 +285,7 @@ def duration(low: float, high: float) -> str:
 
 
 def print_plan(config: Any, stage: str, request: PlanRequest) -> None:
-    """Log the plan of a run; raises UserError."""
+    """Log the plan for a run; raises UserError."""
     sizes, source = find_sizes(config)
     row_length = config.sequence_length * (2 if stage == "dpo" else 1)
     rows = max(1, config.tokens_per_step // row_length)
@@ -311,14 +311,14 @@ def print_plan(config: Any, stage: str, request: PlanRequest) -> None:
     if card := request.card:
         entries = {f"{n} x {card.name}": (card, n) for n in sorted({1, 2, 4, 8, request.count})}
     texts += describe_card(plan, card, request.count) if card else describe_here(plan)
-    lines = [f"plan of {stage}: nothing is trained; all figures are computed from formulas"]
+    lines = [f"plan for {stage}: nothing is trained; all figures are computed from formulas"]
     for title, text in texts:
         lines += textwrap.wrap(f"  {title:10}{text}", 98, subsequent_indent=" " * 12)
     logging.getLogger(__name__).info("%s", "\n".join([*lines, *plan.table(entries, bool(card))]))
 
 
 def describe_here(plan: Plan) -> list[tuple[str, str]]:
-    """Return the memory of a step on this machine; nothing if it cannot run the settings."""
+    """Return the memory of a step here, or no entries if this machine rejects the settings."""
     try:
         choice, num_micro, rows, terms, _ = plan.on(None, resolve_world_size(plan.config))
     except UserError:

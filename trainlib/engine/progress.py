@@ -42,7 +42,7 @@ class Display:
         self.begin, self.tokens, self.waited, self.steps = time.perf_counter(), 0, 0.0, 0
 
     def wait_for(self, loader: StepLoader) -> StepBatch:
-        """Return the data of the next step, and add the time spent waiting for it."""
+        """Return the next step's data, and record the time spent waiting for it."""
         begin = time.perf_counter()
         batch = next(loader)
         self.waited += time.perf_counter() - begin
@@ -87,7 +87,7 @@ class Display:
         self._reset()
 
     def show_validation(self, metrics: Metrics, samples: list[str]) -> None:
-        """Print and record an evaluation, whose time does not count as training time."""
+        """Print and record an evaluation. Its time does not count as training time."""
         step, baselines = self.state.step, self.baselines
         value = metrics.get(names.VAL_BITS_PER_BYTE, math.inf)
         passed = newly_passed(value, baselines, self.state.passed)

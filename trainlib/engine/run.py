@@ -37,21 +37,21 @@ class RunConfig:
     init_from: str = ""
     """Model folder to start training from; empty = random weights."""
     resume: str = field(default="auto", metadata=EXECUTION_ONLY)
-    """auto: resume an unfinished run; never: move it aside; or the path of a step folder."""
+    """auto: resume an unfinished run; never: move it aside; or a step folder to resume from."""
     seed: int = 0
     """Seed for the initial weights and the order of the data."""
     device: Literal["auto", "cpu", "cuda", "mps"] = field(default="auto", metadata=EXECUTION_ONLY)
-    """Device to train on; auto = cuda if there is a card, else cpu."""
+    """Device to train on; auto = cuda if there is a GPU, else cpu."""
     ranks: int = field(default=0, metadata={**EXECUTION_ONLY, "at_least": 0})
-    """Number of data-parallel processes on this host; 0 = one per visible card, else one."""
+    """Number of data-parallel processes on this host; 0 = one per visible GPU, or one on a CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = field(
         default="auto", metadata=EXECUTION_ONLY
     )
-    """Precision of the forward pass; auto = by card; on a CPU, the faster of fp32 and bf16."""
+    """Precision of the forward pass; auto = by GPU type; on a CPU, the faster of fp32 and bf16."""
     compile: Literal["auto", "on", "off"] = field(default="auto", metadata=EXECUTION_ONLY)
-    """Compile the layers; auto = on cards, and on a CPU for long bf16 runs of known length."""
+    """Compile the layers; auto = on GPUs, and on a CPU for long bf16 runs of known length."""
     kernels: Literal["auto", "plain"] = field(default="auto", metadata=EXECUTION_ONLY)
-    """Kernels that replace the formulas of model.py; auto = those that agree; plain = none."""
+    """Kernels that replace the formulas in model.py; auto = all that agree; plain = none."""
     micro_batch_size: int = field(default=0, metadata={**EXECUTION_ONLY, "at_least": 0})
     """Maximum number of rows in one forward pass; 0 = chosen for the device."""
     max_steps: int = field(default=0, metadata={"at_least": 0})
@@ -61,7 +61,7 @@ class RunConfig:
     epochs: int = field(default=0, metadata={"at_least": 0})
     """Length of the run in passes over the training data (0 = not set)."""
     max_hours: float = field(default=0.0, metadata={"at_least": 0})
-    """Length of the run in hours, including those before a resume (0 = not set)."""
+    """Length of the run in hours, including the time before a resume (0 = not set)."""
     tokens_per_step: int = field(default=131072, metadata={"at_least": 1})
     """Positions per optimizer step."""
     sequence_length: int = field(default=512, metadata={"at_least": 2})
@@ -69,11 +69,11 @@ class RunConfig:
     eval_every_steps: int = field(default=200, metadata={**EXECUTION_ONLY, "at_least": 0})
     """Steps between evaluations; 0 = only at the start and the end."""
     save_every_steps: int = field(default=200, metadata={**EXECUTION_ONLY, "at_least": 0})
-    """Steps between checkpoints; 0 = only on a stop and at the end."""
+    """Steps between checkpoints; 0 = only when the run stops or ends."""
     log_every_steps: int = field(default=10, metadata={**EXECUTION_ONLY, "at_least": 1})
     """Steps between log lines."""
     keep_checkpoints: int = field(default=2, metadata={**EXECUTION_ONLY, "at_least": 1})
-    """Number of step folders to keep, the newest ones."""
+    """Number of step folders to keep; older ones are deleted."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizers and schedule."""
 

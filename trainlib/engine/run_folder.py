@@ -18,7 +18,7 @@ IDENTITY = "identity.json"
 
 
 def acquire_run_folder(folder: Path, resume: str, identity: dict[str, Any]) -> Path | None:
-    """Create and lock the folder of a run; return the step folder to resume from, if any.
+    """Create and lock the run folder; return the step folder to resume from, if any.
 
     Raises UserError if another process uses the folder, if the run would overwrite files in it, or
     if it cannot be created.
@@ -41,7 +41,7 @@ def acquire_run_folder(folder: Path, resume: str, identity: dict[str, Any]) -> P
 def resolve_resume(folder: Path, resume: str, identity: dict[str, Any]) -> Path | None:
     """Return the step folder to resume from, or None to start in an empty folder.
 
-    Raises AlreadyFinished if the folder holds the same run, finished, and UserError if the run
+    Raises AlreadyFinished if the same run has finished in the folder, and UserError if the run
     would overwrite files in it.
     """
     if resume not in ("auto", "never"):
@@ -64,7 +64,7 @@ def resolve_resume(folder: Path, resume: str, identity: dict[str, Any]) -> Path 
     final = {"init_from": "final"} if (folder / "final").is_dir() else {}
     stage = identity["stage"]
     if (other := existing.get("stage", stage)) != stage:
-        text = f"{folder} holds a run of {other}, but this is {stage}."
+        text = f"{folder} holds a run of the {other} stage, but this is {stage}."
         raise UserError(f"{text} {_options(folder, final)}")
     differing = _differences(existing, json.loads(json.dumps(identity)))
     if final and not differing:
@@ -92,12 +92,12 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 
 def _named_step_folder(folder: Path, step_folder: Path, stage: str) -> Path:
-    """Return the step folder of resume=; raise UserError if resuming would overwrite files."""
+    """Return the step folder set by resume=; raise UserError if this would overwrite files."""
     if not (step_folder / "train_state.json").is_file():
         raise UserError(f"resume={step_folder} is not a step folder (no train_state.json in it)")
     if (other := read_identity(step_folder.parent).get("stage", stage)) != stage:
         raise UserError(
-            f"resume={step_folder} is from a run of {other}, but this is {stage}. "
+            f"resume={step_folder} is from a run of the {other} stage, but this is {stage}. "
             f"Start a new run from its model with init_from={step_folder}."
         )
     inside = step_folder.resolve().parent == folder.resolve()
@@ -129,7 +129,7 @@ def _differences(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, st
 
 def _uses(step_folder: Path | None, differing: set[str]) -> dict[str, str]:
     """Return the settings that can use a step folder despite these differences."""
-    # Another model cannot use the weights, nor another optimizer the optimizer state.
+    # A different model cannot use the weights; another optimizer cannot use the optimizer state.
     if step_folder is None or any(key.startswith(("model.", "tokenizer")) for key in differing):
         return {}
     keys = ("init_from",) if "optim.name" in differing else ("resume", "init_from")

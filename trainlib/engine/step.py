@@ -1,7 +1,7 @@
 """One optimizer step, and the sums behind its metrics.
 
-The gradient of a step is that of (sum of losses) / (targets of the whole step), so the update does
-not depend on the number and size of micro-batches.
+A step minimizes (sum of losses) / (number of targets in the step), so the update does not depend on
+the number and size of micro-batches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class StepResult:
 
 
 def optimizer_step(training: Training, batch: StepBatch, loss_scale: float) -> StepResult:
-    """Update the model with all micro-batches of all ranks, unless loss or gradient is not finite.
+    """Update the model from the micro-batches on all ranks, unless loss or gradient is not finite.
 
     The global gradient norm is clipped to optim.grad_clip. The loss is multiplied by loss_scale
     before the backward pass, so that small fp16 gradients do not underflow.
@@ -75,5 +75,5 @@ def add_metrics(sums: MetricSums, more: MetricSums) -> None:
 
 
 def means(sums: MetricSums) -> Metrics:
-    """Return sum / count of each metric whose count is not zero."""
+    """Return sum / count for each metric whose count is not zero."""
     return {name: float(value) / count for name, (value, count) in sums.items() if count}

@@ -32,7 +32,7 @@ class TrainState:
     evaluated: int = -1
     """The step of the last evaluation."""
     passed: list[str] = field(default_factory=list)
-    """Baselines that an evaluation has been below."""
+    """Baselines that an evaluation has already fallen below."""
     seconds: float = 0.0
     """Duration of the run up to its last checkpoint."""
     decay: tuple[int, float, int] | None = None
@@ -50,7 +50,7 @@ class TrainState:
         self.tokens += batch.num_tokens
         self.position = batch.after
         if self.loss_scale > LEAST_SCALE and not finite:
-            # An overflow is not a bad step: this is how the largest usable scale is found.
+            # An overflow is not a bad step; it is part of finding the largest usable scale.
             self.loss_scale, self.scaled_steps = self.loss_scale / 2, 0
             return
         self.bad_steps = 0 if finite else self.bad_steps + 1

@@ -25,8 +25,8 @@ MetricSums = dict[str, tuple[Tensor | float, float]]
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, MetricSums]]
 Metrics = dict[str, float]
 LONG_RUN = 2e14
-"""Minimum floating-point operations of a bf16 run on a CPU to be compiled: 15 minutes on two cores.
-Compilation takes half a minute; bf16 steps become 1.1 times as fast, fp32 steps no faster."""
+"""On a CPU, bf16 runs of at least this many operations are compiled: 15 minutes on two cores.
+Compilation takes half a minute and makes bf16 steps 1.1 times as fast, but fp32 steps no faster."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Training:
     ) -> Training:
         """Move the model to its device, build loader, schedule and optimizers, and warm up.
 
-        `files` has the contents by name of the files that make a checkpoint a model folder. The
+        `files` maps names to contents, for the files that make a checkpoint a model folder. The
         model is not wrapped.
         """
         c, hardware = run.config, run.hardware
@@ -79,7 +79,7 @@ class Training:
 
 
 def make_schedule(config: RunConfig, loader: StepLoader) -> Schedule:
-    """Return the schedule of a run, with its length from whichever length setting is used.
+    """Return the schedule for a run, whose length comes from the length setting in use.
 
     With max_hours, the number of steps is None until the time limit approaches.
     """
@@ -112,7 +112,7 @@ def warm_up(
             logits = model(**batch.inputs)
         logits.float().square().sum().backward()
         model.zero_grad(set_to_none=True)
-        with evaluation_mode(model), h.autocast():  # Compiles separately.
+        with evaluation_mode(model), h.autocast():  # This compiles separately.
             model(**batch.inputs)
 
     return compile_layers(h, model.model.layers, run_once, required=c.compile == "on")

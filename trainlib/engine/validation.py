@@ -16,8 +16,8 @@ from trainlib.engine.training import LossFunction, Metrics, MetricSums, Training
 def validate(training: Training, loss_fn: LossFunction) -> Metrics:
     """Return the mean loss and metrics of each validation set, and of all sets combined.
 
-    Keys are "loss" and "<name>/loss", and likewise for every metric of loss_fn. The ranks share the
-    work. The RNG state and the mode of the model do not change.
+    Keys are "loss" and "<name>/loss", and likewise for each metric of loss_fn. The ranks share the
+    work. The RNG state and the model's mode do not change.
     """
     run, model, shares = training.run, training.model, {}
     with evaluation_mode(model):
@@ -44,9 +44,9 @@ def validate(training: Training, loss_fn: LossFunction) -> Metrics:
 def micro_batches(
     dataset: PackedDataset, hardware: Hardware, distributed: DistributedContext = SINGLE_PROCESS
 ) -> Iterator[Batch]:
-    """Yield this rank's share of the first epoch of a data set in micro-batches.
+    """Yield this rank's share of a data set's first epoch, in micro-batches.
 
-    For compiled layers, the last one is padded with empty rows so that all have the same shape.
+    For compiled layers, the last one is padded with empty rows, so that all have the same shape.
     """
     rows, size = [row for row, _ in dataset.rows(DataPosition())], hardware.micro_batch_size
     for start in range(distributed.rank * size, len(rows), distributed.world_size * size):
