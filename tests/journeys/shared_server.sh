@@ -22,7 +22,7 @@ expect "in use: 0,1,2,3" ./build.sh --dry-run
 expect "CUDA_DEVICES=4,5$" ./build.sh --dry-run --devices free:2
 expect "only 4 of the 5" ./build.sh --dry-run --devices free:5
 
-step "ann builds for the CPU, because she gets GPUs only tomorrow, and trains"
+step "ann has no GPUs until tomorrow, so she builds for the CPU and trains"
 ./build.sh cpu >/dev/null
 grep -q "^TB_PORT=60[01][0-9]$" .env && ! grep -q "^TB_PORT=6006$" .env
 docker compose up -d train

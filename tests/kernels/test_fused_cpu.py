@@ -1,4 +1,4 @@
-"""Tests that each fused function for CPUs equals the plain formula in model.py."""
+"""Tests that each fused CPU function matches the plain formula in model.py."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_gradients_equal_numerical_gradients(name):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_value_and_gradients_equal_the_formula(name, dtype):
+def test_value_and_gradients_match_the_formula(name, dtype):
     """In bf16, each pass over memory rounds, and the fused functions make fewer passes."""
     make, fused, plain = CASES[name]
     inputs = make(dtype)
@@ -88,7 +88,7 @@ def test_autocast_does_not_change_results_in_fp32(name):
     torch.testing.assert_close((actual_value, *actual), (value, *expected))
 
 
-def test_under_autocast_dtypes_and_values_equal_the_formulas():
+def test_dtypes_and_values_match_the_formulas_under_autocast():
     """As in a run, inputs have 16 bits and weights 32: the norm returns fp32, SwiGLU 16 bits."""
     for name in ("rms_norm", "swiglu"):
         make, fused, plain = CASES[name]
@@ -140,7 +140,7 @@ def saved_bytes(function: Callable[..., Tensor], inputs: list[Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
-def test_fused_functions_save_less_than_the_formulas():
+def test_fused_functions_save_fewer_bytes_for_backward():
     x, weight = norm_inputs(torch.float32)
     ours = saved_bytes(norm(fused_cpu.rms_norm), [x, weight])
     assert x.numel() * 4 <= ours < 1.5 * x.numel() * 4

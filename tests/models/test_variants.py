@@ -1,4 +1,4 @@
-"""Tests that a run computes an edited formula after a patch of a few lines to one file.
+"""Tests that a run uses an edited formula after a few-line patch to a single file.
 
 Each variant is a copy of the project with a patch to model.py or train.py only. No kernel for the
 old formula may be used, and the log must list the kernels that are not used.

@@ -186,7 +186,7 @@ def test_micro_batches_do_not_change_the_loss(workdir):
 
 def test_a_finished_or_different_run_is_never_overwritten(workdir, pretrained):
     before = {p: p.stat().st_mtime_ns for p in pretrained.rglob("*")}
-    out = run("train.py", *pretrain("full"), code=1, cwd=workdir)
+    out = run("train.py", *pretrain("full", "optim.muon_lr=0.5"), code=1, cwd=workdir)
     assert all(x in out for x in ("out_dir=NEW", "resume=never", "init_from=full/final"))
     assert before == {p: p.stat().st_mtime_ns for p in pretrained.rglob("*")}
     run("train.py", *pretrain("other", "max_steps=2", "eval_every_steps=0"), cwd=workdir)

@@ -35,7 +35,7 @@ def gpt2_like() -> Bpe:
 
 
 def llama_like(metaspace: bool = False, byte_fallback: bool = True) -> Bpe:
-    """Return SentencePiece's BPE as converted by older (Prepend) or newer (Metaspace) releases."""
+    """Return a SentencePiece BPE as converted by older (Prepend) or newer (Metaspace) releases."""
     bpe = Bpe(models.BPE(byte_fallback=byte_fallback, unk_token="<unk>", fuse_unk=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     special = ["<unk>", "<s>", "</s>"]
@@ -96,7 +96,7 @@ def test_texts_round_trip_and_pieces_concatenate(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", USABLE)
-def test_the_model_folder_gives_transformers_the_same_ids(name, tmp_path):
+def test_transformers_produces_the_same_ids_from_the_model_folder(name, tmp_path):
     ours = adopt(saved(USABLE[name](), tmp_path / "theirs"))
     folder = tmp_path / "ours"
     folder.mkdir()

@@ -266,7 +266,7 @@ def _keep_one_length(
 
 
 def _replace_values(config: T, values: dict[str, Any], prefix: str = "") -> T:
-    """Return a copy of a config with values replaced by dotted key, also in its sections."""
+    """Return a copy of a config and its sections with the given values, by dotted key."""
     changes = {}
     for field in fields(config):  # type: ignore[arg-type]
         name, value = prefix + field.name, getattr(config, field.name)
@@ -335,7 +335,7 @@ def with_value(cfg: T, name: str, value: Any, source: str) -> T:
 
 
 def resolved(cfg: T, **values: Any) -> T:
-    """Return a copy of the settings with "auto" resolved to values whose source is "auto"."""
+    """Return a copy of the settings with each "auto" replaced by the value chosen for it."""
     for name, value in values.items():
         if value != getattr(cfg, name):
             cfg = with_value(cfg, name, value, "auto")

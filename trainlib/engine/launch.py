@@ -57,7 +57,7 @@ def launch(
     prepare: Callable[[ConfigT], tuple[ConfigT, Tokenizer, Datasets]],
     main: Callable[[ConfigT, Tokenizer, Datasets], Training],
 ) -> None:
-    """Run the command line of a stage: read the settings, build the token caches, train or plan.
+    """Run a stage from the command line: read the settings, build the caches, then train or plan.
 
     `prepare` returns the resolved settings, the tokenizer and the data. `main` returns the training
     to run. A UserError is printed without a traceback; the exit code is 1, as for any failure.
@@ -176,14 +176,14 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
             # The next checkpoint follows this one, even if the folder has later ones.
             write_atomically(folder / "latest", resume_from.name)
         write_atomically(folder / IDENTITY, json.dumps(identity, ensure_ascii=False))
-        # Write the resolved precision, because a resumed run must use the same.
+        # Write the resolved precision, because a resumed run must use the same one.
         write_run_yaml(resolved(config, precision=choice.precision), folder / "run.yaml")
     log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
     return Run(config, stage, folder, hardware, distributed, Clock(config.max_hours), resume_from)
 
 
 def _precision(folder: Path, resume_from: Path | None, matmul: str) -> str:
-    """Return the precision of the run to resume, or the faster one on this CPU for a new run."""
+    """Return the resumed run's precision; for a new run, the faster one on this CPU."""
     run_yaml = folder / "run.yaml"
     if resume_from is not None and run_yaml.is_file():
         previous = yaml.safe_load(run_yaml.read_text(encoding="utf-8")).get("precision")

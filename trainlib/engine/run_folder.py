@@ -20,7 +20,7 @@ IDENTITY = "identity.json"
 def acquire_run_folder(folder: Path, resume: str, identity: dict[str, Any]) -> Path | None:
     """Create and lock the run folder; return the step folder to resume from, if any.
 
-    Raises UserError if another process uses the folder, if the run would overwrite files in it, or
+    Raises UserError if another process is using the folder, if the run would overwrite files in it, or
     if it cannot be created.
     """
     try:
@@ -49,9 +49,9 @@ def resolve_resume(folder: Path, resume: str, identity: dict[str, Any]) -> Path 
     if not _occupied(folder):
         return None
     if not (folder / IDENTITY).is_file():
-        # These may be any files, even data, so never move them.
+        # These could be anything, even datasets, so never move them.
         raise UserError(
-            f"{folder} holds files, but no run of this program. Use another folder: out_dir=NEW."
+            f"{folder} contains files that are not from a run of this program. Use another folder: out_dir=NEW."
         )
     if resume == "never":
         try:

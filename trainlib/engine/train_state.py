@@ -13,8 +13,8 @@ from trainlib.engine.checkpoint import load_optimizer_tensors, optimizer_tensors
 from trainlib.engine.training import Training
 
 log = logging.getLogger(__name__)
-FIRST_SCALE, SCALE_STEPS = 2.0**16, 2000  # fp16 loss scaling, as in torch's GradScaler.
-LEAST_SCALE = 2.0  # For fp16; other precisions always use 1.
+INITIAL_SCALE, SCALE_STEPS = 2.0**16, 2000  # fp16 loss scaling, as in torch's GradScaler.
+MIN_SCALE = 2.0  # For fp16; other precisions always use 1.
 
 
 @dataclass
@@ -36,7 +36,7 @@ class TrainState:
     seconds: float = 0.0
     """Duration of the run up to its last checkpoint."""
     decay: tuple[int, float, int] | None = None
-    """The decay that a request started, if any (Schedule.decay)."""
+    """The learning rate decay that was started on request, if any (Schedule.decay)."""
     loss_scale: float = 1.0
     """Factor on the loss before the backward pass; above 1 only with fp16."""
     scaled_steps: int = 0
@@ -49,7 +49,7 @@ class TrainState:
         self.step += 1
         self.tokens += batch.num_tokens
         self.position = batch.after
-        if self.loss_scale > LEAST_SCALE and not finite:
+        if self.loss_scale > MIN_SCALE and not finite:
             # An overflow is not a bad step; it is part of finding the largest usable scale.
             self.loss_scale, self.scaled_steps = self.loss_scale / 2, 0
             return
@@ -74,10 +74,10 @@ def save(training: Training, state: TrainState) -> None:
 
 
 def restore(training: Training) -> TrainState:
-    """Restore the step folder to resume from, or return the state of step 0."""
+    """Restore the step folder to resume from; without one, return the initial state."""
     run, fp16 = training.run, training.run.hardware.precision == "fp16"
     if run.resume_from is None:
-        return TrainState(loss_scale=FIRST_SCALE if fp16 else 1.0)
+        return TrainState(loss_scale=INITIAL_SCALE if fp16 else 1.0)
     tensors, saved = training.checkpoints.restore(training.model, run.resume_from)
     load_optimizer_tensors(training.optimizers, training.model, tensors, saved["optimizers"])
     state = TrainState(**saved["train"])
@@ -91,7 +91,7 @@ def restore(training: Training) -> TrainState:
         )  # fmt: skip
     if fp16 != (state.loss_scale > 1):
         # The run started with another precision.
-        state.loss_scale = FIRST_SCALE if fp16 else 1.0
+        state.loss_scale = INITIAL_SCALE if fp16 else 1.0
     training.schedule.restore(tuple(state.decay) if state.decay else None)  # type: ignore[arg-type]
     run.clock.earlier = state.seconds
     torch.set_rng_state(tensors["rng/cpu"])
