@@ -170,9 +170,7 @@ def read_json(path: Path) -> str:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist. Pass a folder with tokenizer.json.") from None
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read: {error}. Download or copy the file again."
-        ) from error
+        raise ValueError(f"{path} cannot be read: {error}. Replace the file.") from error
     if not isinstance(values, dict) or "model" not in values:
         raise ValueError(f'{path} has no "model", so it is not a `tokenizers` file')
     return text

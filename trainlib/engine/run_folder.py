@@ -20,8 +20,8 @@ IDENTITY = "identity.json"
 def acquire_run_folder(folder: Path, resume: str, identity: dict[str, Any]) -> Path | None:
     """Create and lock the run folder; return the step folder to resume from, if any.
 
-    Raises UserError if another process is using the folder, if the run would overwrite files in it, or
-    if it cannot be created.
+    Raises UserError if another process is using the folder, if the run would overwrite its files,
+    or if it cannot be created.
     """
     try:
         refuse_if_locked(folder)
@@ -51,7 +51,7 @@ def resolve_resume(folder: Path, resume: str, identity: dict[str, Any]) -> Path 
     if not (folder / IDENTITY).is_file():
         # These could be anything, even datasets, so never move them.
         raise UserError(
-            f"{folder} contains files that are not from a run of this program. Use another folder: out_dir=NEW."
+            f"{folder} contains files that are not from a run. Use another folder: out_dir=NEW."
         )
     if resume == "never":
         try:

@@ -220,9 +220,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}. Download or copy the file again."
-        ) from error
+        raise UserError(f"{path} cannot be read: {error}. Replace the file.") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} contains a {type(values).__name__} instead of an object")
     return values
