@@ -14,7 +14,7 @@ ifeq ($(origin MIRROR),command line)
 first_mirror = $(shell . docker/lib/mirrors.sh; reachable docker/mirrors.conf $(1) $(MIRROR) | head -1)
 export PIP_INDEX_URL := $(call first_mirror,pip)
 TORCH_CPU := $(call first_mirror,torch-cpu)
-$(if $(PIP_INDEX_URL),,$(error MIRROR=$(MIRROR): no package index for it in docker/mirrors.conf answers. Set MIRROR=cn or omit it))
+$(if $(PIP_INDEX_URL),,$(error MIRROR=$(MIRROR): no package index for this region in docker/mirrors.conf responds. Check the network and the name (cn), or omit MIRROR))
 endif
 
 .PHONY: help env demo test test-all docker-test bench bench-long gpu-check lint lock tensorboard

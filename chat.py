@@ -93,6 +93,7 @@ def main() -> None:
             options.temperature, options.top_p, options.top_k, options.max_new_tokens, options.seed
         )
         model, tokenizer = load_model(options.model, "--model "), load_tokenizer(options.model)
+        print(f"model: {options.model}", file=sys.stderr)
         messages: list[Message] = []
         if options.system:
             messages.append({"role": "system", "content": options.system})

@@ -38,7 +38,10 @@ AT_LEAST = {"behaviour": 0.72, "continuation": 0.55}
 READMES = (Path("README.md"), Path("README.zh-CN.md"))
 PAGES = (Path("docs/demo.md"), Path("docs/demo.zh-CN.md"))
 BEGIN, END = "<!-- begin transcript -->", "<!-- end transcript -->"
+COLUMNS = 100
+"""Width to which answers are truncated; Chinese characters take two columns."""
 LEGEND = "Targets are in parentheses. <- MISSED marks a value that misses its target."
+QUICK = "A quick test with six steps for each stage: it misses the targets, and answers are noise."
 QUESTIONS = ("你好，你是谁？", "怎样保持健康？", "Give three tips for staying healthy.")
 
 
@@ -132,11 +135,8 @@ def mark(reached: bool) -> str:
     return "" if reached else "   <- MISSED"
 
 
-def report(name: str, quick: bool, columns: int = 0) -> str:
-    """Return the figures of a finished demo and four exchanges with its model.
-
-    `columns` truncates each answer to that width in a terminal; 0 keeps it whole.
-    """
+def report(name: str, quick: bool) -> str:
+    """Return the figures of a finished demo and four exchanges with its model."""
     prompts = held_out_prompts()
     models = {
         stage: (load_model(DEMO / stage / "final"), load_tokenizer(DEMO / stage / "final"))
@@ -149,7 +149,7 @@ def report(name: str, quick: bool, columns: int = 0) -> str:
     return "\n".join(
         [
             *run_info(models["dpo"][0]),
-            LEGEND,
+            QUICK if quick else LEGEND,
             "",
             *pretraining_figures(),
             "",
@@ -161,7 +161,7 @@ def report(name: str, quick: bool, columns: int = 0) -> str:
             f"SFT {rates[0]:.2f}, DPO {rates[1]:.2f} (less than SFT){mark(rates[1] < rates[0])}",
             "",
             "Chat, greedy, at most 128 tokens",
-            *conversation(*models["dpo"], name, (*QUESTIONS, prompts[0]), columns),
+            *conversation(*models["dpo"], name, (*QUESTIONS, prompts[0])),
         ]
     )
 
@@ -220,7 +220,7 @@ def dpo_figures() -> list[str]:
 
 
 def conversation(
-    model: Transformer, tokenizer: Tokenizer, name: str, questions: Sequence[str], columns: int
+    model: Transformer, tokenizer: Tokenizer, name: str, questions: Sequence[str]
 ) -> list[str]:
     """Return the questions and greedy answers, with remarks on each answer."""
     lines, good = [], 0
@@ -239,7 +239,7 @@ def conversation(
         ]
         lines += [
             f"  user       {question}",
-            f"  assistant  {cut(text, columns) if columns else text}",
+            f"  assistant  {cut(text, COLUMNS)}",
             f"             [{', '.join(filter(None, remarks))}]",
         ]
     lines.append(
@@ -328,7 +328,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.transcript or options.write_readme:
         try:
-            text = report(finished_name(), quick=False, columns=100)
+            text = report(finished_name(), quick=False)
             transcript, six_lines = fenced(text.splitlines()), summary(text)
             print(transcript)
             if options.write_readme:
