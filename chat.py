@@ -93,11 +93,11 @@ def main() -> None:
             options.temperature, options.top_p, options.top_k, options.max_new_tokens, options.seed
         )
         model, tokenizer = load_model(options.model, "--model "), load_tokenizer(options.model)
-        print(f"model: {options.model}", file=sys.stderr)
         messages: list[Message] = []
         if options.system:
             messages.append({"role": "system", "content": options.system})
         if options.prompt is None:
+            print(f"model: {options.model}", file=sys.stderr)
             converse(model, tokenizer, messages, sampling)
         else:
             messages.append({"role": "user", "content": options.prompt})

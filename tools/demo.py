@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 import unicodedata
@@ -61,8 +62,13 @@ def prepare(name: str, author: str | None, quick: bool) -> None:
 
 
 def call(arguments: list[str]) -> None:
-    """Run one of the project's programs; exit with its exit code if it fails."""
+    """Run one of the project's programs; exit with its exit code if it fails.
+
+    Ctrl-C reaches the program too, which then saves a checkpoint. This process waits for it.
+    """
+    handler = signal.signal(signal.SIGINT, lambda *_: None)
     code = subprocess.run([sys.executable, *arguments], check=False).returncode
+    signal.signal(signal.SIGINT, handler)
     if code:
         sys.exit(code)
 

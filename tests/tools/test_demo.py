@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -101,6 +104,29 @@ def test_the_figures_of_a_quick_demo_are_not_published(tmp_path, monkeypatch):
     (tmp_path / "identity.txt").write_text("小智\n\nquick\n", encoding="utf-8")
     with pytest.raises(UserError, match="is a quick demo"):
         demo.finished_name()
+
+
+SAVES = """
+import signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: None)
+print("ready", flush=True)
+time.sleep(1)  # Returns early only for an exception.
+time.sleep(1)
+print("saved", flush=True)
+"""
+
+
+def test_ctrl_c_waits_until_the_stage_has_saved():
+    """A terminal sends SIGINT to all processes of a command."""
+    script = f"from tools import demo; demo.call(['-c', {SAVES!r}]); print('demo continues')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=Path(demo.__file__).parents[1], start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "saved\ndemo continues\n"), err
 
 
 def write_run(folder: Path, rows: list[dict], baselines: dict | None = None) -> None:
