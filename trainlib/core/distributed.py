@@ -128,7 +128,7 @@ def destroy_distributed() -> None:
 def run_on_main_process(distributed: DistributedContext, action: Callable[[], T]) -> T:
     """Call a function on rank 0 only, and return its result on all ranks.
 
-    If it raises UserError, all ranks raise that error.
+    If it raises UserError or AlreadyFinished, all ranks raise the same.
     """
     outcome: Any = None
     if distributed.is_main:
