@@ -314,8 +314,9 @@ explain() {
   line "TensorBoard" "TensorBoard" "http://localhost:$tb_port"
 }
 line() {
-  local LC_ALL=C label ascii # Bytes: a Chinese character is 3 bytes long and 2 columns wide.
-  label=$(say "$1" "$2")
+  local label ascii
+  label=$(say "$1" "$2")             # before LC_ALL is set: `say` reads the language from it
+  local LC_ALL=C                     # count bytes: a Chinese character is 3 bytes long and 2 columns wide
   ascii=${label//[^ -~]/}
   printf '  %s%*s %s\n' "$label" $((16 - ${#ascii} - (${#label} - ${#ascii}) / 3 * 2)) "" "$3"
 }
