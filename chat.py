@@ -55,6 +55,7 @@ def converse(
         try:
             question = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
             return
         if question == "/quit":
             return
@@ -78,11 +79,21 @@ def main() -> None:
     parser.add_argument("--model", default=default, help=f"model folder (default: {default})")
     parser.add_argument("--prompt", help="print one answer to this text on stdout and exit")
     parser.add_argument("--system", default="", help="system message (default: none)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 = greedy")
-    parser.add_argument("--top-p", type=float, default=0.9)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 = greedy (default: 0.7)")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=0.9,
+        help="use the likeliest tokens up to this probability; 1 = all (default: 0.9)",
+    )
     parser.add_argument("--top-k", type=int, default=0, help="use only the top K tokens; 0 = all")
-    parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=512,
+        help="maximum length of an answer in tokens (default: 512)",
+    )
+    parser.add_argument("--seed", type=int, help="seed for sampling (default: a new one each time)")
     options = parser.parse_args()
     try:
         if options.model is None:

@@ -163,7 +163,7 @@ def choose_files(config: DataConfig, kind: str) -> Files:
     """Return the training and validation files of a stage; raise UserError if there are none."""
     val = _make_groups(config.val_files, "data.val_files")
     if config.files:
-        return Files(_make_groups(config.files, "data.files"), val, "data.files")
+        return Files(_make_groups(config.files, "data.files"), val, "from data.files")
     matching, unused = [], ""
     for path in sorted(DATASET_DIR.glob("*")):
         if not (path.is_file() and _is_data_file(path)):
@@ -175,7 +175,7 @@ def choose_files(config: DataConfig, kind: str) -> Files:
         if found == kind:
             matching.append(str(path))
         else:
-            unused += f"\n  not used: {path} is {found}"
+            unused += f"\n  not used: {path} is {found}{' data' * (found in formats.EXAMPLES)}"
     if matching:
         return Files(_make_groups(matching), val, f"{kind} files in dataset/{unused}")
     sample = DATASET_DIR / "sample" / f"{kind}.jsonl"
@@ -323,9 +323,11 @@ def _short_name(name: str) -> str:
 
 def _log_summary(name: str, packed: PackedDataset) -> None:
     """Log the size of a dataset, and the number of truncated and dropped rows."""
-    size = f"{packed.num_units:,} units, {packed.num_tokens:,} tokens, {packed.num_rows():,} rows"
+    units = {"pretrain": "pieces of documents", "sft": "conversations", "dpo": "pairs"}[packed.kind]
+    size = f"{packed.num_units:,} {units}, {packed.num_tokens:,} tokens"
     log.info(
-        "%s: %s of %d, %.1f %% padding  (%s)", name, size, packed.row_length,
+        "%s: %s, in %s rows of %d with %.1f %% padding  (%s)",
+        name, size, f"{packed.num_rows():,}", packed.row_length,
         100 * packed.padding_fraction(), ", ".join(str(cache.path) for cache in packed.caches),
     )  # fmt: skip
     for action, counts in (("dropped", packed.num_dropped), ("truncated", packed.num_cut)):

@@ -129,7 +129,7 @@ def test_the_project_stays_within_its_budget():
     tools = [path for path in sources() if path.is_relative_to(ROOT / "tools")]
     library = [path for path in sources() if path not in tools]
     assert 40 < sum(path.name != "__init__.py" for path in library) <= 60
-    assert 2_000 < sum(map(lines, library)) <= 9_000
+    assert 2_000 < sum(map(lines, library)) <= 10_000
     assert sum(map(lines, tools)) <= 4_500
 
 

@@ -26,13 +26,13 @@ from tools.past_runs import minutes_trained
 from trainlib.core.errors import UserError
 from trainlib.core.files import move_aside, write_atomically
 from trainlib.core.hardware import cpu_name
+from trainlib.data.formats import STAGES
 from trainlib.engine.metrics import VAL_LOSS, read_metrics
 from trainlib.models.generate import Sampling, generate_batch
 from trainlib.models.hf_folder import load_model, load_tokenizer
 
 DEMO = Path("runs/demo")
 SAMPLE = Path("dataset/sample")
-STAGES = {"pretrain": "train.py", "sft": "sft_train.py", "dpo": "dpo_train.py"}
 # Targets: maximum bits per byte, minimum accuracy. Missing a target is not an error.
 AT_MOST = {"statutes": 1.55, "sanguo": 2.60, "shakespeare": 2.45}
 AT_LEAST = {"behaviour": 0.72, "continuation": 0.55}
@@ -96,6 +96,8 @@ def train(stage: str, quick: bool) -> None:
     if not (out_dir / "final").is_dir():
         print("stopped; run `make demo` to resume")
         sys.exit(0)
+    if stage != "dpo":
+        print("(make demo runs the next stage now)")
 
 
 def evaluations(stage: str) -> tuple[dict[str, float], dict[str, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import threading
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from trainlib.engine.control import Clock
 from trainlib.engine.device import Hardware, evaluation_mode
 from trainlib.engine.metrics import MetricsLog, truncate_metrics
 from trainlib.engine.optim import OptimConfig, Schedule, build_optimizers
-from trainlib.engine.progress import Display
+from trainlib.engine.progress import Display, _validation_lines
 from trainlib.engine.step import optimizer_step
 from trainlib.engine.train_state import TrainState, restore, save
 
@@ -88,8 +89,9 @@ def test_a_restored_run_continues_bit_for_bit(tmp_path):
         assert torch.equal(p, q)
 
 
-def test_each_passed_baseline_is_logged_only_once_despite_a_resume(tmp_path, capsys):
+def test_each_passed_baseline_is_logged_only_once_despite_a_resume(tmp_path, caplog):
     model, optimizers = new_model()
+    caplog.set_level(logging.INFO)
 
     baselines = {"uniform": 4.0, "unigram": 3.0, "bigram": 2.0}
 
@@ -113,9 +115,9 @@ def test_each_passed_baseline_is_logged_only_once_despite_a_resume(tmp_path, cap
         "below the bigram baseline at step 4: 1.900 against 2.000 bits per byte",
     ]
     assert (tmp_path / "train.log").read_text().splitlines() == logged
-    out = capsys.readouterr().out
-    assert [line for line in out.splitlines() if " at step " in line] == [logged[0], logged[2]]
-    assert "sample: To be, / or not\nstep 0 val/bits_per_byte 4.1000\n" in out
+    shown = caplog.messages
+    assert [line for line in shown if " at step " in line] == [logged[0], logged[2]]
+    assert shown[:2] == ["sample: To be,\\nor not", "step 0 val bits_per_byte 4.1000"]
     assert json.loads((tmp_path / "baselines.json").read_text()) == baselines
 
 
@@ -249,3 +251,12 @@ def test_a_step_uses_the_clipped_gradient_of_the_mean_loss(clip, loss_scale):
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         update = theirs.detach() - ours.detach()
         torch.testing.assert_close(update, 2 * factor * theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_several_validation_sets_have_a_line_each_and_a_single_one_is_not_repeated():
+    one = {"val/loss": 1.0, "val/bits_per_byte": 0.5, "val/a/loss": 1.0, "val/a/bits_per_byte": 0.5}
+    assert _validation_lines(3, one) == ["step 3 val loss 1.0000  bits_per_byte 0.5000"]
+    assert _validation_lines(3, {**one, "val/b/loss": 2.0})[1:] == [
+        "step 3 val/a loss 1.0000  bits_per_byte 0.5000",
+        "step 3 val/b loss 2.0000",
+    ]

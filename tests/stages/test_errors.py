@@ -358,7 +358,7 @@ def test_a_document_longer_than_a_row_is_split_and_kept(run, workdir, tokenizer)
     code, out = run("pretrain", *settings)
     (workdir / "long.jsonl").unlink()
     assert code == 0 and "dropped" not in out
-    assert f"train: {-(-(len(tokenizer.encode(text)) + 1) // 64)} units" in out
+    assert f"train: {-(-(len(tokenizer.encode(text)) + 1) // 64)} pieces of documents" in out
 
 
 @pytest.mark.parametrize("name", ["/elsewhere/a.jsonl", "link.jsonl"])
@@ -373,3 +373,9 @@ def test_in_a_container_the_missing_file_error_explains_the_mount(name, elsewher
     with pytest.raises(UserError) as error:
         build_cache(Path("none.jsonl"), "pretrain", tokenizer, encode_document)
     assert "DATASET_DIR" not in str(error.value)
+
+
+def test_an_unquoted_list_and_a_bare_learning_rate_get_a_hint(run, workdir):
+    code, out = run("pretrain", "data.files=[a,", "b]", "--lr=1")
+    assert code == 1 and 'quote it, such as "data.files=[a, b]"' in out
+    assert "the learning rates are optim.muon_lr, optim.adamw_lr, optim.embedding_lr" in out

@@ -169,6 +169,9 @@ def _unknown(name: str, names: list[str]) -> str:
     if _is_section(name, names):
         return f"a section; set a key in it, such as {name}.KEY=value"
     last = name.rpartition(".")[2]
+    if last in ("lr", "learning_rate"):
+        rates = ", ".join(known for known in names if known.endswith("_lr"))
+        return f"unknown key; the learning rates are {rates}"
     by_last = {known.rpartition(".")[2]: known for known in reversed(names)}
     near = [by_last[last]] if last in by_last else difflib.get_close_matches(name, names, 1)
     near = near or [by_last[match] for match in difflib.get_close_matches(last, by_last, 1)]
@@ -189,10 +192,12 @@ def _read_arguments(
             file = file or Path(argument)
         elif name.startswith("-") and bare in names:
             error = f"write it without dashes: {bare}={value or 'VALUE'}"
+        elif value.startswith("[") and not value.endswith("]"):
+            error = f'the list ends at a space; quote it, such as "{name}=[a, b]"'
         elif not equals:
             error = "expected a config file (.yaml) or section.key=value"
         elif name not in names:
-            error = _unknown(name, names)
+            error = _unknown(bare, names)
         else:
             values[name] = RawValue(value, COMMAND_LINE)
         if error:

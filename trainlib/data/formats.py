@@ -138,6 +138,8 @@ EXAMPLES = {
     "sft": '{"conversations": [{"role": "user", "content": "..."}, ...]}',
     "dpo": '{"chosen": [messages], "rejected": [messages]}',
 }
+STAGES = {"pretrain": "train.py", "sft": "sft_train.py", "dpo": "dpo_train.py"}
+"""The script that trains on each kind of data, in the order in which the stages run."""
 NAMES = ("auto", *(f.name for f in FORMATS), *CONTAINERS)
 """Values of data.format: a row format, or a container whose row format is then detected."""
 
@@ -219,7 +221,8 @@ def find_format(path: Path, kind: str, options: ReadOptions) -> Detection:
     if found.format.kind != kind:
         raise UserError(
             f"{path}, line {found.line}: not {kind} data such as {EXAMPLES[kind]}, but "
-            f"{found.format.kind} data ({found.format.name}: {found.reason})"
+            f"{found.format.kind} data ({found.format.name}: {found.reason}). Pass it to "
+            f"{STAGES[found.format.kind]}."
         )
     return found
 

@@ -35,13 +35,14 @@ from trainlib.core.hardware import (
 from trainlib.core.help import help_text
 from trainlib.core.settings import load_config, provenance, recipe, resolved, write_run_yaml
 from trainlib.core.terminal import survive_a_dead_terminal
+from trainlib.data.formats import STAGES
 from trainlib.data.loader import micro_batch_shape
 from trainlib.data.packing import Datasets
 from trainlib.engine.control import Clock
 from trainlib.engine.device import use_hardware
 from trainlib.engine.loop import fit
 from trainlib.engine.plan import CONFIGS, plan_request, print_plan
-from trainlib.engine.run import STAGES, Run, RunConfig
+from trainlib.engine.run import Run, RunConfig
 from trainlib.engine.run_folder import IDENTITY, acquire_run_folder
 from trainlib.engine.training import Training
 from trainlib.models.hf_folder import weights_digest

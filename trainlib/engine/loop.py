@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from contextlib import closing
 
+from tqdm.contrib.logging import logging_redirect_tqdm
+
 from trainlib.core.errors import UserError
 from trainlib.engine.control import Control
 from trainlib.engine.metrics import MetricsLog, NoMetricsLog
@@ -38,7 +40,8 @@ def fit(training: Training) -> bool:
         first_or_last = state.step == 0 or schedule.reached(state.step)
         return first_or_last or due(state.step, config.eval_every_steps)
 
-    with Control(run.folder, run.clock, run.distributed) as control, closing(display):
+    control = Control(run.folder, run.clock, run.distributed)
+    with logging_redirect_tqdm(), control, closing(display):
         if state.evaluated != state.step and evaluation_due():
             run_evaluation()
         stopping = False

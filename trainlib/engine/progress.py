@@ -97,11 +97,8 @@ class Display:
             for name, text in passed.items()
         ]
         self.metrics.write_evaluation(step, metrics, samples, log_lines)
-        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        sample_lines = [f"sample: {text.rstrip()}".replace("\n", " / ") for text in samples]
-        if self.run.distributed.is_main:
-            for line in (*sample_lines, f"step {step} {values}", *log_lines):
-                tqdm.write(line)
+        for line in (*map(_sample_line, samples), *_validation_lines(step, metrics), *log_lines):
+            log.info("%s", line)
         self._reset()
 
     def show_decay(self) -> None:
@@ -121,3 +118,17 @@ class Display:
                 "stopped after step %d; run the same command to resume from %s/step_%06d",
                 s.step, self.run.folder, s.step,
             )  # fmt: skip
+
+
+def _sample_line(text: str) -> str:
+    return f"sample: {text.rstrip()}".replace("\n", "\\n")
+
+
+def _validation_lines(step: int, metrics: Metrics) -> list[str]:
+    """Return a line for all validation sets together, and one for each set if there are several."""
+    by_set: dict[str, list[str]] = {}
+    for name, value in metrics.items():
+        set_, _, metric = name.rpartition("/")
+        by_set.setdefault(set_, []).append(f"{metric} {value:.4f}")
+    lines = [f"step {step} {set_} {'  '.join(values)}" for set_, values in by_set.items()]
+    return lines if len(lines) > 2 else lines[:1]

@@ -14,8 +14,6 @@ from trainlib.engine.optim import OptimConfig
 
 EXECUTION_ONLY = {"recipe": False}
 """Execution settings: they change how a run executes, not what the model learns."""
-STAGES = {"pretrain": "train.py", "sft": "sft_train.py", "dpo": "dpo_train.py"}
-"""The script of each stage, in the order in which they run."""
 
 
 @dataclass(frozen=True)

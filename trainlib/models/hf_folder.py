@@ -75,7 +75,7 @@ def load_config(folder: str | Path, option: str = "init_from=") -> ModelConfig:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        hint = "Train the previous stage, or pass a folder with config.json and model.safetensors."
+        hint = "Train the stage before this one (train.py is the first), or pass a model folder."
         if (Path(folder) / "final/config.json").is_file():
             hint = f"Did you mean {option}{Path(folder) / 'final'}?"
         raise UserError(f"{option}{folder}: no model found ({path} does not exist). {hint}")
