@@ -33,6 +33,7 @@ import numpy as np
 from tokenizer.bpe import Tokenizer
 from trainlib.core.errors import UserError
 from trainlib.data import formats
+from trainlib.data.columns import MAPPABLE
 from trainlib.data.encode import ENCODERS
 from trainlib.data.packing import Datasets, PackedDataset, Part
 from trainlib.data.readers import COMPRESSED, SUFFIXES
@@ -66,6 +67,13 @@ class DataConfig:
     alpaca_join: Literal["newline", "none"] = "newline"
     """Separator between the instruction and the input of an Alpaca row (for wyf3 data: none)."""
 
+    columns: tuple[str, ...] = ()
+    """Columns whose names are not recognized, as [prompt:instruct,answer:reply]: our name, a colon,
+    the name in the file. Ours: text, prompt, input, answer, system, history, messages, tools,
+    chosen, rejected."""
+    markers: Literal["split", "keep"] = "split"
+    """In pretraining rows written with markers between texts (<|im_end|>, </s>), split there."""
+
     on_error: OnError = field(default="stop", metadata={"recipe": False})
     """On a broken row: stop and report its line and reason, or skip and list it (at most 1 %)."""
     too_long: Literal["cut", "drop"] = "cut"
@@ -73,14 +81,21 @@ class DataConfig:
 
     def validation_errors(self) -> list[str]:
         """Return what makes these settings unusable, one message each."""
-        if self.format in formats.NAMES:
-            return []
-        return [f"data.format={self.format} is not one of {', '.join(formats.NAMES)}"]
+        errors = []
+        if self.format not in formats.NAMES:
+            errors.append(f"data.format={self.format} is not one of {', '.join(formats.NAMES)}")
+        for entry in self.columns:
+            ours, colon, theirs = entry.partition(":")
+            if ours not in MAPPABLE or not colon or not theirs:
+                expected = f"NAME:COLUMN, where NAME is one of {', '.join(MAPPABLE)}"
+                errors.append(f"data.columns has {entry}; expected {expected}")
+        return errors
 
     @property
     def read_options(self) -> formats.ReadOptions:
         """Return the options that decide how rows are read."""
-        return formats.ReadOptions(self.format, {"newline": "\n", "none": ""}[self.alpaca_join])
+        join = {"newline": "\n", "none": ""}[self.alpaca_join]
+        return formats.ReadOptions(self.format, join, self.columns, self.markers == "split")
 
     def estimate_tokens(self, kind: str, row_length: int) -> tuple[float, str]:
         """Return the approximate number of tokens in an epoch, and how it was determined.
@@ -169,7 +184,7 @@ def choose_files(config: DataConfig, kind: str) -> Files:
         if not (path.is_file() and _is_data_file(path)):
             continue
         try:
-            found = formats.detect(path, name=config.format).format.kind
+            found = formats.detect(path, None, config.format, config.columns).format.kind
         except UserError as error:
             found = f"not usable ({error})"
         if found == kind:

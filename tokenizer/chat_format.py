@@ -10,6 +10,7 @@ A message is a dict with "role" (system, user, assistant, tool) and "content" (t
     tools               system message: a list of JSON objects, appended one per line
     reasoning_content   assistant: reasoning, between <think> and </think> before the content
     tool_calls          assistant: [{"name", "arguments"}], each between <tool_call> tags
+    weight              assistant: 0 = the turn is not supervised
 
 Reasoning and calls are supervised. A tool's answer is a user turn between <tool_response> tags and
 is not supervised. No default system message or empty reasoning is added. The content is encoded
@@ -44,7 +45,7 @@ def render_conversation(tokenizer: Tokenizer, messages: SequenceABC[Message]) ->
         mask.extend([value] * len(piece))
 
     for message in messages:
-        supervised = message["role"] == "assistant"
+        supervised = message["role"] == "assistant" and message.get("weight") != 0
         add(_open_turn(tokenizer, "user" if message["role"] == "tool" else message["role"]), False)
         for piece in _pieces(message):
             add(tokenizer.encode_tag(piece) if isinstance(piece, Tag) else tokenizer.encode(piece),

@@ -16,50 +16,40 @@ from __future__ import annotations
 
 import argparse
 import array
+import contextlib
+import itertools
 import json
 import math
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dataset import expand
+from dataset import DataConfig, expand
 from tokenizer.bpe import SPECIAL_TOKENS, Sequence, Tokenizer, default_folder
-from tools.data_report import LANGUAGE, MARK, html_page, terminal_text
+from tools.data_findings import MAX_LINES, Finding, find
+from tools.data_report import MARK, html_page, terminal_text
 from tools.past_runs import newest_speed, stage_settings
 from tools.text_statistics import MinHashes, alnum, language, role_texts, score, scripts, text_hash
 from tools.train_tokenizer import byte_count, bytes_per_token, train
 from trainlib.core.errors import UserError
 from trainlib.core.files import refuse_to_overwrite
 from trainlib.data import formats
+from trainlib.data.columns import suggest_columns
 from trainlib.data.containers import Broken
 from trainlib.data.encode import ENCODERS
-from trainlib.data.formats import Format, ReadOptions, Record
+from trainlib.data.findings import Counts
+from trainlib.data.formats import Record
 from trainlib.data.packing import pack_best_fit
-from trainlib.data.readers import Source
+from trainlib.data.readers import CONTAINERS, Source, parse
 
 DEFAULT_SAMPLE = 2_000_000_000
-MAX_LINES = 20
-"""Maximum number of lines that a finding lists; its count includes all rows."""
 TOKENIZER_SAMPLE = 3_000_000
 MIN_RETRAIN_GAIN = 1.10
-
-
-@dataclass
-class Finding:
-    """The number of rows with a property, and the line numbers of the first few."""
-
-    count: int = 0
-    lines: list[int] = field(default_factory=list)
-
-    def add(self, line: int) -> None:
-        """Count the row on this line."""
-        self.count += 1
-        if len(self.lines) < MAX_LINES:
-            self.lines.append(line)
 
 
 @dataclass
@@ -80,6 +70,8 @@ class Report:
     bytes_per_token: float | None = None
     retrained_bytes_per_token: float | None = None
     retrain_command: str | None = None
+    unused_keys: dict[str, int] = field(default_factory=dict)
+    findings: list[dict[str, Any]] = field(default_factory=list)
     length: dict[str, float] = field(default_factory=dict)
     length_histogram: list[dict[str, int]] = field(default_factory=list)
     sequence_length: int = 0
@@ -124,6 +116,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--html", type=Path, metavar="OUT", help="also write an HTML page to OUT")
     parser.add_argument("--format", default="auto", choices=formats.NAMES, help="see data.format")
+    parser.add_argument("--columns", default="", metavar="[NAME:COLUMN,...]",
+                        help="see data.columns")  # fmt: skip
+    parser.add_argument("--markers", default="split", choices=["split", "keep"],
+                        help="see data.markers")  # fmt: skip
+    parser.add_argument("--rows", type=int, default=3, metavar="N",
+                        help="show the first N rows as training reads them (3)")  # fmt: skip
     parser.add_argument("--alpaca-join", default="newline", choices=["newline", "none"])
     parser.add_argument("--tokenizer", type=Path, help="folder (default: the project's tokenizer)")
     parser.add_argument("--sequence-length", type=int, help="tokens per row (default: config)")
@@ -141,68 +139,78 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     result = {"files": [asdict(report) for report in reports]}
     if options.html:
-        options.html.write_text(html_page(result["files"], LANGUAGE), encoding="utf-8")
+        options.html.write_text(html_page(result["files"]), encoding="utf-8")
     if options.json:
         print(json.dumps(result, ensure_ascii=False))
     else:
-        print(terminal_text(result["files"], LANGUAGE, sys.stdout.isatty()))
+        print(terminal_text(result["files"], sys.stdout.isatty()))
     return int(any(report.broken for report in reports))
 
 
 def inspect(path: Path, options: argparse.Namespace, tokenizer: Tokenizer) -> Report:
     """Read one file in full and return its report."""
     report = Report(str(path))
-    read_options = ReadOptions(options.format, "\n" if options.alpaca_join == "newline" else "")
+    columns = tuple(part.strip() for part in options.columns.strip("[] ").split(",") if part)
+    config = DataConfig(
+        format=options.format, alpaca_join=options.alpaca_join, columns=columns,
+        markers=options.markers,
+    )  # fmt: skip
+    if errors := config.validation_errors():
+        raise UserError("; ".join(errors))
+    read_options, found = config.read_options, None
     try:
-        source, format_, report.why = _find_format(path, options)
+        source = Source(path, options.format if options.format in CONTAINERS else "auto")
+        with contextlib.suppress(UserError):  # Every row is reported instead.
+            found = formats.detect(path, options.stage, options.format, columns)
     except UserError as error:
         report.broken.append({"line": 1, "reason": str(error)})
         return report
-    report.bytes = source.size
-    if format_.name:
-        report.format, report.kind = format_.name, format_.kind
+    report.bytes, kind, counts = source.size, options.stage, Counts()
+    if found:
+        report.why = found.reason
+    if found and kind in (None, found.format.kind):
+        report.format, report.kind = found.format.name, found.format.kind
+        rows = formats.check_items(source.items(), path, report.kind, read_options, counts)
+    else:
+        rows = _reject(source, kind)
     share = min(1.0, options.sample / max(1, report.bytes))
     report.sampled = share < 1
-    analyzer = Analyzer(report, format_.kind, tokenizer, options)
+    analyzer = Analyzer(report, report.kind or kind or "pretrain", tokenizer, options)
     line = 0
     try:
-        for line, row in formats.check_items(source.items(), path, format_, read_options):
+        for line, records in rows:
             report.rows += 1
-            if isinstance(row, Broken):
-                report.broken.append({"line": line, "reason": row.reason})
-                if "the same answer" in row.reason:
+            if isinstance(records, Broken):
+                report.broken.append({"line": line, "reason": records.reason})
+                if "the same answer" in records.reason:
                     report.equal_pairs.add(line)
-                elif "different prompts" in row.reason:
+                elif "different prompts" in records.reason:
                     report.different_prompts.add(line)
             elif share == 1 or (line * 0x9E3779B97F4A7C15 >> 32) % 2**20 < share * 2**20:
-                analyzer.add(row)
+                for record in records:
+                    analyzer.add(record)
     except UserError as error:
         report.broken.append({"line": line + 1, "reason": str(error)})
     analyzer.finish()
+    report.unused_keys = counts.unused_keys
+    report.findings = find(report, counts)
+    for reason, count in counts.not_used.items():
+        if reason.endswith("empty"):
+            lines = [*report.empty.lines, *counts.lines[reason]][:MAX_LINES]
+            report.empty = Finding(report.empty.count + count, lines)
     return report
 
 
-def _find_format(path: Path, options: argparse.Namespace) -> tuple[Source, Format, str]:
-    """Return (source, format, reason); if the format is wrong, one that rejects every row."""
-    try:
-        found = formats.detect(path, options.stage, options.format)
-    except UserError:
-        source = Source(path)
-        if options.stage:
-            return source, _rejecting_format(options.stage), ""
-        return source, Format("", "", "", lambda row: True, _reject), ""
-    if options.stage and found.format.kind != options.stage:
-        return found.source, _rejecting_format(options.stage), found.reason
-    return found.source, found.format, found.reason
-
-
-def _rejecting_format(stage: str) -> Format:
-    expected = formats.EXAMPLES[stage]
-    return Format("", stage, expected, lambda row: False, _reject)
-
-
-def _reject(row: Any, options: ReadOptions) -> Any:
-    raise ValueError(f"unknown row format (keys: {formats.keys_of(row)})")
+def _reject(source: Source, stage: str | None) -> Iterator[tuple[int, Broken]]:
+    """Yield each row of a file that is not usable, with the reason."""
+    for line, content in source.items():
+        try:
+            row = parse(content)
+            expected = f"not {stage} data such as {formats.EXAMPLES[stage]}" if stage else ""
+            keys = f"(keys: {formats.keys_of(row)}){suggest_columns(row, stage)}"
+            yield line, Broken(f"{expected or 'unknown row format'} {keys}")
+        except ValueError as error:
+            yield line, Broken(str(error))
 
 
 class Analyzer:
@@ -213,6 +221,7 @@ class Analyzer:
     ) -> None:
         self.report, self.kind, self.tokenizer = report, kind, tokenizer
         settings = stage_settings(kind)
+        self.num_examples = options.rows
         self.length = options.sequence_length or settings["sequence_length"]
         if kind == "dpo":
             self.length *= 2
@@ -252,8 +261,12 @@ class Analyzer:
         self.near.add(text)
         if isinstance(record.value, tuple):
             self._add_pair(record.value[0], record.value[1], line)
-        if len(report.examples) < 3:
-            report.examples.append({"line": line, "pieces": self._pieces(sequences)})
+        if report.rows_looked_at <= self.num_examples:
+            parts = [{"part": "chosen"}, {"part": "rejected"}] if len(sequences) > 1 else [{}]
+            report.examples += [
+                {"line": line, **part, "pieces": self._pieces(sequence)}
+                for part, sequence in zip(parts, sequences, strict=True)
+            ]
 
     def _count_text(self, text: str, sequences: list[Sequence]) -> None:
         size = len(text.encode())
@@ -278,18 +291,13 @@ class Analyzer:
         self.rules["shorter"] += score(len(bad), len(good))
         self.rules["more overlap"] += score(overlap[0], overlap[1])
 
-    def _pieces(self, sequences: list[Sequence]) -> list[list[Any]]:
+    def _pieces(self, sequence: Sequence) -> list[list[Any]]:
         """Return [text, in_loss] for each run of ids with the same loss mask."""
         pieces: list[list[Any]] = []
-        for sequence in sequences:
-            ids: list[int] = []
-            for i, supervised in enumerate([*sequence.mask[:600], None]):
-                if ids and (supervised is None or supervised != sequence.mask[i - 1]):
-                    pieces.append([self.tokenizer.show(ids), bool(sequence.mask[i - 1])])
-                    ids = []
-                if supervised is not None:
-                    ids.append(sequence.ids[i])
-            pieces.append(["\n", False])
+        for in_loss, run in itertools.groupby(
+            zip(sequence.ids[:600], sequence.mask, strict=False), key=lambda item: item[1]
+        ):
+            pieces.append([self.tokenizer.show([id_ for id_, _ in run]), bool(in_loss)])
         return pieces
 
     def finish(self) -> None:

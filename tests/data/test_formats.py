@@ -15,6 +15,7 @@ from trainlib.core.errors import UserError
 from trainlib.core.files import cache_dir
 from trainlib.data import formats, readers
 from trainlib.data.encode import ENCODERS
+from trainlib.data.findings import Counts
 from trainlib.data.token_cache import build_cache
 
 USER = {"role": "user", "content": "q"}
@@ -70,7 +71,7 @@ def test_bytes_that_are_not_utf8_are_reported_with_a_fix_for_gbk(tmp_path, monke
     for raw in ('{"text": "déjà"}'.encode("latin-1"), '{"text": "中文"}'.encode()[:-4] + b'"}'):
         path.write_bytes(raw)
         found = next(
-            formats.check_items([(1, raw)], path, formats.FORMATS[-1], formats.ReadOptions())
+            formats.check_items([(1, raw)], path, "pretrain", formats.ReadOptions(), Counts())
         )
         assert found[1].reason.startswith("not UTF-8") and "GBK" not in found[1].reason
 
@@ -106,11 +107,15 @@ quick = settings(max_examples=40, deadline=None, database=None, derandomize=True
 def read(path, name="auto", **options):
     """Return the content of a file in the format of expected.json."""
     found = formats.detect(path, name=name)
-    options = formats.ReadOptions(name, **options)
+    options, kind = formats.ReadOptions(name, **options), found.format.kind
     rows = []
-    for line, row in formats.check_items(found.source.items(), path, found.format, options):
-        broken = isinstance(row, formats.Broken)
-        rows.append({"line": line} | ({"broken": row.reason} if broken else {"value": row.value}))
+    for line, found_rows in formats.check_items(
+        found.source.items(), path, kind, options, Counts()
+    ):
+        if isinstance(found_rows, formats.Broken):
+            rows.append({"line": line, "broken": found_rows.reason})
+            continue
+        rows += [{"line": line, "value": row.value} for row in found_rows] or [{"line": line}]
     rows = json.loads(json.dumps(rows))  # Turns a pair from a tuple into a list.
     return {"format": found.format.name, "kind": found.format.kind,
             "container": found.source.container, "rows": rows}  # fmt: skip
@@ -234,7 +239,9 @@ def test_any_bytes_give_rows_or_a_user_error(tmp_path_factory, raw, suffix):
         items = list(found.source.items())
     except UserError:
         return
-    checked = list(formats.check_items(items, path, found.format, formats.ReadOptions()))
+    checked = list(
+        formats.check_items(items, path, found.format.kind, formats.ReadOptions(), Counts())
+    )
     assert [line for line, _ in checked] == [item.line for item in items]
 
 

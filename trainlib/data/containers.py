@@ -41,13 +41,14 @@ class Item(NamedTuple):
     content: bytes | str | Row | Broken
 
 
+def is_turn(value: Any) -> bool:
+    """Return whether a value is a message: an object with "role" or "from"."""
+    return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
 def are_messages(value: Any) -> bool:
-    """Return whether a value is a conversation: a non-empty list of {"role": ...}."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(turn, dict) and "role" in turn for turn in value)
-    )
+    """Return whether a value is a conversation: a non-empty list of messages."""
+    return isinstance(value, list) and bool(value) and all(map(is_turn, value))
 
 
 def row_of(value: Any) -> Row | Broken:

@@ -1,297 +1,209 @@
-"""Converters from all known row formats to conversations and preference pairs.
+"""Converters from rows, under our names (columns.py), to conversations and preference pairs.
 
-A conversation is the list of messages that tokenizer/chat_format.py renders: {"role", "content"},
-optionally with "reasoning_content" and "tool_calls" (assistant) or "tools" (leading system
-message). Every function raises ValueError with the reason if a row is broken.
+A conversation is the list of messages that tokenizer/chat_format.py renders; messages.py converts
+a single one. Every function raises ValueError with the reason if a row is broken, and NotUsed if
+it is intact but has nothing for its stage to learn.
 """
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import json
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
-from tokenizer.chat_format import ROLES
-from trainlib.data.containers import GBK_FIX, Row, json_type, looks_like_gbk
+from trainlib.data.columns import Fields
+from trainlib.data.messages import Messages, assistant, check_text, parse_tools, read_turn, user
 
-Messages = list[dict[str, Any]]
-ROLE_ALIASES = {
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
-    "bard": "assistant", "model": "assistant", "function_call": "function_call",
-    "observation": "tool", "function": "tool", "function_response": "tool",
-    "developer": "system", "ipython": "tool",
-}  # fmt: skip
-"""Other names for roles; a function_call is an assistant turn that contains only a call."""
-THOUGHTS = re.compile(r"\s*<think>\n?(.*?)\n?</think>\s*", re.DOTALL)
+HUMAN_ASSISTANT = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
 
 
-def user(content: str) -> dict[str, Any]:
-    """Return a user message."""
-    return {"role": "user", "content": content}
+class NotUsed(Exception):  # noqa: N818
+    """Raised for an intact row that has nothing for its stage to learn."""
 
 
-def assistant(content: str) -> dict[str, Any]:
-    """Return an assistant message; a leading <think> part becomes "reasoning_content"."""
-    thoughts = THOUGHTS.match(content)
-    message = {"role": "assistant", "content": content[thoughts.end() :] if thoughts else content}
-    if thoughts and thoughts[1].strip():
-        message["reasoning_content"] = thoughts[1]
-    return message
-
-
-def check_text(value: Any, what: str) -> str:
-    """Return a string unchanged; raise ValueError for other types and unpaired surrogates."""
-    if not isinstance(value, str):
-        raise ValueError(f"{what} must be a string, not {json_type(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(value[error.start])
-        if 0xDC80 <= code <= 0xDCFF:  # How surrogateescape decodes an invalid byte.
-            reason = f"possibly byte {code - 0xDC00:#04x} in a file that is not UTF-8"
-            if looks_like_gbk(value.encode("utf-8", "surrogateescape")):
-                reason += f", which {GBK_FIX}"
-        else:
-            reason = "which no tokenizer can encode"
-        raise ValueError(
-            f"{what}: character {error.start} is half of a surrogate pair "
-            f"({value[error.start]!r}), {reason}"
-        ) from error
-    return value
-
-
-def read_messages(turns: Any, field: str, tools: Any = None, system: Any = None) -> Messages:
+def read_messages(turns: Any, field: str) -> Messages:
     """Convert turns with "role" and "content", or with "from" and "value", to messages."""
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{field} must be a non-empty list of messages")
-    messages = [_read_message(turn, f"{field} message {n}") for n, turn in enumerate(turns, 1)]
-    tools = tools or turns[0].get("tools")
+    messages = [
+        message
+        for number, turn in enumerate(turns, 1)
+        for message in read_turn(turn, f"{field} message {number}")
+    ]
+    tools = turns[0].get("tools") or turns[0].get("functions")
+    return with_tools(messages, parse_tools(tools, f"{field} message 1"))
+
+
+def with_tools(messages: Messages, functions: list) -> Messages:
+    """Return the messages with functions in the system message, which is added if missing."""
+    if not functions:
+        return messages
+    if messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": ""}, *messages]
+    return [{**messages[0], "tools": functions}, *messages[1:]]
+
+
+def _with_row(messages: Messages, f: Fields) -> Messages:
+    """Return the messages with the row's system message and tools, if they have none."""
+    system = f.get("system")
     if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": check_text(system, '"system"')})
-    functions = _parse_json(tools, '"tools"') if tools else []
-    if functions:
-        if not isinstance(functions, list) or not all(isinstance(f, dict) for f in functions):
-            raise ValueError('"tools" must be a list of objects, or a JSON string of such a list')
-        check_text(json.dumps(functions, ensure_ascii=False), '"tools"')
-        if messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": ""})
-        messages[0]["tools"] = functions
-    return messages
-
-
-def require_answer(messages: Messages, field: str) -> Messages:
-    """Return the messages; raise ValueError if none is from the assistant."""
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{field} has no assistant message to learn from")
-    return messages
-
-
-def _read_message(turn: Any, field: str) -> dict[str, Any]:
-    if isinstance(turn, dict) and "from" in turn and "role" not in turn:
-        turn = {**turn, "role": turn["from"], "content": turn.get("value")}
-    if not isinstance(turn, dict) or "role" not in turn:
-        raise ValueError(f'{field} must be an object with "role" and "content"')
-    role = turn["role"]
-    role = ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
-    calls = turn.get("tool_calls")
-    content = turn.get("content")
-    if role == "function_call":
-        role, calls, content = "assistant", content, ""
-    if role not in ROLES:
-        raise ValueError(f"{field}: role {turn['role']!r} is not one of {', '.join(ROLES)}")
-    if isinstance(content, list):
-        content = _join_parts(content, field)
-    thoughts = turn.get("reasoning_content")
-    if content is None and (calls or thoughts):
-        content = ""
-    content = check_text(content, f'{field}: "content"')
-    if role != "assistant":
-        return {"role": role, "content": content}
-    message: dict[str, Any] = assistant(content)
-    if thoughts:
-        thoughts = check_text(thoughts, f'{field}: "reasoning_content"')
-        message = {"role": role, "content": content, "reasoning_content": thoughts}
-    if calls and (tool_calls := _read_calls(calls, field)):
-        message["tool_calls"] = tool_calls
-    return message
-
-
-def _join_parts(parts: list, field: str) -> str:
-    """Join content that is given as a list of {"type": "text", "text": ...} parts."""
-    texts = []
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            type_ = part.get("type") if isinstance(part, dict) else json_type(part)
-            raise ValueError(f"{field}: content part of type {type_!r}; only text is supported")
-        texts.append(check_text(part.get("text"), f'{field}: "text" of a content part'))
-    return "".join(texts)
-
-
-def _read_calls(calls: Any, field: str) -> list[dict[str, Any]]:
-    """Convert one call or a list of calls, parsed or a JSON string, to [{"name", "arguments"}]."""
-    calls = _parse_json(calls, f'{field}: "tool_calls"')
-    result = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        call = call.get("function", call) if isinstance(call, dict) else call
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise ValueError(f'{field}: a tool call must be an object with "name" and "arguments"')
-        arguments = call.get("arguments")
-        if isinstance(arguments, str):
-            with contextlib.suppress(ValueError, RecursionError):  # Otherwise it stays a string.
-                arguments = json.loads(arguments)
-        call = {"name": call["name"], "arguments": {} if arguments is None else arguments}
-        check_text(json.dumps(call, ensure_ascii=False), f"{field}: a tool call")
-        result.append(call)
-    return result
-
-
-def _parse_json(value: Any, field: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        return []
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{field} is a string but not JSON: {value[:60]!r}") from error
+        text = check_text(system, f.what("system"))
+        messages = [{"role": "system", "content": text}, *messages]
+    return with_tools(messages, parse_tools(f.get("tools"), f.what("tools")))
 
 
 # ---- conversations -------------------------------------------------------------------------------
 
 
-def read_chat(row: Row, key: str) -> Messages:
-    """Convert the messages in row[key], with "tools" and "system" from the same row."""
-    return require_answer(_read_messages_of(row, key), f'"{key}"')
+def read_conversation(f: Fields, join: str) -> Messages:
+    """Convert a row with messages, or with a prompt and an answer.
+
+    `join` separates an instruction and its input. In a prompt, assistant turns are not learned,
+    except those of an Alpaca history.
+    """
+    if f.get("label") in (False, "false", "False", "FALSE", "0"):
+        raise NotUsed("its label says that the answer is bad")
+    if f.has("messages"):
+        messages = _with_row(read_messages(f.parsed("messages"), f.what("messages")), f)
+    else:
+        messages = [*read_prompt(f, join), *_read_answer(f, "answer")]
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        name = "messages" if f.has("messages") else "answer"
+        raise ValueError(f"{f.what(name)} has no assistant message to learn from")
+    _require_targets(answers)
+    return messages
 
 
-def _read_messages_of(row: Row, key: str) -> Messages:
-    return read_messages(row[key], f'"{key}"', row.get("tools"), row.get("system"))
+def _require_targets(answers: Messages) -> None:
+    """Mark empty answers as not learned; raise NotUsed if none is learned."""
+    marked = sum(message.get("weight") == 0 for message in answers)
+    for message in answers:
+        if not any(str(message.get(key) or "").strip() for key in _CONTENT):
+            message["weight"] = 0
+    if all(message.get("weight") == 0 for message in answers):
+        reason = "marked as not to be learned" if marked == len(answers) else "empty"
+        raise NotUsed(f"every answer is {reason}")
 
 
-def read_alpaca(row: Row, join: str) -> Messages:
-    """Convert an Alpaca row; `join` separates the instruction and the input."""
-    answer = row["output"] if "output" in row else row["response"]
-    return [*alpaca_prompt(row, join), assistant(check_text(answer, '"output"'))]
+_CONTENT = ("content", "reasoning_content", "tool_calls")
 
 
-def alpaca_prompt(row: Row, join: str) -> Messages:
-    """Convert an Alpaca row without its answer."""
-    messages = [*_read_system(row), *_read_history(row.get("history"))]
-    question = check_text(row["instruction"], '"instruction"')
-    extra = check_text(row.get("input") or "", '"input"')
-    return [*messages, user(question + (join if question and extra else "") + extra)]
+def read_prompt(f: Fields, join: str) -> Messages:
+    """Convert a prompt: a list of messages, or a text with an optional input and history."""
+    if f.turns("prompt"):
+        messages = read_messages(f.turns("prompt"), f.what("prompt"))
+        return _with_row(_not_learned(messages), f)
+    question = check_text(f.get("prompt"), f.what("prompt"))
+    extra = check_text(f.get("input") or "", f.what("input"))
+    question = user(question + (join if question and extra else "") + extra)
+    return _with_row([*_read_history(f), question], f)
 
 
-def _read_system(row: Row) -> Messages:
-    """Return the system message of a row as a list, which is empty if the row has none."""
-    text = row.get("system")
-    return [{"role": "system", "content": check_text(text, '"system"')}] if text else []
+def _not_learned(messages: Messages) -> Messages:
+    return [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages]
 
 
-def read_question_answer(row: Row) -> Messages:
-    """Convert a row with "q", "a" and an optional "history"."""
-    return [*_read_history(row.get("history")), user(check_text(row["q"], '"q"')),
-            assistant(check_text(row["a"], '"a"'))]  # fmt: skip
-
-
-def _read_history(history: Any) -> Messages:
-    if isinstance(history, str):
-        try:
-            history = ast.literal_eval(history)  # In CSV it is a Python literal or JSON.
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            history = _parse_json(history, '"history"')
+def _read_history(f: Fields) -> Messages:
+    """Convert [[question, answer], ...], or a list of messages."""
+    if f.turns("history"):
+        return read_messages(f.turns("history"), f.what("history"))
+    history = f.parsed("history")
+    if isinstance(history, str) and history.strip().lower() in ("", "nan", "none", "null"):
+        history = None  # As pandas and CSV writers leave empty cells.
+    if history is not None and not isinstance(history, (list, tuple)):
+        raise ValueError(f"{f.what('history')} must be a list of questions and answers")
     messages: Messages = []
     for number, pair in enumerate(history or (), 1):
-        field = f'"history" {number}'
+        field = f"{f.what('history')} {number}"
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError(f"{field} must be a question and its answer")
         messages += [user(check_text(pair[0], field)), assistant(check_text(pair[1], field))]
     return messages
 
 
-def read_prompt_completion(row: Row) -> Messages:
-    """Convert a prompt and a completion, each a string or a list of messages."""
-    return require_answer([*_read_prompt(row), *_read_answer(row, "completion")], '"completion"')
-
-
-def _read_prompt(row: Row) -> Messages:
-    if isinstance(row["prompt"], str):
-        return [*_read_system(row), user(check_text(row["prompt"], '"prompt"'))]
-    return _read_messages_of(row, "prompt")
-
-
-def _read_answer(row: Row, key: str) -> Messages:
-    value = row[key]
-    if isinstance(value, str):
-        return [assistant(check_text(value, f'"{key}"'))]
-    return read_messages([value] if isinstance(value, dict) else value, f'"{key}"')
+def _read_answer(f: Fields, name: str) -> Messages:
+    if f.turns(name):
+        return read_messages(f.turns(name), f.what(name))
+    return read_turn({"role": "assistant", "content": f.get(name)}, f.what(name))
 
 
 # ---- preferences ---------------------------------------------------------------------------------
 
 
-def read_preference(row: Row) -> tuple[Messages, Messages]:
-    """Convert a pair of message lists; the prompt is part of each list or a separate field."""
+def read_pair(f: Fields, join: str, others: Iterable[str] = ()) -> tuple[Messages, Messages]:
+    """Convert a row with a chosen and a rejected answer, and its prompt if it has one.
 
-    def conversation(key: str) -> Messages:
-        answer = read_messages(row[key], f'"{key}"', row.get("tools"))
-        if not row.get("prompt") or answer[0]["role"] in ("user", "system"):
-            return answer
-        return [*_read_prompt(row), *answer]
+    `others` are the keys that nothing reads; a row without a prompt is refused if there are any.
+    """
+    prompt: Messages = []
+    if f.has("messages"):
+        prompt = _with_row(read_messages(f.parsed("messages"), f.what("messages")), f)
+    elif f.has("prompt"):
+        prompt = read_prompt(f, join)
+    if not prompt and not f.turns("chosen") and not f.turns("rejected"):
+        return _read_texts(f, list(others))
 
-    return check_pair(conversation("chosen"), conversation("rejected"))
+    def conversation(name: str) -> Messages:
+        answer = _read_answer(f, name)
+        whole = answer[0]["role"] in ("system", "user")  # Such a list repeats the prompt.
+        return _with_row(answer, f) if whole or not prompt else [*prompt, *answer]
 
-
-def read_prompt_preference(row: Row) -> tuple[Messages, Messages]:
-    """Convert a prompt with two strings, chosen and rejected."""
-    return _answer_pair(_read_prompt(row), row)
-
-
-def read_alpaca_preference(row: Row, join: str) -> tuple[Messages, Messages]:
-    """Convert an instruction and input with two strings, chosen and rejected."""
-    return _answer_pair(alpaca_prompt(row, join), row)
-
-
-def read_sharegpt_preference(row: Row) -> tuple[Messages, Messages]:
-    """Convert a conversation with two possible next messages, chosen and rejected."""
-    key = "conversations" if "conversations" in row else "messages"
-    return _answer_pair(_read_messages_of(row, key), row)
+    return make_pair(conversation("chosen"), conversation("rejected"))
 
 
-def _answer_pair(prompt: Messages, row: Row) -> tuple[Messages, Messages]:
-    chosen, rejected = ([*prompt, *_read_answer(row, key)] for key in ("chosen", "rejected"))
-    return check_pair(chosen, rejected)
-
-
-def read_text_preference(row: Row) -> tuple[Messages, Messages]:
-    """Convert two strings with Human: and Assistant: turns, or with the prompt as common prefix."""
-    chosen = check_text(row["chosen"], '"chosen"')
-    rejected = check_text(row["rejected"], '"rejected"')
-    marks = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
-    if marks.match(chosen) and marks.match(rejected):
-        return check_pair(*([
-            user(text.strip()) if speaker == "Human" else assistant(text.strip())
-            for speaker, text in zip(parts[1::2], parts[2::2], strict=True)
-        ] for parts in (marks.split(chosen), marks.split(rejected))))  # fmt: skip
+def _read_texts(f: Fields, others: list[str]) -> tuple[Messages, Messages]:
+    """Convert two texts with Human: and Assistant: turns, or with the prompt as common prefix."""
+    chosen, rejected = (check_text(f.get(n), f.what(n)) for n in ("chosen", "rejected"))
+    if HUMAN_ASSISTANT.match(chosen) and HUMAN_ASSISTANT.match(rejected):
+        return make_pair(*(
+            [
+                user(text.strip()) if speaker == "Human" else assistant(text.strip())
+                for speaker, text in zip(parts[1::2], parts[2::2], strict=True)
+            ]
+            for parts in (HUMAN_ASSISTANT.split(chosen), HUMAN_ASSISTANT.split(rejected))
+        ))  # fmt: skip
+    if others:
+        raise ValueError(
+            f"no prompt, but other columns ({', '.join(others)}). If one is the prompt, set "
+            f'"data.columns=[prompt:{others[0]}]"'
+        )
     shared = len(os.path.commonprefix([chosen, rejected]))
     while shared and not chosen[shared - 1].isspace():
         shared -= 1  # Back to the start of a word.
     if not chosen[:shared].strip():
         raise ValueError('"chosen" and "rejected" have no common prefix to use as the prompt')
     prompt = user(chosen[:shared].strip())
-    return check_pair([prompt, assistant(chosen[shared:])], [prompt, assistant(rejected[shared:])])
+    return make_pair([prompt, assistant(chosen[shared:])], [prompt, assistant(rejected[shared:])])
 
 
-def check_pair(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages]:
-    """Return the pair; raise ValueError unless it differs in the last answer and nothing else."""
-    for key, messages in (("chosen", chosen), ("rejected", rejected)):
-        if require_answer(messages, f'"{key}"')[-1]["role"] != "assistant":
-            raise ValueError(f'"{key}" must end with an assistant message')
-    if chosen[:-1] != rejected[:-1]:
-        raise ValueError('"chosen" and "rejected" have different prompts (all turns but the last)')
-    if chosen[-1] == rejected[-1]:
+def make_pair(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages]:
+    """Return two conversations that begin with the same prompt, in which no answer is learned.
+
+    After it, the assistant's turns are learned. Raises ValueError if there is no common prompt, if
+    both are equal, or if one does not end with an answer.
+    """
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        if all(message["role"] != "assistant" for message in messages):
+            raise ValueError(f'"{name}" has no assistant message to learn from')
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(f'"{name}" must end with an assistant message')
+    if chosen == rejected:
         raise ValueError('"chosen" and "rejected" are the same answer')
-    return chosen, rejected
+    size = prompt_size(chosen, rejected)
+    if all(message["role"] != "user" for message in chosen[:size]):
+        raise ValueError('"chosen" and "rejected" have different prompts, or none')
+    for messages in (chosen, rejected):
+        _require_targets([m for m in messages[size:] if m["role"] == "assistant"])
+    return (
+        [*_not_learned(chosen[:size]), *chosen[size:]],
+        [*_not_learned(rejected[:size]), *rejected[size:]],
+    )
+
+
+def prompt_size(chosen: Messages, rejected: Messages) -> int:
+    """Return the number of messages in the common prompt; at least the last answer is not in it."""
+    pairs = zip(chosen[:-1], rejected[:-1], strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b),
+                min(len(chosen), len(rejected)) - 1)  # fmt: skip

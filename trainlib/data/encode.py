@@ -21,16 +21,8 @@ def encode_conversation(tokenizer: Tokenizer, record: formats.Record) -> list[Se
 
 
 def encode_preference(tokenizer: Tokenizer, record: formats.Record) -> list[Sequence]:
-    """Encode the chosen and the rejected conversation; only the last answers are supervised."""
-    return [_last_answer_only(render_conversation(tokenizer, c)) for c in record.value]
-
-
-def _last_answer_only(sequence: Sequence) -> Sequence:
-    end = len(sequence.mask) - sequence.mask[::-1].index(True)
-    start = end
-    while start and sequence.mask[start - 1]:
-        start -= 1
-    return Sequence(sequence.ids, [start <= i < end for i in range(len(sequence.mask))])
+    """Encode the chosen and the rejected conversation; answers in the prompt have weight 0."""
+    return [render_conversation(tokenizer, conversation) for conversation in record.value]
 
 
 ENCODERS: dict[str, Encode] = {

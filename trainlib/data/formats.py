@@ -2,14 +2,16 @@
 
     Source (readers.py)   file -> items: JSON lines, array, CSV, text, Parquet; .gz and .zst
     detect                first rows -> format, and the reason for it
-    check_items           items -> Record, or Broken with the reason
+    check_items           items -> Record, Broken with the reason, or NotUsed
 
-FORMATS lists all formats in the order in which they are tried. Reports group rows by the optional
-key "source"; unknown keys are ignored. No row is skipped silently.
+Each row is read for what it is, whatever the other rows of its file are. columns.py maps its keys
+to our names. FORMATS lists all formats in the order in which they are tried. Reports group rows by
+the optional key "source". No row is skipped silently.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,11 +19,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainlib.core.errors import UserError
-from trainlib.data import conversations as c
+from trainlib.data.columns import Fields, suggest_columns
 from trainlib.data.containers import GBK_FIX, NOT_UTF8, Broken, Item, Row
+from trainlib.data.conversations import NotUsed, read_conversation, read_pair
+from trainlib.data.findings import Counts
+from trainlib.data.messages import check_text
 from trainlib.data.readers import CONTAINERS, EmptyFileError, Source, parse
 
-DETECTION_ROWS = 50
+DETECTION_ROWS = 1000
+MARKERS = re.compile(r"<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>|<s>|</s>")
+"""Markers between the texts of a pretraining row."""
+TAGS = re.compile(
+    r"<\|(?:im_start|im_end|endoftext|reserved_\d+)\|>|</?(?:tool_call|tool_response|think)>"
+)
+"""The text of special tokens."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,9 @@ class ReadOptions:
 
     format: str = "auto"
     alpaca_join: str = "\n"
+    columns: tuple[str, ...] = ()
+    """Entries of data.columns: our name, a colon, and the name in the file."""
+    split_markers: bool = True
 
 
 @dataclass(frozen=True)
@@ -44,13 +58,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Format:
-    """A row format: how to recognize, read and check a row."""
+    """A row format: its name, its stage, and how to recognize a row."""
 
     name: str
     kind: str
     example: str
-    matches: Callable[[Row], bool]
-    read: Callable[[Row, ReadOptions], Any]
+    matches: Callable[[Fields], bool]
 
 
 class Detection(NamedTuple):
@@ -66,72 +79,53 @@ class Detection(NamedTuple):
 UNPAIRED = "an unpaired preference (label or kto_tag), which no stage trains on"
 
 
-def read_text(row: Row, options: ReadOptions) -> str:
-    """Return the document of a pretraining row; raise ValueError if it is empty or not a string."""
-    text = c.check_text(row["text"], '"text"')
-    if not text:
-        raise ValueError('"text" is empty')
-    return text
+def _has_texts(f: Fields) -> bool:
+    return not f.turns("chosen") and not f.turns("rejected")
 
 
-def _refuse(row: Row, options: ReadOptions) -> Any:
-    raise ValueError(UNPAIRED)
+def _called(f: Fields, name: str, key: str) -> bool:
+    return f.has(name) and f.keys[name].strip().lower() == key
 
 
-def _has(row: Row, *keys: str) -> bool:
-    return all(row.get(key) is not None for key in keys)
+def _is_pair(f: Fields) -> bool:
+    return f.has("chosen", "rejected")
 
 
-def _has_texts(row: Row, *keys: str) -> bool:
-    return all(isinstance(row.get(key), str) for key in keys)
+def _is_sharegpt(f: Fields) -> bool:
+    turns = f.parsed("messages")
+    return not isinstance(turns, list) or not turns or not isinstance(turns[0], dict) or (
+        "from" in turns[0]
+    )  # fmt: skip
 
 
-def _has_turns(row: Row, key: str, name: str) -> bool:
-    """Return whether row[key] is a list of turns, the first of which has the key `name`."""
-    turns = row.get(key)
-    return isinstance(turns, list) and (
-        not turns or not isinstance(turns[0], dict) or name in turns[0]
-    )
-
-
-_ANSWERS = ("chosen", "rejected")
 FORMATS: tuple[Format, ...] = (
     Format("sharegpt_preference", "dpo",
            '{"conversations": [...], "chosen": {"from", "value"}, "rejected": {"from", "value"}}',
-           lambda r: _has(r, *_ANSWERS) and isinstance(r["chosen"], dict)
-           and any(isinstance(r.get(k), list) for k in ("conversations", "messages")),
-           lambda r, o: c.read_sharegpt_preference(r)),
+           lambda f: _is_pair(f) and f.has("messages")),
     Format("preference", "dpo",
            '{"chosen": [messages], "rejected": [messages]}, with or without "prompt"',
-           lambda r: _has(r, *_ANSWERS) and not isinstance(r["chosen"], str),
-           lambda r, o: c.read_preference(r)),
+           lambda f: _is_pair(f) and not _has_texts(f)),
     Format("alpaca_preference", "dpo",
            '{"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}',
-           lambda r: _has_texts(r, *_ANSWERS) and "instruction" in r,
-           lambda r, o: c.read_alpaca_preference(r, o.alpaca_join)),
+           lambda f: _is_pair(f) and _called(f, "prompt", "instruction")),
     Format("prompt_preference", "dpo", '{"prompt": "...", "chosen": "...", "rejected": "..."}',
-           lambda r: _has_texts(r, *_ANSWERS) and _has(r, "prompt"),
-           lambda r, o: c.read_prompt_preference(r)),
-    Format("text_preference", "dpo", '{"chosen": "...", "rejected": "..."}',
-           lambda r: _has_texts(r, *_ANSWERS), lambda r, o: c.read_text_preference(r)),
+           lambda f: _is_pair(f) and f.has("prompt")),
+    Format("text_preference", "dpo", '{"chosen": "...", "rejected": "..."}', _is_pair),
     Format("unpaired", "kto", '{"prompt": "...", "completion": "...", "label": true}',
-           lambda r: "kto_tag" in r or _has(r, "prompt", "completion") and "label" in r, _refuse),
+           lambda f: _called(f, "label", "kto_tag") or f.has("prompt", "answer", "label")),
     Format("openai", "sft", '{"messages": [{"role": "user", "content": "..."}, ...]}',
-           lambda r: _has(r, "messages"), lambda r, o: c.read_chat(r, "messages")),
+           lambda f: _called(f, "messages", "messages")),
     Format("sharegpt", "sft", '{"conversations": [{"from": "human", "value": "..."}, ...]}',
-           lambda r: _has_turns(r, "conversations", "from"),
-           lambda r, o: c.read_chat(r, "conversations")),
+           lambda f: f.has("messages") and _is_sharegpt(f)),
     Format("minimind", "sft", '{"conversations": [{"role": "user", "content": "..."}, ...]}',
-           lambda r: _has(r, "conversations"), lambda r, o: c.read_chat(r, "conversations")),
+           lambda f: f.has("messages")),
     Format("alpaca", "sft", '{"instruction": "...", "input": "...", "output": "..."}',
-           lambda r: _has(r, "instruction") and (_has(r, "output") or _has(r, "response")),
-           lambda r, o: c.read_alpaca(r, o.alpaca_join)),
+           lambda f: f.has("answer") and _called(f, "prompt", "instruction")),
     Format("prompt_completion", "sft", '{"prompt": "...", "completion": "..."}',
-           lambda r: _has(r, "prompt", "completion"), lambda r, o: c.read_prompt_completion(r)),
-    Format("question_answer", "sft", '{"q": "...", "a": "...", "history": [...]}',
-           lambda r: _has(r, "q", "a"), lambda r, o: c.read_question_answer(r)),
-    Format("text", "pretrain", '{"text": "..."}',
-           lambda r: "text" in r, read_text),
+           lambda f: f.has("answer") and _called(f, "prompt", "prompt")),
+    Format("question_answer", "sft", '{"question": "...", "answer": "...", "history": [...]}',
+           lambda f: f.has("prompt", "answer")),
+    Format("text", "pretrain", '{"text": "..."}', lambda f: "text" in f.keys),
 )  # fmt: skip
 EXAMPLES = {
     "pretrain": '{"text": "..."}',
@@ -144,7 +138,9 @@ NAMES = ("auto", *(f.name for f in FORMATS), *CONTAINERS)
 """Values of data.format: a row format, or a container whose row format is then detected."""
 
 
-def detect(path: Path, kind: str | None = None, name: str = "auto") -> Detection:
+def detect(
+    path: Path, kind: str | None = None, name: str = "auto", columns: tuple[str, ...] = ()
+) -> Detection:
     """Detect the format of a file from its first rows, preferring formats of the given kind.
 
     `name` overrides the detection. Raises UserError if the file cannot be read or none of its
@@ -154,7 +150,7 @@ def detect(path: Path, kind: str | None = None, name: str = "auto") -> Detection
     for format_ in FORMATS:
         if format_.name == name:
             return Detection(format_, source, f"data.format={name}, in {source.container}")
-    reason, line = "", 0
+    reason, line, first = "", 0, None
     for item in islice(source.items(), DETECTION_ROWS):
         line = line or item.line
         try:
@@ -162,19 +158,29 @@ def detect(path: Path, kind: str | None = None, name: str = "auto") -> Detection
         except ValueError as error:
             reason = reason or str(error)
             continue
-        matching = [f for f in FORMATS if f.matches(row)]
-        if matching:
-            format_ = next((f for f in matching if f.kind == kind), matching[0])
-            compression = f" in {source.compression}" if source.compression else ""
-            keys = ", ".join(map(str, row))
-            reason = f"{source.container}{compression} ({source.reason}); line {item.line} has keys"
-            return Detection(format_, source, f"{reason} {keys}", item.line)
-        reason = reason or f"unknown row format (keys: {keys_of(row)})"
+        fields = Fields(row, columns)
+        matching = [f for f in FORMATS if f.matches(fields)]
+        if not matching:
+            hint = suggest_columns(row, kind)
+            reason = reason or f"unknown row format (keys: {keys_of(row)}){hint}"
+        elif found := next((f for f in matching if f.kind == kind), None if kind else matching[0]):
+            return Detection(found, source, _reason(source, item.line, row), item.line)
+        if matching and not first:
+            why = _reason(source, item.line, row)
+            first = Detection(matching[0], source, why, item.line)
+    if first:
+        return first
     if not reason:
         raise EmptyFileError(f"{path} is empty: it needs at least one row")
     if reason.startswith(NOT_UTF8):  # Every format requires UTF-8.
         raise UserError(f"{path}, line {line}: {reason}")
     raise UserError(f"{path}, line {line}: {reason}. Known formats:\n{known_formats()}")
+
+
+def _reason(source: Source, line: int, row: Row) -> str:
+    compression = f" in {source.compression}" if source.compression else ""
+    keys = ", ".join(map(str, row))
+    return f"{source.container}{compression} ({source.reason}); line {line} has keys {keys}"
 
 
 def known_formats() -> str:
@@ -186,32 +192,84 @@ def known_formats() -> str:
 
 
 def check_items(
-    items: Iterable[Item], path: Path, format_: Format, options: ReadOptions
-) -> Iterator[tuple[int, Record | Broken]]:
-    """Yield each item's line number with its record, or with the reason why it is broken."""
-    others = [f for f in FORMATS if f.kind == format_.kind and f is not format_]
-    if options.format == format_.name:
-        others = []  # data.format allows only this one.
+    items: Iterable[Item], path: Path, kind: str, options: ReadOptions, counts: Counts
+) -> Iterator[tuple[int, list[Record] | Broken]]:
+    """Yield each item's line number with its records, or with the reason why it is broken.
+
+    A row is one record; a pretraining row with markers can be several, and a row that `kind` does
+    not use is none. Counts the rows that are not broken in `counts`.
+    """
     for line, content in items:
         try:
             row = parse(content)
-            matching = next((f for f in (format_, *others) if f.matches(row)), None)
-            if matching is None:
-                raise ValueError(
-                    f"not {format_.kind} data such as {format_.example} (keys: {keys_of(row)})"
-                )
-            value = matching.read(row, options)
+            values, fields, read = read_row(row, kind, options)
         except ValueError as error:
             yield line, Broken(str(error))
+        except NotUsed as reason:
+            counts.add_not_used(line, str(reason))
+            yield line, []
         else:
+            special = len(values) == 1 and kind == "pretrain" and bool(TAGS.search(values[0]))
+            counts.add(line, fields.unused(read), len(values), special)
             source = row.get("source")
-            yield line, Record(value, source if isinstance(source, str) else "", path, line)
+            source = source if isinstance(source, str) else ""
+            yield line, [Record(value, source, path, line) for value in values]
+
+
+READ = {
+    "pretrain": frozenset(("text",)),
+    "messages": frozenset(("messages", "system", "tools", "label")),
+    "sft": frozenset(("prompt", "input", "answer", "system", "history", "tools", "label")),
+    "pair": frozenset(("messages", "chosen", "rejected", "system", "tools")),
+    "dpo": frozenset(("prompt", "input", "chosen", "rejected", "system", "history", "tools")),
+}
+"""The columns that are read, by the shape of a row."""
+
+
+def read_row(row: Row, kind: str, options: ReadOptions) -> tuple[list, Fields, frozenset[str]]:
+    """Return the values in a row, the row under our names, and the names that were read.
+
+    Raises ValueError with the reason if the row is broken, and NotUsed if `kind` does not use it.
+    """
+    if kind not in EXAMPLES:
+        raise ValueError(UNPAIRED)
+    fields = Fields(row, options.columns)
+    matching = [f for f in FORMATS if options.format in (f.name, *NAMES[:1], *CONTAINERS)
+                and f.matches(fields)]  # fmt: skip
+    if not any(f.kind == kind for f in matching):
+        if matching and options.format not in {f.name for f in FORMATS}:
+            raise NotUsed(f"{matching[0].kind} data, not {kind} data")
+        raise ValueError(
+            f"not {kind} data such as {EXAMPLES[kind]} (keys: {keys_of(row)})"
+            + suggest_columns(row, kind)
+        )
+    if kind == "pretrain":
+        return read_documents(fields, options.split_markers), fields, READ[kind]
+    if kind == "sft":
+        shape = "messages" if fields.has("messages") else "sft"
+        return [read_conversation(fields, options.alpaca_join)], fields, READ[shape]
+    shape = "pair" if fields.has("messages") else "dpo"
+    unused = [key for key, _ in fields.unused(READ[shape]) if isinstance(row.get(key), str)]
+    return [read_pair(fields, options.alpaca_join, unused)], fields, READ[shape]
+
+
+def read_documents(fields: Fields, split: bool = True) -> list[str]:
+    """Return the documents of a pretraining row, split at markers if it is written with them."""
+    text = check_text(fields.get("text"), fields.what("text"))
+    documents = [text]
+    if split and "<" in text:
+        pieces = MARKERS.split(text)
+        if len(pieces) > 2 or (len(pieces) == 2 and not pieces[0].strip()):
+            documents = [piece.strip() for piece in pieces if piece.strip()]
+    if not any(document.strip() for document in documents):
+        raise NotUsed(f"{fields.what('text')} is empty")
+    return documents
 
 
 def find_format(path: Path, kind: str, options: ReadOptions) -> Detection:
     """Return the format of a stage's data file; raise UserError if it is for another stage."""
     try:
-        found = detect(path, kind, options.format)
+        found = detect(path, kind, options.format, options.columns)
     except EmptyFileError as error:
         raise EmptyFileError(f"{error} like {EXAMPLES[kind]}") from error
     if found.format.kind not in EXAMPLES:

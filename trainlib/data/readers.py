@@ -119,10 +119,10 @@ class Source:
             with parquet.ParquetFile(self.path, memory_map=True) as file:
                 total = max(1, file.metadata.num_rows)
                 for batch in file.iter_batches(batch_size=512):
-                    for row in batch.to_pylist():
+                    for row in batch.to_pylist(maps_as_pydicts="lossy"):
                         number += 1
                         self.position = self.size * number // total
-                        yield Item(number, row)
+                        yield Item(number, {key: _plain(value) for key, value in row.items()})
         except (arrow.ArrowException, OSError) as error:
             raise UserError(f"{self.path}, after row {number}: damaged Parquet: {error}") from error
 
@@ -214,6 +214,20 @@ _KNOWN_COLUMNS = (
     {"instruction", "output"}, {"prompt", "completion"}, {"chosen", "rejected"}, {"q", "a"},
     {"text", "source"},
 )  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """Convert a Parquet value to what JSON can hold, without the null fields of structs.
+
+    A struct has all fields that any row has; null says that this row lacks one.
+    """
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    return value if value is None or isinstance(value, (str, bool, int, float)) else str(value)
 
 
 def _json(raw: bytes) -> Any:

@@ -37,11 +37,12 @@ from tokenizer.bpe import Tokenizer
 from trainlib.core.errors import UserError
 from trainlib.core.files import cache_dir, mount_hint, sync, write_atomically
 from trainlib.data import formats
+from trainlib.data.findings import Counts
 from trainlib.data.tokenize_files import Encode, Task, Tokenized, read_chunks, tokenize_chunks
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 3
+LAYOUT = 4
 """Increase this when the format of the cache files changes."""
 MAX_SKIPPED = 0.01
 """Share of a file's rows that data.on_error=skip may skip."""
@@ -71,6 +72,7 @@ class TokenCache:
     folder: Path = Path()
     num_skipped: int = 0
     """Number of broken rows skipped by data.on_error=skip."""
+    counts: Counts = field(default_factory=Counts)
 
     @property
     def num_records(self) -> int:
@@ -128,7 +130,7 @@ def build_cache(
                 if not (folder / "meta.json").is_file():
                     partial = folder.with_name(f".making-{folder.name}{suffix}")
                     found = formats.find_format(path, kind, options)
-                    task = Task(path, found.format.name, kind, tokenizer, encode, options)
+                    task = Task(path, kind, tokenizer, encode, options)
                     _build(partial, folder, found, task, on_error)
         except OSError as error:
             size = _estimate_bytes(path, tokenizer) / 1e6
@@ -139,6 +141,13 @@ def build_cache(
     cache = _open_cache(folder, path, f"{tokenizer.fingerprint} {kind}")
     if cache.num_skipped:
         _report_skipped(cache, on_error)
+    for line in cache.counts.log_lines():
+        log.info("%s: %s", path, line)
+    for finding in cache.counts.findings():
+        lines = ", ".join(map(str, finding["lines"][:5]))
+        log.warning("%s: %s in %s rows (%.0f %%; lines %s). %s", path, finding["name"],
+                    f"{finding['count']:,}", 100 * finding["share"], lines,
+                    finding["fix"])  # fmt: skip
     return cache
 
 
@@ -197,6 +206,7 @@ class Progress:
     tokens: int = 0
     names: list[str] = field(default_factory=list)
     first_broken: list[Any] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
 
 
 class CacheWriter:
@@ -209,8 +219,8 @@ class CacheWriter:
         names = ["ids.bin", "supervised.bin", "skipped.jsonl", *(f"{name}.bin" for name in ARRAYS)]
         try:
             saved = json.loads((partial / "progress.json").read_text(encoding="utf-8"))
-            self.progress = Progress(**saved)
-        except (OSError, ValueError, TypeError):
+            self.progress = Progress(**{**saved, "counts": Counts(**saved["counts"])})
+        except (OSError, ValueError, TypeError, KeyError):
             self.progress = Progress(dict.fromkeys(names, 0))
         self.files = {name: (partial / name).open("ab") for name in names}
         for name, file in self.files.items():
@@ -246,12 +256,15 @@ class CacheWriter:
                 f"{MAX_SKIPPED:.0%} that data.on_error=skip allows. The first: {first}. "
                 f"Run python -m tools.inspect_data {path} to list them all."
             )
-        assert progress.rows == progress.records + progress.skipped
+        if not progress.records:
+            reasons = ", ".join(progress.counts.not_used)
+            raise UserError(f"{self.task.path}: no row can be used for {self.task.kind}: {reasons}")
         self._save()
         meta = {"path": str(self.task.path), "kind": self.task.kind,
                 "dtype": np.dtype(self.dtype).name, "format": found.format.name,
                 "why": found.reason, "sources": progress.names, "tokens": progress.tokens,
                 "rows": progress.rows, "records": progress.records, "skipped": progress.skipped,
+                "counts": asdict(progress.counts),
                 "content": " ".join(d.hexdigest() for d in self._digests.values())}  # fmt: skip
         (self.folder / "progress.json").unlink()
         write_atomically(self.folder / "meta.json", json.dumps(meta, ensure_ascii=False))
@@ -277,7 +290,8 @@ class CacheWriter:
         progress.chunks += 1
         progress.records += len(tokenized.lines)
         progress.skipped += len(tokenized.broken)
-        progress.rows += len(tokenized.lines) + len(tokenized.broken)
+        progress.rows += tokenized.counts.rows + len(tokenized.broken)
+        progress.counts.merge(tokenized.counts)
         progress.tokens += len(tokenized.ids)
 
     def _append(self, name: str, values: np.ndarray) -> None:
@@ -379,4 +393,5 @@ def _open_cache(folder: Path, path: Path, encoding: str) -> TokenCache:
     }
     key = hashlib.sha256(f"{LAYOUT} {encoding} {meta['content']}".encode()).hexdigest()[:16]
     return TokenCache(path, key, source_names=meta["sources"], folder=folder,
-                      num_skipped=meta["skipped"], **arrays)  # fmt: skip
+                      num_skipped=meta["skipped"], counts=Counts(**meta["counts"]),
+                      **arrays)  # fmt: skip

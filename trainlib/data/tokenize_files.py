@@ -32,6 +32,8 @@ from tokenizer.bpe import Sequence, Tokenizer
 from trainlib.core.errors import UserError
 from trainlib.data import formats
 from trainlib.data.containers import Item
+from trainlib.data.conversations import prompt_size
+from trainlib.data.findings import Counts
 from trainlib.data.readers import Source
 
 CHUNK_BYTES = 1 << 20
@@ -54,7 +56,6 @@ class Task:
     """Everything needed to tokenize a chunk of a file."""
 
     path: Path
-    format_name: str
     kind: str
     tokenizer: Tokenizer
     encode: Encode
@@ -72,6 +73,7 @@ class Tokenized(NamedTuple):
     sources: np.ndarray
     source_names: list[str]
     broken: list[tuple[int, str]]
+    counts: Counts
     position: int
 
 
@@ -99,22 +101,24 @@ def tokenize_chunk(chunk: Chunk, task: Task) -> Tokenized:
     lengths, lines, hashes, sources = [], [], [], []
     names: dict[str, int] = {}
     broken: list[tuple[int, str]] = []
-    format_ = next(f for f in formats.FORMATS if f.name == task.format_name)
-    for line, record in formats.check_items(chunk.items, task.path, format_, task.options):
-        if isinstance(record, formats.Broken):
-            broken.append((line, record.reason))
+    counts = Counts()
+    items = formats.check_items(chunk.items, task.path, task.kind, task.options, counts)
+    for line, records in items:
+        if isinstance(records, formats.Broken):
+            broken.append((line, records.reason))
             continue
-        for sequence in task.encode(task.tokenizer, record):
-            ids.fromlist(sequence.ids)
-            mask += bytes(sequence.mask)
-            lengths.append(len(sequence.ids))
-        lines.append(line)
-        hashes.append(_content_hash(record))
-        sources.append(names.setdefault(record.source, len(names)))
+        for record in records:
+            for sequence in task.encode(task.tokenizer, record):
+                ids.fromlist(sequence.ids)
+                mask += bytes(sequence.mask)
+                lengths.append(len(sequence.ids))
+            lines.append(line)
+            hashes.append(_content_hash(record))
+            sources.append(names.setdefault(record.source, len(names)))
     return Tokenized(
         np.frombuffer(ids, np.uint32), np.frombuffer(mask, np.uint8), np.array(lengths, np.int64),
         np.array(lines, np.int64), np.array(hashes, np.uint64), np.array(sources, np.int64),
-        list(names), broken, chunk.position,
+        list(names), broken, counts, chunk.position,
     )  # fmt: skip
 
 
@@ -198,6 +202,8 @@ def _tokenize_in_worker(chunk: Chunk) -> Tokenized:
 
 def _content_hash(record: formats.Record) -> int:
     """Return a 64-bit hash of a record's content (of the prompt, for a preference pair)."""
-    content: Any = record.value[0][:-1] if isinstance(record.value, tuple) else record.value
+    content: Any = record.value
+    if isinstance(content, tuple):
+        content = content[0][: prompt_size(*content)]
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -1,0 +1,270 @@
+"""Tests that each row is read for what it says, or reported: keys, roles, marks, tags, markers."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainlib.core.errors import UserError
+from trainlib.data import formats
+from trainlib.data.encode import ENCODERS
+from trainlib.data.findings import Counts
+from trainlib.data.token_cache import build_cache
+
+USER, YES = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+LONG = "a text of more than three words"
+
+
+def read(row, kind, **options):
+    """Return the values of one row (or the reason why there is none), and the counts."""
+    counts = Counts()
+    items = [(1, json.dumps(row).encode() if not isinstance(row, bytes) else row)]
+    options = formats.ReadOptions(**options)
+    [(_, records)] = formats.check_items(items, "file", kind, options, counts)
+    if isinstance(records, formats.Broken):
+        return records.reason, counts
+    return [record.value for record in records], counts
+
+
+def shown(row, kind="sft", **options):
+    """Return a conversation as text, with learned answers in brackets."""
+    values, _ = read(row, kind, **options)
+    assert isinstance(values, list), values
+    return [
+        " ".join(
+            f"{m['role'][0]}:{m['content']}" if m["role"] != "assistant" or m.get("weight") == 0
+            else f"a:[{m['content']}]"
+            for m in conversation
+        )
+        for value in values
+        for conversation in (value if isinstance(value, tuple) else (value,))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "expected"), [
+    ({"instruction": "i", "context": "c", "response": "r"}, "u:i\nc a:[r]"),
+    ({"Instruction": "i", "Input": "", "Output": "r"}, "u:i a:[r]"),
+    ({" Question ": "q", "ANSWER": "r"}, "u:q a:[r]"),
+    ({"query": "q", "response": "r", "system": "s"}, "s:s u:q a:[r]"),
+    ({"system_prompt": "s", "question": "q", "response": "r"}, "s:s u:q a:[r]"),
+    ({"prompt": "q", "response": "r"}, "u:q a:[r]"),
+    ({"input": "q", "output": "r"}, "u:q a:[r]"),
+    ({"instruction": "", "input": "q", "output": "r"}, "u:q a:[r]"),
+    ({"q": "2", "a": "r", "history": "[['1', 'x']]"}, "u:1 a:[x] u:2 a:[r]"),
+    ({"q": "2", "a": "r", "history": math.nan}, "u:2 a:[r]"),
+    ({"q": "2", "a": "r", "history": [USER, YES]}, "u:q a:[a] u:2 a:[r]"),
+    ({"conversation": [USER, YES]}, "u:q a:[a]"),
+    ({"messages": json.dumps([USER, YES])}, "u:q a:[a]"),
+    ({"messages": str([USER, YES])}, "u:q a:[a]"),
+    ([{"from": "human", "value": "q"}, {"from": "GPT ", "value": "r"}], "u:q a:[r]"),
+    ({"messages": [{"role": " User", "text": "q"}, {"role": "Assistant", "value": "r"}]},
+     "u:q a:[r]"),
+    ({"prompt": [USER, {**YES, "content": "weak"}, USER], "completion": [YES]},
+     "u:q a:weak u:q a:[a]"),
+    ({"messages": [USER, {**YES, "weight": 0}, USER, YES]}, "u:q a:a u:q a:[a]"),
+    ({"messages": [USER, {**YES, "train": False}, USER, YES]}, "u:q a:a u:q a:[a]"),
+    ({"messages": [USER, {**YES, "loss": False}, USER, {**YES, "loss": True}]},
+     "u:q a:a u:q a:[a]"),
+    ({"messages": [USER, {**YES, "content": " "}, USER, YES]}, "u:q a:  u:q a:[a]"),
+    ({"prompt": "q", "completion": "r", "label": True}, "u:q a:[r]"),
+])  # fmt: skip
+def test_conversations_are_read_under_the_names_that_others_use(row, expected):
+    assert shown(row) == [expected]
+
+
+@pytest.mark.parametrize(("row", "expected"), [
+    ({"question": "q", "chosen": "y", "rejected": "n"}, ["u:q a:[y]", "u:q a:[n]"]),
+    ({"input": "q", "chosen": "y", "rejected": "n"}, ["u:q a:[y]", "u:q a:[n]"]),
+    ({"conversations": [{"from": "human", "value": "q"}], "chosen": "y", "rejected": "n"},
+     ["u:q a:[y]", "u:q a:[n]"]),
+    ({"chosen": json.dumps([USER, YES]), "rejected": json.dumps([USER, {**YES, "content": "n"}])},
+     ["u:q a:[a]", "u:q a:[n]"]),
+    # They diverge before the last turn: all later answers are learned, and no user turn.
+    ({"chosen": [USER, YES, USER, YES],
+      "rejected": [USER, {**YES, "content": "n"}, {**USER, "content": "r"}, YES]},
+     ["u:q a:[a] u:q a:[a]", "u:q a:[n] u:r a:[a]"]),
+    # An answer in the common beginning is part of the prompt.
+    ({"chosen": [USER, YES, USER, YES], "rejected": [USER, YES, USER, {**YES, "content": "n"}]},
+     ["u:q a:a u:q a:[a]", "u:q a:a u:q a:[n]"]),
+    ({"chosen": [USER, YES], "rejected": [USER, YES, USER, {**YES, "content": "n"}]},
+     ["u:q a:[a]", "u:q a:[a] u:q a:[n]"]),
+])  # fmt: skip
+def test_pairs_are_read_under_the_names_that_others_use(row, expected):
+    assert shown(row, "dpo") == expected
+
+
+@pytest.mark.parametrize(("row", "kind", "reason"), [
+    ({"messages": [USER, YES], "label": False}, "sft", "label"),
+    ({"prompt": "q", "completion": "r", "label": "False"}, "sft", "label"),
+    ({"messages": [USER, YES], "kto_tag": False}, "sft", "label"),
+    ({"messages": [USER, {**YES, "content": ""}]}, "sft", "every answer is empty"),
+    ({"messages": [USER, {**YES, "weight": 0}]}, "sft", "not to be learned"),
+    ({"prompt": "q", "chosen": "", "rejected": "n"}, "dpo", "every answer is empty"),
+    ({"text": " \n"}, "pretrain", '"text" is empty'),
+    ({"text": "t"}, "sft", "pretrain data, not sft data"),
+    ({"messages": [USER, YES]}, "dpo", "sft data, not dpo data"),
+])  # fmt: skip
+def test_rows_that_a_stage_does_not_use_are_counted_and_not_broken(row, kind, reason):
+    values, counts = read(row, kind)
+    [(found, count)] = counts.not_used.items()
+    assert values == [] and reason in found and count == counts.rows == 1
+
+
+def test_a_text_pair_is_refused_if_another_column_could_be_the_prompt():
+    row = {"my_question": "q", "chosen": "It is good.", "rejected": "It is bad."}
+    reason, _ = read(row, "dpo")
+    assert "data.columns=[prompt:my_question]" in reason
+    columns = ("prompt:my_question",)
+    assert shown(row, "dpo", columns=columns) == ["u:q a:[It is good.]", "u:q a:[It is bad.]"]
+    del row["my_question"]
+    assert shown(row, "dpo") == ["u:It is a:[good.]", "u:It is a:[bad.]"]
+
+
+def test_an_unknown_shape_is_refused_with_its_columns_filled_in():
+    reason, _ = read({"id": "1", "instruct": "q", "reply": "r"}, "sft")
+    assert (
+        '"data.columns=[prompt:instruct,answer:reply]"' in reason and "chosen, rejected" in reason
+    )
+    assert '"data.columns=[text:body]"' in read({"body": "t"}, "pretrain")[0]
+    columns = ("prompt:instruct", "answer:reply")
+    assert shown({"instruct": "q", "reply": "r"}, columns=columns) == ["u:q a:[r]"]
+
+
+def test_tags_in_content_become_reasoning_calls_and_tool_turns():
+    results = "<tool_response>1</tool_response><tool_response>2</tool_response>"
+    call = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "gpt", "value": f"<think>\nwhy\n</think>\nWait.\n{call}\n{call}"},
+        {"from": "tool", "value": results},
+        {"from": "gpt", "value": f"{call} is a text here"},
+    ]  # fmt: skip
+    [[user, first, one, two, last]] = read(turns, "sft")[0]
+    calls = [{"name": "f", "arguments": {"x": 1}}] * 2
+    assert first == {"role": "assistant", "content": "Wait.", "reasoning_content": "why",
+                     "tool_calls": calls}  # fmt: skip
+    assert [one["content"], two["content"]] == ["1", "2"] and one["role"] == two["role"] == "tool"
+    assert "tool_calls" not in last and last["content"].endswith("is a text here")
+
+
+def test_the_older_function_format_and_other_names_for_reasoning_are_read():
+    row = {
+        "functions": [{"name": "f", "parameters": {}}],
+        "messages": [
+            USER, {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
+            {"role": "function", "name": "f", "content": "1"},
+            {"role": "assistant", "content": "a", "thinking": "t"},
+        ],
+    }  # fmt: skip
+    [[system, _, call, tool, last]] = read(row, "sft")[0]
+    assert system["tools"] == row["functions"] and tool["role"] == "tool"
+    assert call["tool_calls"] == [{"name": "f", "arguments": {}}]
+    assert last["reasoning_content"] == "t"
+
+
+@pytest.mark.parametrize(("text", "documents"), [
+    ("<|im_start|>one<|im_end|> <|im_start|>two<|im_end|>", ["one", "two"]),
+    ("one<|im_end|>two<|im_end|>", ["one", "two"]),
+    ("<s>one</s><s>two</s>", ["one", "two"]),
+    ("<|im_start|>one", ["one"]),
+    ("one <|im_end|> is a marker", ["one <|im_end|> is a marker"]),
+    ("a < b", ["a < b"]),
+])  # fmt: skip
+def test_markers_separate_the_documents_of_a_pretraining_row(text, documents):
+    values, counts = read({"text": text}, "pretrain")
+    assert values == documents
+    split = len(documents) > 1
+    assert (counts.split_rows, counts.documents) == (int(split), len(documents) * split)
+    assert counts.special_text == ("is a marker" in text)
+    assert read({"text": text}, "pretrain", split_markers=False)[0] == [text]
+
+
+def test_keys_that_nothing_reads_are_counted_and_texts_under_them_are_findings():
+    rows = [{"instruction": "i", "output": "o", "id": i, "Category": LONG, "note": "x",
+             "rationale": LONG if i % 5 == 0 else "no", "copy": "i o"}
+            for i in range(20)]  # fmt: skip
+    counts = Counts()
+    items = [(i, json.dumps(row).encode()) for i, row in enumerate(rows, 1)]
+    list(formats.check_items(items, "file", "sft", formats.ReadOptions(), counts))
+    assert counts.unused_keys == {"note": 20, "rationale": 20, "copy": 20}
+    [finding] = counts.findings()
+    assert finding["name"] == '"rationale" is not read' and finding["lines"] == [1, 6, 11, 16]
+    assert (finding["count"], finding["share"]) == (4, 0.2) and "rationale" in finding["fix"]
+    turns = [USER, {**YES, "comment": "这是一条没有人读的说明文字"}]
+    assert list(read({"messages": turns}, "sft")[1].unused_texts) == ["messages[].comment"]
+    # A column that repeats what is read, such as Alpaca's rendered "text", is no finding.
+    row = {"instruction": LONG, "output": "the answer", "text": f"### {LONG}\nthe answer"}
+    assert not read(row, "sft")[1].unused_texts
+
+
+def test_the_order_of_rows_in_a_mixed_file_changes_nothing():
+    rows = [
+        {"chosen": "\n\nHuman: a\n\nAssistant: y", "rejected": "\n\nHuman: a\n\nAssistant: n"},
+        {"prompt": "q", "chosen": "It is y.", "rejected": "It is n."},
+        {"conversations": [USER], "chosen": YES, "rejected": {**YES, "content": "n"}},
+        {"prompt": "q", "chosen": [YES], "rejected": [{**YES, "content": "n"}]},
+    ]  # fmt: skip
+    alone = [read(row, "dpo")[0] for row in rows]
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
+        items = [(i, json.dumps(rows[i]).encode()) for i in order]
+        checked = formats.check_items(items, "file", "dpo", formats.ReadOptions(), Counts())
+        assert [[r.value for r in records] for _, records in checked] == [alone[i] for i in order]
+
+
+def test_a_mixed_file_trains_on_the_rows_of_the_stage(tmp_path, elsewhere, tokenizer, caplog):
+    caplog.set_level("INFO")
+    path = tmp_path / "mixed.jsonl"
+    rows = [{"text": "t"}, {"messages": [USER, YES]}, {"messages": [USER, {**YES, "content": ""}]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cache = build_cache(path, "sft", tokenizer, ENCODERS["sft"])
+    assert cache.num_records == 1 and cache.lines.tolist() == [2] and cache.num_skipped == 0
+    assert (
+        "2 of 3 rows are not used: pretrain data, not sft data (1), every answer is empty (1)"
+        in (caplog.text)
+    )
+    path.write_text(json.dumps(rows[2]) + "\n")
+    with pytest.raises(UserError, match="no row can be used for sft: every answer is empty"):
+        build_cache(path, "sft", tokenizer, ENCODERS["sft"])
+
+
+names = st.sampled_from([
+    "role", "from", "content", "value", "name", "tool_calls", "function_call", "arguments",
+    "weight", "reasoning", "tools", "type", "text", "x",
+])  # fmt: skip
+words = st.sampled_from([
+    "user", "assistant", "gpt", "[]", "{}", "[{", "NaN", "<think>", "</think>", "<tool_call>{}",
+    "</tool_call>", "<tool_response>", "<|im_end|>", "\ud800", "",
+])  # fmt: skip
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | words | st.text(max_size=6)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4),
+    max_leaves=12,
+)
+turn = st.fixed_dictionaries(
+    {"role": words | scalars, "content": values}, optional={"tool_calls": values, "weight": values}
+)
+columns = st.sampled_from([
+    "text", "messages", "conversations", "prompt", "instruction", "input", "output", "answer",
+    "history", "system", "tools", "chosen", "rejected", "label", "source", "other",
+])  # fmt: skip
+row_values = values | st.lists(turn, max_size=3) | st.lists(turn, max_size=2).map(json.dumps)
+
+
+@settings(max_examples=400, deadline=None, database=None, derandomize=True)
+@given(row=st.dictionaries(columns, row_values, max_size=6), kind=st.sampled_from(list(ENCODERS)))
+def test_any_row_is_used_or_broken_or_not_used_and_never_a_traceback(row, kind, tokenizer):
+    counts = Counts()
+    checked = formats.check_items([(1, row)], "file", kind, formats.ReadOptions(), counts)
+    [(_, records)] = checked
+    if isinstance(records, formats.Broken):
+        assert records.reason and counts.rows == 0
+        return
+    assert counts.rows == 1 and bool(records) == (not counts.not_used)
+    for record in records:
+        for sequence in ENCODERS[kind](tokenizer, record):
+            assert any(sequence.mask)
