@@ -1,4 +1,4 @@
-"""Findings of the data doctor: which properties of rows are worth a correction, and from when on."""
+"""Findings of the data doctor: which properties of rows a user should correct."""
 
 from __future__ import annotations
 

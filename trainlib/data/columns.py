@@ -61,12 +61,13 @@ class Fields:
     """A row under our names. `keys` maps each of our names to the key that holds it."""
 
     def __init__(self, row: Row, columns: tuple[str, ...] = ()) -> None:
-        self.row, self.keys, self._parsed = row, {}, {}
-        for name, candidates in _candidates(tuple(row), columns).items():
+        self.row, self._parsed = row, {}
+        self.keys, ambiguous = _keys(tuple(row), columns)
+        if ambiguous:
+            self.keys = dict(self.keys)
+        for name, candidates in ambiguous:
             full = (key for key in candidates if not _is_empty(row[key]))
             self.keys[name] = next(full, candidates[0])
-        if "prompt" not in self.keys and "input" in self.keys:
-            self.keys["prompt"] = self.keys.pop("input")
 
     def get(self, name: str) -> Any:
         """Return the value under one of our names; None if it is missing, null or NaN."""
@@ -75,7 +76,11 @@ class Fields:
 
     def has(self, *names: str) -> bool:
         """Return whether all these names have a value."""
-        return all(self.get(name) is not None for name in names)
+        row, keys = self.row, self.keys
+        for name in names:
+            if name not in keys or (value := row[keys[name]]) is None or value != value:
+                return False
+        return True
 
     def what(self, name: str) -> str:
         """Return the key that holds `name`, quoted, for a message."""
@@ -121,8 +126,10 @@ def _is_empty(value: Any) -> bool:
 
 
 @functools.lru_cache(4096)
-def _candidates(keys: tuple[str, ...], columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Return the keys of a row that may hold each of our names, the preferred one first."""
+def _keys(
+    keys: tuple[str, ...], columns: tuple[str, ...]
+) -> tuple[dict[str, str], list[tuple[str, list[str]]]]:
+    """Return the key of a row for each of our names, and the names for which several may be it."""
     pairs = [entry.split(":", 1) for entry in columns]
     mapped = {theirs: ours for ours, theirs in pairs}
     by_name: dict[str, str] = {}
@@ -131,10 +138,13 @@ def _candidates(keys: tuple[str, ...], columns: tuple[str, ...]) -> dict[str, tu
             by_name.setdefault(str(key).strip().lower(), key)
     found = {}
     for name, others in COLUMNS.items():
-        ours = tuple(key for key in keys if mapped.get(key) == name)
-        if candidates := ours or tuple(by_name[other] for other in others if other in by_name):
+        ours = [key for key in keys if mapped.get(key) == name]
+        if candidates := ours or [by_name[other] for other in others if other in by_name]:
             found[name] = candidates
-    return found
+    if "prompt" not in found and "input" in found:
+        found["prompt"] = found.pop("input")
+    first = {name: candidates[0] for name, candidates in found.items()}
+    return first, [(name, several) for name, several in found.items() if len(several) > 1]
 
 
 @functools.lru_cache(4096)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from trainlib.data.columns import Fields
@@ -80,14 +79,12 @@ def _require_targets(answers: Messages) -> None:
     """Mark empty answers as not learned; raise NotUsed if none is learned."""
     marked = sum(message.get("weight") == 0 for message in answers)
     for message in answers:
-        if not any(str(message.get(key) or "").strip() for key in _CONTENT):
-            message["weight"] = 0
+        if not message["content"].strip() and "tool_calls" not in message:
+            if not message.get("reasoning_content", "").strip():
+                message["weight"] = 0
     if all(message.get("weight") == 0 for message in answers):
         reason = "marked as not to be learned" if marked == len(answers) else "empty"
         raise NotUsed(f"every answer is {reason}")
-
-
-_CONTENT = ("content", "reasoning_content", "tool_calls")
 
 
 def read_prompt(f: Fields, join: str) -> Messages:
@@ -132,10 +129,10 @@ def _read_answer(f: Fields, name: str) -> Messages:
 # ---- preferences ---------------------------------------------------------------------------------
 
 
-def read_pair(f: Fields, join: str, others: Iterable[str] = ()) -> tuple[Messages, Messages]:
+def read_pair(f: Fields, join: str, read: frozenset[str]) -> tuple[Messages, Messages]:
     """Convert a row with a chosen and a rejected answer, and its prompt if it has one.
 
-    `others` are the keys that nothing reads; a row without a prompt is refused if there are any.
+    Without a prompt, the row is refused if a key that is not among the names in `read` has a text.
     """
     prompt: Messages = []
     if f.has("messages"):
@@ -143,7 +140,8 @@ def read_pair(f: Fields, join: str, others: Iterable[str] = ()) -> tuple[Message
     elif f.has("prompt"):
         prompt = read_prompt(f, join)
     if not prompt and not f.turns("chosen") and not f.turns("rejected"):
-        return _read_texts(f, list(others))
+        others = [key for key, _ in f.unused(read) if isinstance(f.row.get(key), str)]
+        return _read_texts(f, others)
 
     def conversation(name: str) -> Messages:
         answer = _read_answer(f, name)

@@ -11,6 +11,7 @@ the optional key "source". No row is skipped silently.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -234,11 +235,10 @@ def read_row(row: Row, kind: str, options: ReadOptions) -> tuple[list, Fields, f
     if kind not in EXAMPLES:
         raise ValueError(UNPAIRED)
     fields = Fields(row, options.columns)
-    matching = [f for f in FORMATS if options.format in (f.name, *NAMES[:1], *CONTAINERS)
-                and f.matches(fields)]  # fmt: skip
-    if not any(f.kind == kind for f in matching):
-        if matching and options.format not in {f.name for f in FORMATS}:
-            raise NotUsed(f"{matching[0].kind} data, not {kind} data")
+    if not any(f.matches(fields) for f in _formats(kind, options.format)):
+        other = next((f for f in _formats("", options.format) if f.matches(fields)), None)
+        if other:
+            raise NotUsed(f"{other.kind} data, not {kind} data")
         raise ValueError(
             f"not {kind} data such as {EXAMPLES[kind]} (keys: {keys_of(row)})"
             + suggest_columns(row, kind)
@@ -249,8 +249,19 @@ def read_row(row: Row, kind: str, options: ReadOptions) -> tuple[list, Fields, f
         shape = "messages" if fields.has("messages") else "sft"
         return [read_conversation(fields, options.alpaca_join)], fields, READ[shape]
     shape = "pair" if fields.has("messages") else "dpo"
-    unused = [key for key, _ in fields.unused(READ[shape]) if isinstance(row.get(key), str)]
-    return [read_pair(fields, options.alpaca_join, unused)], fields, READ[shape]
+    return [read_pair(fields, options.alpaca_join, READ[shape])], fields, READ[shape]
+
+
+@functools.lru_cache
+def _formats(kind: str, name: str) -> list[Format]:
+    """Return the formats of a kind, or of all kinds; `name` can be a format, which excludes others.
+
+    The widest format of a kind comes first: rows that it matches need no other test.
+    """
+    named = any(f.name == name for f in FORMATS)
+    found = [f for f in FORMATS if f.kind == kind or not kind]
+    found = [f for f in found if not named or (f.name == name and kind)]
+    return found[::-1] if kind else found
 
 
 def read_documents(fields: Fields, split: bool = True) -> list[str]:

@@ -22,6 +22,8 @@ ROLE_ALIASES = {
     "function": "tool", "function_response": "tool", "ipython": "tool", "developer": "system",
 }  # fmt: skip
 """Other names for roles, in lower case. A function_call is an assistant turn with only a call."""
+MARKS = ("weight", "train", "loss")
+"""Keys of an assistant's turn that say whether it is learned."""
 THOUGHTS = re.compile(r"\s*<think>\n?(.*?)\n?</think>\s*", re.DOTALL)
 RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 CALL, CALL_END = "<tool_call>", "</tool_call>"
@@ -35,6 +37,8 @@ def user(content: str) -> dict[str, Any]:
 def assistant(content: str) -> dict[str, Any]:
     """Return an assistant message, with reasoning and calls taken from the tags in its content."""
     message: dict[str, Any] = {"role": "assistant"}
+    if "<" not in content:
+        return {**message, "content": content}
     if thoughts := THOUGHTS.match(content):
         content = content[thoughts.end() :]
         if thoughts[1].strip():
@@ -72,15 +76,14 @@ def read_turn(turn: Any, field: str) -> Messages:
         raise ValueError(f'{field} must be an object with "role" and "content"')
     spelled = turn.get("from") if turn.get("role") is None else turn["role"]
     role = spelled.strip().lower() if isinstance(spelled, str) else spelled
-    content = next((turn[k] for k in ("content", "value", "text") if turn.get(k) is not None), None)
+    content = _first(turn, ("content", "value", "text"))
     calls = turn.get("tool_calls") or turn.get("function_call")
     if role == "function_call":
         role, calls, content = "assistant", content, ""
     role = ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise ValueError(f"{field}: role {spelled!r} is not one of {', '.join(ROLES)}")
-    names = ("reasoning_content", "reasoning", "thinking")
-    thoughts = next((turn[name] for name in names if turn.get(name)), None)
+    thoughts = _first(turn, ("reasoning_content", "reasoning", "thinking"))
     if content is None and (calls or thoughts):
         content = ""
     if isinstance(content, list):
@@ -95,9 +98,18 @@ def read_turn(turn: Any, field: str) -> Messages:
         message["reasoning_content"] = check_text(thoughts, f"{field}: reasoning")
     if calls and (tool_calls := _read_calls(calls, field)):
         message["tool_calls"] = tool_calls
-    if any(turn.get(key) in (False, "false", "False", "0") for key in ("weight", "train", "loss")):
-        message["weight"] = 0  # Also the numbers 0 and 0.0.
+    for key in MARKS:
+        if key in turn and turn[key] in (False, "false", "False", "0"):  # Also the number 0.
+            message["weight"] = 0
     return [message]
+
+
+def _first(turn: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    """Return the first value that is not null, or None."""
+    for key in keys:
+        if (value := turn.get(key)) is not None:
+            return value
+    return None
 
 
 def _join_parts(parts: list, field: str) -> str:
@@ -113,6 +125,8 @@ def _join_parts(parts: list, field: str) -> str:
 
 def _split_responses(content: str) -> list[str]:
     """Return the texts between <tool_response> tags if the content is nothing else."""
+    if "</tool_response>" not in content:
+        return []
     text = content.strip()
     if not (text.startswith("<tool_response>") and text.endswith("</tool_response>")):
         return []
