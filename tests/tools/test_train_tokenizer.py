@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tokenizer.bpe import SPECIAL_TOKENS
@@ -56,29 +58,19 @@ def test_decoding_restores_every_text(which: str, request: pytest.FixtureRequest
         assert not ids or min(ids) >= len(SPECIAL_TOKENS), "a special token was parsed"
 
 
-@pytest.mark.parametrize("which", ["small", "committed"])
-def test_roles_never_merge_with_the_text(which: str, request: pytest.FixtureRequest) -> None:
+@given(text=st.text() | st.lists(st.sampled_from([*"\r\n .。 -a中1", "\n\n"])).map("".join))
+def test_roles_never_merge_with_the_text(small: Tokenizer, committed: Tokenizer, text: str) -> None:
     """The loss mask requires that "role + newline" never merges with the text that follows."""
-    bpe: Tokenizer = request.getfixturevalue(which)
+    for bpe in (small, committed):
+        for role in ("system\n", "user\n", "assistant\n"):
+            parts = bpe.encode_batch([role + text, role, text], add_special_tokens=False)
+            assert parts[0].ids == parts[1].ids + parts[2].ids, role
 
-    def ids(text: str) -> list[int]:
-        return bpe.encode(text, add_special_tokens=False).ids
 
-    for role in ("system\n", "user\n", "assistant\n"):
-        for text in (
-            "",
-            "\n",
-            "\n\n",
-            " \n",
-            "。\n",
-            "hello",
-            " hello",
-            "12",
-            "\n- a",
-            "，",
-            "\r\n",
-        ):
-            assert ids(role + text) == ids(role) + ids(text), (role, text)
+def test_no_token_has_two_newlines(committed: Tokenizer) -> None:
+    """Where the pre-tokenizers of other programs keep two in a piece, the ids are the same."""
+    assert any("Ċ" in token for token in committed.get_vocab())
+    assert not [token for token in committed.get_vocab() if token.count("Ċ") > 1]
 
 
 def test_digits_are_never_merged(committed: Tokenizer) -> None:
@@ -91,11 +83,11 @@ def test_the_committed_vocabulary_has_6400_entries(committed: Tokenizer) -> None
     assert committed.get_vocab_size() == 6_400
 
 
-@pytest.mark.parametrize(("language", "minimum"), [("zh", 3.54), ("en", 3.21)])
+@pytest.mark.parametrize(("language", "minimum"), [("zh", 3.58), ("en", 3.49)])
 def test_the_committed_vocabulary_compresses_held_out_text(
     committed: Tokenizer, language: str, minimum: float
 ) -> None:
-    """It beats minimind's 6,400-entry vocabulary on rows that neither was trained on."""
+    """The 6,400-entry vocabulary of minimind reaches 3.54 and 3.21 on these rows."""
     path = ROOT / f"dataset/sample/val/pretrain/alpaca_{language}.jsonl"
     if not path.exists():
         pytest.skip("needs the sample: python -m tools.prepare_data")
