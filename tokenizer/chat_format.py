@@ -42,7 +42,7 @@ def render_conversation(tokenizer: Tokenizer, messages: SequenceABC[Message]) ->
     newline = tokenizer.encode("\n")
     for message in messages:
         opening = ("user" if message["role"] == "tool" else message["role"]) + "\n"
-        text, *rest = _join_texts(tokenizer, (opening, *_pieces(message)))
+        text, *rest = _join_texts(tokenizer, (opening, *message_pieces(message)))
         turn = tokenizer.encode(text)
         # Every id after the opening is supervised. In other vocabularies, the id of its newline may
         # include the first newlines of the content; such an id is supervised too.
@@ -79,7 +79,7 @@ def _join_texts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[str]:
     yield text
 
 
-def _pieces(message: Message) -> Iterator[str]:
+def message_pieces(message: Message) -> Iterator[str]:
     """Yield the content of a turn: tags, and the texts between them."""
     content, role = message["content"], message["role"]
     if role == "tool":
