@@ -5,6 +5,7 @@ with byte fallback (SentencePiece, Llama 2). It is modified so that encoding a t
 concatenating the ids gives a valid encoding of the whole text. Checkpoints store the result.
 
     special tokens   missing REQUIRED_TOKENS are added after the last id; others are kept but unused
+                     tags are never parsed in text, and no token removes the spaces around it
     start of text    no space is prepended, and no tokens are added by a post-processor
     length           no truncation, no padding, no BPE dropout
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from tokenizer.bpe import REQUIRED_TOKENS, Tokenizer, load_bpe, read_json
+from tokenizer.bpe import REQUIRED_TOKENS, SPECIAL_TOKENS, Tokenizer, load_bpe, read_json
 
 Node = dict[str, Any]
 
@@ -30,8 +31,8 @@ def adopt(folder: str | Path) -> Tokenizer:
     path = Path(folder) / "tokenizer.json"
     text = read_json(path)
     values: Node = json.loads(text)
-    special = {token["content"] for token in values.get("added_tokens", []) if token["special"]}
     changed = _adapted(values)
+    special = {token["content"] for token in changed["added_tokens"] if token["special"]}
     if changed == values and special.issuperset(REQUIRED_TOKENS):
         return Tokenizer(folder)
     bpe = load_bpe(json.dumps(changed, ensure_ascii=False), path)
@@ -41,6 +42,11 @@ def adopt(folder: str | Path) -> Tokenizer:
 
 def _adapted(values: Node) -> Node:
     changed = {**values, "truncation": None, "padding": None, "post_processor": None}
+    changed["added_tokens"] = [
+        {**token, "lstrip": False, "rstrip": False,
+         "special": token["special"] or token["content"] in SPECIAL_TOKENS}
+        for token in values.get("added_tokens", [])
+    ]  # fmt: skip
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         changed[part] = _without_prefix(values.get(part), part)
     if values["model"].get("dropout"):

@@ -121,10 +121,10 @@ class Tokenizer:
         """Return the ids of a text; special tokens in it are encoded as text."""
         return self._bpe.encode(text, add_special_tokens=False).ids
 
-    def encode_tag(self, tag: str) -> list[int]:
-        """Return the id of a special token, or the ids of its text if the token does not exist."""
+    def tag_id(self, tag: str) -> int | None:
+        """Return the id of a special token; None if the vocabulary lacks it."""
         id_ = self._bpe.token_to_id(tag)
-        return self.encode(tag) if id_ is None else [id_]
+        return id_ if id_ in self.special_ids else None
 
     def decode_bytes(self, ids: SequenceABC[int]) -> bytes:
         """Return the bytes of ids; special tokens and unused ids have none."""

@@ -13,16 +13,17 @@ A message is a dict with "role" (system, user, assistant, tool) and "content" (t
     weight              assistant: 0 = the turn is not supervised
 
 Reasoning and calls are supervised. A tool's answer is a user turn between <tool_response> tags and
-is not supervised. No default system message or empty reasoning is added. The content is encoded
-separately from "assistant\n"; the pre-tokenizer (tools/train_tokenizer.py) ensures that encoding
-both together gives the same ids.
+is not supervised. No default system message or empty reasoning is added. The text between two
+special tokens is encoded at once, as transformers encodes the text of the chat template. In the
+project's vocabulary, "assistant\n" never merges with the content (tools/train_tokenizer.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
+from os.path import commonprefix
 from typing import Any
 
 from tokenizer.bpe import Sequence, Tokenizer
@@ -39,32 +40,48 @@ def render_conversation(tokenizer: Tokenizer, messages: SequenceABC[Message]) ->
     """Return the ids of a conversation; assistant turns and their end tokens are supervised."""
     ids: list[int] = []
     mask: list[bool] = []
-
-    def add(piece: list[int], value: bool) -> None:
-        ids.extend(piece)
-        mask.extend([value] * len(piece))
-
+    newline = tokenizer.encode("\n")
     for message in messages:
+        opening = ("user" if message["role"] == "tool" else message["role"]) + "\n"
+        text, *rest = _join_texts(tokenizer, (opening, *message_pieces(message)))
+        turn = tokenizer.encode(text)
+        # Every id after the opening is supervised. In other vocabularies, the id of its newline may
+        # include the first newlines of the content; such an id is supervised too.
+        start = 1 + len(commonprefix([turn, tokenizer.encode(opening)]))
+        turn.insert(0, tokenizer.im_start_id)
+        for piece in rest:
+            tag = tokenizer.tag_id(piece) if isinstance(piece, Tag) else None
+            turn += tokenizer.encode(piece) if tag is None else [tag]
+        turn.append(tokenizer.im_end_id)
+        ids += turn + newline
         supervised = message["role"] == "assistant" and message.get("weight") != 0
-        add(_open_turn(tokenizer, "user" if message["role"] == "tool" else message["role"]), False)
-        for piece in _pieces(message):
-            add(tokenizer.encode_tag(piece) if isinstance(piece, Tag) else tokenizer.encode(piece),
-                supervised)  # fmt: skip
-        add([tokenizer.im_end_id], supervised)
-        add(tokenizer.encode("\n"), False)
+        mask += [supervised and i >= start for i in range(len(turn))]
+        mask += [False] * len(newline)
     return Sequence(ids, mask)
 
 
 def render_prompt(tokenizer: Tokenizer, messages: SequenceABC[Message]) -> list[int]:
     """Return the ids of a conversation, followed by the start of an assistant turn."""
-    return render_conversation(tokenizer, messages).ids + _open_turn(tokenizer, "assistant")
+    opening = [tokenizer.im_start_id, *tokenizer.encode("assistant\n")]
+    return render_conversation(tokenizer, messages).ids + opening
 
 
-def _open_turn(tokenizer: Tokenizer, role: str) -> list[int]:
-    return [tokenizer.im_start_id, *tokenizer.encode(role + "\n")]
+def _join_texts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[str]:
+    """Yield the tags that are single tokens, and before, between and after them the joined texts.
+
+    A tag that the vocabulary lacks is text: its characters may merge with those around it.
+    """
+    text = ""
+    for piece in pieces:
+        if isinstance(piece, Tag) and tokenizer.tag_id(piece) is not None:
+            yield from (text, piece)
+            text = ""
+        else:
+            text += piece
+    yield text
 
 
-def _pieces(message: Message) -> Iterator[str]:
+def message_pieces(message: Message) -> Iterator[str]:
     """Yield the content of a turn: tags, and the texts between them."""
     content, role = message["content"], message["role"]
     if role == "tool":

@@ -2,8 +2,8 @@
 
 `python -m tools.train_tokenizer --data FILES --vocab-size N --sample-bytes 1GB --out DIR`
 
-1. `read_texts` streams at most `sample_bytes` in total, with an equal share for each file. Larger
-   files are sampled in sections spread over their length. A file given twice counts twice.
+1. `read_texts` reads the same formats as training, at most `sample_bytes` in total, with an equal
+   share for each file. Of larger files, it takes every n-th row. A file given twice counts twice.
 2. `_hold_out` holds out one text in fifty, chosen by its sha1, for evaluation.
 3. `train` builds the vocabulary: special tokens, 256 bytes, then merges.
 4. `run` writes DIR/tokenizer.json and prints `bytes_per_token` for the held-out texts.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import sys
@@ -26,31 +25,32 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tokenizer.bpe import SPECIAL_TOKENS
-from trainlib.data.containers import utf8_error
+from tokenizer.chat_format import Tag, message_pieces
+from trainlib.data import formats
+from trainlib.data.containers import Broken
 
 # Merges stay within these pieces: English contractions, letters with one preceding character (e.g.
-# a space), single digits, punctuation with the newlines after it, and runs of spaces. A newline
-# after anything but punctuation is a separate piece, so encode("assistant\n" + text) equals
-# encode("assistant\n") + encode(text) for every text, and the loss mask always matches the ids of
-# the chat template. If newlines were never merged, texts would have 3% more tokens.
+# a space), single digits, punctuation with one newline after it, and runs of spaces. Every other
+# newline is a separate piece, so
+# - encode("assistant\n" + text) equals encode("assistant\n") + encode(text) for every text, and the
+#   loss mask always matches the ids of the chat template;
+# - no token has two newlines, so Qwen2's pre-tokenizer gives the same ids (llama.cpp: `qwen2`). It
+#   keeps all newlines after punctuation or spaces in one piece.
+# If newlines were never merged, texts would have 3% more tokens.
 PRE_TOKENIZE_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"
     r"|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+\n*"
+    r"| ?[^\s\p{L}\p{N}]+\n?"
     r"|\n"
     r"|[^\S\n]+(?!\S)"
     r"|[^\S\n]+"
 )
 
-SECTION_BYTES = 1 << 20
 HELD_OUT_BYTES = 20_000_000
 """Enough to measure bytes per token to three digits."""
-# A row has one of the first three keys, or some of the others.
-TEXT_KEYS = (
-    *("text", "conversations", "messages"),
-    *("prompt", "chosen", "rejected", "instruction", "input", "output"),
-)
+MAX_PIECE = 1_000
+"""Longer pieces are split in training only, whose time grows with the square of their length."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Train a byte-level BPE vocabulary.",
     )
     parser.add_argument(
-        "--data", nargs="+", required=True, type=Path, help=".jsonl/.txt; duplicates count twice"
+        "--data", nargs="+", required=True, type=Path, help="as in training; duplicates count twice"
     )
     parser.add_argument("--vocab-size", type=int, default=6400)
     parser.add_argument("--sample-bytes", type=byte_count, default="1GB", help="e.g. 200MB")
@@ -110,12 +110,10 @@ def run(options: argparse.Namespace) -> None:
 def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """Return a byte-level BPE tokenizer whose first ids are SPECIAL_TOKENS, in that order."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRE_TOKENIZE_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    pieces = pre_tokenizers.Split(Regex(PRE_TOKENIZE_PATTERN), behavior="isolated")
+    parts = pre_tokenizers.Split(Regex(f"(?m).{{1,{MAX_PIECE}}}"), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, parts, to_bytes])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -125,6 +123,7 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     bpe.train_from_iterator(texts, trainer)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
     return bpe
 
 
@@ -150,20 +149,22 @@ def _hold_out(texts: Iterator[str], held_out: list[str]) -> Iterator[str]:
 
 
 def read_texts(files: list[Path], sample_bytes: int) -> Iterator[str]:
-    """Yield the texts of all files, reading at most sample_bytes in total.
+    """Yield the texts of all files, in total about sample_bytes of their size on disk.
 
-    Raises ValueError if a file is missing or has a broken line.
+    Raises ValueError if a file cannot be read or has a broken row.
     """
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file} is not a file. Pass .jsonl or .txt files to --data.")
-    sizes = [file.stat().st_size for file in files]
-    for file, share in zip(files, shares(sizes, sample_bytes), strict=True):
-        for line, offset in _lines(file, share):
-            if file.suffix == ".txt":
-                yield line
-            else:
-                yield from _texts_of(line, file, offset)
+    found = [formats.detect(file) for file in files]
+    sizes = [detection.source.size for detection in found]
+    for (format_, source, *_), share in zip(found, shares(sizes, sample_bytes), strict=True):
+        fraction = share / source.size
+        items = (
+            item for number, item in enumerate(source.items()) if number * fraction % 1 < fraction
+        )
+        checked = formats.check_items(items, source.path, format_, formats.ReadOptions())
+        for line, record in checked:
+            if isinstance(record, Broken):
+                raise ValueError(f"{source.path}, line {line}: {record.reason}")
+            yield from _texts_of(record.value)
 
 
 def shares(sizes: list[int], total: int) -> list[int]:
@@ -176,60 +177,16 @@ def shares(sizes: list[int], total: int) -> list[int]:
     return result
 
 
-def _lines(file: Path, share: int) -> Iterator[tuple[str, int]]:
-    """Yield lines (JSONL) or groups of lines (.txt), `share` bytes in total, and their offsets."""
-    size = file.stat().st_size
-    num_sections = 1 if share >= size else max(1, min(64, share // SECTION_BYTES))
-    with file.open("rb") as stream:
-        for number in range(num_sections):
-            stream.seek(size * number // num_sections)
-            if number:
-                stream.readline()  # Skip the rest of a partial line.
-            remaining = share // num_sections
-            while remaining > 0 and (raw := _next_text(stream, file)):
-                offset = stream.tell() - len(raw)
-                remaining -= len(raw)
-                text = _decode(raw, file, offset)
-                if remaining >= 0 and text.strip():
-                    yield text.rstrip("\r\n"), offset
-
-
-def _decode(raw: bytes, file: Path, offset: int) -> str:
-    """Decode lines that start at this byte offset; raise ValueError if they are not UTF-8."""
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        start = raw.rfind(b"\n", 0, error.start) + 1
-        reason = utf8_error(raw[start:].split(b"\n", 1)[0], error.start - start)
-        raise ValueError(f"{file}, line at byte {offset + start}: {reason}") from error
-    return text.removeprefix("\ufeff") if offset == 0 else text
-
-
-def _next_text(stream: Any, file: Path) -> bytes:
-    """Return the next line or, in a .txt file, where newlines are text, about 4 KB of lines."""
-    if file.suffix != ".txt":
-        return stream.readline()
-    return b"".join(stream.readlines(4_000))
-
-
-def _texts_of(line: str, file: Path, offset: int) -> Iterator[str]:
-    """Yield the texts in a JSONL row; each turn of a conversation is a separate text."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{file}, line at byte {offset}: not valid JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{file}, line at byte {offset}: not a JSON object")
-    values = [row[key] for key in TEXT_KEYS if isinstance(row.get(key), str | list)]
-    if not values:
-        raise ValueError(
-            f"{file}, line at byte {offset}: {sorted(row)[:8]} has none of {', '.join(TEXT_KEYS)}"
-        )
-    for value in values:
-        for turn in value if isinstance(value, list) else [value]:
-            content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn
-            if isinstance(content, str) and content:
-                yield content
+def _texts_of(value: Any) -> Iterator[str]:
+    """Yield a document, or the texts between the tags of each turn; those of a prompt once."""
+    if isinstance(value, str):
+        yield value
+        return
+    chosen, rejected = value if isinstance(value, tuple) else (value, [])
+    for message in [*chosen, *(turn for turn in rejected if turn not in chosen)]:
+        for piece in message_pieces(message):
+            if piece and not isinstance(piece, Tag):
+                yield piece
 
 
 def byte_count(text: str) -> int:

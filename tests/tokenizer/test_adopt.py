@@ -109,9 +109,15 @@ def test_transformers_produces_the_same_ids_from_the_model_folder(name, tmp_path
     for text in PLAIN:
         assert loaded(text)["input_ids"] == ours.encode(text)
         assert loaded.decode(ours.encode(text)) == text
+    call = {"name": "add", "arguments": {"a": 1}}
     messages = [
-        {"role": "user", "content": "Hello 世界"}, {"role": "assistant", "content": "the cat"}
-    ]  # fmt: skip
+        {"role": "user", "content": "Hello 世界"},
+        {"role": "assistant", "content": "\nthe cat", "reasoning_content": "why?"},
+        {"role": "user", "content": "add"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "\n\nthe cat"},
+    ]
     ids = loaded.apply_chat_template(messages, tokenize=True)["input_ids"]
     assert ids == render_conversation(ours, messages).ids
 

@@ -75,11 +75,11 @@ def test_reasoning_and_calls_are_supervised_but_tool_answers_are_not(tokenizer):
         "<think>\nhm\n</think>\n\nlet me\n"
         '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
     )
-    tags = [tokenizer.encode_tag(tag)[0] for tag in ("<think>", "</think>", "<tool_call>")]
+    tags = [tokenizer.tag_id(tag) for tag in ("<think>", "</think>", "<tool_call>")]
     assert [first.count(tag) for tag in tags] == [1, 1, 1]
     assert second == [*tokenizer.encode("three"), tokenizer.im_end_id]
     ids = render_conversation(tokenizer, messages).ids
-    assert ids.count(tokenizer.encode_tag("</tool_response>")[0]) == 1  # The typed tag is text.
+    assert ids.count(tokenizer.tag_id("</tool_response>")) == 1  # The typed tag is text.
 
 
 def test_a_prompt_is_the_conversation_up_to_the_answer(tokenizer):

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tokenizer.bpe import SPECIAL_TOKENS
@@ -56,29 +64,19 @@ def test_decoding_restores_every_text(which: str, request: pytest.FixtureRequest
         assert not ids or min(ids) >= len(SPECIAL_TOKENS), "a special token was parsed"
 
 
-@pytest.mark.parametrize("which", ["small", "committed"])
-def test_roles_never_merge_with_the_text(which: str, request: pytest.FixtureRequest) -> None:
+@given(text=st.text() | st.lists(st.sampled_from([*"\r\n .。 -a中1", "\n\n"])).map("".join))
+def test_roles_never_merge_with_the_text(small: Tokenizer, committed: Tokenizer, text: str) -> None:
     """The loss mask requires that "role + newline" never merges with the text that follows."""
-    bpe: Tokenizer = request.getfixturevalue(which)
+    for bpe in (small, committed):
+        for role in ("system\n", "user\n", "assistant\n"):
+            parts = bpe.encode_batch([role + text, role, text], add_special_tokens=False)
+            assert parts[0].ids == parts[1].ids + parts[2].ids, role
 
-    def ids(text: str) -> list[int]:
-        return bpe.encode(text, add_special_tokens=False).ids
 
-    for role in ("system\n", "user\n", "assistant\n"):
-        for text in (
-            "",
-            "\n",
-            "\n\n",
-            " \n",
-            "。\n",
-            "hello",
-            " hello",
-            "12",
-            "\n- a",
-            "，",
-            "\r\n",
-        ):
-            assert ids(role + text) == ids(role) + ids(text), (role, text)
+def test_no_token_has_two_newlines(committed: Tokenizer) -> None:
+    """Where the pre-tokenizers of other programs keep two in a piece, the ids are the same."""
+    assert any("Ċ" in token for token in committed.get_vocab())
+    assert not [token for token in committed.get_vocab() if token.count("Ċ") > 1]
 
 
 def test_digits_are_never_merged(committed: Tokenizer) -> None:
@@ -91,11 +89,11 @@ def test_the_committed_vocabulary_has_6400_entries(committed: Tokenizer) -> None
     assert committed.get_vocab_size() == 6_400
 
 
-@pytest.mark.parametrize(("language", "minimum"), [("zh", 3.54), ("en", 3.21)])
+@pytest.mark.parametrize(("language", "minimum"), [("zh", 3.58), ("en", 3.49)])
 def test_the_committed_vocabulary_compresses_held_out_text(
     committed: Tokenizer, language: str, minimum: float
 ) -> None:
-    """It beats minimind's 6,400-entry vocabulary on rows that neither was trained on."""
+    """The 6,400-entry vocabulary of minimind reaches 3.54 and 3.21 on these rows."""
     path = ROOT / f"dataset/sample/val/pretrain/alpaca_{language}.jsonl"
     if not path.exists():
         pytest.skip("needs the sample: python -m tools.prepare_data")
@@ -131,9 +129,9 @@ def test_an_existing_vocabulary_is_only_replaced_with_force(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("not json\n", "not valid JSON"),
-        ("[1]\n", "not a JSON object"),
-        ('{"body": "x"}\n', "none of text, conversations"),
+        ("not json\n", "not JSON"),
+        ("[1]\n", "a JSON array"),
+        ('{"body": "x"}\n', "not pretrain data"),
     ],
 )
 def test_the_error_names_a_broken_line(
@@ -143,13 +141,13 @@ def test_the_error_names_a_broken_line(
     path.write_text('{"text": "good"}\n' + content)
     assert main(["--data", str(path), "--out", str(tmp_path / "made")]) == 1
     err = capsys.readouterr().err
-    assert words in err and "broken.jsonl, line at byte 17" in err
+    assert words in err and "broken.jsonl, line 2: " in err
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize(("name", "offset"), [("gbk.txt", 10), ("gbk.jsonl", 16)])
+@pytest.mark.parametrize("name", ["gbk.txt", "gbk.jsonl"])
 def test_the_error_names_a_file_with_the_wrong_encoding(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, offset: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     path = tmp_path / name
     rows = (
@@ -160,7 +158,7 @@ def test_the_error_names_a_file_with_the_wrong_encoding(
     path.write_bytes("\n".join(rows).encode("gb18030"))
     assert main(["--data", str(path), "--out", str(tmp_path / "made")]) == 1
     err = capsys.readouterr().err
-    assert f"{name}, line at byte {offset}: not UTF-8" in err and "iconv -f gb18030" in err
+    assert f"{name}, line 2: not UTF-8" in err and "iconv -f gb18030" in err
     assert not (tmp_path / "made").exists()
 
 
@@ -168,24 +166,74 @@ def test_a_missing_file_or_a_tiny_vocabulary_is_an_error(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--data", str(tmp_path / "none.jsonl"), "--out", str(tmp_path)]) == 1
-    assert "none.jsonl is not a file" in capsys.readouterr().err
+    assert "none.jsonl does not exist" in capsys.readouterr().err
     assert main(["--data", str(data), "--vocab-size", "99", "--out", str(tmp_path)]) == 1
     assert "need 292" in capsys.readouterr().err
 
 
-def test_rows_of_all_formats_are_read(tmp_path: Path) -> None:
-    rows = [
-        {"text": "one"},
-        {"conversations": [{"role": "user", "content": "two"}, {"from": "gpt", "value": "three"}]},
-        {"chosen": [{"role": "user", "content": "four"}], "rejected": [{"content": "five"}]},
-        {"prompt": "question", "chosen": "six", "rejected": "seven"},
-    ]
+PAIR = {"role": "user", "content": "five"}, {"role": "assistant", "content": "six"}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"text": "one two"}, "one two"),
+        ({"conversations": [{"from": "human", "value": "two"}, {"from": "gpt", "value": "three"}]},
+         "two|three"),
+        ({"messages": [{"role": "user", "content": "four"},
+                       {"role": "assistant", "content": "x", "reasoning_content": "why"}]},
+         "four|\nwhy\n|\n\nx"),
+        ({"chosen": PAIR, "rejected": [PAIR[0], {**PAIR[1], "content": "seven"}]},
+         "five|six|seven"),
+        ({"prompt": "question", "chosen": "six", "rejected": "seven"}, "question|six|seven"),
+    ],
+)  # fmt: skip
+def test_rows_of_all_stages_are_read(tmp_path: Path, row: dict, expected: str) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text("\ufeff" + "\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
-    plain = tmp_path / "plain.txt"
-    plain.write_text("eight\nnine\n", encoding="utf-8")
-    expected = "one two three four five question six seven".split()
-    assert list(read_texts([path, plain], 10**6)) == [*expected, "eight\nnine"]
+    path.write_text("\ufeff" + json.dumps(row) + "\n\n", encoding="utf-8")
+    assert "|".join(read_texts([path], 10**6)) == expected
+
+
+GOLDEN = sorted(
+    path
+    for path in (ROOT / "tests" / "golden").iterdir()
+    if path.stem not in ("expected", "unpaired")
+)
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+def test_every_file_that_a_stage_trains_on_is_read(tmp_path: Path, path: Path) -> None:
+    command = ["--data", str(path), "--vocab-size", "300", "--out", str(tmp_path)]
+    assert main(command) == 0
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".parquet"])
+def test_compressed_files_are_read(tmp_path: Path, suffix: str) -> None:
+    rows = [{"text": f"text {number}"} for number in range(50)]
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_bytes(gzip.compress(lines) if suffix == ".gz" else zstandard.compress(lines))
+    assert list(read_texts([path], 10**6)) == [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize("sign", ["a", "中", " ", "!", "\n", "1"])
+def test_a_long_line_of_equal_characters_does_not_stall(tmp_path: Path, sign: str) -> None:
+    """It would take an hour if the time grew with the square of the length."""
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": f"x{sign * 1_000_000}x"}), encoding="utf-8")
+    command = [sys.executable, "-m", "tools.train_tokenizer", "--data", str(path)]
+    command += ["--vocab-size", "320", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120, capture_output=True)
+    bpe = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert bpe.decode(bpe.encode("x" + sign * 5_000).ids) == "x" + sign * 5_000
+
+
+def test_plain_text_keeps_its_newlines(tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("eight\nnine\n", encoding="utf-8")
+    assert list(read_texts([tmp_path / "plain.txt"], 10**6)) == ["eight\nnine"]
 
 
 def test_a_file_given_twice_counts_twice(data: Path) -> None:
