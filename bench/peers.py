@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from bench.common import measure_step
+from trainlib.core.terminal import use_replacement_characters
 
 ROWS, LENGTH, WARMUP, POINTS, TRIAL_STEPS = 8, 512, 2, 6, 32
 
@@ -218,6 +219,7 @@ def real_tokens(batch: Any) -> int:
 
 def main() -> None:
     """Run one benchmark of one peer."""
+    use_replacement_characters()
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
     names = ["packed", "padded", "sft", "sft_wrapped", "dpo", "loss", "evaluate", "step"]
     parser.add_argument("benchmark", choices=names)

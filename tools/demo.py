@@ -26,6 +26,7 @@ from tools.past_runs import minutes_trained
 from trainlib.core.errors import UserError
 from trainlib.core.files import move_aside, write_atomically
 from trainlib.core.hardware import cpu_name
+from trainlib.core.terminal import use_replacement_characters, valid_text
 from trainlib.data.formats import STAGES
 from trainlib.engine.metrics import VAL_LOSS, read_metrics
 from trainlib.models.generate import Sampling, generate_batch
@@ -323,9 +324,12 @@ def finished_name() -> str:
 
 def main() -> None:
     """Run the demo, or print the figures of a finished one."""
+    use_replacement_characters()
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
-    parser.add_argument("--name", default="小智", help="name of the assistant")
-    parser.add_argument("--author", help="who made the assistant (default: 一位爱好者, a hobbyist)")
+    parser.add_argument("--name", type=valid_text, default="小智", help="name of the assistant")
+    parser.add_argument(
+        "--author", type=valid_text, help="who made the assistant (default: 一位爱好者, a hobbyist)"
+    )
     parser.add_argument("--quick", action="store_true", help="run six steps per stage, as a test")
     parser.add_argument(
         "--transcript", action="store_true", help="print the figures of a finished demo as Markdown"

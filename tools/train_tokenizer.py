@@ -26,6 +26,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tokenizer.bpe import SPECIAL_TOKENS
+from trainlib.core.terminal import use_replacement_characters
 from trainlib.data.containers import utf8_error
 
 # Merges stay within these pieces: English contractions, letters with one preceding character (e.g.
@@ -56,6 +57,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    use_replacement_characters()
     parser = argparse.ArgumentParser(
         prog="python -m tools.train_tokenizer",
         description="Train a byte-level BPE vocabulary.",
