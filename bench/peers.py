@@ -189,7 +189,7 @@ def throughput(
     elif options.benchmark in ("sft", "sft_wrapped"):
         from trl import SFTConfig, SFTTrainer
 
-        data = Dataset.from_list([{"messages": row["conversations"]} for row in rows])
+        data = Dataset.from_list([{"messages": row["messages"]} for row in rows])
         if options.benchmark == "sft_wrapped":
             trl_extra["packing_strategy"] = "wrapped"
         config = SFTConfig(**settings(options.steps, **trl_extra), packing=True, max_length=LENGTH)

