@@ -17,7 +17,7 @@ TORCH_CPU := $(call first_mirror,torch-cpu)
 $(if $(PIP_INDEX_URL),,$(error MIRROR=$(MIRROR): no package index for this region in docker/mirrors.conf responds. Check the network and the name (cn), or omit MIRROR))
 endif
 
-.PHONY: help env demo test test-all docker-test bench bench-long gpu-check lint lock tensorboard
+.PHONY: help env demo test test-all peers docker-test bench bench-long gpu-check lint lock tensorboard
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,9 @@ test: .venv/ready-dev ## Run the quick tests.
 
 test-all: .venv/ready-dev ## Run the quick and the slow tests.
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not cuda"
+
+peers: .venv-peers/ready dataset/sample/SOURCES.json ## Test that TRL and datasets read the sample.
+	.venv-peers/bin/python -m pytest -q tests/bench/test_trl.py
 
 # If CI is set, a Docker engine is required.
 docker-test: .venv/ready-dev ## Test the containers on a Docker engine (half an hour).

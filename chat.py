@@ -1,9 +1,10 @@
-"""Chat with a model interactively, or print one answer with --prompt."""
+"""Chat with a model, or let it continue texts with --raw; --prompt prints one answer and exits."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import sys
 from pathlib import Path
 
@@ -11,16 +12,31 @@ from model import Transformer
 from tokenizer.bpe import Tokenizer
 from tokenizer.chat_format import Message, render_prompt
 from trainlib.core.errors import UserError
+from trainlib.core.terminal import use_replacement_characters, valid_text
 from trainlib.models.generate import Sampling, generate, stream_text
 from trainlib.models.hf_folder import load_model, load_tokenizer
 
-DEFAULT_MODELS = ("runs/dpo/final", "runs/sft/final", "runs/demo/dpo/final")
+
+def newest_model() -> tuple[str, bool]:
+    """Return the newest final/ under runs/, and whether it is only pretrained.
+
+    A pretrained model is returned only if there is no other. Raises UserError if there is none.
+    """
+    found = []
+    for settings in map(Path, glob.glob("runs/**/final/run.yaml", recursive=True)):
+        # Only pretraining has the section `model`; later stages take the sizes from their base.
+        pretrained = "model:" in settings.read_text(encoding="utf-8").splitlines()
+        found.append((not pretrained, settings.stat().st_mtime, str(settings.parent)))
+    if not found:
+        raise UserError("no finished run in runs/. Train a model, or pass one with --model.")
+    tuned, _, folder = max(found)
+    return folder, not tuned
 
 
 def answer(
     model: Transformer, tokenizer: Tokenizer, messages: list[Message], sampling: Sampling
 ) -> str:
-    """Print the assistant's answer as it is generated, and return it; Ctrl-C stops it.
+    """Print the assistant's answer as it is generated, and return it.
 
     Removes the oldest exchanges from `messages` until the prompt fits, with up to half of the
     context reserved for the answer. Raises UserError if the last message does not fit.
@@ -31,7 +47,23 @@ def answer(
     while len(ids := render_prompt(tokenizer, messages)) > longest and len(messages) > first + 2:
         del messages[first : first + 2]
         print("(removed the oldest exchange, which no longer fits in the context)", file=sys.stderr)
-    if len(ids) >= limit:
+    return print_new_text(model, tokenizer, ids, sampling)
+
+
+def continue_text(model: Transformer, tokenizer: Tokenizer, text: str, sampling: Sampling) -> None:
+    """Print a continuation of `text`, the start of a document without a chat format."""
+    ids = [tokenizer.end_of_text_id, *tokenizer.encode(text)]
+    print_new_text(model, tokenizer, ids, sampling)
+
+
+def print_new_text(
+    model: Transformer, tokenizer: Tokenizer, ids: list[int], sampling: Sampling
+) -> str:
+    """Print what the model generates after `ids`, and return it; Ctrl-C stops it.
+
+    Raises UserError if `ids` do not fit in the context.
+    """
+    if len(ids) >= (limit := model.config.max_position_embeddings):
         raise UserError(f"the prompt has {len(ids)} tokens; shorten it to at most {limit - 1}")
     pieces = []
     new_ids = generate(model, ids, sampling, tokenizer.stop_ids)
@@ -44,41 +76,57 @@ def answer(
 
 
 def converse(
-    model: Transformer, tokenizer: Tokenizer, system: list[Message], sampling: Sampling
+    model: Transformer,
+    tokenizer: Tokenizer,
+    system: list[Message],
+    sampling: Sampling,
+    raw: bool = False,
 ) -> None:
-    """Answer questions until the input ends; /new starts a new conversation, /quit exits."""
+    """Answer questions, or continue each line if `raw`, until the input ends or is /quit."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # Adds line editing to input().
-    print("/new starts a new conversation, /quit exits", file=sys.stderr)
+    first = "each line is continued as a separate text" if raw else "/new starts a new conversation"
+    print(f"{first}, /quit exits", file=sys.stderr)
     messages = list(system)
     while True:
         try:
-            question = input("> ").strip()
+            line = input("> ")
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return
+        question = line.strip()
         if question == "/quit":
             return
-        if question == "/new":
+        if question == "/new" and not raw:
             messages = list(system)
         elif question:
-            messages.append({"role": "user", "content": question})
             try:
-                text = answer(model, tokenizer, messages, sampling)
+                if raw:
+                    continue_text(model, tokenizer, line, sampling)
+                    continue
+                asked = [*messages, {"role": "user", "content": question}]
+                text = answer(model, tokenizer, asked, sampling)
+                messages = [*asked, {"role": "assistant", "content": text}]
             except UserError as error:
-                messages.pop()
                 print(f"({error})", file=sys.stderr)
-                continue
-            messages.append({"role": "assistant", "content": text})
 
 
 def main() -> None:
     """Parse the command line, then chat or answer once."""
+    use_replacement_characters()
     parser = argparse.ArgumentParser(description=__doc__)
-    default = next((name for name in DEFAULT_MODELS if Path(name).is_dir()), None)
-    parser.add_argument("--model", default=default, help=f"model folder (default: {default})")
-    parser.add_argument("--prompt", help="print one answer to this text on stdout and exit")
-    parser.add_argument("--system", default="", help="system message (default: none)")
+    parser.add_argument(
+        "--model",
+        help="model folder (default: the newest final/ of an SFT or DPO run in runs/; if there is "
+        "none, of a pretraining run, with --raw)",
+    )
+    parser.add_argument("--raw", action="store_true", help="continue texts, without a chat format")
+    parser.add_argument(
+        "--prompt", type=valid_text, help="print one answer to this text on stdout and exit"
+    )
+    parser.add_argument(
+        "--system", type=valid_text, default="", help="system message (default: none)"
+    )
     parser.add_argument("--temperature", type=float, default=0.7, help="0 = greedy (default: 0.7)")
     parser.add_argument(
         "--top-p",
@@ -96,20 +144,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="seed for sampling (default: a new one each time)")
     options = parser.parse_args()
     try:
-        if options.model is None:
-            raise UserError(f"no model in {', '.join(DEFAULT_MODELS)}; pass one with --model")
         if options.prompt is not None and not options.prompt.strip():
             raise UserError("--prompt is empty. Pass the text to answer.")
         sampling = Sampling(
             options.temperature, options.top_p, options.top_k, options.max_new_tokens, options.seed
         )
-        model, tokenizer = load_model(options.model, "--model "), load_tokenizer(options.model)
+        folder, raw = options.model or "", options.raw
+        if not folder:
+            folder, pretrained = newest_model()
+            raw = raw or pretrained
+        if raw and options.system:
+            raise UserError(f"{folder}: --raw has no system message. Remove --system.")
+        if options.prompt is None or not options.model:
+            print(f"model: {folder}{', continues texts (--raw)' * raw}", file=sys.stderr)
+        model, tokenizer = load_model(folder, "--model "), load_tokenizer(folder)
         messages: list[Message] = []
         if options.system:
             messages.append({"role": "system", "content": options.system})
         if options.prompt is None:
-            print(f"model: {options.model}", file=sys.stderr)
-            converse(model, tokenizer, messages, sampling)
+            converse(model, tokenizer, messages, sampling, raw)
+        elif raw:
+            continue_text(model, tokenizer, options.prompt, sampling)
         else:
             messages.append({"role": "user", "content": options.prompt})
             answer(model, tokenizer, messages, sampling)

@@ -33,6 +33,7 @@ from dpo_train import DPOConfig
 from sft_train import SFTConfig
 from train import PretrainConfig
 from trainlib.core.settings import load_config, recipe
+from trainlib.core.terminal import use_replacement_characters
 from trainlib.engine.metrics import VAL_BITS_PER_BYTE, VAL_LOSS, read_metrics
 
 TOKENS, SEEDS = 400_000, 3
@@ -78,6 +79,7 @@ CHANGES = {
 
 def main() -> None:
     """Run the ablations without a recorded result, finishing each seed before starting the next."""
+    use_replacement_characters()
     parser = make_parser("ablations", __doc__, CHANGES, peers=False)
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--seeds", type=int, default=SEEDS)

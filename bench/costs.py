@@ -35,6 +35,7 @@ from bench.common import (
 from bench.step import own_step
 from bench.training import LENGTH, LONG_RUN, ROWS
 from tools.past_runs import minutes_trained
+from trainlib.core.terminal import use_replacement_characters
 from trainlib.engine.metrics import TRAIN_MFU
 
 DATA = SAMPLE / "pretrain.jsonl"
@@ -102,6 +103,7 @@ BENCHMARKS = {
 
 def main() -> None:
     """Run the selected benchmarks."""
+    use_replacement_characters()
     parser = make_parser("costs", __doc__, BENCHMARKS)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()

@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from bench.common import measure_step
+from trainlib.core.terminal import use_replacement_characters
 
 ROWS, LENGTH, WARMUP, POINTS, TRIAL_STEPS = 8, 512, 2, 6, 32
 
@@ -188,7 +189,7 @@ def throughput(
     elif options.benchmark in ("sft", "sft_wrapped"):
         from trl import SFTConfig, SFTTrainer
 
-        data = Dataset.from_list([{"messages": row["conversations"]} for row in rows])
+        data = Dataset.from_list([{"messages": row["messages"]} for row in rows])
         if options.benchmark == "sft_wrapped":
             trl_extra["packing_strategy"] = "wrapped"
         config = SFTConfig(**settings(options.steps, **trl_extra), packing=True, max_length=LENGTH)
@@ -218,6 +219,7 @@ def real_tokens(batch: Any) -> int:
 
 def main() -> None:
     """Run one benchmark of one peer."""
+    use_replacement_characters()
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
     names = ["packed", "padded", "sft", "sft_wrapped", "dpo", "loss", "evaluate", "step"]
     parser.add_argument("benchmark", choices=names)

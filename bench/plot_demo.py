@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tools.past_runs import minutes_trained
+from trainlib.core.terminal import use_replacement_characters
 from trainlib.engine.metrics import (
     VAL_BITS_PER_BYTE,
     VAL_REWARD_ACCURACY,
@@ -162,6 +163,7 @@ def draw_curve(axes: Any, curve: Curve) -> None:
 
 def main() -> None:
     """Draw the plot of a demo."""
+    use_replacement_characters()
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "python -m bench.plot_demo", None, __doc__, formatter_class=formatter

@@ -17,6 +17,7 @@ from typing import Any
 
 from bench.ablations import BASELINE, CHANGES, METRIC, recorded_runs
 from bench.common import RECORDS, ROOT, SAMPLE
+from trainlib.core.terminal import use_replacement_characters
 
 DESCRIPTIONS = {
     "packed": "tokens/s on full rows of 512, 26.9M model, ours / transformers.Trainer, both with"
@@ -116,6 +117,7 @@ measurements are in comments, next to the code that they explain.
 
 def main() -> None:
     """Write the page."""
+    use_replacement_characters()
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("page", nargs="?", type=Path, default=ROOT / "docs/benchmarks.md")
     options = parser.parse_args()

@@ -17,6 +17,7 @@ import torch
 from bench.common import measure_step
 from trainlib.core.distributed import SINGLE_PROCESS
 from trainlib.core.hardware import Choice, choose_hardware, find_facts, read_table
+from trainlib.core.terminal import use_replacement_characters
 from trainlib.data.batch import Batch
 from trainlib.engine.device import Hardware, use_hardware
 from trainlib.engine.kernels import choose_kernels
@@ -60,6 +61,7 @@ def rows_of_one_document(rows: int, length: int) -> Batch:
 
 def main() -> None:
     """Measure in a separate process, as is done for the peer."""
+    use_replacement_characters()
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=8)

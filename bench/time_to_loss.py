@@ -25,6 +25,7 @@ import torch
 
 from bench.common import PEERS, SAMPLE, WORK_DIR, base_model, record, run, run_peer
 from tools.past_runs import minutes_trained
+from trainlib.core.terminal import use_replacement_characters
 from trainlib.engine.metrics import VAL_BITS_PER_BYTE, read_metrics
 from trainlib.engine.optim import fast_bfloat16
 
@@ -34,6 +35,7 @@ VAL_BYTES = 30_000
 
 def main() -> None:
     """Run the benchmark and print one line per run."""
+    use_replacement_characters()
     parser = argparse.ArgumentParser(prog="python -m bench.time_to_loss", description=__doc__)
     parser.add_argument("--peers", type=Path, default=PEERS)
     parser.add_argument("--minutes", type=float, default=5)

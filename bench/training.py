@@ -38,6 +38,7 @@ from bench.common import SAMPLE, WORK_DIR, base_model, make_parser, record, run,
 from bench.step import cpu_choice
 from dataset import DataConfig, load_datasets
 from tools.past_runs import minutes_trained
+from trainlib.core.terminal import use_replacement_characters
 from trainlib.data.loader import StepLoader
 from trainlib.engine.metrics import TRAIN_SPEED, TRAIN_TOKENS
 from trainlib.engine.optim import fast_bfloat16
@@ -68,6 +69,7 @@ BENCHMARKS = {
 
 def main() -> None:
     """Run the selected benchmarks."""
+    use_replacement_characters()
     parser = make_parser("training", __doc__, BENCHMARKS)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)

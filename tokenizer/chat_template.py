@@ -3,6 +3,10 @@
 It renders the same text as chat_format.render_conversation. `tools` may be an argument, as passed
 by transformers, or part of the first message. If content contains the text of a special token, the
 ids differ: transformers parses the token, but render_conversation keeps it as text.
+
+The tag `generation` marks what is supervised, for transformers' return_assistant_tokens_mask and
+TRL's assistant_only_loss. llama.cpp and @huggingface/jinja (0.5.1 or newer) ignore it. Programs
+with minijinja remove it as text, so it must be written exactly so, without dashes.
 """
 
 from __future__ import annotations
@@ -23,14 +27,14 @@ CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- set content = message.content or '' -%}"
     "{%- if message.role == 'tool' -%}"
-    "{{- '<|im_start|>user\\n<tool_response>\\n' + content + '\\n</tool_response>' -}}"
-    "{%- else -%}"
-    "{{- '<|im_start|>' + message.role + '\\n' -}}"
-    "{%- if message.role == 'assistant' and message.reasoning_content -%}"
+    "{{- '<|im_start|>user\\n<tool_response>\\n' + content + '\\n</tool_response><|im_end|>' -}}"
+    "{%- elif message.role == 'assistant' -%}"
+    "{{- '<|im_start|>assistant\\n' -}}"
+    "{% generation %}"
+    "{%- if message.reasoning_content -%}"
     "{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' -}}"
     "{%- endif -%}"
     "{{- content -}}"
-    "{%- if message.role == 'assistant' -%}"
     "{%- for tool_call in message.tool_calls or [] -%}"
     "{%- set call = tool_call.function or tool_call -%}"
     "{%- if content or not loop.first -%}{{- '\\n' -}}{%- endif -%}"
@@ -38,11 +42,16 @@ CHAT_TEMPLATE = (
     "{{- call.arguments if call.arguments is string else call.arguments | tojson -}}"
     "{{- '}\\n</tool_call>' -}}"
     "{%- endfor -%}"
-    "{%- elif message.role == 'system' and loop.first and functions -%}"
+    "{{- '<|im_end|>' -}}"
+    "{% endgeneration %}"
+    "{%- else -%}"
+    "{{- '<|im_start|>' + message.role + '\\n' + content -}}"
+    "{%- if message.role == 'system' and loop.first and functions -%}"
     "{{- ('\\n\\n' if content else '') + heading -}}"
     "{%- endif -%}"
+    "{{- '<|im_end|>' -}}"
     "{%- endif -%}"
-    "{{- '<|im_end|>\\n' -}}"
+    "{{- '\\n' -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )

@@ -26,6 +26,7 @@ from tools.past_runs import minutes_trained
 from trainlib.core.errors import UserError
 from trainlib.core.files import move_aside, write_atomically
 from trainlib.core.hardware import cpu_name
+from trainlib.core.terminal import use_replacement_characters, valid_text
 from trainlib.data.formats import STAGES
 from trainlib.engine.metrics import VAL_LOSS, read_metrics
 from trainlib.models.generate import Sampling, generate_batch
@@ -54,7 +55,9 @@ def prepare(name: str, author: str | None, quick: bool) -> None:
     same, same_names = earlier == identity, earlier.splitlines()[:2] == identity.splitlines()[:2]
     if DEMO.exists() and not same:
         print(f"moved the earlier demo, which was made with other options, to {move_aside(DEMO)}")
-    if not same_names or not (SAMPLE / "SOURCES.json").is_file():
+    # A sample without README.md has rows in an earlier format.
+    complete = all((SAMPLE / name).is_file() for name in ("SOURCES.json", "README.md"))
+    if not same_names or not complete:
         author_option = ["--author", author] if author else []
         call(["-m", "tools.prepare_data", "--name", name, *author_option])
     DEMO.mkdir(parents=True, exist_ok=True)
@@ -134,7 +137,7 @@ def held_out_prompts() -> list[str]:
     for name in ("alpaca_zh", "alpaca_en"):
         path = SAMPLE / "val" / "sft" / f"{name}.jsonl"
         for line in path.read_text(encoding="utf-8").splitlines():
-            prompts.append(json.loads(line)["conversations"][0]["content"])
+            prompts.append(json.loads(line)["messages"][0]["content"])
     return prompts
 
 
@@ -323,9 +326,12 @@ def finished_name() -> str:
 
 def main() -> None:
     """Run the demo, or print the figures of a finished one."""
+    use_replacement_characters()
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
-    parser.add_argument("--name", default="小智", help="name of the assistant")
-    parser.add_argument("--author", help="who made the assistant (default: 一位爱好者, a hobbyist)")
+    parser.add_argument("--name", type=valid_text, default="小智", help="name of the assistant")
+    parser.add_argument(
+        "--author", type=valid_text, help="who made the assistant (default: 一位爱好者, a hobbyist)"
+    )
     parser.add_argument("--quick", action="store_true", help="run six steps per stage, as a test")
     parser.add_argument(
         "--transcript", action="store_true", help="print the figures of a finished demo as Markdown"

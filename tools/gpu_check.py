@@ -24,6 +24,7 @@ import torch
 
 from trainlib.core.errors import UserError
 from trainlib.core.files import ROOT, refuse_to_overwrite
+from trainlib.core.terminal import use_replacement_characters
 
 CHECKS = ("attention", "model", "steps", "stages")
 LABELS = {"passed": "OK", "failed": "FAILED", "skipped": "skipped"}
@@ -98,6 +99,7 @@ def run_tests(checks: list[str]) -> Results:
 
 def main() -> None:
     """Run the named checks, or all of them, and print the table."""
+    use_replacement_characters()
     parser = argparse.ArgumentParser(
         prog="python -m tools.gpu_check", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

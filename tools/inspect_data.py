@@ -38,6 +38,7 @@ from tools.text_statistics import MinHashes, alnum, language, role_texts, score,
 from tools.train_tokenizer import byte_count, bytes_per_token, train
 from trainlib.core.errors import UserError
 from trainlib.core.files import refuse_to_overwrite
+from trainlib.core.terminal import use_replacement_characters
 from trainlib.data import formats
 from trainlib.data.columns import suggest_columns
 from trainlib.data.containers import Broken
@@ -102,6 +103,7 @@ class Report:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    use_replacement_characters()
     doc = (__doc__ or "").split("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m tools.inspect_data",
@@ -345,8 +347,7 @@ class Analyzer:
         ids = sum(len(self.tokenizer.encode(text)) for text in held_out)
         current = sum(len(text.encode()) for text in held_out) / max(1, ids)
         self.report.retrained_bytes_per_token = retrained
-        readable = self.report.path.endswith((".jsonl", ".txt"))  # train_tokenizer reads these.
-        if retrained > MIN_RETRAIN_GAIN * current and readable:
+        if retrained > MIN_RETRAIN_GAIN * current:
             self.report.retrain_command = (
                 f"python -m tools.train_tokenizer --data {self.report.path} "
                 f"--vocab-size {self.tokenizer.vocab_size} --out my_tokenizer"

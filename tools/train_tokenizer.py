@@ -26,8 +26,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from tokenizer.bpe import SPECIAL_TOKENS
 from tokenizer.chat_format import Tag, message_pieces
+from trainlib.core.terminal import use_replacement_characters
 from trainlib.data import formats
 from trainlib.data.containers import Broken
+from trainlib.data.findings import Counts
 
 # Merges stay within these pieces: English contractions, letters with one preceding character (e.g.
 # a space), single digits, punctuation with one newline after it, and runs of spaces. Every other
@@ -56,6 +58,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    use_replacement_characters()
     parser = argparse.ArgumentParser(
         prog="python -m tools.train_tokenizer",
         description="Train a byte-level BPE vocabulary.",
@@ -160,11 +163,12 @@ def read_texts(files: list[Path], sample_bytes: int) -> Iterator[str]:
         items = (
             item for number, item in enumerate(source.items()) if number * fraction % 1 < fraction
         )
-        checked = formats.check_items(items, source.path, format_, formats.ReadOptions())
-        for line, record in checked:
-            if isinstance(record, Broken):
-                raise ValueError(f"{source.path}, line {line}: {record.reason}")
-            yield from _texts_of(record.value)
+        options, kind = formats.ReadOptions(), format_.kind
+        for line, records in formats.check_items(items, source.path, kind, options, Counts()):
+            if isinstance(records, Broken):
+                raise ValueError(f"{source.path}, line {line}: {records.reason}")
+            for record in records:
+                yield from _texts_of(record.value)
 
 
 def shares(sizes: list[int], total: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -128,6 +129,20 @@ def test_a_step_folder_is_a_model_folder(tmp_path):
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == {name for name, _ in tied.named_parameters()}
     assert (tmp_path / "latest").read_text().strip() == "step_000007"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_files_have_the_mode_that_the_umask_asks_for(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        checkpoints = Checkpoints(tmp_path, 2, files={"config.json": "{}"})
+        checkpoints.save(1, new_model(), {"rng/cpu": torch.get_rng_state()}, {})
+        checkpoints.join()
+        checkpoints.write_final(new_model())
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 7 and {f.stat().st_mode & 0o777 for f in files} == {0o666 & ~mask}
 
 
 def test_a_new_folder_has_no_checkpoint(tmp_path):

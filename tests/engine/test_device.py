@@ -226,6 +226,14 @@ def test_a_run_survives_a_closed_terminal(workdir):
     assert "step 60 loss" in (workdir / "closed/train.log").read_text()
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_run_prints_every_line_if_stdout_lacks_a_character(workdir, encoding):
+    """The samples of an evaluation have Chinese text."""
+    env = {"PYTHONIOENCODING": encoding}
+    out = run(workdir, f"out_dir={encoding}", "max_steps=4", "eval_every_steps=2", env=env.items())
+    assert "???" in out and "\nstep 4 " in out and f"init_from={encoding}/final" in out
+
+
 def test_a_run_survives_a_closed_pipe(workdir):
     process = start(
         workdir, "out_dir=pipe", "max_steps=40", stdout=subprocess.PIPE, stderr=subprocess.PIPE

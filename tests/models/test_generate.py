@@ -94,6 +94,9 @@ def test_top_p_and_top_k_keep_the_most_likely_tokens():
         (1.0, 0, 0.6, [0.625, 0.375, 0, 0]),
         (0.5, 0, 0.6, [1, 0, 0, 0]),  # top_p applies after the temperature.
         (0.0, 0, 1.0, [1, 0, 0, 0]),
+        (9e-7, 0, 1.0, [1, 0, 0, 0]),
+        (1e-40, 0, 1.0, [1, 0, 0, 0]),
+        (1e-6, 0, 1.0, [1, 0, 0, 0]),
     ],
 )
 def test_sample_frequencies_equal_the_probabilities(temperature, top_k, top_p, expected):
@@ -104,6 +107,12 @@ def test_sample_frequencies_equal_the_probabilities(temperature, top_k, top_p, e
     frequencies = samples.bincount(minlength=4) / len(samples)
     assert frequencies.tolist() == pytest.approx(expected, abs=0.03)
     assert [f > 0 for f in frequencies] == [p > 0 for p in expected]
+
+
+@pytest.mark.parametrize("temperature", [-1, float("nan"), float("inf"), -float("inf")])
+def test_a_temperature_that_is_not_a_number_is_refused(temperature):
+    with pytest.raises(ValueError, match=f"temperature={temperature} must be at least 0"):
+        Sampling(temperature)
 
 
 @pytest.mark.parametrize("batched", [False, True])

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import builtins
-import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import chat
+from dpo_train import DPOConfig
 from model import ModelConfig, Transformer
+from sft_train import SFTConfig
+from train import PretrainConfig
+from trainlib.core.settings import write_run_yaml
 from trainlib.models.generate import Sampling
 from trainlib.models.hf_folder import model_files
 
@@ -28,7 +33,14 @@ def model():
     return Transformer(ModelConfig(**SIZES))
 
 
-def talk(monkeypatch, model, tokenizer, lines, system=()):
+def save(folder, model, tokenizer):
+    for name, content in model_files(model.config, tokenizer).items():
+        (folder / name).write_text(content, encoding="utf-8")
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def talk(monkeypatch, model, tokenizer, lines, system=(), raw=False):
     """Run a conversation; return the length of each prompt passed to the model."""
     questions, lengths, generate = iter([*lines, "/quit"]), [], chat.generate
 
@@ -38,7 +50,7 @@ def talk(monkeypatch, model, tokenizer, lines, system=()):
 
     monkeypatch.setattr(builtins, "input", lambda *_: next(questions))
     monkeypatch.setattr(chat, "generate", spy)
-    chat.converse(model, tokenizer, list(system), Sampling(temperature=0, max_new_tokens=12))
+    chat.converse(model, tokenizer, list(system), Sampling(temperature=0, max_new_tokens=12), raw)
     return lengths
 
 
@@ -71,27 +83,80 @@ def test_an_interrupted_answer_is_kept(monkeypatch, capsys, model, tokenizer):
     assert chat.answer(model, tokenizer, messages, Sampling()) == "the answer so far"
 
 
+def test_raw_lines_are_starts_of_separate_documents(monkeypatch, model, tokenizer):
+    prompts, generate = [], chat.generate
+
+    def spy(model, ids, *rest):
+        prompts.append(ids)
+        return generate(model, ids, *rest)
+
+    monkeypatch.setattr(chat, "generate", spy)
+    talk(monkeypatch, model, tokenizer, ["话说 ", "", "/new"], raw=True)
+    assert prompts == [[tokenizer.end_of_text_id, *tokenizer.encode(t)] for t in ("话说 ", "/new")]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--prompt", " "], "--prompt is empty"),
         (["--prompt", "hi", "--top-p", "2"], "top_p=2.0"),
         (["--prompt", "word " * 100], "at most 63"),
+        (["--prompt", "word " * 100, "--raw"], "at most 63"),
+        (["--prompt", "hi", "--raw", "--system", "be"], "Remove --system"),
+        (["--prompt", "hi", "--temperature", "nan"], "temperature=nan"),
         (["--prompt", "hi", "vocabulary"], "6144"),
     ],
 )
 def test_errors_exit_with_code_1_and_no_traceback(tmp_path, model, tokenizer, options, words):
     if options[-1] == "vocabulary":
         options, model = options[:-1], Transformer(ModelConfig(**SIZES, vocab_size=6144))
-    for name, content in model_files(model.config, tokenizer).items():
-        (tmp_path / name).write_text(content, encoding="utf-8")
-    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"]
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save(tmp_path, model, tokenizer)
     command = [sys.executable, "chat.py", "--model", str(tmp_path), *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and words in done.stderr
     assert not done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:surrogateescape", "utf-8:strict", "ascii"])
+def test_broken_bytes_are_replaced_and_the_session_continues(tmp_path, model, tokenizer, encoding):
+    save(tmp_path, model, tokenizer)
+    command = [sys.executable, "chat.py", "--model", str(tmp_path), "--max-new-tokens", "3"]
+    command += ["--temperature", "0"]
+    options = {"env": {**os.environ, "PYTHONIOENCODING": encoding}, "capture_output": True}
+    lines = b"half \xe4\xbd of it\n\xff\nlast\n"
+    done = subprocess.run(command, input=lines, **options)
+    assert done.returncode == 0 and done.stdout.count(b"> ") == 4, done.stderr
+    done = subprocess.run([*map(str.encode, command), b"--prompt", b"a \xff b"], **options)
+    assert done.returncode == 0 and not done.stderr
+
+
+def test_the_default_is_the_newest_run_that_can_answer(elsewhere, capsys, monkeypatch):
+    """The stages write the files; the last run is the newest, in any folder."""
+    used = []
+    monkeypatch.setattr(chat, "load_model", lambda folder, _: used.append(folder))
+    monkeypatch.setattr(chat, "load_tokenizer", lambda *_: None)
+    monkeypatch.setattr(chat, "answer", lambda *_: used.append("answer"))
+    monkeypatch.setattr(chat, "continue_text", lambda *_: used.append("raw"))
+
+    def taken(*options):
+        monkeypatch.setattr(sys, "argv", ["chat.py", "--prompt", "hi", *options])
+        used.clear()
+        chat.main()
+        assert used[0] in capsys.readouterr().err
+        return used
+
+    with pytest.raises(SystemExit):
+        taken()
+    assert "no finished run in runs/" in capsys.readouterr().err
+    runs = [("b/x", PretrainConfig), ("a", PretrainConfig)]
+    for seconds, (name, cls) in enumerate([*runs, ("d/e", DPOConfig), ("c", SFTConfig)]):
+        final = Path("runs", name, "final")
+        final.mkdir(parents=True)
+        write_run_yaml(cls(), final / "run.yaml")
+        os.utime(final / "run.yaml", (seconds, seconds))
+        assert taken() == [str(final), "raw" if cls is PretrainConfig else "answer"]
+    os.utime("runs/a/final/run.yaml")
+    assert taken("--raw") == ["runs/c/final", "raw"]
 
 
 def test_every_sampling_option_is_used(monkeypatch):

@@ -79,7 +79,7 @@ def test_the_sample_is_complete_and_no_other_file_changes(project: Project) -> N
     assert {name: after[name] for name in before} == before
     made = {name.removeprefix("dataset/sample/") for name in after if name not in before}
     expected = {
-        *("pretrain.jsonl", "sft.jsonl", "dpo.jsonl", "SOURCES.json"),
+        *("pretrain.jsonl", "sft.jsonl", "dpo.jsonl", "README.md", "SOURCES.json"),
         *(f"val/pretrain/{s}.jsonl" for s in ("statutes", "sanguo", "shakespeare", "wiki", "c4")),
         *(f"val/{stage}/alpaca_{la}.jsonl" for stage in ("pretrain", "sft") for la in ("zh", "en")),
         "val/sft/small_talk.jsonl",
@@ -148,7 +148,7 @@ def _group(row: dict[str, Any]) -> str | None:
         if source.startswith("alpaca"):
             return text.split("\n这是")[0].split("\nThis is")[0]
         return text.split("\n")[0]
-    messages = row.get("conversations") or row["chosen"]
+    messages = row.get("messages") or row["chosen"]
     question = next(m["content"] for m in messages if m["role"] == "user")
     law = re.search("《(.+?)》", question)
     return law[1] if law else question
@@ -321,6 +321,10 @@ def test_a_file_that_is_not_part_of_a_sample_is_not_replaced(
     assert prepare_data.main(["--out", str(path.parent)]) == 1
     assert f"{path} exists, is not part of a sample" in capsys.readouterr().err
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+    readme = path.rename(path.with_name("README.md"))
+    assert prepare_data.main(["--out", str(path.parent)]) == 1
+    assert f"{readme} already exists" in capsys.readouterr().err
+    assert readme.read_bytes() == before and list(path.parent.iterdir()) == [readme]
 
 
 # ---- text for the tokenizer -----------------------------------------------------------------

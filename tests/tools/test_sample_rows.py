@@ -110,7 +110,7 @@ def test_behaviour_pairs_are_balanced_by_type_and_by_length() -> None:
     training = [row for row in rows if not is_validation(row.group)]
     types: Counter[str] = Counter()
     lengths: Counter[int] = Counter()
-    answers = {row.content["conversations"][1]["content"] for row in training}
+    answers = {row.content["messages"][1]["content"] for row in training}
     for pair in behaviour_pairs(training):
         chosen, rejected = (pair.content[side][-1]["content"] for side in ("chosen", "rejected"))
         assert pair.content["chosen"][:-1] == pair.content["rejected"][:-1]
@@ -194,8 +194,7 @@ def test_answers_about_statutes_quote_an_article_verbatim() -> None:
         )
     )
     answers = {
-        row.content["conversations"][0]["content"]: row.content["conversations"][1]["content"]
-        for row in rows
+        row.content["messages"][0]["content"]: row.content["messages"][1]["content"] for row in rows
     }
     assert answers["《虚构的法》的立法目的是什么？"] == purpose
     assert answers["《虚构的法》所称的安全生产是指什么？"] == text

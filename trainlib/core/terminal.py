@@ -1,10 +1,11 @@
-"""Streams and signals for a run that continues after its terminal is closed."""
+"""Standard streams: characters that they cannot encode, and terminals that are closed."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
 from typing import Any, TextIO
@@ -17,9 +18,11 @@ class DetachableStream(io.TextIOBase):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write text, or discard it if the other end is gone (EIO, EPIPE)."""
+        """Write text, or discard it if the file is closed or its other end is gone (EIO, EPIPE)."""
         try:
             return self._stream.write(text)
+        except UnicodeError:  # A ValueError, but the terminal is still there.
+            raise
         except (OSError, ValueError):
             self._detach()
             return len(text)
@@ -50,8 +53,22 @@ class DetachableStream(io.TextIOBase):
         return self._stream.fileno()
 
 
+def use_replacement_characters() -> None:
+    """Make stdout replace characters that its encoding lacks, and stdin replace invalid bytes."""
+    # Python makes stderr do so. A stream can be None, or anything that a caller put there.
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def valid_text(argument: str) -> str:
+    """Return a command-line argument with U+FFFD for each byte that could not be decoded."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", argument)
+
+
 def survive_a_dead_terminal() -> None:
     """Ignore SIGHUP, and replace stdout and stderr with streams that survive their terminal."""
+    use_replacement_characters()
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for name in ("stdout", "stderr"):

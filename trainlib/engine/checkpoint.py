@@ -79,7 +79,7 @@ class Checkpoints:
         for partial in self.folder.glob(".writing-*"):
             shutil.rmtree(partial, ignore_errors=True)
         with self._new_folder(name, weights) as partial:
-            save_file(tensors, partial / "optimizer.safetensors")
+            _save_tensors(tensors, partial / "optimizer.safetensors")
             (partial / "train_state.json").write_text(json.dumps(state), encoding="utf-8")
         write_atomically(self.folder / "latest", name)
         # After a resume from an earlier checkpoint, ignore the later folders.
@@ -103,7 +103,7 @@ class Checkpoints:
                 (partial / file_name).write_text(content, encoding="utf-8")
             if (self.folder / "run.yaml").is_file():
                 shutil.copyfile(self.folder / "run.yaml", partial / "run.yaml")
-            save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+            _save_tensors(weights, partial / "model.safetensors")
             yield partial
             for path in (*partial.iterdir(), partial):
                 sync(path)
@@ -162,6 +162,15 @@ class Checkpoints:
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file with the mode of any new file; safetensors itself sets 0600."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    if path.stat().st_mode != mode:  # Some file systems have one mode and refuse to change it.
+        path.chmod(mode)
 
 
 def _snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

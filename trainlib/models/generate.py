@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +28,8 @@ MAX_BATCH = 32  # Prompts decoded together; each takes 16 KB per position with t
 class Sampling:
     """How the next token is sampled from the logits."""
 
-    temperature: float = field(default=0.7, metadata={"at_least": 0})
-    """Divisor of the logits; 0 = greedy."""
+    temperature: float = field(default=0.7, metadata={"at_least": 0, "below": math.inf})
+    """Divisor of the logits; below 1e-6 = greedy."""
     top_p: float = field(default=0.9, metadata={"above": 0, "at_most": 1})
     """Keep the smallest set of most likely tokens with at least this total probability; 1 = all."""
     top_k: int = field(default=0, metadata={"at_least": 0})
@@ -89,8 +90,8 @@ def filter_logits(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Sample one token id; return the most likely one at temperature 0."""
-    if sampling.temperature == 0:
+    """Sample one token id; return the most likely one at a temperature below 1e-6."""
+    if sampling.temperature < 1e-6:  # Dividing by less can overflow fp32.
         return int(logits_V.argmax())
     logits_V = filter_logits(
         logits_V.float() / sampling.temperature, sampling.top_k, sampling.top_p
