@@ -124,9 +124,7 @@ def main() -> None:
     parser.add_argument(
         "--prompt", type=valid_text, help="print one answer to this text on stdout and exit"
     )
-    parser.add_argument(
-        "--system", type=valid_text, default="", help="system message (default: none)"
-    )
+    parser.add_argument("--system", type=valid_text, default="", help="system message")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 = greedy (default: 0.7)")
     parser.add_argument(
         "--top-p",
