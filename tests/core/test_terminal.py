@@ -45,7 +45,7 @@ def test_characters_and_bytes_outside_the_encoding_are_replaced(function, encodi
 def test_every_program_replaces_characters(path):
     """`launch` does so for the stages."""
     text = path.read_text(encoding="utf-8")
-    if '__name__ == "__main__"' in text:
+    if '__name__ == "__main__"' in text and "def main(" in text:
         main = text[text.index("def main(") :] + text[text.index('if __name__ == "__main__"') :]
         assert "    use_replacement_characters()\n" in main or "    launch(" in main
 
