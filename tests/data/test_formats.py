@@ -280,3 +280,18 @@ def test_lines_and_arrays_give_the_same_rows_and_errors(tmp_path_factory, rows, 
     for row in one["rows"] + other["rows"]:
         row.pop("line")
     assert one == {**other, "container": "jsonl"} and found.format.name == one["format"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet", "a.csv"])
+@pytest.mark.parametrize(("content", "problem"), [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "git-lfs pointer"),
+    (b"<!DOCTYPE html>\n<html><body>404</body></html>", "is an HTML page"),
+    (b"\n \n", "is empty"), (b"", "is empty"),
+])  # fmt: skip
+def test_files_that_a_failed_download_leaves_are_named(name, content, problem, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} .*{problem}"):
+        formats.detect(path)
+    if problem == "is an HTML page" and name == "a.txt":
+        assert formats.detect(path, name="txt").format.name == "text"

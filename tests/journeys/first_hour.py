@@ -71,8 +71,12 @@ def write_data(folder: Path) -> None:
             {"role": "assistant", "content": f"{n} 加 {n % 7} 等于 {n + n % 7 + error}。"}
             for error in (0, 3)
         )
-        text.append({"text": f"第{n}课。{n} 加 {n % 7} 等于 {n + n % 7}，加法满足交换律。" * 4})
-        talks.append({"conversations": [question, right]})
+        # Its rows hold several texts between markers; some of its conversations have no answer.
+        one, two = (
+            f"第{i}课。{i} 加 {n % 7} 等于 {i + n % 7}，满足交换律。" * 2 for i in (n, 2 * n)
+        )
+        text.append({"text": f"<|im_start|>{one}<|im_end|> <|im_start|>{two}<|im_end|>"})
+        talks.append({"conversations": [question, right if n % 50 else {**right, "content": ""}]})
         pairs.append({"chosen": [question, right], "rejected": [question, wrong]})
     for name, rows in (("pretrain_hq", text), ("sft_mini_512", talks), ("dpo", pairs)):
         write_rows(folder / f"{name}.jsonl", rows)
@@ -106,9 +110,11 @@ def main() -> None:
         activate, pretrain, sft, dpo, chat = block("configs/tiny_sft.yaml").splitlines()
         interrupt(f"{pretrain} {SHORT}", folder)
         out = run(f"{activate}; {pretrain} {SHORT}", folder)
+        check("300 rows were split at markers into 600 documents" in out, "markers separate texts")
         check("resuming from" in out and "finished 30 steps" in out, "the same command resumes")
         check("already finished" in run(f"{activate}; {pretrain} {SHORT}", folder), "it runs once")
-        run(f"{activate}; {sft} {SHORT}; {dpo} {SHORT}", folder)
+        out = run(f"{activate}; {sft} {SHORT}; {dpo} {SHORT}", folder)
+        check("6 of 300 rows are not used: every answer is empty (6)" in out, "they are counted")
         out = run(f"{activate}; {chat}", folder, stdin="3 加 3 等于多少？\n/quit\n")
         check(bool(answer(out)), "the model answers")
         check(time.monotonic() - began < MAX_SECONDS, f"all this takes under {MAX_SECONDS} s")

@@ -248,3 +248,15 @@ def test_the_checkpoint_config_overrides_a_config_file(tmp_path, tokenizer, capl
     config = settings_of.load_config(PretrainConfig, [*args, "model.head_dim=32"], None)
     with pytest.raises(UserError, match=r"model\.head_dim=32 \(command line\), 16 in the model"):
         adopt_model_config(config)
+
+
+def test_a_git_lfs_pointer_or_an_html_page_in_a_model_folder_is_named(tmp_path, tokenizer):
+    (tmp_path / "config.json").write_text("<!DOCTYPE html><html>404</html>")
+    with pytest.raises(UserError, match="config.json is an HTML page"):
+        load_model(tmp_path)
+    for name, text in model_files(ModelConfig(vocab_size=6400), tokenizer).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(UserError, match="model.safetensors is a git-lfs pointer"):
+        load_model(tmp_path)

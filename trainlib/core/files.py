@@ -37,6 +37,17 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def download_problem(path: Path) -> str:
+    """Return why a downloaded file is not what its name says, or an empty string."""
+    with path.open("rb") as file:
+        head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "is a git-lfs pointer, not the file itself. Run `git lfs pull` in its repository"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "is an HTML page, possibly an error page. Download the file again"
+    return "" if head else "is empty. Download or write the file again"
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file atomically; its folder must exist."""
     with replacing(path) as temporary:

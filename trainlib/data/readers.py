@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainlib.core.errors import UserError
+from trainlib.core.files import download_problem
 from trainlib.data import containers
 from trainlib.data.containers import BOM, Broken, Item, Row, are_messages, json_error, utf8_error
 
@@ -47,6 +48,11 @@ class Source:
             with path.open("rb") as file:
                 start = file.read(4)
             self.compression = next((name for m, name in _MAGIC.items() if start.startswith(m)), "")
+            problem = download_problem(path) if container == "auto" else ""
+            if problem and not problem.startswith("is empty"):
+                raise UserError(f"{path} {problem}.")
+            if path.suffix.lower() == ".parquet" and start != b"PAR1" and not problem:
+                raise UserError(f"{path} is not Parquet: it begins with {start!r}, not with PAR1.")
             if start == b"PAR1":
                 self.container, self.reason = "parquet", "begins with PAR1"
             else:

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from model import ModelConfig, Transformer
 from tokenizer.bpe import Tokenizer
 from trainlib.core.errors import UserError, as_user_errors
+from trainlib.core.files import download_problem
 from trainlib.core.parsing import value_text
 from trainlib.core.settings import COMMAND_LINE, bound_errors, provenance, with_value
 
@@ -191,7 +192,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         try:
             tensors.update(load_file(folder / name))
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder / name} cannot be read: {error}") from error
+            path = folder / name
+            problem = download_problem(path) if path.is_file() else ""
+            raise UserError(f"{path} {problem or f'cannot be read: {error}'}") from error
     return tensors
 
 
@@ -220,7 +223,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Replace the file.") from error
+        problem = download_problem(path) or f"cannot be read: {error}. Replace the file"
+        raise UserError(f"{path} {problem}.") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} contains a {type(values).__name__} instead of an object")
     return values
