@@ -176,6 +176,7 @@ CASES = [
     ("pretrain", "tokenizer=base init_from=base seed=x", "2 problems", "seed=x (command line)",
      "tokenizer=base and init_from=base: the model in init_from has its own tokenizer; keep one"),
     ("pretrain", "data.val_fraction=2", "data.val_fraction=2.0 must be above 0 and below 1"),
+    ("pretrain", "data.val_fraction=x", "(command line): expected a number or auto"),
     ("sft", "data.val_max_rows=-1", "data.val_max_rows=-1 must be"),
     ("pretrain", "deadline=23:30", "deadline=23:30 (command line): unknown key; --help lists all"),
     ("pretrain", "model.max_position_embeddings=63",
