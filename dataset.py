@@ -35,14 +35,19 @@ from trainlib.core.errors import UserError
 from trainlib.data import formats
 from trainlib.data.columns import MAPPABLE
 from trainlib.data.encode import ENCODERS
-from trainlib.data.packing import Datasets, PackedDataset, Part
+from trainlib.data.packing import FEW_ROWS, Datasets, PackedDataset, Part, none_fits, usable_lengths
 from trainlib.data.readers import COMPRESSED, SUFFIXES
 from trainlib.data.token_cache import OnError, TokenCache, build_cache, counted_tokens
 
 log = logging.getLogger(__name__)
 
 DATASET_DIR = Path("dataset")
+HELD_OUT_FRACTION = 0.005
+HELD_OUT_ROWS = 64
 MAX_HELD_OUT_BYTES = 2_000_000
+"""Held out by default: this fraction, at least this many rows, about this much text."""
+MANY_LONG_ROWS = 0.05
+"""Above this share of rows longer than a row, the log suggests a sequence_length."""
 BYTES_PER_TOKEN = {"pretrain": 3.5, "sft": 4.5, "dpo": 6.0}
 """Bytes per token in a data file, approximately as in the sample."""
 
@@ -57,8 +62,9 @@ class DataConfig:
     the sample if there are none."""
     val_files: tuple[str, ...] = ()
     """Validation files, reported separately; empty = hold out part of the training files."""
-    val_fraction: float = field(default=0.005, metadata={"above": 0, "below": 1})
-    """Fraction of each training file that is held out if data.val_files is empty."""
+    val_fraction: float | Literal["auto"] = field(default="auto", metadata={"above": 0, "below": 1})
+    """Fraction of the rows of each entry in data.files that is held out if data.val_files is empty;
+    auto = 0.005, but at least 64 rows (of fewer than 640: a tenth), and at most about 2 MB."""
     val_max_rows: int = field(default=0, metadata={"at_least": 0})
     """Maximum number of rows that an evaluation reads from each validation set; 0 = all."""
 
@@ -77,7 +83,8 @@ class DataConfig:
     on_error: OnError = field(default="stop", metadata={"recipe": False})
     """On a broken row: stop and report its line and reason, or skip and list it (at most 1 %)."""
     too_long: Literal["cut", "drop"] = "cut"
-    """Cut a conversation longer than a row after the last answer that fits, or drop it."""
+    """Cut a conversation longer than a row after the last answer that fits (if none fits, inside
+    the first), or drop it. Preference pairs longer than a row are always dropped."""
 
     def validation_errors(self) -> list[str]:
         """Return what makes these settings unusable, one message each."""
@@ -210,20 +217,28 @@ def choose_files(config: DataConfig, kind: str) -> Files:
 # ---- 6. held-out records -------------------------------------------------------------------------
 
 
-def hold_out(cache: TokenCache, fraction: float) -> np.ndarray:
-    """Return a mask of the records held out for validation, bool (num_records,).
+def hold_out(
+    hashes: np.ndarray, sizes: np.ndarray, fits: np.ndarray, fraction: float | Literal["auto"]
+) -> np.ndarray:
+    """Return the hashes of the records held out for validation, ascending.
 
-    These are the records with the smallest hashes: at least one, and at most about
-    MAX_HELD_OUT_BYTES of text. The choice is stable when rows are added. Records with equal content
-    have equal hashes.
+    These are the smallest hashes of the records that fit in a row, so the choice is stable when
+    rows are added. Records with equal content have equal hashes and count as one. At least one is
+    held out and one is left. `sizes` are in bytes; the shapes of `hashes`, `sizes` and `fits` are
+    (num_records,). Raises ValueError if fewer than two distinct records fit.
     """
-    order = np.argsort(cache.hashes, kind="stable")
-    below = cache.hashes[order] < np.uint64(fraction * 2.0**64)
-    sizes = cache.record_lengths[order]
-    # A token is about four bytes, so this limits the bytes without decoding.
-    chosen = below & (np.cumsum(sizes) * 4 <= MAX_HELD_OUT_BYTES)
-    limit = cache.hashes[order][max(1, int(chosen.sum())) - 1]
-    return np.asarray(cache.hashes <= limit)
+    num_distinct = len(np.unique(hashes))
+    candidates, inverse = np.unique(hashes[fits], return_inverse=True)
+    if len(candidates) < 2:
+        raise ValueError(f"only {len(candidates)} of {num_distinct} distinct rows can be used")
+    if fraction == "auto":
+        least = min(HELD_OUT_ROWS, num_distinct // 10)
+        total_sizes = np.cumsum(np.bincount(inverse, sizes[fits]))
+        within_limit = int(np.searchsorted(total_sizes, MAX_HELD_OUT_BYTES, side="right"))
+        n = max(min(round(HELD_OUT_FRACTION * num_distinct), within_limit), least)
+    else:
+        n = round(fraction * num_distinct)
+    return candidates[: min(max(1, n), len(candidates) - 1)]
 
 
 # ---- the datasets --------------------------------------------------------------------------------
@@ -238,7 +253,6 @@ def load_datasets(
     """
     files = choose_files(config, kind)
     log.info("data: %s", files.reason)
-
     keys: list[str] = []
 
     def tokenized(group: Group) -> list[TokenCache]:
@@ -248,26 +262,25 @@ def load_datasets(
         keys.extend(cache.key for cache in caches)
         return caches
 
-    train_parts: list[list[Part]] = []
+    row_length = 2 * sequence_length if kind == "dpo" else sequence_length
+    train_caches = [tokenized(group) for group in files.train]
     val_parts: dict[str, list[Part]] = {}
-    for group in files.train:
-        caches = tokenized(group)
-        masks = [
-            np.zeros(cache.num_records, bool) if files.val else hold_out(cache, config.val_fraction)
-            for cache in caches
-        ]
-        train_parts.append([(cache, ~mask) for cache, mask in zip(caches, masks, strict=True)])
+    held_out = np.zeros(0, np.uint64)
+    for group, caches in zip(files.train, train_caches, strict=True):
         if not files.val:
-            val_parts[group.name] = list(zip(caches, masks, strict=True))
+            chosen = _hold_out(group, caches, config, kind, row_length)
+            val_parts[group.name] = [(cache, np.isin(cache.hashes, chosen)) for cache in caches]
+            held_out = np.concatenate([held_out, chosen])
+    # A row held out of one file is not trained on in another.
+    train_parts: list[list[Part]] = [
+        [(cache, ~np.isin(cache.hashes, held_out)) for cache in caches] for caches in train_caches
+    ]
     for group in files.val:
         val_parts[group.name] = [(c, np.ones(c.num_records, bool)) for c in tokenized(group)]
     pack = functools.partial(
-        PackedDataset,
-        kind=kind,
-        row_length=2 * sequence_length if kind == "dpo" else sequence_length,
+        PackedDataset, kind=kind, row_length=row_length, too_long=config.too_long,
         byte_lengths=np.array([len(text) for text in tokenizer.id_to_bytes], np.int64),
-        too_long=config.too_long,
-    )
+    )  # fmt: skip
     repeats = _repeats(files.train, train_parts)
     train = pack([part for parts in train_parts for part in parts], seed=seed, repeats=repeats)
     _log_summary("train", train)
@@ -278,6 +291,30 @@ def load_datasets(
         next_id += val[name].num_sequences
         _log_summary(f"val/{name}", val[name])
     return Datasets(train, val, " ".join(keys))
+
+
+def _hold_out(
+    group: Group, caches: list[TokenCache], config: DataConfig, kind: str, row_length: int
+) -> np.ndarray:
+    """Return the hashes of the records held out of a group; raise UserError if there are none."""
+    names = ", ".join(str(path) for path in group.paths)
+    usable = [usable_lengths(c, np.arange(c.num_records), kind, row_length, config.too_long)[1]
+              for c in caches]  # fmt: skip
+    fits = np.concatenate(usable) > 0
+    if not fits.any():
+        raise UserError(none_fits(names, len(fits), row_length))
+    hashes, sizes = (
+        np.concatenate([getattr(cache, name) for cache in caches])
+        for name in ("hashes", "record_lengths")
+    )
+    try:
+        # A token is about four bytes.
+        return hold_out(hashes, 4 * sizes, fits, config.val_fraction)
+    except ValueError as error:
+        raise UserError(
+            f"{names}: {error}, but training and validation need at least one each. Add rows or "
+            f"pass data.val_files. A row has {row_length} positions (see sequence_length)."
+        ) from error
 
 
 def _repeats(groups: list[Group], selected: list[list[Part]]) -> list[float] | None:
@@ -345,11 +382,18 @@ def _log_summary(name: str, packed: PackedDataset) -> None:
         name, size, f"{packed.num_rows():,}", packed.row_length,
         100 * packed.padding_fraction(), ", ".join(str(cache.path) for cache in packed.caches),
     )  # fmt: skip
+    keys = "sequence_length" + " and data.too_long" * (packed.kind == "sft")
     for action, counts in (("dropped", packed.num_dropped), ("truncated", packed.num_cut)):
         if counts:
             sources = ", ".join(f"{source} {n:,}" for source, n in sorted(counts.items()))
             log.warning(
-                "%s: %s rows longer than %d positions were %s: %s (see sequence_length and "
-                "data.too_long)",
-                name, f"{sum(counts.values()):,}", packed.row_length, action, sources,
+                "%s: %s rows longer than %d positions were %s: %s (%.1f %% of the rows; see %s)",
+                name, f"{counts.total():,}", packed.row_length, action, sources,
+                100 * counts.total() / packed.num_records, keys,
             )  # fmt: skip
+    if (packed.num_dropped + packed.num_cut).total() > MANY_LONG_ROWS * packed.num_records:
+        length = -(-packed.length_of_99_percent // (2 if packed.kind == "dpo" else 1))
+        log.warning("%s: sequence_length=%d would hold 99 %% of the rows", name, length)
+    if name != "train" and packed.num_used < FEW_ROWS:
+        log.info("%s: only %d rows, fewer than %d, so its figures mean little. Add rows, or pass "
+                 "more in data.val_files.", name, packed.num_used, FEW_ROWS)  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,14 +201,134 @@ def test_rows_that_do_not_fit_are_counted(tmp_path, tokenizer):
         packed(tmp_path, tokenizer, [row("long " * 99)], "sft", 32)
 
 
-def test_held_out_documents_do_not_change_when_rows_are_added(tmp_path, tokenizer):
-    rows = [{"text": f"document {i}"} for i in range(400)]
-    _, cache = packed(tmp_path, tokenizer, rows)
-    chosen = {int(cache.lines[i]) for i in np.flatnonzero(hold_out(cache, 0.05))}
-    assert 5 < len(chosen) < 45
-    _, more = packed(tmp_path, tokenizer, rows + [{"text": f"new {i}"} for i in range(100)])
-    assert chosen == {n for n in map(int, more.lines[hold_out(more, 0.05)]) if n <= 400}
-    assert hold_out(cache, 1e-9).sum() == 1
+HASHES = np.random.default_rng(0).permutation(np.arange(1, 100_001, dtype=np.uint64) << 40)
+
+
+def number_held_out(n, fraction: Any = "auto", size=1, fits=None):
+    fits = np.ones(n, bool) if fits is None else fits
+    return len(hold_out(HASHES[:n], np.full(n, size), fits, fraction))
+
+
+@pytest.mark.parametrize(("n", "fraction", "size", "expected"), [
+    (2, "auto", 1, 1), (9, "auto", 1, 1), (10, "auto", 1, 1), (29, "auto", 1, 2),
+    (300, "auto", 1, 30), (639, "auto", 1, 63), (640, "auto", 1, 64), (12_800, "auto", 1, 64),
+    (100_000, "auto", 1, 500),
+    # 2 MB end the choice, but not below the least number of rows.
+    (100_000, "auto", 4_000, 500), (100_000, "auto", 4_001, 499), (100_000, "auto", 20_000, 100),
+    (100_000, "auto", 1_000_000, 64), (300, "auto", 10_000_000, 30),
+    # A fraction that is set is used as it is; one row is left.
+    (300, 0.005, 1, 2), (300, 0.2, 1_000_000, 60), (300, 1e-9, 1, 1), (2, 0.99, 1, 1),
+])  # fmt: skip
+def test_the_number_of_held_out_rows(n, fraction, size, expected):
+    assert number_held_out(n, fraction, size) == expected
+
+
+def test_held_out_rows_have_the_smallest_hashes_of_the_rows_that_fit():
+    fits = np.arange(300) % 3 != 0
+    chosen = hold_out(HASHES[:300], np.ones(300), fits, "auto")
+    assert chosen.tolist() == sorted(HASHES[:300][fits].tolist())[:30]  # N counts all rows.
+    one = np.arange(300) < 2
+    assert number_held_out(300, fits=one) == 1
+    with pytest.raises(ValueError, match="only 1 of 300 distinct rows"):
+        number_held_out(300, fits=np.arange(300) < 1)
+
+
+def test_equal_rows_count_once():
+    """Fails if copies count towards N, or if the size of the copies does not count."""
+    hashes, ones = np.repeat(HASHES[:300], 5), np.ones(1500, bool)
+    assert hold_out(hashes, np.ones(1500), ones, "auto").tolist() == sorted(HASHES[:300])[:30]
+    copies = np.repeat(HASHES, 2)
+    sizes, fits = np.full(len(copies), 5_000), np.ones(len(copies), bool)
+    assert len(hold_out(copies, sizes, fits, "auto")) == 200
+    with pytest.raises(ValueError, match="only 1 of 1 distinct rows"):
+        hold_out(hashes[:5], np.ones(5), ones[:5], "auto")
+
+
+def test_the_choice_is_stable_when_rows_are_added():
+    before = hold_out(HASHES[:50_000], np.ones(50_000), np.ones(50_000, bool), 0.01)
+    after = hold_out(HASHES[:51_000], np.ones(51_000), np.ones(51_000, bool), 0.01)
+    assert len(np.intersect1d(before, after)) > 480
+
+
+def talk(answer, question="q"):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+LONG = "word " * 100
+
+
+@pytest.mark.parametrize(("kind", "too_long", "long_row"), [
+    ("sft", "drop", {"conversations": talk(LONG)}),
+    ("sft", "cut", {"conversations": talk("a", LONG)}),  # No part of the answer fits.
+    ("dpo", "cut", {"chosen": talk(LONG), "rejected": talk("a")}),
+])  # fmt: skip
+def test_long_rows_are_not_held_out(kind, too_long, long_row, tmp_path, tokenizer, caplog):
+    long_rows = json.dumps(long_row) + "\n"
+    for number in range(2, 8):
+        long_rows += json.dumps(long_row).replace('"q"', f'"q{number}"') + "\n"
+    path = write(tmp_path / "a.jsonl", numbered(kind, range(3)))
+    path.write_text(long_rows + path.read_text())
+    config = DataConfig(files=(str(path),), too_long=too_long)
+    caplog.set_level("INFO")
+    loaded = load_datasets(config, kind, tokenizer, 48, 0)
+    assert loaded.train.num_units == 2 and loaded.val["a"].num_units == 1
+    assert not loaded.val["a"].num_dropped and loaded.train.num_dropped.total() in (1, 7)
+    assert ("data.too_long" in caplog.text) == (kind == "sft")
+    assert "val/a: only 1 rows, fewer than 30, so its figures mean little" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "dpo"])
+def test_too_few_distinct_rows_are_an_error(kind, tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", numbered(kind, [1, 1, 1]))
+    message = r"a.jsonl: only 1 of 1 distinct rows can be used.* Add rows or pass data.val_files"
+    with pytest.raises(UserError, match=message):
+        load_datasets(DataConfig(files=(str(path),)), kind, tokenizer, 64, 0)
+
+
+def test_a_row_held_out_of_one_file_is_not_trained_on_in_another(tmp_path, tokenizer):
+    a, b = (str(write(tmp_path / f"{n}.jsonl", numbered("sft", range(20 * i, 60 + 20 * i))))
+            for i, n in enumerate("ab"))  # fmt: skip
+    loaded = load_datasets(DataConfig(files=(a, b)), "sft", tokenizer, 64, 0)
+    trained = numbers_in(loaded.train, tokenizer)
+    for data in loaded.val.values():
+        assert len(numbers_in(data, tokenizer)) == 6
+        assert not trained & numbers_in(data, tokenizer)
+
+
+def test_a_folder_is_one_validation_set(tmp_path, tokenizer):
+    """Files with a single row each can be trained on."""
+    for i in range(40):
+        (tmp_path / f"folder/{i}.txt").parent.mkdir(exist_ok=True)
+        (tmp_path / f"folder/{i}.txt").write_text(f"text <{i}> goes on")
+    loaded = load_datasets(
+        DataConfig(files=(str(tmp_path / "folder"),)), "pretrain", tokenizer, 64, 0
+    )
+    held_out = numbers_in(loaded.val["folder"], tokenizer)
+    assert len(held_out) == 4 and numbers_in(loaded.train, tokenizer) == set(range(40)) - held_out
+
+
+@pytest.mark.parametrize(("kind", "num_long", "suggested"), [
+    ("sft", 5, False), ("sft", 6, True), ("dpo", 6, True)
+])  # fmt: skip
+def test_the_log_names_the_length_that_holds_99_percent(
+    kind, num_long, suggested, tmp_path, tokenizer, caplog
+):
+    """Fails if the suggestion is not the least sequence_length that holds 99 of 100 rows."""
+    rows = list(numbered(kind, range(100 - num_long)))
+    for i in range(num_long):
+        answer = "word " * (100 + 10 * i)
+        rows.append({"sft": {"conversations": talk(answer)},
+                     "dpo": {"chosen": talk(answer), "rejected": talk("no")}}[kind])  # fmt: skip
+    path = write(tmp_path / "a.jsonl", rows)
+    config = DataConfig(files=(str(path),), val_files=(str(path),), too_long="drop")
+    load_datasets(config, kind, tokenizer, 64, 0)
+    assert f"({num_long}.0 % of the rows; see sequence_length" in caplog.text
+    found = re.search(r"train: sequence_length=(\d+) would hold 99 % of the rows", caplog.text)
+    assert bool(found) == suggested
+    if found:
+        for length, dropped in ((int(found[1]), 1), (int(found[1]) - 1, 2)):
+            again = load_datasets(config, kind, tokenizer, length, 0).train
+            assert again.num_dropped.total() == dropped
 
 
 def numbered(kind, numbers):
@@ -241,7 +362,7 @@ def test_no_row_is_both_trained_on_and_held_out(tmp_path, tokenizer, kind, weigh
     loaded = load_datasets(config, kind, tokenizer, 64, 0)
     trained = set().union(*(numbers_in(loaded.train, tokenizer, epoch) for epoch in range(3)))
     held_out = {name: numbers_in(data, tokenizer) for name, data in loaded.val.items()}
-    assert all(3 < len(numbers) < 30 for numbers in held_out.values())
+    assert all(len(numbers) == 12 for numbers in held_out.values())
     assert max(held_out["a"]) < 60 <= min(held_out["b"])
     assert not trained & (held_out["a"] | held_out["b"])
     assert trained | held_out["a"] | held_out["b"] == set(range(120))

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset import DataConfig, expand, load_datasets
+from tokenizer.chat_format import render_prompt
 from trainlib.core.errors import UserError
 from trainlib.core.files import cache_dir
 from trainlib.data import token_cache, tokenize_files
@@ -24,7 +25,7 @@ from trainlib.data.encode import ENCODERS
 from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.formats import ReadOptions
 from trainlib.data.packing import PackedDataset
-from trainlib.data.token_cache import build_cache
+from trainlib.data.token_cache import TokenCache, build_cache
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -289,6 +290,30 @@ def test_a_long_conversation_is_truncated_after_the_last_answer_that_fits(tmp_pa
     assert data.num_units == 1 and sum(data.num_dropped.values()) == 1 and not data.num_cut
 
 
+def test_a_first_answer_that_does_not_fit_is_cut_inside(tmp_path, tokenizer):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "word 字 " * 50}]
+    path = write(tmp_path / "a.jsonl", [{"conversations": turns}])
+    cache = build(path, tokenizer, "sft")
+    bytes_ = np.array([len(b) for b in tokenizer.id_to_bytes])
+    prompt = render_prompt(tokenizer, turns[:1])
+    whole = prompt + tokenizer.encode(turns[1]["content"]) + [tokenizer.im_end_id]
+    for length in (len(prompt), 64, len(whole) - 2):
+        data = PackedDataset([(cache, np.ones(1, bool))], "sft", length, bytes_, 0, too_long="cut")
+        batch = data.collate([np.array([0])], 1)
+        assert batch.input_ids[0].tolist() == whole[:length]
+        expected = [-100] * (len(prompt) - 1) + whole[len(prompt) : length + 1]
+        assert batch.labels[0].tolist() == expected
+        assert tokenizer.im_end_id not in batch.labels and data.num_cut.total() == 1
+    # One more position holds the end of turn, the next one the newline after it.
+    for length, num_cut in ((len(whole) - 1, 1), (len(whole), 0)):
+        data = PackedDataset([(cache, np.ones(1, bool))], "sft", length, bytes_, 0, too_long="cut")
+        labels = data.collate([np.array([0])], 1).labels[0].tolist()
+        assert labels[len(whole) - 2] == tokenizer.im_end_id and data.num_cut.total() == num_cut
+    with pytest.raises(UserError, match=f"none of 1 rows fits in {len(prompt) - 1} positions"):
+        PackedDataset([(cache, np.ones(1, bool))], "sft", len(prompt) - 1, bytes_, 0,
+                      too_long="cut")  # fmt: skip
+
+
 def _record(value):
     from trainlib.data.formats import Record
 
@@ -338,3 +363,35 @@ def test_a_system_error_becomes_a_user_error(tmp_path, tokenizer):
     with pytest.raises(UserError, match="Set TRAIN_LLM_CACHE_DIR to another folder"):
         build(path, tokenizer)
     assert os.path.isfile(path)
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(
+    turns=st.lists(st.tuples(letters, letters.filter(bool)), min_size=1, max_size=4),
+    row_length=st.integers(1, 80),
+)
+def test_every_cut_row_fits_and_learns_no_end_that_is_not_there(tokenizer, turns, row_length):
+    """Fails if a cut row is not the beginning of the row, or if it is shorter than it could be."""
+    [full] = ENCODERS["sft"](tokenizer, _record([
+        {"role": role, "content": text}
+        for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]))  # fmt: skip
+    ids, mask = np.array(full.ids), np.array(full.mask)
+    cache = TokenCache(Path("x"), "", ids, mask.astype(np.uint8), np.array([0, len(ids)]),
+                       np.array([1]), np.zeros(1, np.uint64), np.zeros(1, np.uint16),
+                       [""])  # fmt: skip
+    bytes_ = np.array([len(b) for b in tokenizer.id_to_bytes])
+    targets = np.flatnonzero(mask & (np.arange(len(mask)) <= row_length))
+    if not len(targets):
+        with pytest.raises(UserError, match="none of 1 rows fits"):
+            PackedDataset([(cache, np.ones(1, bool))], "sft", row_length, bytes_, 0, too_long="cut")
+        return
+    data = PackedDataset([(cache, np.ones(1, bool))], "sft", row_length, bytes_, 0, too_long="cut")
+    batch = data.collate([np.array([0])], 1)
+    n = batch.num_tokens
+    assert n <= row_length and batch.input_ids[0, :n].tolist() == ids[:n].tolist()
+    labels = np.where(mask, ids, -100)[1 : n + 1]
+    assert batch.labels[0, :n].tolist() == labels.tolist()
+    ends = [i for i in targets if ids[i] == tokenizer.im_end_id]
+    assert n == (len(ids) - 1 if len(ids) - 1 <= row_length else (ends or targets)[-1])
+    assert (labels == tokenizer.im_end_id).sum() == len(ends)

@@ -156,8 +156,8 @@ CASES = [
     ("sft", "data.files=no_turns.jsonl", "no_turns.jsonl, line 4: not sft data", "talk"),
     ("dpo", "data.files=no_rejected.jsonl", "no_rejected.jsonl, line 4: not dpo data", "chosen"),
     ("dpo", "data.files=prompts.jsonl", "prompts.jsonl, line 4: ", "different prompts"),
-    ("sft", "data.files=all_long.jsonl", "all_long.jsonl: none of", "64 positions",
-     "Increase sequence_length"),
+    ("sft", "data.files=all_long.jsonl data.too_long=drop", "all_long.jsonl: none of",
+     "64 positions", "Increase sequence_length"),
     *((stage, "init_from=nowhere", "init_from=nowhere: no model found", "config.json")
       for stage in STAGES),
     *((stage, "init_from=run", "init_from=run: no model", "Did you mean init_from=run/final?")
@@ -176,6 +176,7 @@ CASES = [
     ("pretrain", "tokenizer=base init_from=base seed=x", "2 problems", "seed=x (command line)",
      "tokenizer=base and init_from=base: the model in init_from has its own tokenizer; keep one"),
     ("pretrain", "data.val_fraction=2", "data.val_fraction=2.0 must be above 0 and below 1"),
+    ("pretrain", "data.val_fraction=x", "(command line): expected a number or auto"),
     ("sft", "data.val_max_rows=-1", "data.val_max_rows=-1 must be"),
     ("pretrain", "deadline=23:30", "deadline=23:30 (command line): unknown key; --help lists all"),
     ("pretrain", "model.max_position_embeddings=63",
@@ -344,11 +345,16 @@ def test_the_next_command_uses_the_same_recipe(recipe, run, tmp_path):
         assert code == 0 and f"next: {command}" in out.splitlines()
 
 
-@pytest.mark.parametrize(("stage", "positions"), [("sft", 64), ("dpo", 128)])
-def test_answers_longer_than_a_row_are_skipped_and_counted(stage, positions, run, workdir):
-    code, out = run(stage, f"data.files=long_{stage}.jsonl", "--prepare-only")
+@pytest.mark.parametrize(("stage", "settings", "message"), [
+    ("sft", [], "64 positions were truncated: long_sft 1"),
+    ("sft", ["data.too_long=drop"], "64 positions were dropped: long_sft 1"),
+    ("dpo", [], "128 positions were dropped: long_dpo 1"),
+])  # fmt: skip
+def test_rows_longer_than_a_row_are_counted(stage, settings, message, run, workdir):
+    code, out = run(stage, f"data.files=long_{stage}.jsonl", *settings, "--prepare-only")
     assert code == 0 and not (workdir / "out").exists()
-    assert f"1 rows longer than {positions} positions were dropped: long_{stage} 1" in out
+    assert f"1 rows longer than {message} (" in out
+    assert ("data.too_long" in out) == (stage == "sft")
 
 
 def test_a_document_longer_than_a_row_is_split_and_kept(run, workdir, tokenizer):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from dataset import DataConfig, load_datasets
+from model import ModelConfig
 from tools import data_report, inspect_data
 from trainlib.data import formats
 from trainlib.data.epoch_plan import DataPosition
@@ -78,10 +80,13 @@ def test_hours_are_based_on_the_newest_run_of_the_stage(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{"text": "a"}])
     assert doctor(capsys, path)[1][0]["tokens_per_second"] is None
     runs = {"pretrain_old": ("pretrain", 10.0), "mine": ("pretrain", 20.0),
-            "not_pretrain": ("sft", 30.0), "says_no_stage": (None, 40.0)}  # fmt: skip
+            "not_pretrain": ("sft", 30.0), "says_no_stage": (None, 40.0),
+            "another_size": ("pretrain", 50.0)}  # fmt: skip
     for age, (name, (stage, speed)) in enumerate(runs.items()):
         folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True)
+        (folder / "final").mkdir(parents=True)
+        model = ModelConfig(hidden_size=128) if name == "another_size" else ModelConfig()
+        write(folder / "final/config.json", [asdict(model)])
         (folder / "identity.json").write_text(json.dumps({"stage": stage} if stage else {}))
         write(folder / "metrics.jsonl", [{"step": 1, "train/tokens_per_second": speed}, '{"step'])
         os.utime(folder / "metrics.jsonl", (age, age))

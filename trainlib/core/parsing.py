@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from decimal import Decimal, InvalidOperation
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -26,6 +27,11 @@ def parse(type_: Any, value: str | list[str]) -> Any:
             raise ValueError(type_text(type_)) from None
     if isinstance(value, list):
         raise ValueError(f"{type_text(type_)}, not a list")
+    if origin is Union:
+        for option in options:
+            with contextlib.suppress(ValueError):
+                return parse(option, value)
+        raise ValueError(type_text(type_))
     if type_ is str:
         return value
     text = value.strip()
@@ -81,6 +87,8 @@ def type_text(type_: Any) -> str:
         return f"a list like [a, b], each item {type_text(options[0])}"
     if origin is Literal:
         return " or ".join(options)
+    if origin is Union:
+        return " or ".join(map(type_text, options))
     names = {int: "an integer", float: "a number", bool: "on or off", str: "a string"}
     return names.get(type_, str(type_))
 

@@ -297,7 +297,8 @@ def bound_errors(config: Any, prefix: str = "") -> list[str]:
     for field in fields(config):
         value = getattr(config, field.name)
         bounds = [(*BOUNDS[key], field.metadata[key]) for key in BOUNDS if key in field.metadata]
-        if not all(holds(value, limit) for _, holds, limit in bounds):
+        # A string such as "auto" has no bounds.
+        if value != "auto" and not all(holds(value, limit) for _, holds, limit in bounds):
             allowed = " and ".join(f"{words} {limit}" for words, _, limit in bounds)
             errors.append(f"{prefix}{field.name}={value} must be {allowed}")
     return errors

@@ -25,6 +25,8 @@ Part = tuple[TokenCache, np.ndarray]
 """A token cache and a mask of the records to use, bool (num_records,)."""
 WINDOW = 8192
 """Number of units packed at a time, which keeps the cost linear and the units shuffled."""
+FEW_ROWS = 30
+"""Figures for fewer rows are reported as meaning little, without a standard error."""
 STORED_UNITS = 500_000
 """Plans with at least this many units take seconds to build, so they are cached on disk."""
 
@@ -50,9 +52,9 @@ class PackedDataset:
     """Documents packed into rows of `row_length` positions.
 
     A unit is a piece of a document, a conversation, or both answers in a pair; it is never split.
-    Documents longer than a row are split into pieces (pretraining). Longer conversations are
-    truncated after the last answer that fits (too_long="cut") or dropped; longer pairs are dropped.
-    Both are counted. Sequence ids of the selected records start at `first_sequence_id`.
+    Documents longer than a row are split into pieces (pretraining). Longer conversations and pairs
+    are truncated or dropped (see `usable_lengths`), and counted by source. Sequence ids of the
+    selected records start at `first_sequence_id`.
 
     `repeats` is how many times an epoch reads each part, at least 1. If it is fractional, the next
     epoch continues where this one stopped, so all units of a part are used equally often.
@@ -80,11 +82,18 @@ class PackedDataset:
         self._per_record = 2 if kind == "dpo" else 1  # Sequences per record.
         self._plans: dict[int, EpochPlan] = {}
         units: list[list[np.ndarray]] = []
+        full_lengths: list[np.ndarray] = []
         count = first_sequence_id
         for number, (cache, selected) in enumerate(parts):
-            units.append(self._units_of(number, cache, np.flatnonzero(selected), count, too_long))
-            count += int(np.count_nonzero(selected)) * self._per_record
+            index = np.flatnonzero(selected)
+            lengths = usable_lengths(cache, index, kind, row_length, too_long)
+            units.append(self._units_of(number, cache, index, count, *lengths))
+            full_lengths.append(lengths[0])
+            count += len(index) * self._per_record
         self.num_sequences = count - first_sequence_id
+        self.num_records = self.num_sequences // self._per_record
+        longest = np.sort(np.concatenate(full_lengths))[: -(-99 * self.num_records // 100)]
+        self.length_of_99_percent = int(longest[-1]) if len(longest) else 0
         self._file, self._start, self._length, self._id, self._record = (
             arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
             for arrays in zip(*units, strict=True)
@@ -92,28 +101,20 @@ class PackedDataset:
         if not len(self._length):
             names = ", ".join(str(cache.path) for cache in self.caches)
             if dropped := sum(self.num_dropped.values()):
-                raise UserError(
-                    f"{names}: none of {dropped} rows fits in {row_length} positions. "
-                    "Increase sequence_length."
-                )
+                raise UserError(none_fits(names, dropped, row_length))
             raise UserError(
-                f"{names}: all rows are held out for validation, because too few are distinct. "
-                "Add rows, or set data.val_files to other files."
+                f"{names}: no usable rows. Run python -m tools.inspect_data on the file."
             )
 
     def _units_of(
-        self, number: int, cache: TokenCache, index: np.ndarray, first_id: int, too_long: str
-    ) -> list[np.ndarray]:
+        self, number: int, cache: TokenCache, index: np.ndarray, first_id: int, length: np.ndarray,
+        usable: np.ndarray,
+    ) -> list[np.ndarray]:  # fmt: skip
         """Return file, start, length, sequence id and record for each unit in the records `index`.
 
         Values take 32 bits where possible: the units of 5 GB of text take 92 MB.
         """
-        first = index * self._per_record
-        start, end = cache.offsets[first], cache.offsets[first + self._per_record]
-        length = end - start - self._per_record  # The last id of a sequence is only a label.
-        if (longest := length.max(initial=0)) > np.iinfo(np.int32).max:
-            raise UserError(f"{cache.path}: a row has {longest:,} tokens. Split it.")
-        length = length.astype(np.int32)
+        start = cache.offsets[index * self._per_record]
         ids = (first_id + np.arange(len(index)) * self._per_record).astype(np.int32)
         index = index.astype(np.int32)
         if self.kind == "pretrain":
@@ -127,30 +128,18 @@ class PackedDataset:
             length = np.minimum(length[owner] - offset, self.row_length)
             ids, index = ids[owner], index[owner]
         else:
-            if self.kind == "sft" and too_long == "cut":
-                self._cut_long(cache, index, start, length)
-            fits = length <= self.row_length
-            self.num_dropped.update(self._source(cache, record) for record in index[~fits])
-            start, length, ids, index = start[fits], length[fits], ids[fits], index[fits]
+            fits = usable > 0
+            for counts, records in (
+                (self.num_dropped, index[~fits]), (self.num_cut, index[fits & (usable < length)]),
+            ):  # fmt: skip
+                counts.update(cache.source(record) or cache.path.stem for record in records)
+            start, length, ids, index = start[fits], usable[fits], ids[fits], index[fits]
         return [np.full(len(start), number, np.int32), start, length, ids, index]
 
-    def _cut_long(
-        self, cache: TokenCache, index: np.ndarray, start: np.ndarray, length: np.ndarray
-    ) -> None:
-        """Truncate `length` in place to the end of the last answer that fits in a row, if any.
-
-        The end token of that answer becomes the label of the last position.
-        """
-        for i in np.flatnonzero(length > self.row_length):
-            begin = int(start[i])
-            mask = cache.supervised[begin : begin + min(int(length[i]), self.row_length + 1) + 1]
-            ends = np.flatnonzero((mask[:-1] == 1) & (mask[1:] == 0))
-            if len(ends):
-                length[i] = ends[-1]
-                self.num_cut[self._source(cache, index[i])] += 1
-
-    def _source(self, cache: TokenCache, record: int) -> str:
-        return cache.source(record) or cache.path.stem
+    @property
+    def num_used(self) -> int:
+        """Return the number of records that were not dropped."""
+        return self.num_records - self.num_dropped.total()
 
     @property
     def num_units(self) -> int:
@@ -318,6 +307,40 @@ class PackedDataset:
             bounds = [start, start + int(self._length[unit]) + 1]
         for begin, end in zip(bounds, bounds[1:], strict=False):
             yield cache.ids[begin:end].astype(np.int64), cache.supervised[begin:end] != 0
+
+
+def usable_lengths(
+    cache: TokenCache, index: np.ndarray, kind: str, row_length: int, too_long: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the length of each record in `index`, in positions, and its first part to be used.
+
+    Documents are used entirely (pretraining). A conversation longer than a row is used up to the
+    last answer that fits, or, if none fits, as far as the row goes (too_long="cut"). The used part
+    is 0 if it would have no target, and for other records longer than a row.
+    """
+    per_record = 2 if kind == "dpo" else 1
+    start, end = (cache.offsets[(index + i) * per_record] for i in (0, 1))
+    length = end - start - per_record  # The last id of a sequence is only a label.
+    if (longest := length.max(initial=0)) > np.iinfo(np.int32).max:
+        raise UserError(f"{cache.path}: a row has {longest:,} tokens. Split it.")
+    length = length.astype(np.int32)
+    if kind == "pretrain":
+        return length, length
+    usable = np.where(length <= row_length, length, np.int32(0))
+    if kind == "sft" and too_long == "cut":
+        for i in np.flatnonzero(length > row_length):
+            mask = cache.supervised[start[i] : start[i] + row_length + 2]
+            targets = np.flatnonzero(mask[1:-1]) + 1
+            ends = targets[mask[targets + 1] == 0]  # The end-of-turn tokens.
+            if len(targets):
+                usable[i] = ends[-1] if len(ends) else targets[-1]
+    return length, usable
+
+
+def none_fits(names: str, num_rows: int, row_length: int) -> str:
+    """Return the error message for files whose rows are all too long."""
+    where = f"{names}: none of {num_rows} rows fits in {row_length} positions"
+    return f"{where}. Increase sequence_length."
 
 
 def pack_best_fit(lengths: np.ndarray, row_length: int) -> list[list[int]]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from tqdm import tqdm
 
 from trainlib.data.loader import StepBatch, StepLoader
+from trainlib.data.packing import FEW_ROWS
 from trainlib.engine import metrics as names
 from trainlib.engine.flops import matmul_peak
 from trainlib.engine.metrics import MetricsLog, newly_passed
@@ -25,7 +28,8 @@ class Display:
     def __init__(self, training: Training, state: TrainState, metrics: MetricsLog) -> None:
         run = training.run
         self.run, self.schedule, self.state = run, training.schedule, state
-        self.metrics, self.baselines = metrics, training.datasets.baselines
+        self.metrics, self.datasets = metrics, training.datasets
+        self.baselines = training.datasets.baselines
         peak = matmul_peak(run.hardware.device, run.hardware.precision)
         self.mfu_per_speed = training.flops_per_token / (peak * run.distributed.world_size)
         metrics.add_baselines(self.baselines)
@@ -97,7 +101,12 @@ class Display:
             for name, text in passed.items()
         ]
         self.metrics.write_evaluation(step, metrics, samples, log_lines)
-        for line in (*map(_sample_line, samples), *_validation_lines(step, metrics), *log_lines):
+        num_rows = {}
+        if names.VAL_REWARD_ACCURACY in metrics:
+            num_rows = {f"val/{name}": val.num_used for name, val in self.datasets.val.items()}
+            num_rows["val"] = sum(num_rows.values())
+        lines = _validation_lines(step, metrics, num_rows)
+        for line in (*map(_sample_line, samples), *lines, *log_lines):
             log.info("%s", line)
         self._reset()
 
@@ -124,11 +133,18 @@ def _sample_line(text: str) -> str:
     return f"sample: {text.rstrip()}".replace("\n", "\\n")
 
 
-def _validation_lines(step: int, metrics: Metrics) -> list[str]:
-    """Return a line for all validation sets together, and one for each set if there are several."""
+def _validation_lines(
+    step: int, metrics: Metrics, num_rows: Mapping[str, int] = MappingProxyType({})
+) -> list[str]:
+    """Return a line for all validation sets together, and one for each set if there are several.
+
+    An accuracy on fewer than FEW_ROWS pairs is followed by their number, from `num_rows`.
+    """
     by_set: dict[str, list[str]] = {}
     for name, value in metrics.items():
         set_, _, metric = name.rpartition("/")
-        by_set.setdefault(set_, []).append(f"{metric} {value:.4f}")
+        n = num_rows.get(set_, FEW_ROWS)
+        note = f" (n {n})" if metric == "reward_accuracy" and n < FEW_ROWS else ""
+        by_set.setdefault(set_, []).append(f"{metric} {value:.4f}{note}")
     lines = [f"step {step} {set_} {'  '.join(values)}" for set_, values in by_set.items()]
     return lines if len(lines) > 2 else lines[:1]

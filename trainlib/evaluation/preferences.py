@@ -24,7 +24,7 @@ import model as model_module
 from trainlib.core.files import cache_dir, replacing
 from trainlib.data.batch import Batch
 from trainlib.data.epoch_plan import DataPosition
-from trainlib.data.packing import Datasets, PackedDataset
+from trainlib.data.packing import FEW_ROWS, Datasets, PackedDataset
 from trainlib.engine.device import evaluation_mode
 from trainlib.engine.losses import batch_log_probs
 from trainlib.engine.run import Run
@@ -97,10 +97,10 @@ def report(
     """Return the accuracy on each kind of held-out and training pair, and of trivial rules.
 
     For each kind: n, accuracy (fraction of pairs with a reward margin above 0) with its standard
-    error, accuracy on training pairs, the policy's own preference (fraction of pairs whose chosen
-    answer is more likely) before and after training, and the best of three rules: longer, shorter,
-    more overlap with the prompt. `latest` holds the policy's log-probabilities by sequence id; NaN
-    values are computed and filled in.
+    error (None below FEW_ROWS pairs), accuracy on training pairs, the policy's own preference
+    (fraction of pairs whose chosen answer is more likely) before and after training, and the best
+    of three rules: longer, shorter, more overlap with the prompt. `latest` holds the policy's
+    log-probabilities by sequence id; NaN values are computed and filled in.
     """
     before, after = reference.cpu().numpy(), latest.cpu().numpy()
     held_out, trained = defaultdict(list), defaultdict(list)
@@ -121,7 +121,9 @@ def report(
         table[kind] = {
             "n": len(rows),
             "accuracy": accuracy,
-            "standard_error": math.sqrt(accuracy * (1 - accuracy) / len(rows)),
+            "standard_error": math.sqrt(accuracy * (1 - accuracy) / len(rows))
+            if len(rows) >= FEW_ROWS
+            else None,
             "trained": share_above(np.array(trained[kind])[:, 0]) if trained[kind] else None,
             "own_before": own_before,
             "own_after": own_after,
@@ -138,12 +140,18 @@ def format_report(table: dict[str, Any]) -> str:
         f"{'policy before':>15}{'policy after':>14}   best trivial rule"
     ]
     for kind, row in table.items():
-        trained = f"{row['trained']:.3f}" if row["trained"] is not None else "-"
+        trained, error = (
+            f"{row[key]:.3f}" if row[key] is not None else "-"
+            for key in ("trained", "standard_error")
+        )
         lines.append(
-            f"{kind:<14}{row['n']:>6}{row['accuracy']:>10.3f}{row['standard_error']:>7.3f}"
-            f"{trained:>9}{row['own_before']:>15.3f}{row['own_after']:>14.3f}"
+            f"{kind:<14}{row['n']:>6}{row['accuracy']:>10.3f}{error:>7}{trained:>9}"
+            f"{row['own_before']:>15.3f}{row['own_after']:>14.3f}"
             f"   {row['rule']} {row['rule_accuracy']:.3f}"
         )
+    few = ", ".join(kind for kind, row in table.items() if row["n"] < FEW_ROWS)
+    if few:
+        lines.append(f"fewer than {FEW_ROWS} pairs, so the figures mean little: {few}")
     return "\n".join(lines)
 
 
