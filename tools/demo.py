@@ -221,7 +221,8 @@ def dpo_figures() -> list[str]:
             continue
         target = f"  (at least {least:.2f})" if least else ""
         lines += [
-            f"  {kind:<14}{row['accuracy']:.3f} +- {row['standard_error'] or math.nan:.3f}  n {row['n']}, "
+            f"  {kind:<14}{row['accuracy']:.3f} +- {row['standard_error'] or math.nan:.3f}  "
+            f"n {row['n']}, "
             f"on training pairs {row['trained'] or float('nan'):.3f}"
             f"{target}{mark(row['accuracy'] >= least)}",
             f"  {'':<14}own preference {row['own_before']:.3f} -> {row['own_after']:.3f}, "
