@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import gguf
@@ -12,6 +13,7 @@ import numpy as np
 import xllamacpp
 
 from tokenizer.bpe import Tokenizer
+from tokenizer.chat_template import CHAT_TEMPLATE
 
 
 class LlamaCpp:
@@ -28,6 +30,7 @@ class LlamaCpp:
         parameters.verbosity = 0
         parameters.warmup = parameters.fit_params = False
         parameters.cpuparams.n_threads = parameters.n_threads_http = 1
+        parameters.use_jinja, parameters.chat_template = True, CHAT_TEMPLATE
         self._server = xllamacpp.Server(parameters)
         address = urlsplit(self._server.listening_address)
         assert address.hostname and address.port
@@ -35,12 +38,33 @@ class LlamaCpp:
 
     def encode(self, text: str) -> list[int]:
         """Return llama.cpp's ids of a text; special tokens in it are encoded as text."""
-        body = json.dumps({"content": text, "add_special": False, "parse_special": False})
-        self._connection.request("POST", "/tokenize", body, {"Content-Type": "application/json"})
+        values = {"content": text, "add_special": False, "parse_special": False}
+        return self._post("/tokenize", values)["tokens"]
+
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
+        """Return the prompt that llama.cpp renders with our chat template."""
+        messages = [dict(message) for message in messages]
+        for message in messages:
+            message["tool_calls"] = [
+                {"type": "function", "id": "1", "function": {
+                    **call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}}
+                for call in message.get("tool_calls", [])
+            ]  # fmt: skip
+            if not message["tool_calls"]:
+                del message["tool_calls"]
+            if message["role"] == "tool":
+                message["tool_call_id"] = "1"
+        functions = [{"type": "function", "function": tool} for tool in tools]
+        values = {"messages": messages, **({"tools": functions} if tools else {})}
+        return self._post("/apply-template", values)["prompt"]
+
+    def _post(self, path: str, values: dict[str, Any]) -> dict[str, Any]:
+        body, headers = json.dumps(values), {"Content-Type": "application/json"}
+        self._connection.request("POST", path, body, headers)
         response = self._connection.getresponse()
         answer = json.loads(response.read())
         assert response.status == 200, answer
-        return answer["tokens"]
+        return answer
 
 
 def _write_model(tokenizer: Tokenizer, pre: str, path: Path) -> None:

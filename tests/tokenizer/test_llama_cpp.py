@@ -1,4 +1,4 @@
-"""Tests that llama.cpp encodes every text to the same ids with its pre-tokenizer qwen2."""
+"""Tests that llama.cpp gives the same ids with its pre-tokenizer qwen2, and the same prompts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from tests.support.llama_cpp import LlamaCpp
 from tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
+from tokenizer.chat_format import render_prompt
+from trainlib.data.conversations import with_tools
 
 SAMPLE = Path(__file__).resolve().parents[2] / "dataset" / "sample"
 NUM_TEXTS = 2_500
 # What the alternatives of the pre-tokenizer distinguish.
 SIGNS = "\n\r\t .!'-。，\u3000\xa0\x85\u2028\u0301\u017f\x00aSél中文1²Ⅷ😀"
 PIECES = st.sampled_from([*SIGNS, "\n\n", "\r\n", ".\n", "!\n\n", "LL", *SPECIAL_TOKENS[:9]])
-TEXTS = 2_500
 TEXTS = st.text() | st.lists(PIECES).map("".join)
 
 
@@ -31,6 +32,35 @@ def llama_cpp(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) ->
 @given(text=TEXTS)
 def test_any_text_has_the_ids_of_llama_cpp(tokenizer, llama_cpp, text):
     assert llama_cpp.encode(text) == tokenizer.encode(text)
+
+
+CALL = {"name": "f", "arguments": {"城": "奥斯陆"}}
+CONVERSATIONS = [
+    [{"role": "user", "content": "你好"}],
+    [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
+    [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},
+     {"role": "user", "content": "r"}],
+    [{"role": "user", "content": "q"},
+     {"role": "assistant", "content": "", "reasoning_content": "why", "tool_calls": [CALL]},
+     {"role": "tool", "content": "3"}],
+]  # fmt: skip
+
+
+TOOL = {
+    "name": "f",
+    "description": "d",
+    "parameters": {"type": "object"},
+}  # llama.cpp adds missing keys
+
+
+@pytest.mark.parametrize("tools", [[], [TOOL]])
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_llama_cpp_renders_the_chat_template_as_the_renderer_does(
+    messages, tools, tokenizer, llama_cpp
+):
+    ours = with_tools(messages, [{"type": "function", "function": tool} for tool in tools])
+    expected = tokenizer.show(render_prompt(tokenizer, ours))
+    assert llama_cpp.render(messages, tools) == expected
 
 
 @pytest.mark.slow
