@@ -4,7 +4,7 @@ Steps without a file name are in this file, the others in trainlib/data/.
 
 1. choose_files            data.files, else matching files in dataset/, else the sample
 2. find_format             a file -> container and format, from its first rows  formats.py
-3. check_items             items -> records, or the reason why one is broken    formats.py
+3. check_items             items -> records; why one is broken or not used       formats.py
 4. encode_*                a record -> ids and loss mask, in one pass           encode.py
 5. build_cache             all records in a file -> ids on disk, once           token_cache.py
 6. hold_out                choose the validation records, by a hash of their content
