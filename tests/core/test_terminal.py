@@ -25,11 +25,11 @@ print("last")
 @pytest.mark.parametrize(
     ("encoding", "first"),
     [
-        ("ascii", b"?? caf? ?"),
-        ("ascii:surrogateescape", b"?? caf? ?"),  # As in the locale POSIX.
-        ("cp1252", b"?? caf\xe9 ?"),
-        ("gbk", "你好 café ?".encode("gbk")),
-        ("utf-8", "你好 café ?".encode()),
+        ("ascii", b"?? ? ?"),
+        ("ascii:surrogateescape", b"?? ? ?"),  # As in the locale POSIX.
+        ("cp1252", b"?? \xe9 ?"),
+        ("gbk", "你好 é ?".encode("gbk")),
+        ("utf-8", "你好 é ?".encode()),
     ],
 )
 def test_characters_and_bytes_outside_the_encoding_are_replaced(function, encoding, first):
