@@ -15,7 +15,7 @@ from trainlib.core.terminal import DetachableStream
 ROOT = Path(__file__).resolve().parents[2]
 CODE = """from trainlib.core.terminal import *
 {}()
-print("你好 caf\\u00e9 \\ud800")
+print("你好 \\u00e9 \\ud800")
 print(len(input()), flush=True)
 print("last")
 """
