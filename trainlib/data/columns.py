@@ -115,7 +115,7 @@ class Fields:
                         found.setdefault(f"{self.keys[name]}[].{key}", []).append(turn[key])
         if not found:
             return []
-        # A message holds its unread keys too, so these texts are told apart by their identity.
+        # A message holds its unread keys too, so identity separates these texts.
         unread = {id(text) for values in found.values() for text in _texts(values)}
         texts = [t for t in _texts([self.row[key] for key in used]) if id(t) not in unread]
         return [Unused(key, _has_text(values, texts)) for key, values in found.items()]
