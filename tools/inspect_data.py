@@ -189,6 +189,7 @@ def inspect(path: Path, options: argparse.Namespace, tokenizer: Tokenizer) -> Re
                 elif "different prompts" in records.reason:
                     report.different_prompts.add(line)
             elif share == 1 or (line * 0x9E3779B97F4A7C15 >> 32) % 2**20 < share * 2**20:
+                report.rows_looked_at += 1
                 for record in records:
                     analyzer.add(record)
     except UserError as error:
@@ -223,7 +224,7 @@ class Analyzer:
     ) -> None:
         self.report, self.kind, self.tokenizer = report, kind, tokenizer
         settings = stage_settings(kind)
-        self.num_examples = options.rows
+        self.num_examples, self.shown = options.rows, set()
         self.length = options.sequence_length or settings["sequence_length"]
         if kind == "dpo":
             self.length *= 2
@@ -244,7 +245,6 @@ class Analyzer:
     def add(self, record: Record) -> None:
         """Tokenize a row and add it to the statistics."""
         report, line = self.report, record.line
-        report.rows_looked_at += 1
         sequences = ENCODERS[self.kind](self.tokenizer, record)
         length = sum(len(sequence.ids) - 1 for sequence in sequences)
         self.lengths.append(length)
@@ -263,7 +263,8 @@ class Analyzer:
         self.near.add(text)
         if isinstance(record.value, tuple):
             self._add_pair(record.value[0], record.value[1], line)
-        if report.rows_looked_at <= self.num_examples:
+        if line in self.shown or len(self.shown) < self.num_examples:
+            self.shown.add(line)
             parts = [{"part": "chosen"}, {"part": "rejected"}] if len(sequences) > 1 else [{}]
             report.examples += [
                 {"line": line, **part, "pieces": self._pieces(sequence)}
@@ -308,7 +309,7 @@ class Analyzer:
         if not len(lengths):
             return
         valid_rows = report.rows - len(report.broken)
-        scale = max(1.0, valid_rows / len(lengths)) if report.sampled else 1.0
+        scale = valid_rows / report.rows_looked_at if report.sampled else 1.0
         report.tokens = round(int(lengths.sum()) * scale)
         report.supervised_tokens = round(self.supervised * scale)
         report.bytes_per_token = self.text_bytes / max(1, self.text_tokens)

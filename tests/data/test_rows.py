@@ -79,6 +79,8 @@ def test_conversations_are_read_under_the_names_that_others_use(row, expected):
 @pytest.mark.parametrize(("row", "expected"), [
     ({"question": "q", "chosen": "y", "rejected": "n"}, ["u:q a:[y]", "u:q a:[n]"]),
     ({"input": "q", "chosen": "y", "rejected": "n"}, ["u:q a:[y]", "u:q a:[n]"]),
+    ({"messages": [USER, YES], "prompt": "p", "chosen": "y", "rejected": "n"},
+     ["u:p a:[y]", "u:p a:[n]"]),
     ({"conversations": [{"from": "human", "value": "q"}], "chosen": "y", "rejected": "n"},
      ["u:q a:[y]", "u:q a:[n]"]),
     ({"chosen": json.dumps([USER, YES]), "rejected": json.dumps([USER, {**YES, "content": "n"}])},
@@ -103,7 +105,8 @@ def test_pairs_are_read_under_the_names_that_others_use(row, expected):
     ({"messages": [USER, YES], "kto_tag": False}, "sft", "label"),
     ({"messages": [USER, {**YES, "content": ""}]}, "sft", "every answer is empty"),
     ({"messages": [USER, {**YES, "weight": 0}]}, "sft", "not to be learned"),
-    ({"prompt": "q", "chosen": "", "rejected": "n"}, "dpo", "every answer is empty"),
+    ({"prompt": "q", "chosen": "", "rejected": "n"}, "dpo", "an answer of the pair is empty"),
+    ({"prompt": "q", "completion": None}, "sft", '"completion" is empty'),
     ({"text": " \n"}, "pretrain", '"text" is empty'),
     ({"text": "t"}, "sft", "pretrain data, not sft data"),
     ({"messages": [USER, YES]}, "dpo", "sft data, not dpo data"),
@@ -129,6 +132,10 @@ def test_an_unknown_shape_is_refused_with_its_columns_filled_in():
     assert (
         '"data.columns=[prompt:instruct,answer:reply]"' in reason and "chosen, rejected" in reason
     )
+    assert "data.columns" not in read({"question": "q", "context": "c", "answers": {}}, "sft")[0]
+    choices = {"question": "q", "A": "one", "B": "two", "Answer": "B"}
+    assert shown(choices) == ["u:q a:[B]"]
+    assert isinstance(read({"question": "q", "A": "one", "B": "two"}, "sft")[0], str)
     assert '"data.columns=[text:body]"' in read({"body": "t"}, "pretrain")[0]
     columns = ("prompt:instruct", "answer:reply")
     assert shown({"instruct": "q", "reply": "r"}, columns=columns) == ["u:q a:[r]"]
@@ -171,6 +178,8 @@ def test_the_older_function_format_and_other_names_for_reasoning_are_read():
     ("one<|im_end|>two<|im_end|>", ["one", "two"]),
     ("<s>one</s><s>two</s>", ["one", "two"]),
     ("<|im_start|>one", ["one"]),
+    ("one</s>", ["one"]),
+    ("one<|endoftext|>two", ["one", "two"]),
     ("one <|im_end|> is a marker", ["one <|im_end|> is a marker"]),
     ("a < b", ["a < b"]),
 ])  # fmt: skip
@@ -193,7 +202,7 @@ def test_keys_that_nothing_reads_are_counted_and_texts_under_them_are_findings()
     assert counts.unused_keys == {"note": 20, "rationale": 20, "copy": 20}
     [finding] = counts.findings()
     assert finding["name"] == '"rationale" is not read' and finding["lines"] == [1, 6, 11, 16]
-    assert (finding["count"], finding["share"]) == (4, 0.2) and "rationale" in finding["fix"]
+    assert (finding["count"], finding["share"]) == (4, 0.2) and "data.columns" in finding["fix"]
     turns = [USER, {**YES, "comment": "这是一条没有人读的说明文字"}]
     assert list(read({"messages": turns}, "sft")[1].unused_texts) == ["messages[].comment"]
     # A column that repeats what is read, such as Alpaca's rendered "text", is no finding.
@@ -268,3 +277,35 @@ def test_any_row_is_used_or_broken_or_not_used_and_never_a_traceback(row, kind, 
     for record in records:
         for sequence in ENCODERS[kind](tokenizer, record):
             assert any(sequence.mask)
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [{**YES, "tool_calls": "[{'name': 'f', 'arguments': {'x': {1, 2}}}]"}]},
+    {"messages": [USER, YES], "tools": "[{'name': 'f', 'p': {(1, 2): 3}}]"},
+    {"text": "abc", "notes": json.loads("[" * 800 + "]" * 800)},
+    {"text": "abc", "\ud800": "x"},
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["sft", "pretrain"])
+def test_values_that_json_lacks_and_deep_nesting_end_in_no_traceback(row, kind):
+    values, counts = read(row, kind)
+    assert isinstance(values, str) or counts.rows == 1
+    json.dumps(counts.unused_keys)
+
+
+def test_texts_in_json_cells_and_short_answers_within_long_texts_are_not_missed():
+    turns = json.dumps([USER, {**YES, "analysis": "one two three four five"}])
+    assert read({"messages": turns}, "sft")[1].unused_texts == {"messages[].analysis": 1}
+    row = {"question": "Who?", "answer": "B. Obama",
+           "passage": "In the year 2009, B. Obama became president of the US. " * 3}  # fmt: skip
+    assert read(row, "sft")[1].unused_texts == {"passage": 1}
+
+
+def test_empty_content_does_not_hide_text_and_a_system_message_stays():
+    turns = [USER, {"role": "assistant", "content": "", "text": "the answer"}]
+    assert shown({"messages": turns}) == ["u:q a:[the answer]"]
+    system = {"role": "system", "content": "s"}
+    pair = {"prompt": [system, USER], "chosen": [USER, YES],
+            "rejected": [USER, {**YES, "content": "n"}]}  # fmt: skip
+    assert shown(pair, "dpo") == ["s:s u:q a:[a]", "s:s u:q a:[n]"]
+    values, counts = read({"conversations": [USER], "chosen": YES, "rejected": YES}, "sft")
+    assert values == [] and list(counts.not_used) == ["dpo data, not sft data"]

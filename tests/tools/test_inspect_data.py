@@ -191,3 +191,16 @@ def test_browsers_and_terminals_never_execute_text_in_the_data(tmp_path, capsys)
     assert "<script>" not in page.read_text(encoding="utf-8")
     report = doctor(capsys, path)[1][0] if capsys.readouterr() else {}
     assert "\x1b[2J" not in data_report.terminal_text([report], True)
+
+
+def test_rows_with_several_documents_are_counted_once(tmp_path, capsys):
+    rows = [{"text": f"<s>row {i}</s><s>of many</s><s>rows {i}</s>"} for i in range(2000)]
+    path = write(tmp_path / "a.jsonl", rows)
+    [full] = doctor(capsys, path, "--rows", 2)[1]
+    [sampled] = doctor(capsys, path, "--sample", "40KB")[1]
+    assert (
+        full["rows_looked_at"] == 2000
+        and [e["line"] for e in full["examples"]] == [1] * 3 + [2] * 3
+    )
+    assert sampled["rows_looked_at"] < 1500
+    assert sampled["tokens"] == pytest.approx(full["tokens"], rel=0.05)

@@ -117,7 +117,8 @@ class Fields:
             return []
         # A message holds its unread keys too, so identity separates these texts.
         unread = {id(text) for values in found.values() for text in _texts(values)}
-        texts = [t for t in _texts([self.row[key] for key in used]) if id(t) not in unread]
+        values = [self.parsed(name) for name in read if name in self.keys]
+        texts = [t for t in _texts(values) if id(t) not in unread]
         return [Unused(key, _has_text(values, texts)) for key, values in found.items()]
 
 
@@ -136,6 +137,8 @@ def _keys(
     for key in keys:
         if key not in mapped:
             by_name.setdefault(str(key).strip().lower(), key)
+    if "b" in by_name:
+        by_name.pop("a", None)  # The first of several choices, not the answer.
     found = {}
     for name, others in COLUMNS.items():
         ours = [key for key in keys if mapped.get(key) == name]
@@ -159,37 +162,46 @@ def parse_literal(text: str) -> Any:
         return None
     for parse in (json.loads, ast.literal_eval):
         try:
-            return parse(text)
+            value = parse(text)
+            json.dumps(value)  # A Python literal can hold sets and other values that JSON lacks.
+            return value
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
     return None
 
 
 def _texts(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list):
-        return []
-    return [text for item in value for text in _texts(item)]
+    """Return the strings in a value, in no particular order; values can be nested deeply."""
+    todo, found = [value], []
+    while todo:
+        value = todo.pop()
+        if isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, (dict, list)):
+            todo += value.values() if isinstance(value, dict) else value
+    return found
 
 
 def _has_text(value: Any, read: list[str]) -> bool:
     """Return whether a value holds a text of some length that the texts that are read lack."""
     return any(
         (len(text.split()) >= MIN_WORDS or sum("\u4e00" <= c <= "\u9fff" for c in text) >= MIN_HAN)
-        and not any(text in other or (len(other) >= 8 and other in text) for other in read)
+        and not any(
+            text in other or len(other) > 0.2 * len(text) and other in text for other in read
+        )
         for text in _texts(value)
     )
 
 
 def suggest_columns(row: Row, kind: str | None) -> str:
     """Return a hint how to map the columns of a row whose format is unknown, or an empty string."""
+    known, _ = _keys(tuple(row), ())
     wanted = {"pretrain": ("text",), "dpo": ("prompt", "chosen", "rejected")}
-    keys = [key for key in _rest(tuple(row), HARMLESS) if isinstance(row[key], str)]
+    keys = [key for key in _rest(tuple(row), HARMLESS)
+            if isinstance(row[key], str) and key not in known.values()]  # fmt: skip
     names = wanted.get(kind or "", ("prompt", "answer") if len(keys) > 1 or kind else ("text",))
-    if len(keys) < len(names):
+    names = [name for name in names if name not in known]
+    if not names or len(keys) < len(names):
         return ""
     example = ",".join(f"{name}:{key}" for name, key in zip(names, keys, strict=False))
     return (

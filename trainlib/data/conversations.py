@@ -24,7 +24,7 @@ class NotUsed(Exception):  # noqa: N818
 def read_messages(turns: Any, field: str) -> Messages:
     """Convert turns with "role" and "content", or with "from" and "value", to messages."""
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{field} must be a non-empty list of messages")
+        raise ValueError(f"{field} must be a non-empty list of messages, or its JSON text")
     messages = [
         message
         for number, turn in enumerate(turns, 1)
@@ -75,7 +75,7 @@ def read_conversation(f: Fields, join: str) -> Messages:
     return messages
 
 
-def _require_targets(answers: Messages) -> None:
+def _require_targets(answers: Messages, what: str = "every answer") -> None:
     """Mark empty answers as not learned; raise NotUsed if none is learned."""
     marked = sum(message.get("weight") == 0 for message in answers)
     for message in answers:
@@ -84,7 +84,7 @@ def _require_targets(answers: Messages) -> None:
                 message["weight"] = 0
     if all(message.get("weight") == 0 for message in answers):
         reason = "marked as not to be learned" if marked == len(answers) else "empty"
-        raise NotUsed(f"every answer is {reason}")
+        raise NotUsed(f"{what} is {reason}")
 
 
 def read_prompt(f: Fields, join: str) -> Messages:
@@ -135,10 +135,10 @@ def read_pair(f: Fields, join: str, read: frozenset[str]) -> tuple[Messages, Mes
     Without a prompt, the row is refused if a key that is not among the names in `read` has a text.
     """
     prompt: Messages = []
-    if f.has("messages"):
-        prompt = _with_row(read_messages(f.parsed("messages"), f.what("messages")), f)
-    elif f.has("prompt"):
+    if f.has("prompt"):
         prompt = read_prompt(f, join)
+    elif f.has("messages"):
+        prompt = _with_row(read_messages(f.parsed("messages"), f.what("messages")), f)
     if not prompt and not f.turns("chosen") and not f.turns("rejected"):
         others = [key for key, _ in f.unused(read) if isinstance(f.row.get(key), str)]
         return _read_texts(f, others)
@@ -146,6 +146,10 @@ def read_pair(f: Fields, join: str, read: frozenset[str]) -> tuple[Messages, Mes
     def conversation(name: str) -> Messages:
         answer = _read_answer(f, name)
         whole = answer[0]["role"] in ("system", "user")  # Such a list repeats the prompt.
+        if whole and prompt and answer[0]["role"] != "system" and prompt[0]["role"] == "system":
+            answer = [prompt[0], *answer]
+        if prompt and not whole and prompt[-1]["role"] == "assistant":
+            raise ValueError(f"the prompt, before {f.what(name)}, must not end with an answer")
         return _with_row(answer, f) if whole or not prompt else [*prompt, *answer]
 
     return make_pair(conversation("chosen"), conversation("rejected"))
@@ -193,7 +197,8 @@ def make_pair(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages]
     if all(message["role"] != "user" for message in chosen[:size]):
         raise ValueError('"chosen" and "rejected" have different prompts, or none')
     for messages in (chosen, rejected):
-        _require_targets([m for m in messages[size:] if m["role"] == "assistant"])
+        answers = [m for m in messages[size:] if m["role"] == "assistant"]
+        _require_targets(answers, "an answer of the pair")
     return (
         [*_not_learned(chosen[:size]), *chosen[size:]],
         [*_not_learned(rejected[:size]), *rejected[size:]],

@@ -11,6 +11,8 @@ MIN_SHARE = 0.01
 """Share of the rows from which a count is a finding."""
 MIN_TEXT_SHARE = 0.10
 """Share of the rows with an unread key from which texts under it are a finding."""
+MAX_KEYS = 50
+"""Number of unread keys that are counted by name."""
 MAX_LINES = 20
 """Maximum number of lines that a finding lists; its count includes all rows."""
 
@@ -37,6 +39,8 @@ class Counts:
         """Count a row that is used."""
         self.rows += 1
         for key, has_text in unused:
+            if key not in self.unused_keys and len(self.unused_keys) >= MAX_KEYS:
+                key = "(other keys)"
             self.unused_keys[key] = self.unused_keys.get(key, 0) + 1
             if has_text:
                 self.unused_texts[key] = self.unused_texts.get(key, 0) + 1
@@ -83,7 +87,7 @@ class Counts:
         for key, count in self.unused_texts.items():
             if count >= MIN_TEXT_SHARE * self.unused_keys[key]:
                 add(f'"{key}" is not read', count, self.unused_keys[key], f"unused {key}",
-                    f'Map it, such as "data.columns=[input:{key}]", or remove it.')  # fmt: skip
+                    "Map it with data.columns if it belongs to a prompt or an answer.")  # fmt: skip
         for reason, count in self.not_used.items():
             if count > MIN_SHARE * self.rows:
                 add(f"not used: {reason}", count, self.rows, reason,

@@ -102,7 +102,7 @@ def _is_sharegpt(f: Fields) -> bool:
 FORMATS: tuple[Format, ...] = (
     Format("sharegpt_preference", "dpo",
            '{"conversations": [...], "chosen": {"from", "value"}, "rejected": {"from", "value"}}',
-           lambda f: _is_pair(f) and f.has("messages")),
+           lambda f: _is_pair(f) and f.has("messages") and not f.has("prompt")),
     Format("preference", "dpo",
            '{"chosen": [messages], "rejected": [messages]}, with or without "prompt"',
            lambda f: _is_pair(f) and not _has_texts(f)),
@@ -115,11 +115,11 @@ FORMATS: tuple[Format, ...] = (
     Format("unpaired", "kto", '{"prompt": "...", "completion": "...", "label": true}',
            lambda f: _called(f, "label", "kto_tag") or f.has("prompt", "answer", "label")),
     Format("openai", "sft", '{"messages": [{"role": "user", "content": "..."}, ...]}',
-           lambda f: _called(f, "messages", "messages")),
+           lambda f: _called(f, "messages", "messages") and not _is_pair(f)),
     Format("sharegpt", "sft", '{"conversations": [{"from": "human", "value": "..."}, ...]}',
-           lambda f: f.has("messages") and _is_sharegpt(f)),
+           lambda f: f.has("messages") and _is_sharegpt(f) and not _is_pair(f)),
     Format("minimind", "sft", '{"conversations": [{"role": "user", "content": "..."}, ...]}',
-           lambda f: f.has("messages")),
+           lambda f: f.has("messages") and not _is_pair(f)),
     Format("alpaca", "sft", '{"instruction": "...", "input": "...", "output": "..."}',
            lambda f: f.has("answer") and _called(f, "prompt", "instruction")),
     Format("prompt_completion", "sft", '{"prompt": "...", "completion": "..."}',
@@ -236,6 +236,8 @@ def read_row(row: Row, kind: str, options: ReadOptions) -> tuple[list, Fields, f
         raise ValueError(UNPAIRED)
     fields = Fields(row, options.columns)
     if not any(f.matches(fields) for f in _formats(kind, options.format)):
+        if kind == "sft" and "answer" in fields.keys and fields.has("prompt"):
+            raise NotUsed(f"{fields.what('answer')} is empty")
         other = next((f for f in _formats("", options.format) if f.matches(fields)), None)
         if other:
             raise NotUsed(f"{other.kind} data, not {kind} data")
@@ -248,7 +250,7 @@ def read_row(row: Row, kind: str, options: ReadOptions) -> tuple[list, Fields, f
     if kind == "sft":
         shape = "messages" if fields.has("messages") else "sft"
         return [read_conversation(fields, options.alpaca_join)], fields, READ[shape]
-    shape = "pair" if fields.has("messages") else "dpo"
+    shape = "pair" if fields.has("messages") and not fields.has("prompt") else "dpo"
     return [read_pair(fields, options.alpaca_join, READ[shape])], fields, READ[shape]
 
 
@@ -270,7 +272,9 @@ def read_documents(fields: Fields, split: bool = True) -> list[str]:
     documents = [text]
     if split and "<" in text:
         pieces = MARKERS.split(text)
-        if len(pieces) > 2 or (len(pieces) == 2 and not pieces[0].strip()):
+        # One marker in the middle is a text about markers, unless it ends a document everywhere.
+        at_edge = not pieces[0].strip() or not pieces[-1].strip()
+        if len(pieces) > 2 or (len(pieces) == 2 and (at_edge or "<|endoftext|>" in text)):
             documents = [piece.strip() for piece in pieces if piece.strip()]
     if not any(document.strip() for document in documents):
         raise NotUsed(f"{fields.what('text')} is empty")

@@ -25,7 +25,7 @@ ROLE_ALIASES = {
 MARKS = ("weight", "train", "loss")
 """Keys of an assistant's turn that say whether it is learned."""
 THOUGHTS = re.compile(r"\s*<think>\n?(.*?)\n?</think>\s*", re.DOTALL)
-RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
+RESPONSE = re.compile(r"<tool_response>(.*?)</tool_response>\s*", re.DOTALL)
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 
 
@@ -105,11 +105,13 @@ def read_turn(turn: Any, field: str) -> Messages:
 
 
 def _first(turn: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    """Return the first value that is not null, or None."""
+    """Return the first value that is neither null nor empty, else an empty one, or None."""
+    empty = None
     for key in keys:
-        if (value := turn.get(key)) is not None:
+        if value := turn.get(key):
             return value
-    return None
+        empty = value if empty is None else empty
+    return empty
 
 
 def _join_parts(parts: list, field: str) -> str:
@@ -130,7 +132,7 @@ def _split_responses(content: str) -> list[str]:
     text = content.strip()
     if not (text.startswith("<tool_response>") and text.endswith("</tool_response>")):
         return []
-    return [] if RESPONSE.sub("", text) else RESPONSE.findall(text)
+    return [] if RESPONSE.sub("", text) else [found.strip() for found in RESPONSE.findall(text)]
 
 
 def _split_calls(content: str) -> tuple[str, list[dict[str, Any]]]:

@@ -267,7 +267,7 @@ class CacheWriter:
                 "counts": asdict(progress.counts),
                 "content": " ".join(d.hexdigest() for d in self._digests.values())}  # fmt: skip
         (self.folder / "progress.json").unlink()
-        write_atomically(self.folder / "meta.json", json.dumps(meta, ensure_ascii=False))
+        write_atomically(self.folder / "meta.json", json.dumps(meta))
 
     def _write(self, tokenized: Tokenized) -> None:
         progress = self.progress
@@ -380,7 +380,7 @@ def _report_skipped(cache: TokenCache, on_error: OnError) -> None:
         with listed.open(encoding="utf-8") as file:
             first = json.loads(file.readline())
         raise formats.broken_row(cache.path, first["line"], first["reason"])
-    num_rows = f"{cache.num_records + cache.num_skipped:,}"
+    num_rows = f"{cache.counts.rows + cache.num_skipped:,}"
     log.warning("%s: %s of %s rows are broken and were skipped; they are listed in %s",
                 cache.path, f"{cache.num_skipped:,}", num_rows, listed)  # fmt: skip
 
