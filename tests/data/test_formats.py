@@ -295,3 +295,14 @@ def test_files_that_a_failed_download_leaves_are_named(name, content, problem, t
         formats.detect(path)
     if problem == "is an HTML page" and name == "a.txt":
         assert formats.detect(path, name="txt").format.name == "text"
+
+
+def test_a_parquet_date_out_of_range_is_an_error_with_its_row(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    when = pyarrow.array([0, 2**61], pyarrow.timestamp("us"))
+    table = pyarrow.table({"text": ["a", "b"], "when": when})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(
+        UserError, match="after row 0: a value that cannot be read.*Cast the column"
+    ):
+        list(readers.Source(tmp_path / "a.parquet").items())

@@ -131,6 +131,11 @@ class Source:
                         yield Item(number, {key: _plain(value) for key, value in row.items()})
         except (arrow.ArrowException, OSError) as error:
             raise UserError(f"{self.path}, after row {number}: damaged Parquet: {error}") from error
+        except (OverflowError, ValueError) as error:  # For example, a date after the year 9999.
+            raise UserError(
+                f"{self.path}, after row {number}: a value that cannot be read: {error}. Cast the "
+                "column to a string or remove it."
+            ) from error
 
     def _unreadable(self, error: Exception) -> UserError:
         if isinstance(error, FileNotFoundError):
