@@ -39,7 +39,7 @@ RULES = {
                           "Set a larger sequence_length, or remove these rows."),
     "exact_duplicates": Rule("exact duplicates", 0.01, ALL, "Remove the repeated rows."),
     "near_duplicates": Rule("near duplicates", 0.05, ALL, "Remove all but one of such rows."),
-    "special_text": Rule("rows with the text of a special token", 0.01, ALL,
+    "special_text": Rule("rows with the text of a special token", 0.01, CHATS,
                          "Such text is read as ordinary characters. Remove it."),
     "equal_pairs": Rule("pairs with identical answers", 0.0, ("dpo",), "Remove these rows."),
     "different_prompts": Rule("pairs with different prompts", 0.0, ("dpo",),
@@ -52,8 +52,7 @@ RULES = {
 
 def find(report: Any, counts: Counts) -> list[dict[str, Any]]:
     """Return what a user should correct in the file of a report, each with its share of rows."""
-    found = [{**finding, "stages": [report.kind]} for finding in counts.findings()
-             if finding["name"] != "text of a special token"]  # fmt: skip
+    found = [{**finding, "stages": [report.kind]} for finding in counts.findings()]
     for key, rule in RULES.items():
         finding: Finding = getattr(report, key)
         share = finding.count / max(1, report.rows)

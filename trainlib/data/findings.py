@@ -77,7 +77,7 @@ class Counts:
                 setattr(self, name, ours + value)
 
     def findings(self) -> list[dict[str, Any]]:
-        """Return what a user should look at: name, count, share, lines, stages and fix."""
+        """Return what a user should look at: name, count, share, lines and fix."""
         found = []
 
         def add(name: str, count: int, of: int, lines: str, fix: str) -> None:

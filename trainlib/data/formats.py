@@ -272,7 +272,7 @@ def read_documents(fields: Fields, split: bool = True) -> list[str]:
     documents = [text]
     if split and "<" in text:
         pieces = MARKERS.split(text)
-        # One marker in the middle is a text about markers, unless it ends a document everywhere.
+        # A single marker in the middle can be a text about markers, except <|endoftext|>.
         at_edge = not pieces[0].strip() or not pieces[-1].strip()
         if len(pieces) > 2 or (len(pieces) == 2 and (at_edge or "<|endoftext|>" in text)):
             documents = [piece.strip() for piece in pieces if piece.strip()]
