@@ -128,9 +128,9 @@ def test_the_project_stays_within_its_budget():
     """bench/, docker/ and tests/ have no limit; tools/ has its own."""
     tools = [path for path in sources() if path.is_relative_to(ROOT / "tools")]
     library = [path for path in sources() if path not in tools]
-    assert 40 < sum(path.name != "__init__.py" for path in library) <= 60
-    assert 2_000 < sum(map(lines, library)) <= 10_000
-    assert sum(map(lines, tools)) <= 4_500
+    assert 40 < sum(path.name != "__init__.py" for path in library) <= 70
+    assert 2_000 < sum(map(lines, library)) <= 10_500
+    assert sum(map(lines, tools)) <= 6_500
 
 
 def test_there_are_no_import_cycles():
