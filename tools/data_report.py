@@ -92,6 +92,9 @@ def _problems(report: Report) -> Iterator[tuple[str, str]]:
         share = f"{finding['count']:,} ({finding['share']:.1%})"
         text = f"{finding['name']}: {share}, {_lines_of(finding)}. {finding['fix']}"
         yield "to fix", text
+    if report["split_rows"]:
+        rows = f"{report['split_rows']:,} into {report['documents']:,} documents"
+        yield "rows split at markers", rows
     if report["unused_keys"]:
         unread = ", ".join(f"{key} ({n:,} rows)" for key, n in report["unused_keys"].items())
         yield "keys that are not read", unread

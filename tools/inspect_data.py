@@ -72,6 +72,8 @@ class Report:
     retrained_bytes_per_token: float | None = None
     retrain_command: str | None = None
     unused_keys: dict[str, int] = field(default_factory=dict)
+    split_rows: int = 0
+    documents: int = 0
     findings: list[dict[str, Any]] = field(default_factory=list)
     length: dict[str, float] = field(default_factory=dict)
     length_histogram: list[dict[str, int]] = field(default_factory=list)
@@ -170,9 +172,11 @@ def inspect(path: Path, options: argparse.Namespace, tokenizer: Tokenizer) -> Re
     report.bytes, kind, counts = source.size, options.stage, Counts()
     if found:
         report.why = found.reason
-    if found and kind in (None, found.format.kind):
-        report.format, report.kind = found.format.name, found.format.kind
-        rows = formats.check_items(source.items(), path, report.kind, read_options, counts)
+    # SFT learns the good answers of unpaired preferences.
+    found_kind = found.format.kind.replace("kto", "sft") if found else ""
+    if found and kind in (None, found_kind):
+        report.format, report.kind = found.format.name, found_kind
+        rows = formats.check_items(source.items(), path, found_kind, read_options, counts)
     else:
         rows = _reject(source, kind)
     share = min(1.0, options.sample / max(1, report.bytes))
@@ -197,6 +201,7 @@ def inspect(path: Path, options: argparse.Namespace, tokenizer: Tokenizer) -> Re
     analyzer.finish()
     report.unused_keys = counts.unused_keys
     report.findings = find(report, counts)
+    report.split_rows, report.documents = counts.split_rows, counts.documents
     for reason, count in counts.not_used.items():
         if reason.endswith("empty"):
             lines = [*report.empty.lines, *counts.lines[reason]][:MAX_LINES]

@@ -30,7 +30,7 @@ BAD = [
     ("pretrain", '{"text": "\\ud800"}\n', "line 1: .*surrogate"),
     ("pretrain", "\n", "is empty"),
     ("sft", json.dumps({"conversations": [USER]}), "no assistant message"),
-    ("sft", json.dumps({"conversations": [{"role": "bot", "content": "x"}]}), "role 'bot'"),
+    ("sft", json.dumps({"conversations": [{"role": "critic", "content": "x"}]}), "role 'critic'"),
     ("sft", json.dumps({"conversations": [{"content": "x"}]}), 'message 1 must be .* "role"'),
     ("dpo", json.dumps({"chosen": [USER, YES], "rejected": [NO]}), "different prompts"),
     ("dpo", json.dumps({"chosen": [USER, YES], "rejected": [USER, YES]}), "the same answer"),

@@ -309,3 +309,100 @@ def test_empty_content_does_not_hide_text_and_a_system_message_stays():
     assert shown(pair, "dpo") == ["s:s u:q a:[a]", "s:s u:q a:[n]"]
     values, counts = read({"conversations": [USER], "chosen": YES, "rejected": YES}, "sft")
     assert values == [] and list(counts.not_used) == ["dpo data, not sft data"]
+
+
+@pytest.mark.parametrize(("row", "expected"), [
+    ({"Text": None, "instruction": None, "input": "q", "output": "r"}, "u:q a:[r]"),
+    ({"Question": "q", "Complex_CoT": "why", "Response": "r"}, "u:q a:[r]"),
+    ({"conversations": {"from": ["human", "gpt"], "value": ["q", "r"]}}, "u:q a:[r]"),
+    ({"messages": "[{'role': 'user', 'content': 'q'}\n {'role': 'bot', 'content': 'r'}]"},
+     "u:q a:[r]"),
+    ([{"role": "用户", "content": "q"}, {"role": "助手", "content": "r"}], "u:q a:[r]"),
+    ({"prompt": "\n\nHuman: q\n\nAssistant: x\n\nHuman: p\n\nAssistant:", "response": " r"},
+     "u:q a:x u:p a:[ r]"),
+])  # fmt: skip
+def test_shapes_of_other_programs_are_read(row, expected):
+    assert shown(row) == [expected]
+
+
+def test_a_null_column_does_not_hide_a_column_of_the_same_name():
+    assert read({"Text": None, "text": "t"}, "pretrain")[0] == ["t"]
+
+
+def test_reasoning_of_a_flat_row_is_learned_and_never_given_twice():
+    row = {"question": "q", "reasoning": "why", "answer": "r"}
+    [[_, answer]] = read(row, "sft")[0]
+    assert answer == {"role": "assistant", "content": "r", "reasoning_content": "why"}
+    row = {"question": "q", "steps": "why", "answer": "r"}
+    [[_, mapped]] = read(row, "sft", columns=("reasoning:steps",))[0]
+    assert mapped == answer
+    turn = {"role": "assistant", "content": "<think>\nwhy\n</think>\n\nr"}
+    [[_, same]] = read({"messages": [USER, {**turn, "thinking": "why "}]}, "sft")[0]
+    assert same == {**answer, "reasoning_content": "why "}
+    reason, _ = read({"messages": [USER, {**turn, "thinking": "because"}]}, "sft")
+    assert "one reasoning in <think> tags and another in a key" in reason
+
+
+def test_what_lies_beside_the_part_of_a_row_that_is_read_is_reported():
+    system = {"role": "system", "content": "be kind"}
+    for row, kind, key in (
+        ({"prompt": [USER], "input": LONG, "completion": "r"}, "sft", "input"),
+        ({"prompt": [USER], "history": [["1", LONG]], "completion": "r"}, "sft", "history"),
+        ({"messages": [system, USER, YES], "system": LONG}, "sft", "system"),
+        ({"messages": [USER, YES], "prompt": LONG}, "sft", "prompt"),
+        ({"question": "q", "A": "1", "B": "2", "answer": "A"}, "sft", "B"),
+        ({"question": "q", "choices": ["1", "2"], "answer": "1"}, "sft", "choices"),
+    ):
+        assert key in read(row, kind)[1].unused_texts, row
+    # The same texts are read where nothing else says them.
+    assert shown({"messages": [USER, YES], "system": LONG}) == [f"s:{LONG} u:q a:[a]"]
+
+
+def test_tools_of_later_turns_are_read_and_tools_in_the_text_are_not_repeated():
+    tools = [{"name": "f"}]
+    [[system, *_]] = read({"messages": [USER, {**YES, "tools": tools}]}, "sft")[0]
+    assert system["tools"] == tools
+    other = {**YES, "functions": [{"name": "g"}]}
+    assert "other tools" in read({"messages": [{**USER, "tools": tools}, other]}, "sft")[0]
+    listed = {"role": "system", "content": 'Use <tools>{"name": "f"}</tools>.'}
+    [[system, *_]] = read({"messages": [listed, USER, YES], "tools": tools}, "sft")[0]
+    assert system == listed
+
+
+@pytest.mark.parametrize(("prompt", "chosen", "rejected"), [
+    ("q", [USER, YES], [USER, {**YES, "content": "n"}]),
+    ("q", "q\na", "q n"),
+    ([USER], [USER, YES], [USER, {**YES, "content": "n"}]),
+    ("\n\nHuman: q\n\nAssistant:", "a", "n"),
+])  # fmt: skip
+def test_a_prompt_that_the_answers_repeat_is_given_once(prompt, chosen, rejected):
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    assert shown(row, "dpo") == ["u:q a:[a]", "u:q a:[n]"]
+
+
+def test_a_prompt_that_is_not_part_of_whole_conversations_is_refused():
+    row = {"prompt": "another", "chosen": [USER, YES],
+           "rejected": [USER, {**YES, "content": "n"}]}  # fmt: skip
+    assert "does not contain the prompt" in read(row, "dpo")[0]
+
+
+def test_a_column_that_no_row_has_is_a_finding():
+    columns = ("answer:reply", "system:persona")
+    items = [(i, {"prompt": "q", "reply": "r"}) for i in range(3)]
+    counts = Counts()
+    options = formats.ReadOptions(columns=columns)
+    assert len(list(formats.check_items(items, "file", "sft", options, counts))) == 3
+    [finding] = counts.findings()
+    assert finding["name"] == 'no row has the column "persona"' and finding["share"] == 1
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    path = tmp_path / "twice.csv"
+    path.write_text("text,text\na,b\n")
+    [item] = formats.Source(path).items()
+    assert "two columns are named 'text'" in item.content.reason
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = arrow.Table.from_arrays([arrow.array(["a"]), arrow.array(["b"])], ["text", "text"])
+    parquet.write_table(table, tmp_path / "twice.parquet")
+    [item] = formats.Source(tmp_path / "twice.parquet").items()
+    assert "two columns are named 'text'" in item.content.reason

@@ -163,10 +163,11 @@ def test_sampling_reads_all_rows_and_estimates_tokens(tmp_path, capsys):
 
 def test_terminal_and_html_reports_show_rows_and_reasons(tmp_path, capsys):
     page = tmp_path / "page.html"
-    files = [GOLDEN / "minimind.jsonl", GOLDEN / "wyf3_dpo.json", GOLDEN / "unpaired.jsonl"]
+    files = [GOLDEN / "minimind.jsonl", GOLDEN / "wyf3_dpo.json",
+             write(tmp_path / "other.jsonl", [{"x": 1}])]  # fmt: skip
     assert inspect_data.main([*map(str, files), "--html", str(page)]) == 1
     out = capsys.readouterr().out
-    assert "conversations" in out and "broken: line 1: an unpaired" in out and "█" in out
+    assert "conversations" in out and "broken: line 1: unknown row" in out and "█" in out
     assert "<span class=on>" in page.read_text(encoding="utf-8")
 
 
@@ -204,3 +205,22 @@ def test_rows_with_several_documents_are_counted_once(tmp_path, capsys):
     )
     assert sampled["rows_looked_at"] < 1500
     assert sampled["tokens"] == pytest.approx(full["tokens"], rel=0.05)
+
+
+def test_unpaired_preferences_are_reported_as_fine_tuning_reads_them(tmp_path, capsys):
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}", "label": i % 2 == 0} for i in range(10)]
+    path = write(tmp_path / "kto.jsonl", rows)
+    code, [report] = doctor(capsys, path)
+    assert (code, report["format"], report["kind"]) == (0, "unpaired", "sft")
+    assert report["rows"] == 10 and report["rows_looked_at"] == 10 and len(report["examples"]) == 3
+    [finding] = [f for f in report["findings"] if "label" in f["name"]]
+    assert finding["count"] == 5 and finding["share"] == 0.5
+    code, [report] = doctor(capsys, path, "--stage", "dpo")
+    assert code == 1 and len(report["broken"]) == 10
+
+
+def test_the_report_counts_the_rows_that_markers_split(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{"text": "<s>one</s><s>two</s>"}, {"text": "three"}])
+    [report] = doctor(capsys, path)[1]
+    assert (report["split_rows"], report["documents"]) == (1, 2)
+    assert "rows split at markers: 1 into 2 documents" in data_report.terminal_text([report], False)

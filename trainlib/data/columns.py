@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import re
 from typing import Any, NamedTuple
 
 from trainlib.data.containers import Row, are_messages, is_turn
@@ -19,6 +20,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "instruction", "question", "query", "q"),
     "input": ("input", "context"),
     "answer": ("output", "completion", "response", "answer", "a"),
+    "reasoning": ("reasoning_content", "reasoning", "thinking", "complex_cot", "cot"),
     "system": ("system", "system_prompt", "system_message"),
     "history": ("history",),
     "tools": ("tools", "functions"),
@@ -46,6 +48,8 @@ HARMLESS = frozenset((
     "images", "videos", "audios", "__index_level_0__", "gt", "reward",
 ))  # fmt: skip
 """Keys that describe a row; no stage reads them, and nothing is reported."""
+CHOICES = frozenset(("a", "b", "c", "d", "e", "options", "choices"))
+"""Keys of multiple-choice rows. Without them a question is incomplete, however short they are."""
 MIN_WORDS, MIN_HAN = 3, 8
 """A text of an unread key is worth a warning from this many words or Chinese characters on."""
 
@@ -58,19 +62,26 @@ class Unused(NamedTuple):
 
 
 class Fields:
-    """A row under our names. `keys` maps each of our names to the key that holds it."""
+    """A row under our names. `keys` maps each of our names to the key that holds it.
+
+    `read` collects the names whose values were asked for; all other keys are reported as unused.
+    """
 
     def __init__(self, row: Row, columns: tuple[str, ...] = ()) -> None:
-        self.row, self._parsed = row, {}
+        self.row, self._parsed, self.read = row, {}, set[str]()
         self.keys, ambiguous = _keys(tuple(row), columns)
         if ambiguous:
             self.keys = dict(self.keys)
         for name, candidates in ambiguous:
             full = (key for key in candidates if not _is_empty(row[key]))
             self.keys[name] = next(full, candidates[0])
+        if "prompt" in self.keys and not self.has("prompt") and self.has("input"):
+            self.keys = {**self.keys, "prompt": self.keys["input"]}
+            del self.keys["input"]
 
     def get(self, name: str) -> Any:
         """Return the value under one of our names; None if it is missing, null or NaN."""
+        self.read.add(name)
         value = self.row[self.keys[name]] if name in self.keys else None
         return None if isinstance(value, float) and value != value else value
 
@@ -87,11 +98,14 @@ class Fields:
         return f'"{self.keys.get(name, name)}"'
 
     def parsed(self, name: str) -> Any:
-        """Return a value; if it is the text of a JSON or Python list or object, parse it."""
+        """Return a value; if it is the text of a JSON or Python list or object, parse it.
+
+        An object of lists, as `datasets` writes a list of messages, becomes the list.
+        """
         if name not in self._parsed:
             value = self.get(name)
             found = parse_literal(value) if isinstance(value, str) else None
-            self._parsed[name] = value if found is None else found
+            self._parsed[name] = _transposed(value if found is None else found)
         return self._parsed[name]
 
     def turns(self, name: str) -> list[Any] | None:
@@ -100,15 +114,16 @@ class Fields:
         value = [value] if is_turn(value) else value
         return value if are_messages(value) else None
 
-    def unused(self, read: frozenset[str]) -> list[Unused]:
-        """Return the keys of the row and of its messages that `read`, a set of our names, lacks."""
+    def unused(self) -> list[Unused]:
+        """Return the keys of the row and of its messages that were not read."""
+        read = set(self.read)
         used = {self.keys[name] for name in read if name in self.keys}
         found = {
             key: [self.row[key]]
             for key in _rest(tuple(self.row), HARMLESS)
             if key not in used and not _is_empty(self.row[key])
         }
-        for name in read & {"messages", "prompt", "chosen", "rejected"}:
+        for name in sorted(read & {"messages", "prompt", "history", "chosen", "rejected"}):
             for turn in self.turns(name) or ():
                 for key in _rest(tuple(turn), TURN_KEYS):
                     if not _is_empty(turn[key]):
@@ -119,7 +134,10 @@ class Fields:
         unread = {id(text) for values in found.values() for text in _texts(values)}
         values = [self.parsed(name) for name in read if name in self.keys]
         texts = [t for t in _texts(values) if id(t) not in unread]
-        return [Unused(key, _has_text(values, texts)) for key, values in found.items()]
+        return [
+            Unused(key, str(key).strip().lower() in CHOICES or _has_text(values, texts))
+            for key, values in found.items()
+        ]
 
 
 def _is_empty(value: Any) -> bool:
@@ -133,16 +151,16 @@ def _keys(
     """Return the key of a row for each of our names, and the names for which several may be it."""
     pairs = [entry.split(":", 1) for entry in columns]
     mapped = {theirs: ours for ours, theirs in pairs}
-    by_name: dict[str, str] = {}
+    by_name: dict[str, list[str]] = {}
     for key in keys:
         if key not in mapped:
-            by_name.setdefault(str(key).strip().lower(), key)
+            by_name.setdefault(str(key).strip().lower(), []).append(key)
     if "b" in by_name:
         by_name.pop("a", None)  # The first of several choices, not the answer.
     found = {}
     for name, others in COLUMNS.items():
         ours = [key for key in keys if mapped.get(key) == name]
-        if candidates := ours or [by_name[other] for other in others if other in by_name]:
+        if candidates := ours or [key for other in others for key in by_name.get(other, ())]:
             found[name] = candidates
     if "prompt" not in found and "input" in found:
         found["prompt"] = found.pop("input")
@@ -160,7 +178,7 @@ def parse_literal(text: str) -> Any:
     text = text.strip()
     if text[:1] + text[-1:] not in ("[]", "{}"):
         return None
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (json.loads, ast.literal_eval, _parse_array):
         try:
             value = parse(text)
             json.dumps(value)  # A Python literal can hold sets and other values that JSON lacks.
@@ -168,6 +186,19 @@ def parse_literal(text: str) -> Any:
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
     return None
+
+
+def _parse_array(text: str) -> Any:
+    """Parse a list of objects as numpy prints it: line breaks instead of commas."""
+    return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", text))
+
+
+def _transposed(value: Any) -> Any:
+    """Convert {"role": [...], "content": [...]} to a list of messages; return others unchanged."""
+    if is_turn(value) and all(isinstance(column, list) for column in value.values()):
+        if len({len(column) for column in value.values()}) == 1:
+            return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+    return value
 
 
 def _texts(value: Any) -> list[str]:

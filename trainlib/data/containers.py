@@ -210,6 +210,9 @@ def read_csv(stream: BinaryIO) -> Iterator[Item]:
     header = lines.readline()
     delimiter = max(",;\t", key=header.count)
     columns = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        yield Item(1, Broken(f"two columns are named {twice[0]!r}; rename one"))
+        return
     reader, before = csv.reader(lines, delimiter=delimiter), 1
     while True:
         line = before + reader.line_num + 1

@@ -12,7 +12,15 @@ import re
 from typing import Any
 
 from trainlib.data.columns import Fields
-from trainlib.data.messages import Messages, assistant, check_text, parse_tools, read_turn, user
+from trainlib.data.messages import (
+    Messages,
+    add_reasoning,
+    assistant,
+    check_text,
+    parse_tools,
+    read_turn,
+    user,
+)
 
 HUMAN_ASSISTANT = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
 
@@ -30,13 +38,22 @@ def read_messages(turns: Any, field: str) -> Messages:
         for number, turn in enumerate(turns, 1)
         for message in read_turn(turn, f"{field} message {number}")
     ]
-    tools = turns[0].get("tools") or turns[0].get("functions")
-    return with_tools(messages, parse_tools(tools, f"{field} message 1"))
+    found: list = []
+    for number, turn in enumerate(turns, 1):
+        what = f"{field} message {number}"
+        tools = parse_tools(turn.get("tools") or turn.get("functions"), what)
+        if found and tools and tools != found:
+            raise ValueError(f"{what} has other tools than an earlier message")
+        found = tools or found
+    return with_tools(messages, found)
 
 
 def with_tools(messages: Messages, functions: list) -> Messages:
-    """Return the messages with functions in the system message, which is added if missing."""
-    if not functions:
+    """Return the messages with functions in the system message, which is added if missing.
+
+    A system message whose text already lists the tools stays as it is.
+    """
+    if not functions or "<tools>" in messages[0]["content"]:
         return messages
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": ""}, *messages]
@@ -45,8 +62,7 @@ def with_tools(messages: Messages, functions: list) -> Messages:
 
 def _with_row(messages: Messages, f: Fields) -> Messages:
     """Return the messages with the row's system message and tools, if they have none."""
-    system = f.get("system")
-    if system and messages[0]["role"] != "system":
+    if messages[0]["role"] != "system" and (system := f.get("system")):
         text = check_text(system, f.what("system"))
         messages = [{"role": "system", "content": text}, *messages]
     return with_tools(messages, parse_tools(f.get("tools"), f.what("tools")))
@@ -93,6 +109,8 @@ def read_prompt(f: Fields, join: str) -> Messages:
         messages = read_messages(f.turns("prompt"), f.what("prompt"))
         return _with_row(_not_learned(messages), f)
     question = check_text(f.get("prompt"), f.what("prompt"))
+    if HUMAN_ASSISTANT.match(question) and question.rstrip().endswith("\n\nAssistant:"):
+        return _with_row(_not_learned(_read_dialogue(question)[:-1]), f)
     extra = check_text(f.get("input") or "", f.what("input"))
     question = user(question + (join if question and extra else "") + extra)
     return _with_row([*_read_history(f), question], f)
@@ -120,19 +138,31 @@ def _read_history(f: Fields) -> Messages:
     return messages
 
 
+def _read_dialogue(text: str) -> Messages:
+    """Convert a text with Human: and Assistant: turns."""
+    parts = HUMAN_ASSISTANT.split(text)
+    return [
+        user(words.strip()) if speaker == "Human" else assistant(words.strip())
+        for speaker, words in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+
+
 def _read_answer(f: Fields, name: str) -> Messages:
     if f.turns(name):
         return read_messages(f.turns(name), f.what(name))
-    return read_turn({"role": "assistant", "content": f.get(name)}, f.what(name))
+    [message] = read_turn({"role": "assistant", "content": f.get(name)}, f.what(name))
+    if name == "answer":
+        add_reasoning(message, f.get("reasoning"), f.what("reasoning"))
+    return [message]
 
 
 # ---- preferences ---------------------------------------------------------------------------------
 
 
-def read_pair(f: Fields, join: str, read: frozenset[str]) -> tuple[Messages, Messages]:
+def read_pair(f: Fields, join: str) -> tuple[Messages, Messages]:
     """Convert a row with a chosen and a rejected answer, and its prompt if it has one.
 
-    Without a prompt, the row is refused if a key that is not among the names in `read` has a text.
+    Without a prompt, a row of texts is refused if it has another key with a text.
     """
     prompt: Messages = []
     if f.has("prompt"):
@@ -140,12 +170,21 @@ def read_pair(f: Fields, join: str, read: frozenset[str]) -> tuple[Messages, Mes
     elif f.has("messages"):
         prompt = _with_row(read_messages(f.parsed("messages"), f.what("messages")), f)
     if not prompt and not f.turns("chosen") and not f.turns("rejected"):
-        others = [key for key, _ in f.unused(read) if isinstance(f.row.get(key), str)]
-        return _read_texts(f, others)
+        return _read_texts(f)
+    repeated = prompt[-1]["content"] if f.has("prompt") and not f.turns("prompt") else ""
+    texts = [f.get(name) for name in ("chosen", "rejected")]
+    repeats = all(isinstance(text, str) and text.startswith(repeated) for text in texts)
 
     def conversation(name: str) -> Messages:
         answer = _read_answer(f, name)
+        if repeats and repeated:
+            answer = [assistant(f.get(name)[len(repeated) :].strip())]
         whole = answer[0]["role"] in ("system", "user")  # Such a list repeats the prompt.
+        earlier = [message["content"].strip() for message in answer[:-1]]
+        if whole and any(m["content"].strip() not in earlier for m in _questions(prompt)):
+            raise ValueError(
+                f"{f.what(name)} starts with a user's turn, but does not contain the prompt"
+            )
         if whole and prompt and answer[0]["role"] != "system" and prompt[0]["role"] == "system":
             answer = [prompt[0], *answer]
         if prompt and not whole and prompt[-1]["role"] == "assistant":
@@ -155,18 +194,16 @@ def read_pair(f: Fields, join: str, read: frozenset[str]) -> tuple[Messages, Mes
     return make_pair(conversation("chosen"), conversation("rejected"))
 
 
-def _read_texts(f: Fields, others: list[str]) -> tuple[Messages, Messages]:
+def _questions(messages: Messages) -> Messages:
+    return [message for message in messages if message["role"] == "user"]
+
+
+def _read_texts(f: Fields) -> tuple[Messages, Messages]:
     """Convert two texts with Human: and Assistant: turns, or with the prompt as common prefix."""
     chosen, rejected = (check_text(f.get(n), f.what(n)) for n in ("chosen", "rejected"))
     if HUMAN_ASSISTANT.match(chosen) and HUMAN_ASSISTANT.match(rejected):
-        return make_pair(*(
-            [
-                user(text.strip()) if speaker == "Human" else assistant(text.strip())
-                for speaker, text in zip(parts[1::2], parts[2::2], strict=True)
-            ]
-            for parts in (HUMAN_ASSISTANT.split(chosen), HUMAN_ASSISTANT.split(rejected))
-        ))  # fmt: skip
-    if others:
+        return make_pair(*(_with_row(_read_dialogue(text), f) for text in (chosen, rejected)))
+    if others := [key for key, _ in f.unused() if isinstance(f.row.get(key), str)]:
         raise ValueError(
             f"no prompt, but other columns ({', '.join(others)}). If one is the prompt, set "
             f'"data.columns=[prompt:{others[0]}]"'

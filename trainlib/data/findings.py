@@ -33,6 +33,8 @@ class Counts:
     """Documents that the split rows became."""
     special_text: int = 0
     """Rows with the text of a special token that was not used as a marker."""
+    mapped: dict[str, int] = field(default_factory=dict)
+    """Rows that have each column that data.columns names."""
     lines: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, line: int, unused: list[Unused], num_documents: int, special: bool) -> None:
@@ -84,6 +86,10 @@ class Counts:
             found.append({"name": name, "count": count, "share": count / max(1, of),
                           "lines": self.lines.get(lines, []), "fix": fix})  # fmt: skip
 
+        for column, count in self.mapped.items():
+            if not count:
+                add(f'no row has the column "{column}"', self.rows, self.rows, "",
+                    "Correct its name in data.columns.")  # fmt: skip
         for key, count in self.unused_texts.items():
             if count >= MIN_TEXT_SHARE * self.unused_keys[key]:
                 add(f'"{key}" is not read', count, self.unused_keys[key], f"unused {key}",

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenizer.bpe import SPECIAL_TOKENS
 from trainlib.core.errors import UserError
 from trainlib.data.columns import Fields, suggest_columns
 from trainlib.data.containers import GBK_FIX, NOT_UTF8, Broken, Item, Row
@@ -30,9 +31,7 @@ from trainlib.data.readers import CONTAINERS, EmptyFileError, Source, parse
 DETECTION_ROWS = 1000
 MARKERS = re.compile(r"<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>|<s>|</s>")
 """Markers between the texts of a pretraining row."""
-TAGS = re.compile(
-    r"<\|(?:im_start|im_end|endoftext|reserved_\d+)\|>|</?(?:tool_call|tool_response|think)>"
-)
+TAGS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 """The text of special tokens."""
 
 
@@ -200,10 +199,13 @@ def check_items(
     A row is one record; a pretraining row with markers can be several, and a row that `kind` does
     not use is none. Counts the rows that are not broken in `counts`.
     """
+    counts.mapped = dict.fromkeys((entry.split(":", 1)[1] for entry in options.columns), 0)
     for line, content in items:
         try:
             row = parse(content)
-            values, fields, read = read_row(row, kind, options)
+            for column in counts.mapped:
+                counts.mapped[column] += column in row
+            values, fields = read_row(row, kind, options)
         except ValueError as error:
             yield line, Broken(str(error))
         except NotUsed as reason:
@@ -211,24 +213,14 @@ def check_items(
             yield line, []
         else:
             special = len(values) == 1 and kind == "pretrain" and bool(TAGS.search(values[0]))
-            counts.add(line, fields.unused(read), len(values), special)
+            counts.add(line, fields.unused(), len(values), special)
             source = row.get("source")
             source = source if isinstance(source, str) else ""
             yield line, [Record(value, source, path, line) for value in values]
 
 
-READ = {
-    "pretrain": frozenset(("text",)),
-    "messages": frozenset(("messages", "system", "tools", "label")),
-    "sft": frozenset(("prompt", "input", "answer", "system", "history", "tools", "label")),
-    "pair": frozenset(("messages", "chosen", "rejected", "system", "tools")),
-    "dpo": frozenset(("prompt", "input", "chosen", "rejected", "system", "history", "tools")),
-}
-"""The columns that are read, by the shape of a row."""
-
-
-def read_row(row: Row, kind: str, options: ReadOptions) -> tuple[list, Fields, frozenset[str]]:
-    """Return the values in a row, the row under our names, and the names that were read.
+def read_row(row: Row, kind: str, options: ReadOptions) -> tuple[list, Fields]:
+    """Return the values in a row, and the row under our names.
 
     Raises ValueError with the reason if the row is broken, and NotUsed if `kind` does not use it.
     """
@@ -246,12 +238,10 @@ def read_row(row: Row, kind: str, options: ReadOptions) -> tuple[list, Fields, f
             + suggest_columns(row, kind)
         )
     if kind == "pretrain":
-        return read_documents(fields, options.split_markers), fields, READ[kind]
+        return read_documents(fields, options.split_markers), fields
     if kind == "sft":
-        shape = "messages" if fields.has("messages") else "sft"
-        return [read_conversation(fields, options.alpaca_join)], fields, READ[shape]
-    shape = "pair" if fields.has("messages") and not fields.has("prompt") else "dpo"
-    return [read_pair(fields, options.alpaca_join, READ[shape])], fields, READ[shape]
+        return [read_conversation(fields, options.alpaca_join)], fields
+    return [read_pair(fields, options.alpaca_join)], fields
 
 
 @functools.lru_cache

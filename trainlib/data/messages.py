@@ -18,8 +18,10 @@ from trainlib.data.containers import GBK_FIX, json_type, looks_like_gbk
 Messages = list[dict[str, Any]]
 ROLE_ALIASES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
-    "bard": "assistant", "model": "assistant", "observation": "tool",
-    "function": "tool", "function_response": "tool", "ipython": "tool", "developer": "system",
+    "bard": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant",
+    "ai": "assistant", "prompter": "user", "observation": "tool", "function": "tool",
+    "function_response": "tool", "tool_response": "tool", "ipython": "tool",
+    "developer": "system", "用户": "user", "助手": "assistant", "系统": "system", "工具": "tool",
 }  # fmt: skip
 """Other names for roles, in lower case. A function_call is an assistant turn with only a call."""
 MARKS = ("weight", "train", "loss")
@@ -47,6 +49,15 @@ def assistant(content: str) -> dict[str, Any]:
     if calls:
         message["tool_calls"] = calls
     return {**message, "content": content}
+
+
+def add_reasoning(message: dict[str, Any], thoughts: Any, field: str) -> None:
+    """Add the reasoning of an answer; raise ValueError if its content begins with another one."""
+    if thoughts:
+        text = check_text(thoughts, f"{field}: reasoning")
+        if message.get("reasoning_content", text).strip() != text.strip():
+            raise ValueError(f"{field} has one reasoning in <think> tags and another in a key")
+        message["reasoning_content"] = text
 
 
 def check_text(value: Any, what: str) -> str:
@@ -78,7 +89,7 @@ def read_turn(turn: Any, field: str) -> Messages:
     role = spelled.strip().lower() if isinstance(spelled, str) else spelled
     content = _first(turn, ("content", "value", "text"))
     calls = turn.get("tool_calls") or turn.get("function_call")
-    if role == "function_call":
+    if role in ("function_call", "tool_call"):
         role, calls, content = "assistant", content, ""
     role = ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
@@ -94,8 +105,7 @@ def read_turn(turn: Any, field: str) -> Messages:
     if role != "assistant":
         return [{"role": role, "content": content}]
     message = assistant(content)
-    if thoughts:
-        message["reasoning_content"] = check_text(thoughts, f"{field}: reasoning")
+    add_reasoning(message, thoughts, field)
     if calls and (tool_calls := _read_calls(calls, field)):
         message["tool_calls"] = tool_calls
     for key in MARKS:

@@ -124,6 +124,10 @@ class Source:
         try:
             with parquet.ParquetFile(self.path, memory_map=True) as file:
                 total = max(1, file.metadata.num_rows)
+                columns = file.schema_arrow.names
+                if twice := sorted({name for name in columns if columns.count(name) > 1}):
+                    yield Item(1, Broken(f"two columns are named {twice[0]!r}; rename one"))
+                    return
                 for batch in file.iter_batches(batch_size=512):
                     for row in batch.to_pylist(maps_as_pydicts="lossy"):
                         number += 1
