@@ -35,6 +35,7 @@ from trainlib.core.errors import UserError
 from trainlib.data import formats
 from trainlib.data.columns import MAPPABLE
 from trainlib.data.encode import ENCODERS
+from trainlib.data.findings import check_mapped_columns
 from trainlib.data.packing import FEW_ROWS, Datasets, PackedDataset, Part, none_fits, usable_lengths
 from trainlib.data.readers import COMPRESSED, SUFFIXES
 from trainlib.data.token_cache import OnError, TokenCache, build_cache, counted_tokens
@@ -253,14 +254,13 @@ def load_datasets(
     """
     files = choose_files(config, kind)
     log.info("data: %s", files.reason)
-    keys: list[str] = []
+    read: list[TokenCache] = []
 
     def tokenized(group: Group) -> list[TokenCache]:
         options, encode = config.read_options, ENCODERS[kind]
-        caches = [build_cache(path, kind, tokenizer, encode, options, config.on_error)
-                  for path in group.paths]  # fmt: skip
-        keys.extend(cache.key for cache in caches)
-        return caches
+        read.extend(build_cache(path, kind, tokenizer, encode, options, config.on_error)
+                    for path in group.paths)  # fmt: skip
+        return read[-len(group.paths) :]
 
     row_length = 2 * sequence_length if kind == "dpo" else sequence_length
     train_caches = [tokenized(group) for group in files.train]
@@ -277,6 +277,7 @@ def load_datasets(
     ]
     for group in files.val:
         val_parts[group.name] = [(c, np.ones(c.num_records, bool)) for c in tokenized(group)]
+    check_mapped_columns(cache.counts.mapped for cache in read)
     pack = functools.partial(
         PackedDataset, kind=kind, row_length=row_length, too_long=config.too_long,
         byte_lengths=np.array([len(text) for text in tokenizer.id_to_bytes], np.int64),
@@ -290,7 +291,7 @@ def load_datasets(
         val[name] = pack(parts, seed=0, first_sequence_id=next_id, max_rows=config.val_max_rows)
         next_id += val[name].num_sequences
         _log_summary(f"val/{name}", val[name])
-    return Datasets(train, val, " ".join(keys))
+    return Datasets(train, val, " ".join(cache.key for cache in read))
 
 
 def _hold_out(

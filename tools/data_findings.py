@@ -41,7 +41,6 @@ RULES = {
     "near_duplicates": Rule("near duplicates", 0.05, ALL, "Remove all but one of such rows."),
     "special_text": Rule("rows with the text of a special token", 0.01, CHATS,
                          "Such text is read as ordinary characters. Remove it."),
-    "equal_pairs": Rule("pairs with identical answers", 0.0, ("dpo",), "Remove these rows."),
     "different_prompts": Rule("pairs with different prompts", 0.0, ("dpo",),
                               "Both answers must follow the same prompt."),
     "template_pairs": Rule("pairs that differ only in formatting", 0.01, ("dpo",),

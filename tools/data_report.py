@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from tools.data_findings import RULES
+
 Report = dict[str, Any]
 MAX_TRUNCATED = 0.10
 """Share of all tokens that may be truncated before the report suggests a fix."""
@@ -18,16 +20,9 @@ MAX_BROKEN = 50
 """Maximum number of broken rows shown in the terminal; --json lists all."""
 
 
-FINDINGS = {
-    "empty": "empty rows or answers",
-    "no_supervised": "rows without a supervised token in the context",
-    "exact_duplicates": "exact duplicates",
-    "near_duplicates": "near duplicates",
-    "special_text": "rows with the text of a special token",
-    "equal_pairs": "pairs with identical answers",
-    "different_prompts": "pairs with different prompts",
-    "template_pairs": "pairs that differ only in formatting",
-}
+FINDINGS = {**{key: rule.name for key, rule in RULES.items()},
+            "equal_pairs": "pairs with identical answers"}  # fmt: skip
+"""The properties of rows that a report counts, by its field."""
 
 
 def facts(report: Report) -> Iterator[tuple[str, str]]:
@@ -128,7 +123,7 @@ def truncation_fixes(report: Report) -> Iterator[str]:
 
 
 def terminal_text(reports: list[Report], colour: bool) -> str:
-    """Return all reports as text; with `colour`, each also shows a few rows of the file."""
+    """Return all reports as text, each with a few rows of the file."""
     lines = []
     for report in reports:
         lines += [report["path"], "=" * min(100, len(report["path"]))]
@@ -140,10 +135,12 @@ def terminal_text(reports: list[Report], colour: bool) -> str:
             lines.append(f"  ... {more:,} more; pass --json to list all")
         if not report["broken"] and not report["findings"] and not any(truncation_fixes(report)):
             lines.append("  nothing to fix")
-        if colour and report["examples"]:
-            lines.append("  blue and underlined: supervised tokens")
+        if report["examples"]:
+            how = "blue and underlined" if colour else "between [[ and ]]"
+            lines.append(f"  {how}: supervised tokens")
+            paint = _paint if colour else _bracket
             for example in report["examples"]:
-                painted = "".join(_paint(text, in_loss) for text, in_loss in example["pieces"])
+                painted = "".join(paint(text, in_loss) for text, in_loss in example["pieces"])
                 part = f", {example['part']}" if "part" in example else ""
                 lines += [f"  line {example['line']}{part}:", painted[:6000]]
         lines.append("")
@@ -162,9 +159,18 @@ def _histogram(report: Report) -> list[str]:
 
 
 def _paint(text: str, in_loss: bool) -> str:
-    # Control characters in the data must not reach the terminal.
-    text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
-    return f"\x1b[4;34m{text}\x1b[0m" if in_loss else f"\x1b[33m{text}\x1b[0m"
+    return (
+        f"\x1b[4;34m{_printable(text)}\x1b[0m" if in_loss else f"\x1b[33m{_printable(text)}\x1b[0m"
+    )
+
+
+def _bracket(text: str, in_loss: bool) -> str:
+    return f"[[{_printable(text)}]]" if in_loss else _printable(text)
+
+
+def _printable(text: str) -> str:
+    """Replace control characters in the data, which must not reach the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 MARK = '<meta name="generator" content="tools.inspect_data">'

@@ -43,7 +43,7 @@ from trainlib.data import formats
 from trainlib.data.columns import suggest_columns
 from trainlib.data.containers import Broken
 from trainlib.data.encode import ENCODERS
-from trainlib.data.findings import Counts
+from trainlib.data.findings import Counts, check_mapped_columns
 from trainlib.data.formats import Record
 from trainlib.data.packing import pack_best_fit
 from trainlib.data.readers import CONTAINERS, Source, parse
@@ -72,6 +72,7 @@ class Report:
     retrained_bytes_per_token: float | None = None
     retrain_command: str | None = None
     unused_keys: dict[str, int] = field(default_factory=dict)
+    mapped_columns: dict[str, int] = field(default_factory=dict)
     split_rows: int = 0
     documents: int = 0
     findings: list[dict[str, Any]] = field(default_factory=list)
@@ -138,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         paths = [path for name in options.files for path in expand(name)]
         tokenizer = Tokenizer(options.tokenizer or default_folder())
         reports = [inspect(path, options, tokenizer) for path in paths]
+        check_mapped_columns(report.mapped_columns for report in reports)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -173,7 +175,8 @@ def inspect(path: Path, options: argparse.Namespace, tokenizer: Tokenizer) -> Re
     if found:
         report.why = found.reason
     # SFT learns the good answers of unpaired preferences.
-    found_kind = found.format.kind.replace("kto", "sft") if found else ""
+    found_kind = found.format.kind if found else ""
+    found_kind = "sft" if found_kind == "kto" else found_kind
     if found and kind in (None, found_kind):
         report.format, report.kind = found.format.name, found_kind
         rows = formats.check_items(source.items(), path, found_kind, read_options, counts)
@@ -188,9 +191,7 @@ def inspect(path: Path, options: argparse.Namespace, tokenizer: Tokenizer) -> Re
             report.rows += 1
             if isinstance(records, Broken):
                 report.broken.append({"line": line, "reason": records.reason})
-                if "the same answer" in records.reason:
-                    report.equal_pairs.add(line)
-                elif "different prompts" in records.reason:
+                if "different prompts" in records.reason:
                     report.different_prompts.add(line)
             elif share == 1 or (line * 0x9E3779B97F4A7C15 >> 32) % 2**20 < share * 2**20:
                 report.rows_looked_at += 1
@@ -201,11 +202,14 @@ def inspect(path: Path, options: argparse.Namespace, tokenizer: Tokenizer) -> Re
     analyzer.finish()
     report.unused_keys = counts.unused_keys
     report.findings = find(report, counts)
+    report.mapped_columns = counts.mapped
     report.split_rows, report.documents = counts.split_rows, counts.documents
     for reason, count in counts.not_used.items():
         if reason.endswith("empty"):
             lines = [*report.empty.lines, *counts.lines[reason]][:MAX_LINES]
             report.empty = Finding(report.empty.count + count, lines)
+        elif reason.endswith("the same answer"):
+            report.equal_pairs = Finding(count, counts.lines[reason])
     return report
 
 

@@ -407,3 +407,15 @@ def test_each_stage_reads_only_its_own_default_file(tmp_path, tokenizer):
 def test_the_error_for_missing_data_suggests_both_fixes(tmp_path):
     with pytest.raises(UserError, match="(?s)tools.prepare_data.*data.files=PATH"):
         choose_files(DataConfig(), "pretrain")
+
+
+def test_a_mapped_column_that_no_file_has_is_refused(tmp_path, elsewhere, tokenizer):
+    for name, column in (("a", "reply"), ("b", "answer")):
+        rows = [json.dumps({"prompt": f"q{i}", column: f"r{i}"}) for i in range(30)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    files = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
+    data = DataConfig(files=files, columns=("answer:reply",))
+    assert load_datasets(data, "sft", tokenizer, 64, 0).train.num_records == 54
+    with pytest.raises(UserError, match='no row has the column "persona"'):
+        wrong = DataConfig(files=files, columns=("answer:reply", "system:persona"))
+        load_datasets(wrong, "sft", tokenizer, 64, 0)

@@ -108,6 +108,13 @@ def test_pairs_are_read_under_the_names_that_others_use(row, expected):
     ({"prompt": "q", "chosen": "", "rejected": "n"}, "dpo", "an answer of the pair is empty"),
     ({"prompt": "q", "completion": None}, "sft", '"completion" is empty'),
     ({"text": " \n"}, "pretrain", '"text" is empty'),
+    ({"conversations": [USER]}, "sft", "no assistant message"),
+    ({"conversations": []}, "sft", '"conversations" is empty'),
+    ({"instruction": "", "input": "<noinput>", "output": "r"}, "sft", '"instruction" is empty'),
+    ({"chosen": [USER, YES], "rejected": [USER, YES]}, "dpo", "the same answer"),
+    ({"prompt": "", "chosen": "y", "rejected": "n"}, "dpo", '"prompt" is empty'),
+    ({"prompt": "q", "completion": "r", "label": 0}, "sft", "label"),
+    ({"messages": [USER, YES], "rejected_response": "n"}, "sft", "dpo data"),
     ({"text": "t"}, "sft", "pretrain data, not sft data"),
     ({"messages": [USER, YES]}, "dpo", "sft data, not dpo data"),
 ])  # fmt: skip
@@ -363,7 +370,10 @@ def test_tools_of_later_turns_are_read_and_tools_in_the_text_are_not_repeated():
     [[system, *_]] = read({"messages": [USER, {**YES, "tools": tools}]}, "sft")[0]
     assert system["tools"] == tools
     other = {**YES, "functions": [{"name": "g"}]}
-    assert "other tools" in read({"messages": [{**USER, "tools": tools}, other]}, "sft")[0]
+    assert (
+        "different tools in two places"
+        in read({"messages": [{**USER, "tools": tools}, other]}, "sft")[0]
+    )
     listed = {"role": "system", "content": 'Use <tools>{"name": "f"}</tools>.'}
     [[system, *_]] = read({"messages": [listed, USER, YES], "tools": tools}, "sft")[0]
     assert system == listed
@@ -371,7 +381,6 @@ def test_tools_of_later_turns_are_read_and_tools_in_the_text_are_not_repeated():
 
 @pytest.mark.parametrize(("prompt", "chosen", "rejected"), [
     ("q", [USER, YES], [USER, {**YES, "content": "n"}]),
-    ("q", "q\na", "q n"),
     ([USER], [USER, YES], [USER, {**YES, "content": "n"}]),
     ("\n\nHuman: q\n\nAssistant:", "a", "n"),
 ])  # fmt: skip
@@ -386,16 +395,6 @@ def test_a_prompt_that_is_not_part_of_whole_conversations_is_refused():
     assert "does not contain the prompt" in read(row, "dpo")[0]
 
 
-def test_a_column_that_no_row_has_is_a_finding():
-    columns = ("answer:reply", "system:persona")
-    items = [(i, {"prompt": "q", "reply": "r"}) for i in range(3)]
-    counts = Counts()
-    options = formats.ReadOptions(columns=columns)
-    assert len(list(formats.check_items(items, "file", "sft", options, counts))) == 3
-    [finding] = counts.findings()
-    assert finding["name"] == 'no row has the column "persona"' and finding["share"] == 1
-
-
 def test_two_columns_of_one_name_are_refused(tmp_path):
     path = tmp_path / "twice.csv"
     path.write_text("text,text\na,b\n")
@@ -406,3 +405,108 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
     parquet.write_table(table, tmp_path / "twice.parquet")
     [item] = formats.Source(tmp_path / "twice.parquet").items()
     assert "two columns are named 'text'" in item.content.reason
+
+
+def test_an_answer_keeps_its_start_unless_it_repeats_a_long_prompt():
+    for prompt, chosen, rejected in (
+        ("你好", "你好！我在。", "你好，再见"),
+        ("1", "1 is", "1 was"),
+    ):
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        assert shown(row, "dpo") == [f"u:{prompt} a:[{chosen}]", f"u:{prompt} a:[{rejected}]"]
+    prompt = "Who wrote the Analects, and when?"
+    row = {"prompt": prompt, "chosen": prompt + "\na", "rejected": prompt + "\nn"}
+    assert shown(row, "dpo") == [f"u:{prompt} a:[a]", f"u:{prompt} a:[n]"]
+    assert shown({**row, "rejected": "n"}, "dpo")[0] == f"u:{prompt} a:[{row['chosen']}]"
+
+
+def test_data_that_looks_like_a_message_stays_the_text_of_an_answer():
+    for answer in ('{"from": "Paris", "to": "Rome"}', json.dumps([USER, YES]), '["a", "b"]'):
+        assert shown({"instruction": "i", "output": answer}) == [f"u:i a:[{answer}]"]
+        assert shown({"instruction": answer, "output": "o"}) == [f"u:{answer} a:[o]"]
+    trip = '{"from": "Paris", "to": "Rome"}'
+    assert shown({"prompt": "p", "completion": trip}) == [f"u:p a:[{trip}]"]
+    assert shown({"prompt": "p", "chosen": trip, "rejected": "n"}, "dpo")[0] == f"u:p a:[{trip}]"
+
+
+@pytest.mark.parametrize(("row", "expected"), [
+    ({"instruction": "Human:q\nAssistant:x\nHuman:p\nAssistant:", "output": "r"},
+     "u:q a:x u:p a:[r]"),
+    ({"conversation": [{"input": "q", "output": "r"}, {"output": "s", "input": "p"}]},
+     "u:q a:[r] u:p a:[s]"),
+    ({"conversation": [{"assistant": "r", "human": "q"}]}, "u:q a:[r]"),
+    ({"conversations": ["q", "r", "p", "s"]}, "u:q a:[r] u:p a:[s]"),
+    ({"question": "2+2", "answer": 4}, "u:2+2 a:[4]"),
+    ({"instruction": "i", "input": "<noinput>", "output": "r"}, "u:i a:[r]"),
+    ({"question": "q", "answer": "r", "label": 0}, "u:q a:[r]"),
+    ({"question": "q", "answer": "r", "reasoning": "off"}, "u:q a:[r]"),
+    ({"prompt": [USER], "completion": [USER, YES]}, "u:q a:[a]"),
+    ({"prompt": [USER, {**YES, "content": "x"}, USER],
+      "completion": [USER, {**YES, "content": "x"}, USER, YES]}, "u:q a:x u:q a:[a]"),
+])  # fmt: skip
+def test_further_shapes_of_conversations(row, expected):
+    assert shown(row) == [expected]
+
+
+def test_reasoning_may_lack_its_opening_tag_as_chat_templates_write_it():
+    [[_, answer]] = read({"prompt": "q", "completion": "why\n</think>\n\nr"}, "sft")[0]
+    assert answer == {"role": "assistant", "content": "r", "reasoning_content": "why"}
+
+
+def test_a_rejected_response_beside_messages_makes_a_pair():
+    row = {"messages": [USER, YES], "rejected_response": "n"}
+    assert shown(row, "dpo") == ["u:q a:[a]", "u:q a:[n]"]
+
+
+def test_what_a_message_holds_beside_its_content_is_reported():
+    for turn in ({**USER, "text": LONG}, {**USER, "reasoning": LONG}):
+        assert read({"messages": [turn, YES]}, "sft")[1].unused_texts, turn
+    turns = [{**YES, "analysis": LONG}]
+    assert read({"prompt": [USER], "completion": turns}, "sft")[1].unused_texts
+    assert not read({"messages": [{**USER, "text": "q"}, YES]}, "sft")[1].unused_texts
+
+
+def test_tools_of_an_answer_come_before_the_conversation():
+    tools = [{"name": "f"}]
+    [[system, user, answer]] = read(
+        {"prompt": [USER], "completion": [{**YES, "tools": tools}]}, "sft"
+    )[0]
+    assert (system["tools"], user["role"], answer["role"]) == (tools, "user", "assistant")
+    text = {"messages": [{**USER, "content": "explain <tools>"}, YES], "tools": tools}
+    assert read(text, "sft")[0][0][0]["tools"] == tools
+    both = [{"role": "system", "content": "", "tools": [{"name": "g"}]}, USER, YES]
+    assert "in two places" in read({"messages": both, "tools": tools}, "sft")[0]
+    call = '<tool_call>{"name": "g", "arguments": {}}</tool_call>'
+    turn = {"role": "assistant", "content": call, "tool_calls": [{"name": "f", "arguments": {}}]}
+    assert "one call in <tool_call> tags" in read({"messages": [USER, turn]}, "sft")[0]
+
+
+@pytest.mark.parametrize("text", [
+    "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n",
+    "<s>[INST] q [/INST] a</s><s>[INST] p [/INST] b</s>",
+    "one <s>struck</s> word",
+])  # fmt: skip
+def test_chats_and_html_in_pretraining_rows_stay_whole(text):
+    values, counts = read({"text": text}, "pretrain")
+    assert values == [text] and counts.special_text == ("<|" in text)
+
+
+def test_hints_name_columns_with_text_and_never_guess_which_answer_is_better():
+    row = {"message_id": "x", "problem": "How much is it?", "solution": "Two.", "source": "web"}
+    assert "data.columns=[prompt:problem,answer:solution]" in read(row, "sft")[0]
+    pair = {"prompt": "q", "response_0": "a", "response_1": "b", "note": "c", "better": 1}
+    assert "chosen:..." in read(pair, "dpo")[0]
+    assert "data.columns=[messages:data]" in read({"data": ["q", "a"]}, "sft")[0]
+
+
+def test_a_gbk_header_is_named_as_such(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("问题,回答\n你好,再见\n".encode("gbk"))
+    with pytest.raises(UserError, match="GBK"):
+        formats.detect(path, "sft")
+    path.write_text("q,a,,\n1,2,,\n")
+    assert [item.content for item in formats.Source(path).items()] == [{"q": "1", "a": "2"}]
+
+
+def test_a_list_as_numpy_prints_it_takes_no_quadratic_time():
+    assert read({"messages": "[{}" + "\n" * 200_000 + "x]"}, "sft")[0].count("list of messages")

@@ -146,7 +146,8 @@ def test_preference_findings_list_the_right_rows(tmp_path, capsys):
     rows = [pair("long answer", "short"), pair("same", "same"), pair("a longer one", "b"),
             pair("<think>\n\n</think>\n\nyes", "yes.")]  # fmt: skip
     code, [report] = doctor(capsys, write(tmp_path / "a.jsonl", rows))
-    assert code == 1 and report["equal_pairs"]["lines"] == [2]
+    assert code == 0 and report["equal_pairs"]["lines"] == [2]
+    assert any("the same answer" in finding["name"] for finding in report["findings"])
     assert report["template_pairs"]["lines"] == [4]
     assert report["trivial_rules"]["longer"] == pytest.approx(2 / 3)
 

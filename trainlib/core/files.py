@@ -41,6 +41,8 @@ def download_problem(path: Path) -> str:
     """Return why a downloaded file is not what its name says, or an empty string."""
     with path.open("rb") as file:
         head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if head.startswith(b"pk\x03\x04"):
+        return "is a zip archive. Unpack it and use the files in it"
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         return "is a git-lfs pointer, not the file itself. Run `git lfs pull` in its repository"
     if head.startswith((b"<!doctype html", b"<html")):

@@ -1,4 +1,4 @@
-"""Columns: which keys of a row hold its text, prompt, answer, messages and so on.
+"""Columns: which keys of a row hold its text, prompt, answer, messages and so on; role names.
 
 COLUMNS lists our names and the names that other projects use. data.columns=[prompt:instruct] maps a
 column that is not listed. Keys that nothing reads are counted (findings.py), except HARMLESS ones.
@@ -10,8 +10,10 @@ import ast
 import functools
 import json
 import re
+import warnings
 from typing import Any, NamedTuple
 
+from tokenizer.chat_format import ROLES
 from trainlib.data.containers import Row, are_messages, is_turn
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -25,19 +27,40 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "history": ("history",),
     "tools": ("tools", "functions"),
     "chosen": ("chosen",),
-    "rejected": ("rejected",),
+    "rejected": ("rejected", "rejected_response"),
     "label": ("label", "kto_tag"),
 }
 """Our name of a column, and its names in files, in lower case. The first that is not empty wins."""
 MAPPABLE = tuple(name for name in COLUMNS if name != "label")
 """The names that data.columns may map."""
+ROLE_ALIASES = {
+    "human": "user", "prompter": "user", "用户": "user",
+    "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "model": "assistant", "bot": "assistant", "chatbot": "assistant", "ai": "assistant",
+    "助手": "assistant", "developer": "system", "系统": "system",
+    "observation": "tool", "function": "tool", "function_response": "tool",
+    "tool_response": "tool", "ipython": "tool", "工具": "tool",
+}  # fmt: skip
+"""Other names for roles, in lower case. A function_call is an assistant turn with only a call."""
+CALL_ROLES = ("function_call", "tool_call")
+PAIR_ROLES = {
+    **dict.fromkeys(("human", "user", "prompt", "instruction", "question", "input"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "output", "response", "answer"), "assistant"),
+}
+"""Roles of the texts of {"human": ..., "assistant": ...}, one of several in a conversation."""
+EMPTY_CELLS = ("", "nan", "none", "null")
+"""Texts, in lower case, that pandas and CSV writers leave in empty cells."""
 TURN_KEYS = frozenset((
     "role", "from", "content", "value", "text", "tool_calls", "function_call", "reasoning_content",
     "reasoning", "thinking", "tools", "functions", "weight", "train", "loss", "name",
     "tool_call_id", "id", "source", "score", "lang", "model", "timestamp", "metadata",
 ))  # fmt: skip
-"""The keys of a message that are read, or that only repeat what another key says."""
+"""The keys of a message that are read, or that describe it."""
+ASSISTANT_KEYS = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
+"""Those that are read in an assistant's turn only."""
+NAMES_OF_TURNS = frozenset(("messages", "prompt", "history", "answer", "chosen", "rejected"))
 HARMLESS = frozenset((
+    "", "unnamed: 0",
     "id", "idx", "index", "uid", "uuid", "_id", "row_id", "prompt_id", "question_id",
     "conversation_id", "source", "dataset", "subset", "split", "origin", "url", "link", "file",
     "path", "title", "author", "date", "time", "timestamp", "created", "created_at", "year",
@@ -45,11 +68,15 @@ HARMLESS = frozenset((
     "category", "categories", "topic", "task", "task_type", "type", "kind", "tag", "tags", "domain",
     "difficulty", "level", "lang", "language", "license", "meta", "metadata", "model", "hash",
     "md5", "sha256", "length", "len", "tokens", "num_tokens", "token_count", "num_turns", "turns",
-    "images", "videos", "audios", "__index_level_0__", "gt", "reward",
+    "__index_level_0__", "gt", "reward",
 ))  # fmt: skip
 """Keys that describe a row; no stage reads them, and nothing is reported."""
 CHOICES = frozenset(("a", "b", "c", "d", "e", "options", "choices"))
 """Keys of multiple-choice rows. Without them a question is incomplete, however short they are."""
+CONTENT_KEYS = ("content", "value", "text")
+"""Keys of a message's content. The first that is not empty is read."""
+ANSWERS_OF_TEXT = ("instruction", "question", "query", "q", "output", "response", "answer", "a")
+"""Keys whose texts are never messages: JSON in them is what the model should read or write."""
 MIN_WORDS, MIN_HAN = 3, 8
 """A text of an unread key is worth a warning from this many words or Chinese characters on."""
 
@@ -100,19 +127,30 @@ class Fields:
     def parsed(self, name: str) -> Any:
         """Return a value; if it is the text of a JSON or Python list or object, parse it.
 
-        An object of lists, as `datasets` writes a list of messages, becomes the list.
+        Other shapes of a conversation become a list of messages.
         """
         if name not in self._parsed:
             value = self.get(name)
             found = parse_literal(value) if isinstance(value, str) else None
-            self._parsed[name] = _transposed(value if found is None else found)
+            value = _transposed(value if found is None else found)
+            self._parsed[name] = _expanded(value) if name in ("messages", "history") else value
         return self._parsed[name]
 
     def turns(self, name: str) -> list[Any] | None:
-        """Return a value that is a message or a list of messages, as a list; None for others."""
+        """Return a value that is a message or a list of messages, as a list; None for others.
+
+        The JSON text of other objects is a text: an answer can be data with the key "from".
+        """
         value = self.parsed(name)
         value = [value] if is_turn(value) else value
-        return value if are_messages(value) else None
+        if not are_messages(value):
+            return None
+        if isinstance(self.get(name), str) and (
+            self.keys[name].strip().lower() in ANSWERS_OF_TEXT
+            or not all(role_of(turn) in (*ROLES, *CALL_ROLES) for turn in value)
+        ):
+            return None
+        return value
 
     def unused(self) -> list[Unused]:
         """Return the keys of the row and of its messages that were not read."""
@@ -123,9 +161,13 @@ class Fields:
             for key in _rest(tuple(self.row), HARMLESS)
             if key not in used and not _is_empty(self.row[key])
         }
-        for name in sorted(read & {"messages", "prompt", "history", "chosen", "rejected"}):
+        for name in sorted(read & NAMES_OF_TURNS):
             for turn in self.turns(name) or ():
-                for key in _rest(tuple(turn), TURN_KEYS):
+                unread = [*_rest(tuple(turn), TURN_KEYS)]
+                unread += [key for key in CONTENT_KEYS if not _is_empty(turn.get(key))][1:]
+                if role_of(turn) not in ("assistant", *CALL_ROLES):
+                    unread += [key for key in ASSISTANT_KEYS if key in turn]
+                for key in unread:
                     if not _is_empty(turn[key]):
                         found.setdefault(f"{self.keys[name]}[].{key}", []).append(turn[key])
         if not found:
@@ -135,9 +177,16 @@ class Fields:
         values = [self.parsed(name) for name in read if name in self.keys]
         texts = [t for t in _texts(values) if id(t) not in unread]
         return [
-            Unused(key, str(key).strip().lower() in CHOICES or _has_text(values, texts))
+            Unused(key, _has_text(values, texts, "text" not in read and _is_choice(key)))
             for key, values in found.items()
         ]
+
+
+def role_of(turn: Row) -> Any:
+    """Return the role of a message under our name; unchanged if it is unknown."""
+    spelled = turn.get("from") if turn.get("role") is None else turn["role"]
+    role = spelled.strip().lower() if isinstance(spelled, str) else spelled
+    return ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
 
 
 def _is_empty(value: Any) -> bool:
@@ -178,7 +227,7 @@ def parse_literal(text: str) -> Any:
     text = text.strip()
     if text[:1] + text[-1:] not in ("[]", "{}"):
         return None
-    for parse in (json.loads, ast.literal_eval, _parse_array):
+    for parse in (json.loads, _parse_python):
         try:
             value = parse(text)
             json.dumps(value)  # A Python literal can hold sets and other values that JSON lacks.
@@ -188,9 +237,12 @@ def parse_literal(text: str) -> Any:
     return None
 
 
-def _parse_array(text: str) -> Any:
-    """Parse a list of objects as numpy prints it: line breaks instead of commas."""
-    return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", text))
+def _parse_python(text: str) -> Any:
+    # numpy prints line breaks instead of commas between the objects of a list.
+    text = re.sub(r"\}[ \t]*\n\s*\{", "}, {", text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # A text such as "\d" is no Python literal.
+        return ast.literal_eval(text)
 
 
 def _transposed(value: Any) -> Any:
@@ -199,6 +251,22 @@ def _transposed(value: Any) -> Any:
         if len({len(column) for column in value.values()}) == 1:
             return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     return value
+
+
+def _expanded(value: Any) -> Any:
+    """Convert [{"human": ..., "assistant": ...}] and [question, answer] to a list of messages."""
+    if not isinstance(value, list) or not value:
+        return value
+    if all(isinstance(text, str) for text in value):
+        return [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(value)]
+    if not all(
+        isinstance(pair, dict) and pair and PAIR_ROLES.keys() >= pair.keys() for pair in value
+    ):
+        return value
+    turns = [[{"role": PAIR_ROLES[key], "content": text} for key, text in pair.items()]
+             for pair in value]  # fmt: skip
+    # A struct of Parquet has its keys in any order.
+    return [turn for pair in turns for turn in sorted(pair, key=lambda t: t["role"], reverse=True)]
 
 
 def _texts(value: Any) -> list[str]:
@@ -213,29 +281,56 @@ def _texts(value: Any) -> list[str]:
     return found
 
 
-def _has_text(value: Any, read: list[str]) -> bool:
-    """Return whether a value holds a text of some length that the texts that are read lack."""
+def _has_text(value: Any, read: list[str], short: bool) -> bool:
+    """Return whether a value holds a text, or a `short` one, that the texts that are read lack."""
     return any(
-        (len(text.split()) >= MIN_WORDS or sum("\u4e00" <= c <= "\u9fff" for c in text) >= MIN_HAN)
+        (short or _is_text(text))
         and not any(
-            text in other or len(other) > 0.2 * len(text) and other in text for other in read
+            text in other or len(other) > 0.2 * len(text) and other in text and _is_text(other)
+            for other in read
         )
         for text in _texts(value)
     )
+
+
+def _is_choice(key: Any) -> bool:
+    return str(key).strip().lower() in CHOICES
+
+
+def _is_text(text: str) -> bool:
+    han = sum("\u4e00" <= c <= "\u9fff" for c in text)
+    return len(text.split()) >= MIN_WORDS or han >= MIN_HAN
 
 
 def suggest_columns(row: Row, kind: str | None) -> str:
     """Return a hint how to map the columns of a row whose format is unknown, or an empty string."""
     known, _ = _keys(tuple(row), ())
     wanted = {"pretrain": ("text",), "dpo": ("prompt", "chosen", "rejected")}
-    keys = [key for key in _rest(tuple(row), HARMLESS)
-            if isinstance(row[key], str) and key not in known.values()]  # fmt: skip
-    names = wanted.get(kind or "", ("prompt", "answer") if len(keys) > 1 or kind else ("text",))
+    names = wanted.get(kind or "", ("prompt", "answer"))
+    used = {key for name, key in known.items() if name != "text" or name in names}
+    texts = [key for key in row if isinstance(row[key], str) and key not in used]
+    keys = [key for key in texts if not _is_label(key, row[key])]
+    if not kind and len(keys) < 2:
+        names = ("text",)
     names = [name for name in names if name not in known]
+    if kind in (None, "sft"):
+        lists = [key for key in row if key not in used and are_messages(_expanded(row[key]))]
+        names, keys = (["messages"], lists) if lists else (names, keys)
     if not names or len(keys) < len(names):
         return ""
+    if kind == "dpo" and "chosen" in names and len(keys) > len(names):
+        return ". Name the columns with data.columns=[prompt:...,chosen:...,rejected:...]"
     example = ",".join(f"{name}:{key}" for name, key in zip(names, keys, strict=False))
     return (
         f'. If the columns have other names here, map them: "data.columns=[{example}]" '
         f"(the names on the left: {', '.join(MAPPABLE)})"
     )
+
+
+def _is_label(key: str, value: str) -> bool:
+    """Return whether a column describes its row: an id, a number, or a key of HARMLESS."""
+    name, value = str(key).strip().lower(), value.strip()
+    if name in HARMLESS and name not in ("source", "title"):
+        return True
+    token = len(value) >= 16 and value.isascii() and not re.search(r"\s", value)
+    return name.endswith(("id", "_name", "_source")) or token or value[:1].isdigit()

@@ -208,9 +208,15 @@ def read_csv(stream: BinaryIO) -> Iterator[Item]:
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(MAX_ROW_BYTES)
     header = lines.readline()
+    raw = header.encode("utf-8", "surrogateescape")
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield Item(1, Broken(utf8_error(raw, error.start)))
+        return
     delimiter = max(",;\t", key=header.count)
     columns = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
-    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+    if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
         yield Item(1, Broken(f"two columns are named {twice[0]!r}; rename one"))
         return
     reader, before = csv.reader(lines, delimiter=delimiter), 1
@@ -228,7 +234,8 @@ def read_csv(stream: BinaryIO) -> Iterator[Item]:
         if cells and len(cells) != len(columns):
             yield Item(line, Broken(f"{len(cells)} cells, but the header has {len(columns)}"))
         elif cells:
-            yield Item(line, dict(zip(columns, cells, strict=True)))
+            pairs = zip(columns, cells, strict=True)
+            yield Item(line, {name: cell for name, cell in pairs if name or cell})
 
 
 def read_txt(stream: BinaryIO) -> Iterator[Item]:

@@ -11,18 +11,26 @@ import os
 import re
 from typing import Any
 
-from trainlib.data.columns import Fields
+from trainlib.data.columns import EMPTY_CELLS, Fields
 from trainlib.data.messages import (
     Messages,
     add_reasoning,
     assistant,
     check_text,
+    is_false,
     parse_tools,
     read_turn,
     user,
 )
 
 HUMAN_ASSISTANT = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
+DIALOGUE = re.compile(r"(?:\A|\n)\s*(Human|Assistant): ?")
+NO_INPUT = (*EMPTY_CELLS, "<noinput>", "无")
+"""Texts, in lower case, that stand for no input in copies of Alpaca."""
+SWITCHES = (*EMPTY_CELLS, "on", "off", "yes", "no", "true", "false")
+"""Texts, in lower case, of a column "reasoning" that says whether the answer was reasoned."""
+MIN_REPEATED = 20
+"""Characters from which a prompt at the start of both answers is no coincidence."""
 
 
 class NotUsed(Exception):  # noqa: N818
@@ -31,32 +39,35 @@ class NotUsed(Exception):  # noqa: N818
 
 def read_messages(turns: Any, field: str) -> Messages:
     """Convert turns with "role" and "content", or with "from" and "value", to messages."""
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{field} must be a non-empty list of messages, or its JSON text")
+    if turns == []:
+        raise NotUsed(f"{field} is empty")
+    if not isinstance(turns, list):
+        raise ValueError(f"{field} must be a list of messages, or its JSON text")
     messages = [
         message
         for number, turn in enumerate(turns, 1)
         for message in read_turn(turn, f"{field} message {number}")
     ]
-    found: list = []
     for number, turn in enumerate(turns, 1):
-        what = f"{field} message {number}"
-        tools = parse_tools(turn.get("tools") or turn.get("functions"), what)
-        if found and tools and tools != found:
-            raise ValueError(f"{what} has other tools than an earlier message")
-        found = tools or found
-    return with_tools(messages, found)
+        tools = turn.get("tools") or turn.get("functions")
+        messages = with_tools(messages, parse_tools(tools, f"{field} message {number}"))
+    return messages
 
 
 def with_tools(messages: Messages, functions: list) -> Messages:
     """Return the messages with functions in the system message, which is added if missing.
 
-    A system message whose text already lists the tools stays as it is.
+    A system message whose text already lists tools stays as it is. Raises ValueError if it has
+    other functions.
     """
-    if not functions or "<tools>" in messages[0]["content"]:
+    if not functions:
         return messages
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": ""}, *messages]
+    if "<tools>" in messages[0]["content"]:
+        return messages
+    if messages[0].get("tools", functions) != functions:
+        raise ValueError("the row lists different tools in two places")
     return [{**messages[0], "tools": functions}, *messages[1:]]
 
 
@@ -77,18 +88,29 @@ def read_conversation(f: Fields, join: str) -> Messages:
     `join` separates an instruction and its input. In a prompt, assistant turns are not learned,
     except those of an Alpaca history.
     """
-    if f.get("label") in (False, "false", "False", "FALSE", "0"):
+    if _is_bad(f):
         raise NotUsed("its label says that the answer is bad")
     if f.has("messages"):
         messages = _with_row(read_messages(f.parsed("messages"), f.what("messages")), f)
     else:
-        messages = [*read_prompt(f, join), *_read_answer(f, "answer")]
+        prompt = read_prompt(f, join)
+        messages = _join_answer(prompt, _read_answer(f, "answer"), f.what("answer"))
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         name = "messages" if f.has("messages") else "answer"
-        raise ValueError(f"{f.what(name)} has no assistant message to learn from")
+        raise NotUsed(f"{f.what(name)} has no assistant message")
     _require_targets(answers)
     return messages
+
+
+def _is_bad(f: Fields) -> bool:
+    """Return whether a label marks the answer as bad. A number can also be the class of a text."""
+    label = f.get("label")
+    if label is None or not is_false(label):
+        return False
+    names = [f.keys.get(name, "").strip().lower() for name in ("label", "prompt", "answer")]
+    unpaired = names[0] == "kto_tag" or names[1:] == ["prompt", "completion"]
+    return unpaired or str(label).strip().lower() == "false"
 
 
 def _require_targets(answers: Messages, what: str = "every answer") -> None:
@@ -108,12 +130,24 @@ def read_prompt(f: Fields, join: str) -> Messages:
     if f.turns("prompt"):
         messages = read_messages(f.turns("prompt"), f.what("prompt"))
         return _with_row(_not_learned(messages), f)
-    question = check_text(f.get("prompt"), f.what("prompt"))
-    if HUMAN_ASSISTANT.match(question) and question.rstrip().endswith("\n\nAssistant:"):
-        return _with_row(_not_learned(_read_dialogue(question)[:-1]), f)
-    extra = check_text(f.get("input") or "", f.what("input"))
+    question = _text(f, "prompt")
+    if question.strip().startswith("Human:") and question.rstrip().endswith("\nAssistant:"):
+        breaks = HUMAN_ASSISTANT if "\n\nAssistant:" in question else DIALOGUE
+        return _with_row(_not_learned(_read_dialogue(question, breaks)[:-1]), f)
+    extra = _text(f, "input") if f.get("input") else ""
+    extra = "" if extra.strip().lower() in NO_INPUT else extra
+    if not question.strip() and not extra.strip():
+        raise NotUsed(f"{f.what('prompt')} is empty")
     question = user(question + (join if question and extra else "") + extra)
     return _with_row([*_read_history(f), question], f)
+
+
+def _text(f: Fields, name: str) -> str:
+    """Return a text or a number as text; raise ValueError for other values."""
+    value = f.get(name)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    return check_text(value, f.what(name))
 
 
 def _not_learned(messages: Messages) -> Messages:
@@ -125,8 +159,8 @@ def _read_history(f: Fields) -> Messages:
     if f.turns("history"):
         return read_messages(f.turns("history"), f.what("history"))
     history = f.parsed("history")
-    if isinstance(history, str) and history.strip().lower() in ("", "nan", "none", "null"):
-        history = None  # As pandas and CSV writers leave empty cells.
+    if isinstance(history, str) and history.strip().lower() in EMPTY_CELLS:
+        history = None
     if history is not None and not isinstance(history, (list, tuple)):
         raise ValueError(f"{f.what('history')} must be a list of questions and answers")
     messages: Messages = []
@@ -138,9 +172,9 @@ def _read_history(f: Fields) -> Messages:
     return messages
 
 
-def _read_dialogue(text: str) -> Messages:
+def _read_dialogue(text: str, breaks: re.Pattern[str] = HUMAN_ASSISTANT) -> Messages:
     """Convert a text with Human: and Assistant: turns."""
-    parts = HUMAN_ASSISTANT.split(text)
+    parts = breaks.split(text)
     return [
         user(words.strip()) if speaker == "Human" else assistant(words.strip())
         for speaker, words in zip(parts[1::2], parts[2::2], strict=True)
@@ -150,10 +184,31 @@ def _read_dialogue(text: str) -> Messages:
 def _read_answer(f: Fields, name: str) -> Messages:
     if f.turns(name):
         return read_messages(f.turns(name), f.what(name))
-    [message] = read_turn({"role": "assistant", "content": f.get(name)}, f.what(name))
-    if name == "answer":
+    content = f.get(name)
+    content = content if isinstance(content, list) else _text(f, name)
+    [message] = read_turn({"role": "assistant", "content": content}, f.what(name))
+    thoughts = f.row.get(f.keys.get("reasoning", ""))
+    if name == "answer" and isinstance(thoughts, str) and thoughts.strip().lower() not in SWITCHES:
         add_reasoning(message, f.get("reasoning"), f.what("reasoning"))
     return [message]
+
+
+def _join_answer(prompt: Messages, answer: Messages, what: str) -> Messages:
+    """Return a conversation of a prompt, possibly empty, and an answer, which may repeat it."""
+    if prompt and answer[0]["role"] == "system" and not answer[0]["content"]:
+        prompt, answer = with_tools(prompt, answer[0].get("tools", [])), answer[1:]
+    if not prompt or answer[0]["role"] not in ("system", "user"):
+        if prompt and prompt[-1]["role"] == "assistant":
+            raise ValueError(f"the prompt, before {what}, must not end with an answer")
+        return [*prompt, *answer]
+    if answer[0]["role"] == "user" and prompt[0]["role"] == "system":
+        answer = [prompt[0], *answer]
+    earlier = [message["content"].strip() for message in answer[:-1]]
+    if any(message["content"].strip() not in earlier for message in prompt):
+        raise ValueError(f"{what} is a whole conversation, but does not contain the prompt")
+    size, same = len(prompt), [message["content"] for message in prompt]
+    begin = prompt if [message["content"] for message in answer[:size]] == same else answer[:size]
+    return [*begin, *answer[size:]]
 
 
 # ---- preferences ---------------------------------------------------------------------------------
@@ -169,33 +224,26 @@ def read_pair(f: Fields, join: str) -> tuple[Messages, Messages]:
         prompt = read_prompt(f, join)
     elif f.has("messages"):
         prompt = _with_row(read_messages(f.parsed("messages"), f.what("messages")), f)
+        if not f.has("chosen"):  # The last answer is the chosen one.
+            rejected = [*prompt[:-1], *_read_answer(f, "rejected")]
+            return make_pair(prompt, rejected)
     if not prompt and not f.turns("chosen") and not f.turns("rejected"):
         return _read_texts(f)
     repeated = prompt[-1]["content"] if f.has("prompt") and not f.turns("prompt") else ""
     texts = [f.get(name) for name in ("chosen", "rejected")]
-    repeats = all(isinstance(text, str) and text.startswith(repeated) for text in texts)
+    repeats = len(repeated) >= MIN_REPEATED and all(
+        isinstance(text, str) and text.startswith(repeated) and text[len(repeated) :][:1].isspace()
+        for text in texts
+    )
 
     def conversation(name: str) -> Messages:
         answer = _read_answer(f, name)
-        if repeats and repeated:
+        if repeats:
             answer = [assistant(f.get(name)[len(repeated) :].strip())]
-        whole = answer[0]["role"] in ("system", "user")  # Such a list repeats the prompt.
-        earlier = [message["content"].strip() for message in answer[:-1]]
-        if whole and any(m["content"].strip() not in earlier for m in _questions(prompt)):
-            raise ValueError(
-                f"{f.what(name)} starts with a user's turn, but does not contain the prompt"
-            )
-        if whole and prompt and answer[0]["role"] != "system" and prompt[0]["role"] == "system":
-            answer = [prompt[0], *answer]
-        if prompt and not whole and prompt[-1]["role"] == "assistant":
-            raise ValueError(f"the prompt, before {f.what(name)}, must not end with an answer")
-        return _with_row(answer, f) if whole or not prompt else [*prompt, *answer]
+        messages = _join_answer(prompt, answer, f.what(name))
+        return messages if prompt else _with_row(messages, f)
 
     return make_pair(conversation("chosen"), conversation("rejected"))
-
-
-def _questions(messages: Messages) -> Messages:
-    return [message for message in messages if message["role"] == "user"]
 
 
 def _read_texts(f: Fields) -> tuple[Messages, Messages]:
@@ -203,7 +251,8 @@ def _read_texts(f: Fields) -> tuple[Messages, Messages]:
     chosen, rejected = (check_text(f.get(n), f.what(n)) for n in ("chosen", "rejected"))
     if HUMAN_ASSISTANT.match(chosen) and HUMAN_ASSISTANT.match(rejected):
         return make_pair(*(_with_row(_read_dialogue(text), f) for text in (chosen, rejected)))
-    if others := [key for key, _ in f.unused() if isinstance(f.row.get(key), str)]:
+    ours = set(f.keys.values())
+    if others := [k for k, _ in f.unused() if isinstance(f.row.get(k), str) and k not in ours]:
         raise ValueError(
             f"no prompt, but other columns ({', '.join(others)}). If one is the prompt, set "
             f'"data.columns=[prompt:{others[0]}]"'
@@ -213,8 +262,8 @@ def _read_texts(f: Fields) -> tuple[Messages, Messages]:
         shared -= 1  # Back to the start of a word.
     if not chosen[:shared].strip():
         raise ValueError('"chosen" and "rejected" have no common prefix to use as the prompt')
-    prompt = user(chosen[:shared].strip())
-    return make_pair([prompt, assistant(chosen[shared:])], [prompt, assistant(rejected[shared:])])
+    prompt = _with_row([user(chosen[:shared].strip())], f)
+    return make_pair([*prompt, assistant(chosen[shared:])], [*prompt, assistant(rejected[shared:])])
 
 
 def make_pair(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages]:
@@ -229,7 +278,7 @@ def make_pair(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages]
         if messages[-1]["role"] != "assistant":
             raise ValueError(f'"{name}" must end with an assistant message')
     if chosen == rejected:
-        raise ValueError('"chosen" and "rejected" are the same answer')
+        raise NotUsed('"chosen" and "rejected" are the same answer')
     size = prompt_size(chosen, rejected)
     if all(message["role"] != "user" for message in chosen[:size]):
         raise ValueError('"chosen" and "rejected" have different prompts, or none')

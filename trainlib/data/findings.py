@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from trainlib.core.errors import UserError
 from trainlib.data.columns import Unused
 
 MIN_SHARE = 0.01
@@ -86,10 +89,6 @@ class Counts:
             found.append({"name": name, "count": count, "share": count / max(1, of),
                           "lines": self.lines.get(lines, []), "fix": fix})  # fmt: skip
 
-        for column, count in self.mapped.items():
-            if not count:
-                add(f'no row has the column "{column}"', self.rows, self.rows, "",
-                    "Correct its name in data.columns.")  # fmt: skip
         for key, count in self.unused_texts.items():
             if count >= MIN_TEXT_SHARE * self.unused_keys[key]:
                 add(f'"{key}" is not read', count, self.unused_keys[key], f"unused {key}",
@@ -100,7 +99,7 @@ class Counts:
                     "Remove these rows, or correct them.")  # fmt: skip
         if self.special_text > MIN_SHARE * self.rows:
             add("text of a special token", self.special_text, self.rows, "special_text",
-                "Such text is read as ordinary characters. Remove it.")  # fmt: skip
+                "Such text is read as characters. Remove it, or fine-tune on chats.")  # fmt: skip
         return found
 
     def log_lines(self) -> list[str]:
@@ -114,3 +113,18 @@ class Counts:
               if reasons else []),
             *([split] if self.split_rows else []),
         ]  # fmt: skip
+
+
+def check_mapped_columns(counts: Iterable[dict[str, int]]) -> None:
+    """Raise UserError if data.columns names a column that no row of any file has.
+
+    `counts` are the rows with each column (Counts.mapped), for each file.
+    """
+    total: Counter[str] = Counter()
+    for mapped in counts:
+        total.update(mapped)
+    if missing := [column for column, rows in total.items() if not rows]:
+        raise UserError(
+            f'data.columns: no row has the column "{missing[0]}". Names are compared exactly; '
+            "correct it or remove the entry."
+        )

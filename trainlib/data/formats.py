@@ -31,7 +31,9 @@ from trainlib.data.readers import CONTAINERS, EmptyFileError, Source, parse
 DETECTION_ROWS = 1000
 MARKERS = re.compile(r"<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>|<s>|</s>")
 """Markers between the texts of a pretraining row."""
-TAGS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+CHAT = re.compile(r"<\|im_start\|>(?:system|user|assistant|tool)\n|\[INST\]")
+"""Text of a chat template. Its turns belong together, so markers do not separate texts."""
+TAGS = re.compile("<(?:" + "|".join(re.escape(tag[1:]) for tag in SPECIAL_TOKENS) + ")")
 """The text of special tokens."""
 
 
@@ -88,7 +90,7 @@ def _called(f: Fields, name: str, key: str) -> bool:
 
 
 def _is_pair(f: Fields) -> bool:
-    return f.has("chosen", "rejected")
+    return f.has("rejected") and (f.has("chosen") or f.has("messages"))
 
 
 def _is_sharegpt(f: Fields) -> bool:
@@ -212,7 +214,7 @@ def check_items(
             counts.add_not_used(line, str(reason))
             yield line, []
         else:
-            special = len(values) == 1 and kind == "pretrain" and bool(TAGS.search(values[0]))
+            special = kind == "pretrain" and len(values) == 1 and bool(TAGS.search(values[0]))
             counts.add(line, fields.unused(), len(values), special)
             source = row.get("source")
             source = source if isinstance(source, str) else ""
@@ -228,7 +230,7 @@ def read_row(row: Row, kind: str, options: ReadOptions) -> tuple[list, Fields]:
         raise ValueError(UNPAIRED)
     fields = Fields(row, options.columns)
     if not any(f.matches(fields) for f in _formats(kind, options.format)):
-        if kind == "sft" and "answer" in fields.keys and fields.has("prompt"):
+        if kind == "sft" and fields.has("prompt") and _is_null(fields, "answer"):
             raise NotUsed(f"{fields.what('answer')} is empty")
         other = next((f for f in _formats("", options.format) if f.matches(fields)), None)
         if other:
@@ -242,6 +244,10 @@ def read_row(row: Row, kind: str, options: ReadOptions) -> tuple[list, Fields]:
     if kind == "sft":
         return [read_conversation(fields, options.alpaca_join)], fields
     return [read_pair(fields, options.alpaca_join)], fields
+
+
+def _is_null(f: Fields, name: str) -> bool:
+    return name in f.keys and not f.has(name)
 
 
 @functools.lru_cache
@@ -258,9 +264,12 @@ def _formats(kind: str, name: str) -> list[Format]:
 
 def read_documents(fields: Fields, split: bool = True) -> list[str]:
     """Return the documents of a pretraining row, split at markers if it is written with them."""
-    text = check_text(fields.get("text"), fields.what("text"))
+    value = fields.get("text")
+    text = "" if value is None else check_text(value, fields.what("text"))
     documents = [text]
-    if split and "<" in text:
+    first = MARKERS.search(text) if split and "<" in text and not CHAT.search(text) else None
+    # <s> after a text is not a marker but struck-through text of an HTML page.
+    if first and not (first[0] == "<s>" and text[: first.start()].strip()):
         pieces = MARKERS.split(text)
         # A single marker in the middle can be a text about markers, except <|endoftext|>.
         at_edge = not pieces[0].strip() or not pieces[-1].strip()

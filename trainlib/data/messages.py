@@ -12,21 +12,14 @@ import re
 from typing import Any
 
 from tokenizer.chat_format import ROLES
-from trainlib.data.columns import parse_literal
+from trainlib.data.columns import CALL_ROLES, CONTENT_KEYS, EMPTY_CELLS, parse_literal, role_of
 from trainlib.data.containers import GBK_FIX, json_type, looks_like_gbk
 
 Messages = list[dict[str, Any]]
-ROLE_ALIASES = {
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
-    "bard": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant",
-    "ai": "assistant", "prompter": "user", "observation": "tool", "function": "tool",
-    "function_response": "tool", "tool_response": "tool", "ipython": "tool",
-    "developer": "system", "用户": "user", "助手": "assistant", "系统": "system", "工具": "tool",
-}  # fmt: skip
-"""Other names for roles, in lower case. A function_call is an assistant turn with only a call."""
 MARKS = ("weight", "train", "loss")
 """Keys of an assistant's turn that say whether it is learned."""
-THOUGHTS = re.compile(r"\s*<think>\n?(.*?)\n?</think>\s*", re.DOTALL)
+THOUGHTS = re.compile(r"\s*(?:<think>)?\n?(.*?)\n?</think>\s*", re.DOTALL)
+"""Some chat templates give the opening tag in the prompt, so answers may lack it."""
 RESPONSE = re.compile(r"<tool_response>(.*?)</tool_response>\s*", re.DOTALL)
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 
@@ -41,7 +34,8 @@ def assistant(content: str) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant"}
     if "<" not in content:
         return {**message, "content": content}
-    if thoughts := THOUGHTS.match(content):
+    thoughts = THOUGHTS.match(content)
+    if thoughts and "<think>" not in thoughts[1]:
         content = content[thoughts.end() :]
         if thoughts[1].strip():
             message["reasoning_content"] = thoughts[1]
@@ -49,6 +43,11 @@ def assistant(content: str) -> dict[str, Any]:
     if calls:
         message["tool_calls"] = calls
     return {**message, "content": content}
+
+
+def is_false(value: Any) -> bool:
+    """Return whether a mark or label is false, as JSON, a number, or a text in CSV."""
+    return str(value).strip().lower() in ("false", "0", "0.0")
 
 
 def add_reasoning(message: dict[str, Any], thoughts: Any, field: str) -> None:
@@ -85,15 +84,13 @@ def read_turn(turn: Any, field: str) -> Messages:
     """Convert a turn to messages: one, or several for a turn with several tool responses."""
     if not isinstance(turn, dict) or not ("role" in turn or "from" in turn):
         raise ValueError(f'{field} must be an object with "role" and "content"')
-    spelled = turn.get("from") if turn.get("role") is None else turn["role"]
-    role = spelled.strip().lower() if isinstance(spelled, str) else spelled
-    content = _first(turn, ("content", "value", "text"))
+    role = role_of(turn)
+    content = _first(turn, CONTENT_KEYS)
     calls = turn.get("tool_calls") or turn.get("function_call")
-    if role in ("function_call", "tool_call"):
-        role, calls, content = "assistant", content, ""
-    role = ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
+    if role in CALL_ROLES:
+        role, calls, content = "assistant", content or calls, ""
     if role not in ROLES:
-        raise ValueError(f"{field}: role {spelled!r} is not one of {', '.join(ROLES)}")
+        raise ValueError(f"{field}: role {role!r} is not one of {', '.join(ROLES)}")
     thoughts = _first(turn, ("reasoning_content", "reasoning", "thinking"))
     if content is None and (calls or thoughts):
         content = ""
@@ -107,10 +104,11 @@ def read_turn(turn: Any, field: str) -> Messages:
     message = assistant(content)
     add_reasoning(message, thoughts, field)
     if calls and (tool_calls := _read_calls(calls, field)):
+        if message.get("tool_calls", tool_calls) != tool_calls:
+            raise ValueError(f"{field} has one call in <tool_call> tags and another in a key")
         message["tool_calls"] = tool_calls
-    for key in MARKS:
-        if key in turn and turn[key] in (False, "false", "False", "0"):  # Also the number 0.
-            message["weight"] = 0
+    if any(is_false(turn.get(key)) for key in MARKS):
+        message["weight"] = 0
     return [message]
 
 
@@ -127,6 +125,10 @@ def _first(turn: dict[str, Any], keys: tuple[str, ...]) -> Any:
 def _join_parts(parts: list, field: str) -> str:
     """Join content that is given as a list of {"type": "text", "text": ...} parts."""
     texts = []
+    if parts and all(isinstance(part, str) for part in parts):
+        raise ValueError(
+            f"{field} is a list of texts, but must be one text (for pairs: chosen and rejected)"
+        )
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text":
             type_ = part.get("type") if isinstance(part, dict) else json_type(part)
@@ -179,6 +181,8 @@ def _read_calls(calls: Any, field: str) -> list[dict[str, Any]]:
 def parse_tools(value: Any, field: str) -> list[dict[str, Any]]:
     """Return the functions in a list, or in its JSON text; an empty list for no functions."""
     functions = _parse_json(value, field) if value else []
+    if isinstance(functions, list):
+        functions = [_parse_json(item, field) for item in functions]
     functions = [functions] if isinstance(functions, dict) and functions else functions or []
     if not isinstance(functions, list) or not all(isinstance(f, dict) for f in functions):
         raise ValueError(f"{field} must be a list of objects, or a JSON string of such a list")
@@ -190,7 +194,7 @@ def parse_tools(value: Any, field: str) -> list[dict[str, Any]]:
 def _parse_json(value: Any, field: str) -> Any:
     if not isinstance(value, str):
         return value
-    if value.strip().lower() in ("", "nan", "none", "null"):
+    if value.strip().lower() in EMPTY_CELLS:
         return []
     if (found := parse_literal(value)) is None:
         raise ValueError(f"{field} is a string but not JSON: {value[:60]!r}")

@@ -163,7 +163,8 @@ def parse(content: bytes | str | Row | Broken) -> Row:
             reason = json_error(error)
             start = content[:60].decode("utf-8", "replace").strip()
             raise ValueError(
-                f"not JSON ({reason}): {start!r}. Each line must be one complete JSON object"
+                f"not JSON ({reason}): {start!r}. Each line must be one complete JSON object "
+                "(jq -c . FILE > NEW writes it so)"
             ) from error
     if isinstance(content, Broken):
         raise ValueError(content.reason)
