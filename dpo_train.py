@@ -42,6 +42,7 @@ class DPOConfig(RunConfig):
     """Model folder to start training from; also the reference model."""
     beta: float = field(default=0.1, metadata={"above": 0})
     """Reward per nat of the log-probability ratio to the reference; larger = stay closer to it."""
+    keep_best: bool = field(default=True, metadata=EXECUTION_ONLY)
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation files."""
 
@@ -79,15 +80,11 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, MetricSums]:
         return dpo_loss(batch_log_probs(model, batch), reference[batch.sequence_ids], config.beta)
 
-    def eval_loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, MetricSums]:
-        log_probs = batch_log_probs(model, batch)
-        latest[batch.sequence_ids] = log_probs.float()  # Kept for the final report.
-        return dpo_loss(log_probs, reference[batch.sequence_ids], config.beta)
-
     def evaluate(training: Training) -> tuple[Metrics, list[str]]:
-        return validate(training, eval_loss_fn), []
+        return validate(training, loss_fn), []
 
     def finish(training: Training) -> None:
+        latest = torch.full_like(reference, torch.nan)
         table = report(training.run, model, datasets, reference, latest)
         write_atomically(run.folder / "report.json", json.dumps(table, indent=2))
         rewards = config.beta * (latest - reference)
@@ -96,9 +93,8 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
 
     files = model_files(model.config, tokenizer)
     training = Training.create(run, model, datasets, files, loss_fn, evaluate, finish)
-    # Log-probabilities by sequence id. The functions above use these when fit calls them.
+    # Log-probabilities by sequence id. The functions above use them when fit calls them.
     reference = reference_log_probs(training)
-    latest = torch.full_like(reference, torch.nan)
     return training
 
 

@@ -35,6 +35,7 @@ class SFTConfig(RunConfig):
     """Folder of the run."""
     init_from: str = "runs/pretrain/final"
     """Model folder to start training from."""
+    keep_best: bool = field(default=True, metadata=EXECUTION_ONLY)
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation files."""
 

@@ -193,7 +193,8 @@ def run_once(stage: str, change: str, seed: int, tokens: int) -> float:
     folder = WORK_DIR / f"ablations/{run_key(stage, change, seed, tokens)}"
     shutil.rmtree(folder, ignore_errors=True)
     arguments = [*settings(stage, change, seed, tokens), f"out_dir={folder}", "device=cpu",
-                 "precision=fp32", "save_every_steps=0"]  # fmt: skip
+                 "precision=fp32", "save_every_steps=0", "eval_every_steps=0",
+                 "keep_best=off"]  # fmt: skip
     if stage in PREVIOUS:
         arguments.append(f"init_from={baseline_model(PREVIOUS[stage], seed, tokens)}")
     done = subprocess.run([sys.executable, SCRIPTS[stage], *arguments], cwd=ROOT, text=True,

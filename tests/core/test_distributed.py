@@ -22,7 +22,7 @@ SETTINGS = [
     "model.num_hidden_layers=2", "model.num_attention_heads=2", "model.num_key_value_heads=1",
     "model.head_dim=16", "tokens_per_step=512", "sequence_length=64", "micro_batch_size=2",
     "log_every_steps=1", "max_steps=6", "eval_every_steps=3", "save_every_steps=2", "device=cpu",
-    "precision=fp32", "data.files=a.jsonl", "data.val_fraction=0.1",
+    "precision=fp32", "keep_best=on", "data.files=a.jsonl", "data.val_fraction=0.1",
     # With a low-rank gradient, Muon in bf16 amplifies differences in the last digit.
     "optim.name=adamw",
 ]  # fmt: skip
@@ -87,6 +87,11 @@ def test_several_ranks_match_one_rank(ranks, workdir, single):
     assert f"starting {ranks} ranks" in out
     assert out.count("finished 6 steps") == 1  # Only one rank prints.
     assert_same_metrics(workdir / f"of{ranks}", single)
+    ours, theirs = (json.loads((f / "best/validation.json").read_text())
+                    for f in (workdir / f"of{ranks}", single))  # fmt: skip
+    assert ours["step"] == theirs["step"] == 6 and len(ours["batches"]) > ranks
+    for mine, yours in zip(ours["batches"], theirs["batches"], strict=True):
+        assert mine == pytest.approx(yours, rel=1e-4)
     weights, expected = (load_file(f / "final/model.safetensors") for f in
                          (workdir / f"of{ranks}", single))  # fmt: skip
     for name, value in expected.items():

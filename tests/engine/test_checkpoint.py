@@ -196,6 +196,26 @@ def test_leftovers_from_a_killed_process_are_removed(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_best_is_replaced_and_not_counted_as_a_checkpoint(tmp_path):
+    saved(tmp_path, 1, keep=1)
+    checkpoints, model = Checkpoints(tmp_path, 1, files={"config.json": "{}"}), new_model()
+    for step in (2, 3):
+        model = new_model()
+        checkpoints.save_best(model, "validation.json", {"step": step})
+    checkpoints.join()
+    saved(tmp_path, 4, keep=1)
+    assert {p.name for p in tmp_path.iterdir()} == {"best", "step_000004", "latest"}
+    names = {"config.json", "model.safetensors", "validation.json"}
+    assert {p.name for p in (tmp_path / "best").iterdir()} == names
+    assert json.loads((tmp_path / "best/validation.json").read_text()) == {"step": 3}
+    other = new_model()
+    checkpoints.load_weights(other, tmp_path / "best")
+    assert torch.equal(other[0].weight, model[0].weight)
+    (tmp_path / "best/model.safetensors").write_bytes(b"{")
+    with pytest.raises(UserError, match="best is damaged .*Remove it"):
+        checkpoints.load_weights(new_model(), tmp_path / "best", "Remove it.")
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("I/O error")])
 def test_a_full_disk_is_reported_and_old_checkpoints_are_kept(tmp_path, monkeypatch, error):
     model = saved(tmp_path, 1)
@@ -212,6 +232,9 @@ def test_a_full_disk_is_reported_and_old_checkpoints_are_kept(tmp_path, monkeypa
     checkpoints.save(3, new_model(), {}, {})
     with pytest.raises(UserError):  # Without a join, the next save reports it.
         checkpoints.save(4, new_model(), {}, {})
+    checkpoints.save_best(new_model(), "validation.json", {})
+    with pytest.raises(UserError, match="could not be written .*Free some space"):
+        checkpoints.join()
     with pytest.raises(UserError, match="final.*could not be written"):
         checkpoints.write_final(model)
     assert {p.name for p in tmp_path.iterdir()} == {"step_000001", "latest"}

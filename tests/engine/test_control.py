@@ -115,3 +115,30 @@ def test_time_before_a_resume_counts_toward_the_limit(time):
     clock.earlier = 3000
     time.now += 500
     assert clock.left() == pytest.approx(100)
+
+
+def test_a_run_with_a_time_limit_evaluates_at_each_tenth_or_less_often(time, tmp_path):
+    """With the first and the last one, evaluations of two minutes take a tenth of the hour."""
+    for seconds, expected in ((3.0, 9), (120.0, 2)):
+        clock, schedule, count = Clock(max_hours=1), Schedule(OptimConfig(), None), 0
+        control = Control(tmp_path, clock, DistributedContext())
+        with clock.evaluating():  # The first evaluation, before step 1.
+            time.now += seconds
+        for step in range(1, 10_000):
+            time.now += 1.0
+            if clock.left() <= 0:
+                break
+            if control.poll(step, Schedule(OptimConfig(), None)).evaluate:
+                count += 1
+                with clock.evaluating():
+                    time.now += seconds
+        assert count == expected
+        assert clock.evaluation_share() < 0.13
+        schedule.begin_decay(5, 10)
+        assert not control.poll(6, schedule).evaluate  # The number of steps is known.
+
+
+def test_a_run_without_a_time_limit_never_evaluates_by_time(time, tmp_path):
+    time.now += 1e6
+    control = Control(tmp_path, Clock(), DistributedContext())
+    assert not control.poll(1, Schedule(OptimConfig(), None)).evaluate

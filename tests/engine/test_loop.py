@@ -21,7 +21,7 @@ from trainlib.engine.control import Clock
 from trainlib.engine.device import Hardware, evaluation_mode
 from trainlib.engine.metrics import MetricsLog, truncate_metrics
 from trainlib.engine.optim import OptimConfig, Schedule, build_optimizers
-from trainlib.engine.progress import Display, _validation_lines
+from trainlib.engine.progress import Display, validation_tables
 from trainlib.engine.step import optimizer_step
 from trainlib.engine.train_state import TrainState, restore, save
 
@@ -114,10 +114,15 @@ def test_each_passed_baseline_is_logged_only_once_despite_a_resume(tmp_path, cap
         "resuming from step 2",
         "below the bigram baseline at step 4: 1.900 against 2.000 bits per byte",
     ]
-    assert (tmp_path / "train.log").read_text().splitlines() == logged
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert lines[:2] == [
+        "validation at step 0  bits_per_byte",
+        "all                          4.1000",
+    ]
+    assert [line for line in lines if not line.startswith(("validation", "all"))] == logged
     shown = caplog.messages
-    assert [line for line in shown if " at step " in line] == [logged[0], logged[2]]
-    assert shown[:2] == ["sample: To be,\\nor not", "step 0 val bits_per_byte 4.1000"]
+    assert [line for line in shown if line.startswith("below")] == [logged[0], logged[2]]
+    assert shown[:3] == ["sample: To be,\\nor not", *lines[:2]]
     assert json.loads((tmp_path / "baselines.json").read_text()) == baselines
 
 
@@ -253,10 +258,44 @@ def test_a_step_uses_the_clipped_gradient_of_the_mean_loss(clip, loss_scale):
         torch.testing.assert_close(update, 2 * factor * theirs.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_several_validation_sets_have_a_line_each_and_a_single_one_is_not_repeated():
+def test_an_evaluation_is_a_table_with_a_row_for_each_set_and_one_for_all():
     one = {"val/loss": 1.0, "val/bits_per_byte": 0.5, "val/a/loss": 1.0, "val/a/bits_per_byte": 0.5}
-    assert _validation_lines(3, one) == ["step 3 val loss 1.0000  bits_per_byte 0.5000"]
-    assert _validation_lines(3, {**one, "val/b/loss": 2.0})[1:] == [
-        "step 3 val/a loss 1.0000  bits_per_byte 0.5000",
-        "step 3 val/b loss 2.0000",
+    assert validation_tables(3, one) == [
+        "validation at step 3    loss  bits_per_byte",
+        "all                   1.0000         0.5000",
     ]
+    assert validation_tables(3, {**one, "val/b/loss": 12.0}) == [
+        "validation at step 3     loss  bits_per_byte",
+        "a                      1.0000         0.5000",
+        "b                     12.0000              -",
+        "all                    1.0000         0.5000",
+    ]
+
+
+def test_skills_have_a_table_of_their_own():
+    metrics = {
+        "val/loss": 1.0, "val/skills/loss": 1.0, "val/skills/sum/exact_match": 0.9375,
+        "val/skills/sum/combination/exact_match": 1.0, "val/skills/sum/words/exact_match": 0.5,
+        "val/skills/sum_direct/exact_match": 0.0125,
+    }  # fmt: skip
+    assert validation_tables(150, metrics) == [
+        "validation at step 150    loss",
+        "all                     1.0000",
+        "skills at step 150  trained  combination  words",
+        "sum                   0.938        1.000  0.500",
+        "sum_direct            0.013            -      -",
+    ]
+
+
+def test_no_table_is_wider_than_100_columns():
+    rewards = ("loss", "reward_accuracy", "reward_margin", "chosen_log_probs", "rejected_log_probs")
+    dpo = {f"val/{name}{key}": -123.4567 for name in ("", "behaviour/", "b/") for key in rewards}
+    lines = validation_tables(12345, dpo, {"val/behaviour": 12, "val": 12})
+    assert len(lines) == 4 and max(map(len, lines)) <= 100
+    assert lines[1].split() == ["behaviour", *["-123.4567"] * 5, "12"]
+    many = {f"val/{'s' * 60}{i}/{'m' * 60}{j}": 1.0 for i in range(3) for j in range(9)}
+    many |= {f"val/metric_{j}": 1.0 for j in range(30)}
+    lines = validation_tables(0, many)
+    assert max(map(len, lines)) <= 100 and all(
+        any(f"metric_{j}" in x for x in lines) for j in range(30)
+    )

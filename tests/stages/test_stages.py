@@ -101,7 +101,14 @@ def test_a_run_writes_all_documented_files(pretrained):
     assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.5
     assert sorted(p.name for p in pretrained.glob("step_*")) == ["step_000009", "step_000012"]
     assert (pretrained / "latest").read_text() == "step_000012"
-    assert (pretrained / "train.log").read_text().startswith("step 1 loss ")
+    lines = (pretrained / "train.log").read_text().splitlines()
+    logged = [line for line in lines if line.startswith("step ")]
+    assert [line.split(" loss ")[0] for line in logged] == [f"step {step}" for step in range(1, 13)]
+    assert [x for x in lines if x.startswith("validation at")][-1].startswith(
+        "validation at step 12"
+    )
+    assert f"all{rows[-1]['val/loss']:26.4f}" in "\n".join(lines)
+    assert lines[-1].startswith("validation was best at step 12 (loss ")
     assert json.loads((pretrained / "baselines.json").read_text())["bigram"] > 0
     events = EventAccumulator(str(pretrained / "tensorboard"))
     events.Reload()
@@ -228,7 +235,7 @@ def test_three_stages_run_in_sequence(workdir, pretrained):
     n = table["kind"]["n"]
     assert n < 30 and table["kind"]["standard_error"] is None
     assert "fewer than 30 pairs, so the figures mean little: kind" in out
-    assert re.search(rf"step 20 val .*reward_accuracy \S+ \(n {n}\)", out)
+    assert re.search(rf"validation at step 20 +loss .* pairs\nall .* {n}\n", out)
     worst = [json.loads(x) for x in (workdir / "dpo/worst_rows.jsonl").read_text().splitlines()]
     margins = [row["reward_margin"] for row in worst]
     assert margins == sorted(margins) and worst[0]["path"] == "dpo.jsonl"

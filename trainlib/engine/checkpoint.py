@@ -4,6 +4,7 @@
                    optimizer.safetensors   tensors by parameter name, RNG states
                    train_state.json        everything else
     latest         the name of the newest complete step folder
+    best/          a model folder: the weights with the smallest validation loss (best.py)
 
 Nothing is pickled, so loading cannot execute code. A folder is written under a temporary name,
 synced to disk, and renamed once it is complete.
@@ -28,6 +29,8 @@ from torch.optim import Optimizer
 
 from trainlib.core.errors import UserError
 from trainlib.core.files import sync, write_atomically
+
+DAMAGED = "Resume from another step folder with resume=PATH, or start over with resume=never."
 
 
 class Checkpoints:
@@ -57,6 +60,19 @@ class Checkpoints:
         weights = _snapshot(dict(model.named_parameters()))
         state = json.loads(json.dumps(state))
         self._writing = self._thread.submit(self._write, step, weights, _snapshot(tensors), state)
+
+    def save_best(self, model: nn.Module, name: str, record: dict[str, Any]) -> None:
+        """Write best/ in the background: the weights, and `record` in the file `name`.
+
+        Raises UserError if the previous snapshot could not be written.
+        """
+        self.join()
+        weights = _snapshot(dict(model.named_parameters()))
+        self._writing = self._thread.submit(self._write_best, weights, name, json.dumps(record))
+
+    def _write_best(self, weights: dict[str, Tensor], name: str, record: str) -> None:
+        with self._new_folder("best", weights) as partial:
+            (partial / name).write_text(record, encoding="utf-8")
 
     def join(self) -> None:
         """Wait until the last snapshot is on disk; raises UserError if it could not be written."""
@@ -96,8 +112,10 @@ class Checkpoints:
     def _new_folder(self, name: str, weights: dict[str, Tensor]) -> Iterator[Path]:
         """Yield a temporary model folder to add files to; sync and rename it on exit."""
         partial, folder = self.folder / f".writing-{name}", self.folder / name
+        old = self.folder / ".writing-old"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            for leftover in (partial, old):
+                shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
             for file_name, content in self.extra_files.items():
                 (partial / file_name).write_text(content, encoding="utf-8")
@@ -107,11 +125,13 @@ class Checkpoints:
             yield partial
             for path in (*partial.iterdir(), partial):
                 sync(path)
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
             partial.rename(folder)
             sync(self.folder)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            for leftover in (partial, old):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def write_final(self, model: nn.Module) -> None:
         """Write final/, the model folder from which the next stage starts.
@@ -142,14 +162,22 @@ class Checkpoints:
         Raises UserError and leaves the model unchanged if the folder is damaged or does not match.
         """
         try:
-            weights = load_file(folder / "model.safetensors")
             tensors = load_file(folder / "optimizer.safetensors")
             state = json.loads((folder / "train_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(
-                f"{folder} is damaged ({error}). Resume from another step folder with resume=PATH,"
-                " or start over with resume=never."
-            ) from error
+            raise UserError(f"{folder} is damaged ({error}). {DAMAGED}") from error
+        self.load_weights(model, folder)
+        return tensors, state
+
+    def load_weights(self, model: nn.Module, folder: Path, fix: str = DAMAGED) -> None:
+        """Load the weights in a model folder of this run; `fix` says what to do if it is damaged.
+
+        Raises UserError and leaves the model unchanged if the folder is damaged or does not match.
+        """
+        try:
+            weights = load_file(folder / "model.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder} is damaged ({error}). {fix}") from error
         parameters = dict(model.named_parameters())
         saved, needed = ({(n, t.shape) for n, t in d.items()} for d in (weights, parameters))
         if wrong := sorted({name for name, _ in saved ^ needed}):
@@ -157,7 +185,6 @@ class Checkpoints:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-        return tensors, state
 
 
 def _step(folder: Path) -> int:

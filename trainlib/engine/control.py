@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ class Requests:
     stop: bool = False
     finish: int | None = None
     """The last step of the run, if the learning rate must decay from now on; else None."""
+    evaluate: bool = False
+    """True if eval_every_steps=auto evaluates now, in a run whose number of steps is unknown."""
 
 
 class Clock:
@@ -35,6 +39,7 @@ class Clock:
         self._begin, self.earlier = time.monotonic(), 0.0
         self._max_seconds = max_hours * 3600
         self._first: tuple[int, float] | None = None
+        self._next_evaluation = self._evaluation_seconds = 0.0
 
     def seconds(self) -> float:
         """Return the elapsed seconds of this run, including those before a resume."""
@@ -43,6 +48,23 @@ class Clock:
     def left(self) -> float | None:
         """Return the seconds left, or None for a run without a time limit."""
         return self._max_seconds - self.seconds() if self._max_seconds else None
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Time an evaluation; the next is due after a tenth of max_hours, or 9 times as long."""
+        begin = self.seconds()
+        yield
+        end = self.seconds()
+        self._evaluation_seconds += end - begin
+        self._next_evaluation = end + max(self._max_seconds / 10, 9 * (end - begin))
+
+    def evaluation_due(self) -> bool:
+        """Return whether a run with a time limit should evaluate now."""
+        return bool(self._max_seconds) and self.seconds() >= self._next_evaluation
+
+    def evaluation_share(self) -> float:
+        """Return the fraction of the time since the start or resume spent in evaluations."""
+        return self._evaluation_seconds / (time.monotonic() - self._begin)
 
     def plan(self, step: int, schedule: Schedule) -> int | None:
         """Return the last step if the decay must begin now or end earlier than planned, else None.
@@ -106,7 +128,8 @@ class Control:
         """Return the current requests; each request to save or finish is returned only once."""
         requests = Requests()
         if self._distributed.is_main:
-            requests = Requests(self._save, self._stop, self._finish(step, schedule))
+            evaluate = schedule.num_steps is None and self._clock.evaluation_due()
+            requests = Requests(self._save, self._stop, self._finish(step, schedule), evaluate)
         requests = self._distributed.broadcast_object(requests)
         if requests.stop:
             log.info("stopping after step %d: saving a checkpoint", step)

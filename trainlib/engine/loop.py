@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import closing
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trainlib.core.errors import UserError
+from trainlib.engine.best import Best
 from trainlib.engine.control import Control
 from trainlib.engine.metrics import MetricsLog, NoMetricsLog
 from trainlib.engine.progress import Display
 from trainlib.engine.step import optimizer_step
 from trainlib.engine.train_state import restore, save
 from trainlib.engine.training import Training
+from trainlib.engine.validation import steps_between_evaluations
 
 log = logging.getLogger(__name__)
 MAX_BAD_STEPS = 10
@@ -29,16 +32,18 @@ def fit(training: Training) -> bool:
     config, state = run.config, restore(training)
     is_main, resume_step = run.distributed.is_main, state.step if run.resume_from else None
     metrics = MetricsLog(run.folder, resume_step) if is_main else NoMetricsLog()
-    display = Display(training, state, metrics)
+    display, best = Display(training, state, metrics), Best(training, state)
 
     def run_evaluation() -> None:
-        values, samples = training.evaluate(training)
+        with run.clock.evaluating():
+            values, samples = training.evaluate(training)
         state.evaluated = state.step
+        best.update(values.get("loss", math.nan))
         display.show_validation({f"val/{name}": v for name, v in values.items()}, samples)
 
     def evaluation_due() -> bool:
         first_or_last = state.step == 0 or schedule.reached(state.step)
-        return first_or_last or due(state.step, config.eval_every_steps)
+        return first_or_last or due(state.step, steps_between_evaluations(training))
 
     control = Control(run.folder, run.clock, run.distributed)
     with logging_redirect_tqdm(), control, closing(display):
@@ -64,7 +69,8 @@ def fit(training: Training) -> bool:
                 display.show_decay()
             end = schedule.reached(state.step)
             stopping = requests.stop and not end  # A stop request in the last step is ignored.
-            if not stopping and evaluation_due():
+            timed = requests.evaluate and config.eval_every_steps == "auto"
+            if not stopping and (timed or evaluation_due()):
                 run_evaluation()
             if requests.save or stopping or end or due(state.step, config.save_every_steps):
                 save(training, state)
@@ -74,6 +80,7 @@ def fit(training: Training) -> bool:
         if finished:
             display.close()
             if is_main:
+                display.show(best.load())
                 try:
                     training.finish(training)
                 except OSError as error:

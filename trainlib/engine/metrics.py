@@ -119,6 +119,11 @@ class MetricsLog:
         self._board.add_custom_scalars({PAGE: page})
         self._has_page = True
 
+    def write_lines(self, lines: list[str]) -> None:
+        """Append lines to train.log."""
+        for line in lines:
+            self._line(line)
+
     def _line(self, text: str) -> None:
         self._log.write(text + "\n")
         self._log.flush()

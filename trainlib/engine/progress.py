@@ -11,7 +11,6 @@ from types import MappingProxyType
 from tqdm import tqdm
 
 from trainlib.data.loader import StepBatch, StepLoader
-from trainlib.data.packing import FEW_ROWS
 from trainlib.engine import metrics as names
 from trainlib.engine.flops import matmul_peak
 from trainlib.engine.metrics import MetricsLog, newly_passed
@@ -20,6 +19,10 @@ from trainlib.engine.train_state import TrainState
 from trainlib.engine.training import Metrics, Training
 
 log = logging.getLogger(__name__)
+
+WIDTH, LONGEST = 100, 40
+"""Columns of a table of metrics, and the longest name in it; longer ones are cut."""
+SKILLS = "val/skills/"
 
 
 class Display:
@@ -100,15 +103,21 @@ class Display:
             f"{text} at step {step}: {value:.3f} against {baselines[name]:.3f} bits per byte"
             for name, text in passed.items()
         ]
-        self.metrics.write_evaluation(step, metrics, samples, log_lines)
-        num_rows = {}
+        num_pairs = {}
         if names.VAL_REWARD_ACCURACY in metrics:
-            num_rows = {f"val/{name}": val.num_used for name, val in self.datasets.val.items()}
-            num_rows["val"] = sum(num_rows.values())
-        lines = _validation_lines(step, metrics, num_rows)
-        for line in (*map(_sample_line, samples), *lines, *log_lines):
+            num_pairs = {f"val/{name}": val.num_used for name, val in self.datasets.val.items()}
+            num_pairs["val"] = sum(num_pairs.values())
+        log_lines = [*validation_tables(step, metrics, num_pairs), *log_lines]
+        self.metrics.write_evaluation(step, metrics, samples, log_lines)
+        for line in (*map(_sample_line, samples), *log_lines):
             log.info("%s", line)
         self._reset()
+
+    def show(self, lines: list[str]) -> None:
+        """Log lines in the terminal and in train.log."""
+        for line in lines:
+            log.info("%s", line)
+        self.metrics.write_lines(lines)
 
     def show_decay(self) -> None:
         """Log the first and the last step of the learning rate decay."""
@@ -120,8 +129,9 @@ class Display:
         """Log whether the run finished or was stopped."""
         s = self.state
         if finished:
-            log.info("finished %d steps, %s tokens: %s", s.step, f"{s.tokens:,}",
-                     self.run.folder / "final")  # fmt: skip
+            share = 100 * self.run.clock.evaluation_share()
+            log.info("finished %d steps, %s tokens (%.0f %% of the time in evaluations): %s",
+                     s.step, f"{s.tokens:,}", share, self.run.folder / "final")  # fmt: skip
         else:
             log.info(
                 "stopped after step %d; run the same command to resume from %s/step_%06d",
@@ -133,18 +143,46 @@ def _sample_line(text: str) -> str:
     return f"sample: {text.rstrip()}".replace("\n", "\\n")
 
 
-def _validation_lines(
-    step: int, metrics: Metrics, num_rows: Mapping[str, int] = MappingProxyType({})
+def validation_tables(
+    step: int, metrics: Metrics, num_pairs: Mapping[str, int] = MappingProxyType({})
 ) -> list[str]:
-    """Return a line for all validation sets together, and one for each set if there are several.
+    """Return the metrics of an evaluation as tables, with a row for each validation set and "all".
 
-    An accuracy on fewer than FEW_ROWS pairs is followed by their number, from `num_rows`.
+    A single set has only the row "all". The skills' exact matches have a table of their own, with a
+    row for each kind. `num_pairs` adds the number of preference pairs to some rows.
     """
-    by_set: dict[str, list[str]] = {}
+    sets: dict[str, dict[str, str]] = {}
+    skills: dict[str, dict[str, str]] = {}
     for name, value in metrics.items():
-        set_, _, metric = name.rpartition("/")
-        n = num_rows.get(set_, FEW_ROWS)
-        note = f" (n {n})" if metric == "reward_accuracy" and n < FEW_ROWS else ""
-        by_set.setdefault(set_, []).append(f"{metric} {value:.4f}{note}")
-    lines = [f"step {step} {set_} {'  '.join(values)}" for set_, values in by_set.items()]
-    return lines if len(lines) > 2 else lines[:1]
+        path, _, metric = name.rpartition("/")
+        if metric == "exact_match" and path.startswith(SKILLS):
+            kind, _, wording = path.removeprefix(SKILLS).partition("/")
+            skills.setdefault(kind, {})[wording[:LONGEST] or "trained"] = f"{value:.3f}"
+        else:
+            metric = metric.replace("log_probs", "logp").removeprefix("reward_")[:LONGEST]
+            sets.setdefault(path, {})[metric] = f"{value:.4f}"
+    for path, count in num_pairs.items():
+        sets.setdefault(path, {})["pairs"] = str(count)
+    total = sets.pop("val", {})
+    rows = {path.removeprefix("val/"): row for path, row in sets.items()} if len(sets) > 1 else {}
+    lines = _table(f"validation at step {step}", [*rows.items(), ("all", total)])
+    return lines + (_table(f"skills at step {step}", list(skills.items())) if skills else [])
+
+
+def _table(title: str, rows: list[tuple[str, dict[str, str]]]) -> list[str]:
+    """Return a header and a line for each named row, in one or more blocks of WIDTH columns."""
+    columns = list(dict.fromkeys(column for _, row in rows for column in row))
+    first = max(len(title), *(len(name[:LONGEST]) for name, _ in rows))
+    widths = {
+        column: 2 + max(len(column), *(len(row.get(column, "")) for _, row in rows))
+        for column in columns
+    }
+    lines = []
+    while columns:
+        block: list[str] = []
+        while columns and first + sum(widths[column] for column in [*block, columns[0]]) <= WIDTH:
+            block.append(columns.pop(0))
+        for name, row in [(title, {column: column for column in block}), *rows]:
+            cells = (f"{row.get(column, '-'):>{widths[column]}}" for column in block)
+            lines.append(f"{name[:LONGEST]:<{first}}{''.join(cells)}")
+    return lines

@@ -25,7 +25,8 @@ class RunConfig:
         "length": (*LENGTH_KEYS, "tokens_per_step", "sequence_length"),
         "hardware": HARDWARE_KEYS,
         "evaluation and saving": (
-            *("eval_every_steps", "save_every_steps", "log_every_steps", "keep_checkpoints"),
+            *("eval_every_steps", "save_every_steps", "log_every_steps"),
+            *("keep_checkpoints", "keep_best"),
         ),
     }
     """Titles under which --help lists keys; keys without a group are listed under "run"."""
@@ -64,14 +65,20 @@ class RunConfig:
     """Positions per optimizer step."""
     sequence_length: int = field(default=512, metadata={"at_least": 2})
     """Positions per row; for DPO, rows are twice as long and hold both answers of a pair."""
-    eval_every_steps: int = field(default=200, metadata={**EXECUTION_ONLY, "at_least": 0})
-    """Steps between evaluations; 0 = only at the start and the end."""
+    eval_every_steps: int | Literal["auto"] = field(
+        default="auto", metadata={**EXECUTION_ONLY, "at_least": 0}
+    )
+    """Steps between evaluations; auto = about ten evaluations, fewer if they would take more than a
+    tenth of the run; 0 = only at the start and the end."""
     save_every_steps: int = field(default=200, metadata={**EXECUTION_ONLY, "at_least": 0})
     """Steps between checkpoints; 0 = only when the run stops or ends."""
     log_every_steps: int = field(default=10, metadata={**EXECUTION_ONLY, "at_least": 1})
     """Steps between log lines."""
     keep_checkpoints: int = field(default=2, metadata={**EXECUTION_ONLY, "at_least": 1})
     """Number of step folders to keep; older ones are deleted."""
+    keep_best: bool = field(default=False, metadata=EXECUTION_ONLY)
+    """Keep the weights with the smallest val/loss after step 0 in best/, and write them to final/
+    unless the last ones are within one standard error; off = always the last ones."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizers and schedule."""
 

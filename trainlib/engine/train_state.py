@@ -31,6 +31,10 @@ class TrainState:
     """Consecutive steps that were skipped because the gradient was not finite."""
     evaluated: int = -1
     """The step of the last evaluation."""
+    val_loss: float | None = None
+    """Validation loss of the last evaluation."""
+    val_error: float = 0.0
+    """Standard error of its difference to the smallest one (engine/best.py)."""
     passed: list[str] = field(default_factory=list)
     """Baselines that an evaluation has already fallen below."""
     seconds: float = 0.0

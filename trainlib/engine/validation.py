@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
 
 from trainlib.core.distributed import SINGLE_PROCESS, DistributedContext
 from trainlib.data.batch import Batch
@@ -12,33 +16,91 @@ from trainlib.engine.device import Hardware, evaluation_mode
 from trainlib.engine.step import add_metrics, means
 from trainlib.engine.training import LossFunction, Metrics, MetricSums, Training
 
+NUM_EVALUATIONS = 10
+MAX_SHARE = 0.1
+"""Limits of eval_every_steps=auto: number of evaluations, and their share of the run."""
+MIN_BATCHES = 8
+"""Number of batches of a small validation set, for the standard error; more are slow on a CPU."""
+
+
+def steps_between_evaluations(training: Training) -> int:
+    """Return eval_every_steps as a number; 0 = evaluate only at the start and the end.
+
+    For auto, the cost of an evaluation is not measured but counted: without a backward pass, a row
+    costs a third of a training row. So a resume, another rank and another machine evaluate at the
+    same steps. While the number of steps is unknown (max_hours), Clock decides instead.
+    """
+    every, num_steps = training.run.config.eval_every_steps, training.schedule.num_steps
+    if every != "auto":
+        return every
+    if num_steps is None:
+        return 0
+    num_rows = sum(val.num_rows() for val in training.datasets.val.values())
+    cost = num_rows / (3 * training.loader.rows_per_step)  # In steps.
+    count = min(NUM_EVALUATIONS, int(MAX_SHARE * num_steps / cost) - 1)  # The first is extra.
+    return math.ceil(num_steps / count) if count > 0 else 0
+
 
 def validate(training: Training, loss_fn: LossFunction) -> Metrics:
     """Return the mean loss and metrics of each validation set, and of all sets combined.
 
-    Keys are "loss" and "<name>/loss", and likewise for each metric of loss_fn. The ranks share the
-    work. The RNG state and the model's mode do not change.
+    Keys are "loss" and "<name>/loss", and likewise for each metric of loss_fn. Replaces the values
+    in training.val_batches. The ranks share the work. The RNG state and the model's mode do not
+    change.
     """
-    run, model, shares = training.run, training.model, {}
+    run, model, shares, batches = training.run, training.model, {}, {}
     with evaluation_mode(model):
         for name, dataset in training.datasets.val.items():
             sums: MetricSums = {}
+            losses: list[tuple[Tensor, int]] = []
             for batch in micro_batches(dataset, run.hardware, run.distributed):
                 batch = batch.to(run.hardware.device)
                 with run.hardware.autocast():
                     loss, metrics = loss_fn(model, batch)
                 add_metrics(sums, {"loss": (loss, batch.num_targets), **metrics})
+                losses.append((loss, batch.num_targets))
+            batches[name] = [(float(loss), float(n)) for loss, n in losses]
             shares[name] = {key: (float(sum_), float(n)) for key, (sum_, n) in sums.items()}
     results: Metrics = {}
     total: MetricSums = {}
-    gathered = run.distributed.all_gather_object(shares)
+    gathered = run.distributed.all_gather_object((shares, batches))
+    training.val_batches.clear()
     for name in training.datasets.val:
         sums = {}
-        for share in gathered:
+        for share, _ in gathered:
             add_metrics(sums, share[name])
+        # The ranks take turns, so this is the order on one rank.
+        turns = itertools.zip_longest(*(theirs[name] for _, theirs in gathered))
+        training.val_batches.extend(batch for turn in turns for batch in turn if batch)
         add_metrics(total, sums)
         results.update({f"{name}/{key}": value for key, value in means(sums).items()})
     return {**means(total), **results}
+
+
+def standard_error(batches: Sequence[Sequence[float]]) -> float:
+    """Return the standard error of a mean loss L = sum(s) / sum(n) over validation batches.
+
+    Each batch, with loss sum s and n targets, is one sample of a ratio estimator:
+    sqrt(B / (B - 1) * sum((s - L n)^2)) / sum(n) for B batches (Cochran, Sampling Techniques,
+    section 6.4). Returns 0 for fewer than 2 batches.
+    """
+    count, targets = len(batches), sum(n for _, n in batches)
+    if count < 2:
+        return 0.0
+    mean = sum(s for s, _ in batches) / targets
+    squares = sum((s - mean * n) ** 2 for s, n in batches)
+    return math.sqrt(count / (count - 1) * squares) / targets
+
+
+def difference_error(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
+    """Return the standard error of the difference between the mean losses of two evaluations.
+
+    Evaluations of the same batches are paired: s is the difference of a batch's two losses. Batches
+    that differ, because the hardware settings have changed, are independent samples.
+    """
+    if [n for _, n in first] != [n for _, n in second]:
+        return math.hypot(standard_error(first), standard_error(second))
+    return standard_error([(b - a, n) for (a, n), (b, _) in zip(first, second, strict=True)])
 
 
 def micro_batches(
@@ -46,9 +108,12 @@ def micro_batches(
 ) -> Iterator[Batch]:
     """Yield this rank's share of a data set's first epoch, in micro-batches.
 
-    For compiled layers, the last one is padded with empty rows, so that all have the same shape.
+    A small set has about MIN_BATCHES. For compiled layers, batches have the size of training, and
+    the last one is padded with empty rows, so that all have the same shape.
     """
     rows, size = [row for row, _ in dataset.rows(DataPosition())], hardware.micro_batch_size
+    if not hardware.compile:
+        size = min(size, -(-len(rows) // MIN_BATCHES))
     for start in range(distributed.rank * size, len(rows), distributed.world_size * size):
         chunk = rows[start : start + size]
         yield dataset.collate(chunk, size if hardware.compile else len(chunk))

@@ -1,0 +1,116 @@
+"""The weights with the smallest validation loss in best/, and which weights final/ gets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from typing import Any
+
+from trainlib.engine.metrics import VAL_LOSS, read_metrics
+from trainlib.engine.train_state import TrainState
+from trainlib.engine.training import Training
+from trainlib.engine.validation import difference_error
+
+log = logging.getLogger(__name__)
+
+RECORD = "validation.json"
+"""File in best/: step, loss, validation set, and the losses of its batches."""
+
+
+class Best:
+    """The best evaluation of a run after step 0, whose weights are in best/ (keep_best).
+
+    Step 0 does not count: the model before training is in init_from already. Only the main process
+    has a record, and best/ is its only copy, so that it matches the weights in every crash.
+    """
+
+    def __init__(self, training: Training, state: TrainState) -> None:
+        self.training, self.state = training, state
+        self.folder = training.run.folder / "best"
+        self.keeps = training.run.config.keep_best and training.run.distributed.is_main
+        self.record = self._read() if self.keeps else None
+
+    def _read(self) -> dict[str, Any] | None:
+        """Return the record in best/; if it does not belong to this run, remove best/."""
+        if not self.folder.exists():
+            return None
+        try:
+            record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+            # With the same recipe and data, as resume=auto requires, a record from after the
+            # checkpoint is also from this run.
+            later = record["step"] > self.state.step
+            if record["validation"] != validation_digest(self.training):
+                problem = "the validation set has changed"
+            elif later and self.training.run.config.resume != "auto":
+                problem = f"step {record['step']} comes after the checkpoint"
+            else:
+                return record
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problem = f"it is damaged: {error}"
+        log.info("%s starts again: %s", self.folder, problem)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return None
+
+    def update(self, loss: float) -> None:
+        """Record the loss of an evaluation, and write best/ if it is the smallest."""
+        state, batches = self.state, self.training.val_batches
+        state.val_loss, state.val_error = loss, 0.0
+        if self.record is not None and not loss < self.record["loss"]:
+            state.val_error = difference_error(self.record["batches"], batches)
+        elif self.keeps and state.step and math.isfinite(loss):
+            self.record = {
+                "step": state.step,
+                "loss": loss,
+                "validation": validation_digest(self.training),
+                "batches": batches.copy(),
+            }
+            self.training.checkpoints.save_best(self.training.model, RECORD, self.record)
+
+    def load(self) -> list[str]:
+        """Load the weights for final/ into the model; return lines for the log.
+
+        These are the best ones, or the last ones if their loss is at most one standard error
+        higher. Raises UserError if best/ cannot be read.
+        """
+        run, last, loss = self.training.run, self.state.step, self.state.val_loss
+        losses = {row["step"]: row[VAL_LOSS] for row in read_metrics(run.folder) if VAL_LOSS in row}
+        untrained = losses.pop(0, math.inf)
+        if self.record is not None:
+            losses = {self.record["step"]: self.record["loss"]}
+        if loss is None or not losses:
+            return []
+        best = min(losses, key=lambda step: losses[step])
+        lines = []
+        if untrained <= losses[best]:
+            lines.append(
+                f"warning: training did not improve validation (loss {untrained:.4f} at step 0). "
+                "Lower optim.*_lr, or check that the validation files resemble the training data."
+            )
+        text = f"validation was best at step {best} (loss {losses[best]:.4f})"
+        ending = f"at step {last} (loss {loss:.4f})"
+        higher = f"{loss - losses[best]:.4f} higher, standard error {self.state.val_error:.4f}"
+        if best == last:
+            text += ", the last step"
+        elif self.record is None:
+            reason = f"{self.folder} is missing" if self.keeps else "keep_best=off"
+            text += f"; final/ has the last weights, {ending}, because {reason}"
+        elif loss <= losses[best] + self.state.val_error:
+            text += f"; final/ has the last weights, {ending}: {higher}"
+        else:
+            fix = "Remove it and rerun the command to use the last weights."
+            self.training.checkpoints.load_weights(self.training.model, self.folder, fix)
+            text += f"; final/ has these weights, not the last, {ending}: {higher}"
+        return [*lines, text]
+
+
+def validation_digest(training: Training) -> str:
+    """Return a digest of the validation rows, by content."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, val in training.datasets.val.items():
+        digest.update(f"{name} {val.row_length} {val.max_rows}\n".encode())
+        for cache, selected in val.parts:
+            digest.update(cache.hashes[selected].tobytes())
+    return digest.hexdigest()
