@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,21 @@ def unescape(text: str) -> str:
 def split_prompts(samples: dict[int, list[dict[str, str]]], chat: bool) -> None:
     """Split each text into `prompt` and `text`, in place.
 
-    In a chat, the prompt is the first line. Otherwise it is what a sample has in common at all
-    evaluations, because the log does not separate the prompt from its continuation.
+    In a chat, the prompt is the first line. Otherwise it is what the samples of a prompt have in
+    common at all evaluations, because the log does not separate a prompt from its continuation.
     """
-    for position in range(max(map(len, samples.values()), default=0)):
-        entries = [found[position] for found in samples.values() if position < len(found)]
-        texts = [entry["text"] for entry in entries]
-        common = len(os.path.commonprefix(texts))
+    by_prompt: dict[int, list[dict[str, str]]] = {}
+    for found in samples.values():
+        counts = Counter[str]()
+        for entry in found:  # The prompts have the same order under each label.
+            by_prompt.setdefault(counts[entry["label"]], []).append(entry)
+            counts[entry["label"]] += 1
+    for entries in by_prompt.values():
+        common = os.path.commonprefix([entry["text"] for entry in entries])
         for entry in entries:
             prompt, _, answer = entry["text"].partition("\n")
             if not chat:
-                prompt, answer = entry["text"][:common], entry["text"][common:]
+                prompt, answer = common, entry["text"][len(common) :]
             entry.update(prompt=prompt, text=answer)
 
 

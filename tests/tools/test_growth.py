@@ -46,7 +46,10 @@ def runs(tmp_path) -> list[Path]:
     ]  # fmt: skip
     pairs = [{"val/loss": 0.69, "val/reward_accuracy": v} for v in (0.5, 0.61, 0.64)]
     texts = ("To be,0 0 0", "To be,\\nor not", f"To be,{EVIL}")
-    log = [f"sample step {10 * i} greedy: {text}" for i, text in enumerate(texts)]
+    log = [
+        line for i, text in enumerate(texts) for line in
+        (f"sample step {10 * i} greedy: {text}", f"sample step {10 * i} temperature 0.8: To be,{i}")
+    ]  # fmt: skip
     answers = [f"sample step {10 * i} greedy: 12+30?\\n<think>{i}</think>4{i}" for i in range(4)]
     answers += ["sample step 30 temperature 0.8: 12+30?\\n"]
     folders = [
@@ -74,7 +77,10 @@ def test_the_page_has_every_evaluation(runs):
     first, _, last = pretrain["evaluations"]
     assert (first["step"], first["minutes"], first["bits"]) == (0, 0, 3.84)
     assert (last["step"], last["minutes"], last["bits"], last["accuracy"]) == (20, 2, 2.23, None)
-    assert last["samples"] == [{"label": "greedy", "prompt": "To be,", "text": EVIL}]
+    assert last["samples"] == [
+        {"label": "greedy", "prompt": "To be,", "text": EVIL},
+        {"label": "temperature 0.8", "prompt": "To be,", "text": "2"},
+    ]
     assert sft["evaluations"][3]["skills"] == {"sum": {"trained": 1, "words": 0.5},
                                                "json": {"trained": 1 - 3 / 9}}  # fmt: skip
     assert sft["evaluations"][3]["samples"] == [

@@ -155,7 +155,7 @@ def read_base(folder: str) -> tuple[dict[str, Any], list[str], str]:
         found = re.search(r"models--([\w.-]+?)--([\w.-]+)/", Path(folder).absolute().as_posix())
         header["base_model"] = f"{found[1]}/{found[2]}" if found else None
     elif not header["base_model"]:
-        return header, rows.splitlines()[2:], "Data lists the earlier stages too."
+        return header, rows.splitlines()[2:], "The table under Data has the earlier stages too."
     origin = f"It started from {header['base_model'] or 'a model whose name is not recorded'}."
     return header, (rows or "").splitlines()[2:], origin
 
