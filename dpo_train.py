@@ -25,6 +25,7 @@ from trainlib.engine.losses import batch_log_probs
 from trainlib.engine.run import EXECUTION_ONLY, RunConfig
 from trainlib.engine.training import Metrics, MetricSums, Training
 from trainlib.engine.validation import validate
+from trainlib.evaluation.card import final_files
 from trainlib.evaluation.preferences import TIE_NATS, format_report, reference_log_probs, report
 from trainlib.evaluation.worst_rows import write_worst_pairs
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
@@ -83,13 +84,14 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
     def evaluate(training: Training) -> tuple[Metrics, list[str]]:
         return validate(training, loss_fn), []
 
-    def finish(training: Training) -> None:
+    def finish(training: Training) -> dict[str, bytes]:
         latest = torch.full_like(reference, torch.nan)
         table = report(training.run, model, datasets, reference, latest)
         write_atomically(run.folder / "report.json", json.dumps(table, indent=2))
         rewards = config.beta * (latest - reference)
         write_worst_pairs(training.run, tokenizer, datasets.val, rewards)
         log.info("%s", format_report(table))
+        return final_files(training, tokenizer)
 
     files = model_files(model.config, tokenizer)
     training = Training.create(run, model, datasets, files, loss_fn, evaluate, finish)

@@ -20,6 +20,7 @@ from trainlib.engine.run import EXECUTION_ONLY, RunConfig
 from trainlib.engine.training import Metrics, MetricSums, Training
 from trainlib.engine.validation import validate
 from trainlib.evaluation.baselines import with_baselines
+from trainlib.evaluation.card import final_files
 from trainlib.evaluation.worst_rows import write_worst_rows
 from trainlib.models.generate import Sampling, sample_answers
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
@@ -62,8 +63,9 @@ def main(config: SFTConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
         sampling = Sampling(temperature=0, max_new_tokens=64)
         return validate(training, loss_fn), sample_answers(model, tokenizer, QUESTIONS, sampling)
 
-    def finish(training: Training) -> None:
+    def finish(training: Training) -> dict[str, bytes]:
         write_worst_rows(training.run, model, tokenizer, datasets.val)
+        return final_files(training, tokenizer)
 
     files = model_files(model.config, tokenizer)
     return Training.create(run, model, datasets, files, loss_fn, evaluate, finish)

@@ -25,6 +25,7 @@ from trainlib.engine.run import EXECUTION_ONLY, RunConfig
 from trainlib.engine.training import Metrics, MetricSums, Training
 from trainlib.engine.validation import validate
 from trainlib.evaluation.baselines import with_baselines
+from trainlib.evaluation.card import final_files
 from trainlib.evaluation.worst_rows import write_worst_rows
 from trainlib.models.generate import Sampling, sample_texts
 from trainlib.models.hf_folder import (
@@ -101,15 +102,15 @@ def main(config: PretrainConfig, tokenizer: Tokenizer, datasets: Datasets) -> Tr
     initial = load_model(config.init_from) if config.init_from else None
     run = start_run(config, "pretrain", datasets.data_key, config.sequence_length)
     model = initial or Transformer(config.model)
-    log.info("model: %s parameters, vocabulary size %s", f"{count_parameters(model):,}",
-             f"{model.config.vocab_size:,}")  # fmt: skip
+    log.info(f"{count_parameters(model):,} parameters, vocabulary size {tokenizer.vocab_size:,}")
 
     def evaluate(training: Training) -> tuple[Metrics, list[str]]:
         sampling = Sampling(temperature=0, max_new_tokens=32)
         return validate(training, loss_fn), sample_texts(model, tokenizer, PROMPTS, sampling)
 
-    def finish(training: Training) -> None:
+    def finish(training: Training) -> dict[str, bytes]:
         write_worst_rows(training.run, model, tokenizer, datasets.val)
+        return final_files(training, tokenizer)
 
     files = model_files(model.config, tokenizer)
     return Training.create(run, model, datasets, files, loss_fn, evaluate, finish)

@@ -15,7 +15,7 @@ from tools.demo import BEGIN, END, PAGES, READMES
 
 ROOT = Path(__file__).resolve().parents[1]
 CHINESE = [f"{page}.zh-CN.md" for page in ("README", *(f"docs/{name}" for name in
-           ("data", "demo", "docker", "training")))]  # fmt: skip
+           ("data", "demo", "docker", "training", "use")))]  # fmt: skip
 FILES = sorted(
     [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "dataset/README.md"]
 )
@@ -26,6 +26,7 @@ every_chinese_page = pytest.mark.parametrize("name", CHINESE)
 SYSTEM_COMMANDS = {
     *("git", "cd", "wc", ".", "pip", "export", "unset", "touch", "kill", "watch", "nvidia-smi"),
     *("sudo", "docker", "pre-commit", "torchrun", "bash", "curl", "echo", "chmod", "cp", "mkdir"),
+    *("hf", "modelscope"),
 }
 """Commands of the system. Their options are not checked."""
 STAGES = ("train", "sft_train", "dpo_train")

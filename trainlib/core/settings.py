@@ -366,8 +366,8 @@ def recipe(cfg: Any) -> dict[str, Any]:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
-def write_run_yaml(cfg: Any, path: Path) -> None:
-    """Write the resolved settings and their sources as YAML that load_config can read."""
+def run_yaml(cfg: Any) -> str:
+    """Return the settings and their sources as YAML that load_config can read."""
     lines, section, sources = [], "", provenance(cfg)
     # Keys without a section come first; after a section header they would belong to it.
     for key in sorted(_walk(cfg), key=lambda key: key.name.count(".")):
@@ -377,4 +377,9 @@ def write_run_yaml(cfg: Any, path: Path) -> None:
             section = head
         indent = "  " if head else ""
         lines.append(f"{indent}{last}: {value_text(key.default)}  # {sources[key.name]}")
-    write_atomically(path, "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
+
+
+def write_run_yaml(cfg: Any, path: Path) -> None:
+    """Write the settings and their sources to a file."""
+    write_atomically(path, run_yaml(cfg))

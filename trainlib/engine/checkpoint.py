@@ -133,16 +133,18 @@ class Checkpoints:
             for leftover in (partial, old):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def write_final(self, model: nn.Module) -> None:
+    def write_final(self, model: nn.Module, files: dict[str, bytes] | None = None) -> None:
         """Write final/, the model folder from which the next stage starts.
 
-        Raises UserError if it cannot be written.
+        `files` are further files by name; run.yaml among them replaces the copy of the run's.
+        Raises UserError if the folder cannot be written.
         """
         if not self.writes:
             return
         try:
-            with self._new_folder("final", _snapshot(dict(model.named_parameters()))):
-                pass
+            with self._new_folder("final", _snapshot(dict(model.named_parameters()))) as partial:
+                for name, content in (files or {}).items():
+                    (partial / name).write_bytes(content)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{self.folder / 'final'}: could not be written ({error}). The last checkpoint is"

@@ -79,16 +79,17 @@ def fit(training: Training) -> bool:
         finished = schedule.reached(state.step)
         if finished:
             display.close()
+            files: dict[str, bytes] = {}
             if is_main:
                 display.show(best.load())
                 try:
-                    training.finish(training)
+                    files = training.finish(training)
                 except OSError as error:
                     raise UserError(
                         f"{run.folder}: the report could not be written ({error}). The last "
                         "checkpoint is intact. Free some space, then rerun the command to resume."
                     ) from error
-            checkpoints.write_final(training.model)
+            checkpoints.write_final(training.model, files)
     display.summary(finished)
     metrics.close()
     return finished and is_main
