@@ -27,6 +27,7 @@ from trainlib.engine.training import Metrics, MetricSums, Training
 from trainlib.engine.validation import validate
 from trainlib.evaluation.preferences import TIE_NATS, format_report, reference_log_probs, report
 from trainlib.evaluation.worst_rows import write_worst_pairs
+from trainlib.models.generate import QUESTIONS, sample_answers, show_samples
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,8 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
         return dpo_loss(log_probs, reference[batch.sequence_ids], config.beta)
 
     def evaluate(training: Training) -> tuple[Metrics, list[str]]:
-        return validate(training, eval_loss_fn), []
+        samples = show_samples(sample_answers, model, tokenizer, QUESTIONS, 64)
+        return validate(training, eval_loss_fn), samples
 
     def finish(training: Training) -> None:
         table = report(training.run, model, datasets, reference, latest)
