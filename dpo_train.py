@@ -28,6 +28,7 @@ from trainlib.engine.validation import validate
 from trainlib.evaluation.card import final_files
 from trainlib.evaluation.preferences import TIE_NATS, format_report, reference_log_probs, report
 from trainlib.evaluation.worst_rows import write_worst_pairs
+from trainlib.models.generate import QUESTIONS, sample_answers, show_samples
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,8 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
         return dpo_loss(batch_log_probs(model, batch), reference[batch.sequence_ids], config.beta)
 
     def evaluate(training: Training) -> tuple[Metrics, list[str]]:
-        return validate(training, loss_fn), []
+        samples = show_samples(sample_answers, model, tokenizer, QUESTIONS, 64)
+        return validate(training, loss_fn), samples
 
     def finish(training: Training) -> dict[str, bytes]:
         latest = torch.full_like(reference, torch.nan)

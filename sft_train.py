@@ -22,10 +22,8 @@ from trainlib.engine.validation import validate
 from trainlib.evaluation.baselines import with_baselines
 from trainlib.evaluation.card import final_files
 from trainlib.evaluation.worst_rows import write_worst_rows
-from trainlib.models.generate import Sampling, sample_answers
+from trainlib.models.generate import QUESTIONS, sample_answers, show_samples
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
-
-QUESTIONS = ("你是谁？", "Name three colors.")  # Answered at every evaluation, to show samples.
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ def main(config: SFTConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
     run = start_run(config, "sft", datasets.data_key, config.sequence_length)
 
     def evaluate(training: Training) -> tuple[Metrics, list[str]]:
-        sampling = Sampling(temperature=0, max_new_tokens=64)
-        return validate(training, loss_fn), sample_answers(model, tokenizer, QUESTIONS, sampling)
+        samples = show_samples(sample_answers, model, tokenizer, QUESTIONS, 64)
+        return validate(training, loss_fn), samples
 
     def finish(training: Training) -> dict[str, bytes]:
         write_worst_rows(training.run, model, tokenizer, datasets.val)

@@ -27,7 +27,7 @@ from trainlib.engine.validation import validate
 from trainlib.evaluation.baselines import with_baselines
 from trainlib.evaluation.card import final_files
 from trainlib.evaluation.worst_rows import write_worst_rows
-from trainlib.models.generate import Sampling, sample_texts
+from trainlib.models.generate import sample_texts, show_samples
 from trainlib.models.hf_folder import (
     adopt_model_config,
     check_vocabulary,
@@ -105,8 +105,8 @@ def main(config: PretrainConfig, tokenizer: Tokenizer, datasets: Datasets) -> Tr
     log.info(f"{count_parameters(model):,} parameters, vocabulary size {tokenizer.vocab_size:,}")
 
     def evaluate(training: Training) -> tuple[Metrics, list[str]]:
-        sampling = Sampling(temperature=0, max_new_tokens=32)
-        return validate(training, loss_fn), sample_texts(model, tokenizer, PROMPTS, sampling)
+        samples = show_samples(sample_texts, model, tokenizer, PROMPTS, 32)
+        return validate(training, loss_fn), samples
 
     def finish(training: Training) -> dict[str, bytes]:
         write_worst_rows(training.run, model, tokenizer, datasets.val)

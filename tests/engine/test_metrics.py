@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
-from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from trainlib.engine.metrics import MetricsLog, as_markdown, charts, newly_passed, truncate_metrics
+from trainlib.engine.metrics import MetricsLog, as_markdown, newly_passed, truncate_metrics
 
 
 def lines(folder: Path) -> list[dict]:
@@ -22,22 +21,6 @@ def lines(folder: Path) -> list[dict]:
 
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
-
-
-STEP = ("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "train/mfu",
-        "train/data_wait")  # fmt: skip
-
-
-def layout(events: EventAccumulator) -> dict[str, list[str]]:
-    """Return the metric names in each chart on the page, read from the events."""
-    page = Layout.FromString(
-        events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
-    )
-    (category,) = page.category
-    assert category.title == "is it going well?"
-    names = {chart.title: list(chart.multiline.tag) for chart in category.chart}
-    assert all(name.endswith("$") for tags in names.values() for name in tags)
-    return {title: [name[:-1] for name in tags] for title, tags in names.items()}
 
 
 def test_each_line_is_written_immediately(tmp_path):
@@ -71,36 +54,28 @@ def test_a_sample_is_displayed_literally(text):
     ]
 
 
-def test_the_page_has_charts_only_for_existing_metrics(tmp_path):
+def test_an_evaluation_writes_its_samples_and_baselines(tmp_path):
     log = MetricsLog(tmp_path, None)
     log.add_baselines({"unigram": 3.0, "bigram": 2.5})
     assert json.loads((tmp_path / "baselines.json").read_text()) == {"unigram": 3.0, "bigram": 2.5}
-    figures = {"val/loss": 2.0, "val/bits_per_byte": 2.9, "val/a/loss": 2.0}
-    log.write_evaluation(0, figures, ["To be"], [])
-    log.write_step(1, dict.fromkeys(STEP, 1.0), "step 1")
+    figures = {"val/loss": 2.0, "val/bits_per_byte": 2.9}
+    log.write_evaluation(0, figures, ["greedy: To be,\nor not\n", "temperature 0.8: *"], [])
+    log.write_evaluation(2, figures, ["greedy: To"], ["below the unigram baseline at step 2"])
     log.close()
-    log = MetricsLog(tmp_path, 1)
-    log.add_baselines({"unigram": 3.0, "bigram": 2.5})
-    log.write_evaluation(2, figures, ["To be, or"], ["below the unigram baseline at step 2"])
-    log.close()
-    assert (tmp_path / "train.log").read_text().endswith("below the unigram baseline at step 2\n")
-    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    assert (tmp_path / "train.log").read_text().splitlines() == [
+        "sample step 0 greedy: To be,\\nor not",
+        "sample step 0 temperature 0.8: *",
+        "sample step 2 greedy: To",
+        "below the unigram baseline at step 2",
+    ]
+    assert lines(tmp_path) == [{"step": 0, **figures}, {"step": 2, **figures}]
+    events = EventAccumulator(str(tmp_path / "tensorboard/validation"))
     events.Reload()
-    tags = events.Tags()["scalars"]
-    for name, value in {"baseline/unigram": 3.0, "baseline/bigram": 2.5, "val/loss": 2.0}.items():
-        assert [(e.step, e.value) for e in events.Scalars(name)] == [(0, value), (2, value)]
-    shown = layout(events)
-    assert shown["bits per byte"] == ["val/bits_per_byte", "baseline/unigram", "baseline/bigram"]
-    assert not {"reward margin", "reward accuracy"} & set(shown)
-    assert {name for names in shown.values() for name in names} <= set(tags)
-    texts = [e.tensor_proto.string_val[0] for e in events.Tensors("samples/text_summary")]
-    assert texts == [b"To be", b"To be&#44; or"]
-
-
-def test_the_dpo_page_has_rewards_but_no_bits_per_byte():
-    shown = charts(["val/loss", "val/reward_margin", "val/reward_accuracy"], [])
-    assert {"reward margin", "reward accuracy"} < set(shown) and "bits per byte" not in shown
+    texts = [e.tensor_proto.string_val[0].decode() for e in events.Tensors("samples/text_summary")]
+    assert texts == [
+        "greedy&#58; To be&#44;  \nor not\n\n---\n\ntemperature 0&#46;8&#58; &#42;",
+        "greedy&#58; To",
+    ]
 
 
 def test_each_passed_baseline_is_reported_once():
@@ -136,9 +111,9 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     assert [line["train/loss"] for line in lines(tmp_path)] == [11.0, 12.0, 23.0, 24.0]
     logged = (tmp_path / "train.log").read_text().splitlines()
     assert logged[4:] == ["resuming from step 2", "step 3", "step 4"]
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard/train"))
     events.Reload()
-    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    shown = [(event.step, event.value) for event in events.Scalars("overview/2 loss")]
     assert shown == [(1, 11.0), (2, 12.0), (3, 23.0), (4, 24.0)]
     assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob(".*"))
 

@@ -20,6 +20,9 @@ from trainlib.models.generate import (
     generate,
     generate_batch,
     sample,
+    sample_answers,
+    sample_texts,
+    show_samples,
     stream_text,
 )
 from trainlib.models.hf_folder import load_model, model_files
@@ -221,3 +224,15 @@ def test_a_batch_equals_single_prompts_and_restores_mode_and_rng_state(folder):
     assert model.training and torch.equal(state, torch.get_rng_state())
     with pytest.raises(ValueError, match="512 tokens"):
         generate_batch(model, [[5] * 512], sampling)
+
+
+@pytest.mark.parametrize("generate_texts", [sample_texts, sample_answers])
+def test_samples_are_repeatable_and_leave_mode_and_rng_state(folder, tokenizer, generate_texts):
+    model, prompts, state = load_model(folder).train(), ["To be,", "话说"], torch.get_rng_state()
+    texts = show_samples(generate_texts, model, tokenizer, prompts, 12)
+    assert texts == show_samples(generate_texts, model, tokenizer, prompts, 12)
+    assert model.training and torch.equal(state, torch.get_rng_state())
+    greedy = generate_texts(model, tokenizer, prompts, Sampling(0, max_new_tokens=12))
+    assert texts[:2] == [f"greedy: {text}" for text in greedy]
+    for text, other, prompt in zip(texts[2:], greedy, prompts, strict=True):
+        assert text.startswith(f"temperature 0.8: {prompt}") and not text.endswith(other)

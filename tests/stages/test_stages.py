@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainlib.engine.metrics import charts
+from trainlib.engine.board import place
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = [
@@ -110,14 +110,16 @@ def test_a_run_writes_all_documented_files(pretrained):
     assert f"all{rows[-1]['val/loss']:26.4f}" in "\n".join(lines)
     assert lines[-1].startswith("validation was best at step 12 (loss ")
     assert json.loads((pretrained / "baselines.json").read_text())["bigram"] > 0
-    events = EventAccumulator(str(pretrained / "tensorboard"))
-    events.Reload()
-    tags = set(events.Tags()["scalars"])
-    expected = charts(list(rows[0]), ["uniform", "unigram", "bigram"])
-    assert {name for names in expected.values() for name in names} <= tags
-    assert [e.step for e in events.Scalars("baseline/unigram")] == [0, 4, 8, 12]
-    assert [e.step for e in events.Tensors("samples/text_summary")] == [0, 4, 8, 12]
-    assert len(events.Tensors("custom_scalars__config__")) == 1
+    runs = {path.name: EventAccumulator(str(path)) for path in pretrained.glob("tensorboard/*")}
+    assert set(runs) == {"train", "validation", "unigram", "bigram"}
+    for events in runs.values():
+        events.Reload()
+    for name in {name for row in rows for name in row} - {"step"}:
+        line, tag = place(name)
+        shown = runs[line].Scalars(tag)[-1]
+        assert (shown.step, shown.value) == (12, pytest.approx(rows[-1 - (line == "train")][name]))
+    assert [e.step for e in runs["unigram"].Scalars(place("baseline/unigram")[1])] == [0, 4, 8, 12]
+    assert [e.step for e in runs["validation"].Tensors("samples/text_summary")] == [0, 4, 8, 12]
     _, info = transformers.AutoModelForCausalLM.from_pretrained(
         pretrained / "final", output_loading_info=True
     )
@@ -221,10 +223,15 @@ def test_three_stages_run_in_sequence(workdir, pretrained):
     out = run("sft_train.py", *sft, *COMMON, "max_steps=8", "sequence_length=64", cwd=workdir)
     rows = metrics(workdir / "sft")
     assert rows[-1]["val/loss"] < rows[0]["val/loss"]
-    assert "baselines in bits per byte" in out and "sample: 你是谁？\\n" in out
+    assert "baselines in bits per byte" in out and "sample: greedy: 你是谁？\\n" in out
     dpo = ["configs/tiny_dpo.yaml", "out_dir=dpo", "init_from=sft/final", "data.files=dpo.jsonl"]
     dpo += [*COMMON, "max_steps=20", "sequence_length=64", "optim.adamw_lr=2e-3"]
     out = run("dpo_train.py", *dpo, "data.val_fraction=0.1", cwd=workdir)
+    for stage in ("full", "sft", "dpo"):
+        log = (workdir / stage / "train.log").read_text()
+        for step in (row["step"] for row in metrics(workdir / stage) if "val/loss" in row):
+            for label in ("greedy", "temperature 0.8"):
+                assert f"sample step {step} {label}: " in log
     rows = metrics(workdir / "dpo")
     assert rows[0]["val/loss"] == pytest.approx(0.693147, abs=1e-4)
     assert rows[0]["val/reward_accuracy"] == 0.5 and rows[1]["train/mfu"] > 0

@@ -1,4 +1,4 @@
-"""Write a run's metrics to metrics.jsonl, train.log and TensorBoard, under the same names."""
+"""Write a run's metrics to metrics.jsonl, train.log and TensorBoard."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from trainlib.core.files import write_atomically
+from trainlib.engine.board import Board
 
 TRAIN_LOSS = "train/loss"  # nats per target
 TRAIN_LR = "train/lr"  # of the first parameter group
@@ -24,30 +23,7 @@ TRAIN_MFU = "train/mfu"  # fraction of the measured matmul peak
 VAL_LOSS = "val/loss"
 VAL_BITS_PER_BYTE = "val/bits_per_byte"
 VAL_REWARD_ACCURACY = "val/reward_accuracy"  # fraction of pairs
-VAL_REWARD_MARGIN = "val/reward_margin"  # mean over pairs
 BASELINE = "baseline/"
-
-PAGE = "is it going well?"
-
-
-def charts(validation: list[str], baselines: list[str]) -> dict[str, list[str]]:
-    """Return the metric names for each chart by title, without the charts for other stages.
-
-    `validation` lists the metric names that an evaluation returns.
-    """
-    charts = {
-        "loss": [TRAIN_LOSS, VAL_LOSS],
-        "bits per byte": [VAL_BITS_PER_BYTE, *(BASELINE + name for name in baselines)],
-        "reward accuracy": [VAL_REWARD_ACCURACY],
-        "reward margin": [VAL_REWARD_MARGIN],
-        "learning rate": [TRAIN_LR],
-        "gradient norm": [TRAIN_GRAD_NORM],
-        "tokens per second": [TRAIN_SPEED],
-        "MFU": [TRAIN_MFU],
-        "share of time waiting for data": [TRAIN_DATA_WAIT],
-    }
-    return {title: names for title, names in charts.items()
-            if not names[0].startswith("val/") or names[0] in validation}  # fmt: skip
 
 
 class MetricsLog:
@@ -65,10 +41,14 @@ class MetricsLog:
         self._log = (folder / "train.log").open("a", encoding="utf-8")
         if resume_step is not None:
             self._line(f"resuming from step {resume_step}")
-        purge = 0 if resume_step is None else resume_step + 1
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        evaluated = {
+            name: (int(row["step"]), value)
+            for row in read_metrics(folder)
+            for name, value in row.items()
+            if name.startswith("val/")
+        }
+        self._board = Board(folder / "tensorboard", resume_step, evaluated)
         self._baselines: dict[str, float] = {}
-        self._has_page = False
 
     def add_baselines(self, baselines: dict[str, float]) -> None:
         """Write the baselines for val/bits_per_byte to baselines.json, and plot them as lines."""
@@ -79,6 +59,7 @@ class MetricsLog:
     def write_step(self, step: int, values: dict[str, float], text: str) -> None:
         """Record a training step, with its line in train.log."""
         self.write(step, values)
+        self._board.add(step, values)
         self._line(text)
 
     def write_evaluation(
@@ -86,38 +67,25 @@ class MetricsLog:
     ) -> None:
         """Record an evaluation: its metrics, baselines, samples, and lines in train.log."""
         self.write(step, values)
+        for text in samples:
+            self._line(f"sample step {step} {text.rstrip()}".replace("\n", "\\n"))
         for line in log_lines:
             self._line(line)
-        for name, value in self._baselines.items():
-            self._board.add_scalar(BASELINE + name, value, step)
-        if samples:
-            self._board.add_text("samples", as_markdown(samples), step)
-        if not self._has_page:
-            self._add_page(list(values))
-        self._board.flush()  # Otherwise the charts would lack the last point.
+        # "uniform" is omitted: its line would compress the others.
+        baselines = {BASELINE + k: v for k, v in self._baselines.items() if k != "uniform"}
+        self._board.add_evaluation(step, {**values, **baselines}, as_markdown(samples))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Record the metrics of a step; non-finite values become null."""
+        """Add a line to metrics.jsonl; non-finite values become null."""
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
         self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
         self._metrics.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close all outputs."""
         self._metrics.close()
         self._log.close()
         self._board.close()
-
-    def _add_page(self, validation: list[str]) -> None:
-        # TensorBoard matches names as regular expressions, anchored at the start only.
-        page = {
-            title: ["Multiline", [f"{name}$" for name in names]]
-            for title, names in charts(validation, list(self._baselines)).items()
-        }
-        self._board.add_custom_scalars({PAGE: page})
-        self._has_page = True
 
     def write_lines(self, lines: list[str]) -> None:
         """Append lines to train.log."""

@@ -10,7 +10,7 @@ import codecs
 import contextlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -191,6 +191,29 @@ def _decode(
             yield new
     finally:
         model.train(was_training)
+
+
+QUESTIONS = ("你是谁？", "Name three colors.")  # Answered at the evaluations of SFT and DPO.
+
+
+def show_samples(
+    generate_texts: Callable[[Transformer, Tokenizer, Sequence[str], Sampling], list[str]],
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+) -> list[str]:
+    """Return what `sample_texts` or `sample_answers` returns, greedy and at 0.8, with labels.
+
+    The seed is fixed, so that only the model changes from one evaluation to the next.
+    """
+    greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens)
+    warm = Sampling(temperature=0.8, max_new_tokens=max_new_tokens, seed=0)
+    return [
+        f"{label}: {text}"
+        for label, sampling in (("greedy", greedy), ("temperature 0.8", warm))
+        for text in generate_texts(model, tokenizer, prompts, sampling)
+    ]
 
 
 def sample_texts(
