@@ -17,8 +17,8 @@ from tokenizers import Tokenizer as Bpe
 from tokenizer.adopt import adopt
 from tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 from tokenizer.chat_format import render_conversation
-from tools.sample_extras import _npm_pack
-from tools.sample_sources import Package, PrepareError, fetch
+from tools.prepare_data.extras import _npm_pack
+from tools.prepare_data.sources import Package, PrepareError, fetch
 
 pytestmark = pytest.mark.slow
 NPM = {

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from tests.support.sample_archives import build, served
-from tools import prepare_data, sample_sources
-from tools.sample_sources import fetch, open_session, pip_settings
+from tools.prepare_data import __main__ as prepare_data
+from tools.prepare_data import sources as sample_sources
+from tools.prepare_data.sources import fetch, open_session, pip_settings
 
 
 @dataclass

@@ -3,7 +3,7 @@
 `python -m tools.prepare_data [--name NAME] [--author AUTHOR]` writes
 
     pretrain.jsonl  sft.jsonl  dpo.jsonl     training rows for the three stages
-    val/<stage>/<source>.jsonl               held-out rows (see is_validation in sample_rows)
+    val/<stage>/<source>.jsonl               held-out rows (see is_validation in rows.py)
     extra/<name>.jsonl                       with --poetry, --brown etc.; held-out rows: extra/val/
     README.md                                opens the folder with datasets.load_dataset
     SOURCES.json                             package, version, sha256, licence, rows, bytes
@@ -32,8 +32,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tools.sample_extras import EXTRAS, extra_rows
-from tools.sample_rows import (
+from tools.prepare_data.extras import EXTRAS, extra_rows
+from tools.prepare_data.rows import (
     Row,
     conversations,
     identity_rows,
@@ -44,7 +44,7 @@ from tools.sample_rows import (
     ranked_pairs,
     stable_hash,
 )
-from tools.sample_sources import (
+from tools.prepare_data.sources import (
     PACKAGES,
     Package,
     PrepareError,
