@@ -95,7 +95,7 @@ def test_the_template_gives_the_same_ids(vocabulary, theirs, one, two, thoughts,
         {"role": "user", "content": two},
         {"role": "assistant", "content": one, "reasoning_content": thoughts, "tool_calls": [call]},
         {"role": "tool", "content": two},
-        {"role": "assistant", "content": two},
+        {"role": "assistant", "content": two, "enable_thinking": False},
     ]
     ids = theirs.apply_chat_template(messages, tokenize=True)["input_ids"]
     assert ids == render_conversation(vocabulary, messages).ids

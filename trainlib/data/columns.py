@@ -31,8 +31,8 @@ MAPPABLE = tuple(name for name in COLUMNS if name != "label")
 """The names that data.columns may map."""
 TURN_KEYS = frozenset((
     "role", "from", "content", "value", "text", "tool_calls", "function_call", "reasoning_content",
-    "reasoning", "thinking", "tools", "functions", "weight", "train", "loss", "name",
-    "tool_call_id", "id", "source", "score", "lang", "model", "timestamp", "metadata",
+    "reasoning", "thinking", "enable_thinking", "tools", "functions", "weight", "train", "loss",
+    "name", "tool_call_id", "id", "source", "score", "lang", "model", "timestamp", "metadata",
 ))  # fmt: skip
 """The keys of a message that are read, or that only repeat what another key says."""
 HARMLESS = frozenset((

@@ -1,7 +1,8 @@
 """Converter for a single message: roles, reasoning, tool calls and marks, as others write them.
 
 A message is {"role", "content"}, optionally with "reasoning_content" and "tool_calls" (assistant),
-"tools" (leading system message), or "weight": 0 (assistant: not learned).
+"tools" (leading system message), "enable_thinking": False or "weight": 0 (assistant: no reasoning,
+not learned).
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ def read_turn(turn: Any, field: str) -> Messages:
         message["reasoning_content"] = check_text(thoughts, f"{field}: reasoning")
     if calls and (tool_calls := _read_calls(calls, field)):
         message["tool_calls"] = tool_calls
+    if turn.get("enable_thinking") is False:
+        message["enable_thinking"] = False
     for key in MARKS:
         if key in turn and turn[key] in (False, "false", "False", "0"):  # Also the number 0.
             message["weight"] = 0

@@ -42,7 +42,7 @@ from trainlib.data.tokenize_files import Encode, Task, Tokenized, read_chunks, t
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 4
+LAYOUT = 5
 """Increase this when the format of the cache files changes."""
 MAX_SKIPPED = 0.01
 """Share of a file's rows that data.on_error=skip may skip."""
