@@ -10,10 +10,15 @@ import re
 from collections import Counter
 
 import pytest
+import torch
 
+from model import ModelConfig, Transformer
+from tests.stages.test_chat import SIZES, save
 from tokenizer.chat_format import render_conversation
+from tools.prepare_data import skill_pairs
 from tools.prepare_data.items import chinese, english
-from tools.prepare_data.skills import HELD_OUT, KINDS, skill_rows, wordings
+from tools.prepare_data.skills import HELD_OUT, KINDS, held_out, skill_rows, wordings
+from trainlib.core.errors import UserError
 from trainlib.data import formats
 from trainlib.data.findings import Counts
 
@@ -190,3 +195,49 @@ def test_stages_read_every_row(rows, tokenizer):
 
 def test_the_same_rows_every_time(rows):
     assert tuple([json.loads(row.line) for row in part] for part in skill_rows(WORDS)) == rows
+
+
+# ---- the model's own mistakes -------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer, monkeypatch):
+    """Return the folder of a random model, which ends few answers."""
+    monkeypatch.setattr(skill_pairs, "QUESTIONS", 24)
+    torch.manual_seed(0)
+    save(tmp_path, Transformer(ModelConfig(**{**SIZES, "max_position_embeddings": 128})), tokenizer)
+    return tmp_path
+
+
+def test_wrong_answers_become_rejected_ones(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    skill_pairs.write_skill_pairs(folder, out, WORDS)
+    printed = capsys.readouterr().out
+    [path] = out.iterdir()
+    assert printed.splitlines()[-1] == str(path) and "fewer than 50 pairs" in printed
+    content = path.read_bytes()
+    pairs = [json.loads(line) for line in content.splitlines()]
+    assert pairs and re.fullmatch(r"dpo_skills-[0-9a-f]{12}\.jsonl", path.name)
+    for pair in pairs:
+        kind, question, _, answer = parts(pair)
+        assert pair["rejected"][0] == pair["chosen"][0]
+        assert pair["rejected"][1]["content"].strip() not in ("", answer)
+        assert solve(kind, question, pair) in (answer, None)
+        assert ("enable_thinking" in pair["rejected"][1]) == (kind == "sum_direct")
+    skill_pairs.write_skill_pairs(folder, out, WORDS)
+    assert capsys.readouterr().out == f"{path}\n"  # A file that exists is kept.
+    path.unlink()
+    skill_pairs.write_skill_pairs(folder, out, WORDS)
+    assert path.read_bytes() == content
+
+
+def test_skill_pairs_are_of_the_training_side(folder):
+    asked = [
+        pair for kind in KINDS for pair in skill_pairs.questions(kind, "train", 24, WORDS, "p")
+    ]
+    assert len(asked) > 200 and not any(held_out(item.key) for _, item in asked)
+
+
+def test_a_folder_without_a_model_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="--skill-pairs .*no model found"):
+        skill_pairs.write_skill_pairs(tmp_path, tmp_path, WORDS)

