@@ -6,7 +6,10 @@ import argparse
 import contextlib
 import glob
 import sys
+from collections.abc import Iterator
+from itertools import chain, dropwhile, takewhile
 from pathlib import Path
+from typing import TextIO
 
 from model import Transformer
 from tokenizer.bpe import Tokenizer
@@ -34,8 +37,12 @@ def newest_model() -> tuple[str, bool]:
 
 
 def answer(
-    model: Transformer, tokenizer: Tokenizer, messages: list[Message], sampling: Sampling
-) -> str:
+    model: Transformer,
+    tokenizer: Tokenizer,
+    messages: list[Message],
+    sampling: Sampling,
+    thinking: bool = True,
+) -> Message:
     """Print the assistant's answer as it is generated, and return it.
 
     Removes the oldest exchanges from `messages` until the prompt fits, with up to half of the
@@ -44,10 +51,16 @@ def answer(
     limit = model.config.max_position_embeddings
     longest = limit - min(sampling.max_new_tokens, limit // 2)
     first = 1 if messages[0]["role"] == "system" else 0
-    while len(ids := render_prompt(tokenizer, messages)) > longest and len(messages) > first + 2:
+    while (
+        len(ids := render_prompt(tokenizer, messages, thinking)) > longest
+        and len(messages) > first + 2
+    ):
         del messages[first : first + 2]
         print("(removed the oldest exchange, which no longer fits in the context)", file=sys.stderr)
-    return print_new_text(model, tokenizer, ids, sampling)
+    texts = print_new_text(model, tokenizer, ids, sampling)
+    if thoughts := texts.get("reasoning_content"):
+        texts["reasoning_content"] = thoughts.removesuffix("\n")
+    return {"role": "assistant", **texts, **({} if thinking else {"enable_thinking": False})}
 
 
 def continue_text(model: Transformer, tokenizer: Tokenizer, text: str, sampling: Sampling) -> None:
@@ -58,21 +71,37 @@ def continue_text(model: Transformer, tokenizer: Tokenizer, text: str, sampling:
 
 def print_new_text(
     model: Transformer, tokenizer: Tokenizer, ids: list[int], sampling: Sampling
-) -> str:
-    """Print what the model generates after `ids`, and return it; Ctrl-C stops it.
+) -> dict[str, str]:
+    """Print what the model generates after `ids`, thoughts on stderr; Ctrl-C stops it.
 
-    Raises UserError if `ids` do not fit in the context.
+    Returns the texts as "content" and, if there are thoughts, "reasoning_content". Raises UserError
+    if `ids` do not fit in the context.
     """
     if len(ids) >= (limit := model.config.max_position_embeddings):
         raise UserError(f"the prompt has {len(ids)} tokens; shorten it to at most {limit - 1}")
-    pieces = []
+    texts = {"content": ""}
+
+    def show(name: str, pieces: Iterator[str], stream: TextIO) -> None:
+        for piece in pieces:
+            texts[name] = texts.get(name, "") + piece
+            print(piece, end="", flush=True, file=stream)
+
     new_ids = generate(model, ids, sampling, tokenizer.stop_ids)
+    begin, end = map(tokenizer.tag_id, ("<think>", "</think>"))
     with contextlib.suppress(KeyboardInterrupt):
-        for piece in stream_text(tokenizer, new_ids):
-            pieces.append(piece)
-            print(piece, end="", flush=True)
+        if (first := next(new_ids)) == begin:  # Newlines separate tags from thoughts and answer.
+            thoughts = stream_text(tokenizer, takewhile(lambda id_: id_ != end, new_ids))
+            show("reasoning_content", dropwhile(is_newlines, thoughts), sys.stderr)
+            show("content", dropwhile(is_newlines, stream_text(tokenizer, new_ids)), sys.stdout)
+        else:
+            show("content", stream_text(tokenizer, chain([first], new_ids)), sys.stdout)
     print(flush=True)
-    return "".join(pieces)
+    return texts
+
+
+def is_newlines(text: str) -> bool:
+    """Return whether a text has nothing but newlines."""
+    return not text.strip("\n")
 
 
 def converse(
@@ -81,6 +110,7 @@ def converse(
     system: list[Message],
     sampling: Sampling,
     raw: bool = False,
+    thinking: bool = True,
 ) -> None:
     """Answer questions, or continue each line if `raw`, until the input ends or is /quit."""
     with contextlib.suppress(ImportError):
@@ -105,8 +135,8 @@ def converse(
                     continue_text(model, tokenizer, line, sampling)
                     continue
                 asked = [*messages, {"role": "user", "content": question}]
-                text = answer(model, tokenizer, asked, sampling)
-                messages = [*asked, {"role": "assistant", "content": text}]
+                message = answer(model, tokenizer, asked, sampling, thinking)
+                messages = [*asked, message]
             except UserError as error:
                 print(f"({error})", file=sys.stderr)
 
@@ -125,6 +155,7 @@ def main() -> None:
         "--prompt", type=valid_text, help="print one answer to this text on stdout and exit"
     )
     parser.add_argument("--system", type=valid_text, default="", help="system message")
+    parser.add_argument("--no-think", action="store_true", help="answer without thoughts")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 = greedy (default: 0.7)")
     parser.add_argument(
         "--top-p",
@@ -151,8 +182,8 @@ def main() -> None:
         if not folder:
             folder, pretrained = newest_model()
             raw = raw or pretrained
-        if raw and options.system:
-            raise UserError(f"{folder}: --raw has no system message. Remove --system.")
+        if raw and (options.system or options.no_think):
+            raise UserError(f"{folder}: --raw has no turns. Remove --system and --no-think.")
         if options.prompt is None or not options.model:
             print(f"model: {folder}{', continues texts (--raw)' * raw}", file=sys.stderr)
         model, tokenizer = load_model(folder, "--model "), load_tokenizer(folder)
@@ -160,12 +191,12 @@ def main() -> None:
         if options.system:
             messages.append({"role": "system", "content": options.system})
         if options.prompt is None:
-            converse(model, tokenizer, messages, sampling, raw)
+            converse(model, tokenizer, messages, sampling, raw, not options.no_think)
         elif raw:
             continue_text(model, tokenizer, options.prompt, sampling)
         else:
             messages.append({"role": "user", "content": options.prompt})
-            answer(model, tokenizer, messages, sampling)
+            answer(model, tokenizer, messages, sampling, not options.no_think)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

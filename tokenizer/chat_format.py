@@ -9,13 +9,15 @@ A message is a dict with "role" (system, user, assistant, tool) and "content" (t
 
     tools               system message: a list of JSON objects, appended one per line
     reasoning_content   assistant: reasoning, between <think> and </think> before the content
+    enable_thinking     assistant: False = answered without reasoning, so the tags hold nothing
     tool_calls          assistant: [{"name", "arguments"}], each between <tool_call> tags
     weight              assistant: 0 = the turn is not supervised
 
 Reasoning and calls are supervised. A tool's answer is a user turn between <tool_response> tags and
-is not supervised. No default system message or empty reasoning is added. The text between two
-special tokens is encoded at once, as transformers encodes the text of the chat template. In the
-project's vocabulary, "assistant\n" never merges with the content (tools/train_tokenizer.py).
+is not supervised, nor are tags that hold nothing. No default system message is added. The text
+between two special tokens is encoded at once, as transformers encodes the text of the chat
+template. In the project's vocabulary, "assistant\n" never merges with the content
+(tools/train_tokenizer.py).
 """
 
 from __future__ import annotations
@@ -36,23 +38,22 @@ class Tag(str):
     """The text of a special token, to be encoded as its id."""
 
 
+NO_THOUGHTS = (Tag("<think>"), "\n\n", Tag("</think>"), "\n\n")
+
+
 def render_conversation(tokenizer: Tokenizer, messages: SequenceABC[Message]) -> Sequence:
     """Return the ids of a conversation; assistant turns and their end tokens are supervised."""
     ids: list[int] = []
     mask: list[bool] = []
     newline = tokenizer.encode("\n")
     for message in messages:
-        opening = ("user" if message["role"] == "tool" else message["role"]) + "\n"
-        text, *rest = _join_texts(tokenizer, (opening, *message_pieces(message)))
-        turn = tokenizer.encode(text)
-        # Every id after the opening is supervised. In other vocabularies, the id of its newline may
-        # include the first newlines of the content; such an id is supervised too.
-        start = 1 + len(commonprefix([turn, tokenizer.encode(opening)]))
-        turn.insert(0, tokenizer.im_start_id)
-        for piece in rest:
-            tag = tokenizer.tag_id(piece) if isinstance(piece, Tag) else None
-            turn += tokenizer.encode(piece) if tag is None else [tag]
-        turn.append(tokenizer.im_end_id)
+        thinking = message.get("enable_thinking") is not False or message.get("reasoning_content")
+        opening = _opening(message["role"], bool(thinking))
+        turn = _encode(tokenizer, (*opening, *message_pieces(message)))
+        # Every id after the opening is supervised. An id that includes the last newlines of the
+        # opening and the first newlines of the content is supervised too.
+        start = 1 + len(commonprefix([turn, _encode(tokenizer, opening)]))
+        turn = [tokenizer.im_start_id, *turn, tokenizer.im_end_id]
         ids += turn + newline
         supervised = message["role"] == "assistant" and message.get("weight") != 0
         mask += [supervised and i >= start for i in range(len(turn))]
@@ -60,10 +61,27 @@ def render_conversation(tokenizer: Tokenizer, messages: SequenceABC[Message]) ->
     return Sequence(ids, mask)
 
 
-def render_prompt(tokenizer: Tokenizer, messages: SequenceABC[Message]) -> list[int]:
+def render_prompt(
+    tokenizer: Tokenizer, messages: SequenceABC[Message], enable_thinking: bool = True
+) -> list[int]:
     """Return the ids of a conversation, followed by the start of an assistant turn."""
-    opening = [tokenizer.im_start_id, *tokenizer.encode("assistant\n")]
-    return render_conversation(tokenizer, messages).ids + opening
+    opening = _encode(tokenizer, _opening("assistant", enable_thinking))
+    return [*render_conversation(tokenizer, messages).ids, tokenizer.im_start_id, *opening]
+
+
+def _opening(role: str, thinking: bool) -> tuple[str, ...]:
+    """Return the start of a turn, up to what the assistant generates."""
+    empty = NO_THOUGHTS if role == "assistant" and not thinking else ()
+    return (("user" if role == "tool" else role) + "\n", *empty)
+
+
+def _encode(tokenizer: Tokenizer, pieces: Iterable[str]) -> list[int]:
+    """Return the ids of texts and tags."""
+    ids: list[int] = []
+    for piece in _join_texts(tokenizer, pieces):
+        tag = tokenizer.tag_id(piece) if isinstance(piece, Tag) else None
+        ids += tokenizer.encode(piece) if tag is None else [tag]
+    return ids
 
 
 def _join_texts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[str]:

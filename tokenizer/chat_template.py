@@ -2,7 +2,8 @@
 
 It renders the same text as chat_format.render_conversation. `tools` may be an argument, as passed
 by transformers, or part of the first message. If content contains the text of a special token, the
-ids differ: transformers parses the token, but render_conversation keeps it as text.
+ids differ: transformers parses the token, but render_conversation keeps it as text. As in Qwen3's
+template, `enable_thinking` is false for an answer without reasoning.
 
 The tag `generation` marks what is supervised, for transformers' return_assistant_tokens_mask and
 TRL's assistant_only_loss. llama.cpp and @huggingface/jinja (0.5.1 or newer) ignore it. Programs
@@ -30,6 +31,9 @@ CHAT_TEMPLATE = (
     "{{- '<|im_start|>user\\n<tool_response>\\n' + content + '\\n</tool_response><|im_end|>' -}}"
     "{%- elif message.role == 'assistant' -%}"
     "{{- '<|im_start|>assistant\\n' -}}"
+    "{%- if message.enable_thinking is false and not message.reasoning_content -%}"
+    "{{- '<think>\\n\\n</think>\\n\\n' -}}"
+    "{%- endif -%}"
     "{% generation %}"
     "{%- if message.reasoning_content -%}"
     "{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' -}}"
@@ -53,5 +57,10 @@ CHAT_TEMPLATE = (
     "{%- endif -%}"
     "{{- '\\n' -}}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    "{%- if add_generation_prompt -%}"
+    "{{- '<|im_start|>assistant\\n' -}}"
+    "{%- if enable_thinking is defined and enable_thinking is false -%}"
+    "{{- '<think>\\n\\n</think>\\n\\n' -}}"
+    "{%- endif -%}"
+    "{%- endif -%}"
 )

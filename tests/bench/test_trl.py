@@ -62,9 +62,12 @@ def trained(tmp_path, tokenizer):
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
 def test_datasets_opens_every_row(sample, stage):
     files = json.loads((SAMPLE / "SOURCES.json").read_text(encoding="utf-8"))["files"]
-    held_out = sum(files[name]["rows"] for name in files if name.startswith(f"val/{stage}/"))
-    expected = {"train": files[f"{stage}.jsonl"]["rows"], "validation": held_out}
+    rows = {name: files[name]["rows"] for name in files if name.startswith(f"val/{stage}/")}
+    skills = rows.pop(f"val/{stage}/skills.jsonl", 0)
+    expected = {"train": files[f"{stage}.jsonl"]["rows"], "validation": sum(rows.values())}
     assert {split: len(rows) for split, rows in sample(stage).items()} == expected
+    if skills:
+        assert len(sample(f"{stage}_skills")["validation"]) == skills
 
 
 def test_sft_trainer_has_the_same_loss_mask(sample, trained, tokenizer):

@@ -180,6 +180,18 @@ def test_the_older_function_format_and_other_names_for_reasoning_are_read():
     assert last["reasoning_content"] == "t"
 
 
+@pytest.mark.parametrize(("value", "kept"), [(False, True), (0, False), ("false", False),
+                                             (None, False), (True, False)])  # fmt: skip
+def test_enable_thinking_is_kept_if_it_is_exactly_false(value, kept):
+    answer = {"role": "assistant", "content": "<think>\n\n</think>\n\na", "enable_thinking": value}
+    [[user, read_answer]], counts = read(
+        {"messages": [{**USER, "enable_thinking": value}, answer]}, "sft"
+    )
+    assert user == USER and not counts.unused_keys
+    expected = {"role": "assistant", "content": "a"}
+    assert read_answer == ({**expected, "enable_thinking": False} if kept else expected)
+
+
 @pytest.mark.parametrize(("text", "documents"), [
     ("<|im_start|>one<|im_end|> <|im_start|>two<|im_end|>", ["one", "two"]),
     ("one<|im_end|>two<|im_end|>", ["one", "two"]),

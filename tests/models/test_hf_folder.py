@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from model import ModelConfig, Transformer
 from tokenizer.bpe import SPECIAL_TOKENS
-from tokenizer.chat_format import render_conversation
+from tokenizer.chat_format import render_conversation, render_prompt
 from train import PretrainConfig
 from trainlib.core import settings as settings_of
 from trainlib.core.errors import UserError
@@ -108,6 +108,23 @@ content = st.text(max_size=24).filter(lambda text: not any(s in text for s in SP
 def test_template_equals_renderer_for_any_plain_content(theirs, tokenizer, user, answer):
     messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
     assert_equal_ids_and_mask(theirs, tokenizer, messages, messages)
+
+
+@settings(max_examples=80, deadline=None, database=None, derandomize=True)
+@given(answer=content, reasoning=st.sampled_from(["", "why"]), weight=st.sampled_from([1, None]))
+def test_thinking_off_renders_as_in_transformers(theirs, tokenizer, answer, reasoning, weight):
+    messages = [
+        {"role": "user", "content": "q", "enable_thinking": False},
+        {"role": "assistant", "content": answer, "enable_thinking": False},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": answer, "enable_thinking": False,
+         "reasoning_content": reasoning},
+        {"role": "assistant", "content": answer, "enable_thinking": weight},
+    ]  # fmt: skip
+    assert_equal_ids_and_mask(theirs, tokenizer, messages, messages)
+    for options in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+        found = theirs.apply_chat_template(messages[:3], add_generation_prompt=True, **options)
+        assert found["input_ids"] == render_prompt(tokenizer, messages[:3], **options)
 
 
 @settings(max_examples=60, deadline=None, database=None, derandomize=True)

@@ -16,6 +16,7 @@ import chat
 from dpo_train import DPOConfig
 from model import ModelConfig, Transformer
 from sft_train import SFTConfig
+from tokenizer.chat_format import render_conversation, render_prompt
 from train import PretrainConfig
 from trainlib.core.settings import write_run_yaml
 from trainlib.models.generate import Sampling
@@ -80,7 +81,47 @@ def test_an_interrupted_answer_is_kept(monkeypatch, capsys, model, tokenizer):
 
     monkeypatch.setattr(chat, "generate", interrupted)
     messages = [{"role": "user", "content": "hi"}]
-    assert chat.answer(model, tokenizer, messages, Sampling()) == "the answer so far"
+    answer = {"role": "assistant", "content": "the answer so far"}
+    assert chat.answer(model, tokenizer, messages, Sampling()) == answer
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_thoughts_are_printed_on_stderr_and_kept(
+    monkeypatch, capsys, model, tokenizer, interrupted
+):
+    question = {"role": "user", "content": "6+7"}
+    thoughts = {"role": "assistant", "content": "" if interrupted else "13", 
+                "reasoning_content": "6+7\n=13"}  # fmt: skip
+    prompt = render_prompt(tokenizer, [question])
+    ids = render_conversation(tokenizer, [question, thoughts]).ids
+
+    def thinking(_, ids_, *rest):
+        assert ids_ == prompt
+        yield from ids[len(prompt) : ids.index(tokenizer.tag_id("</think>")) + 1]
+        if interrupted:
+            raise KeyboardInterrupt
+        yield from ids[ids.index(tokenizer.tag_id("</think>")) + 1 : -1]
+
+    monkeypatch.setattr(chat, "generate", thinking)
+    assert chat.answer(model, tokenizer, [question], Sampling()) == thoughts
+    assert capsys.readouterr() == (thoughts["content"] + "\n", "6+7\n=13\n")
+
+
+def test_no_think_gives_the_prompt_and_the_history_empty_thoughts(monkeypatch, model, tokenizer):
+    prompts, answers = [], iter(["13", "14"])
+
+    def generate(_, ids, *rest):
+        prompts.append(ids)
+        yield from [*tokenizer.encode(next(answers)), tokenizer.im_end_id]
+
+    questions = iter(["6+7", "7+7", "/quit"])
+    monkeypatch.setattr(builtins, "input", lambda *_: next(questions))
+    monkeypatch.setattr(chat, "generate", generate)
+    chat.converse(model, tokenizer, [], Sampling(max_new_tokens=9), thinking=False)
+    empty = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    first = f"<|im_start|>user\n6+7<|im_end|>\n{empty}"
+    second = f"{first}13<|im_end|>\n<|im_start|>user\n7+7<|im_end|>\n{empty}"
+    assert [tokenizer.show(ids) for ids in prompts] == [first, second]
 
 
 def test_raw_lines_are_starts_of_separate_documents(monkeypatch, model, tokenizer):
@@ -103,6 +144,7 @@ def test_raw_lines_are_starts_of_separate_documents(monkeypatch, model, tokenize
         (["--prompt", "word " * 100], "at most 63"),
         (["--prompt", "word " * 100, "--raw"], "at most 63"),
         (["--prompt", "hi", "--raw", "--system", "be"], "Remove --system"),
+        (["--prompt", "hi", "--raw", "--no-think"], "and --no-think"),
         (["--prompt", "hi", "--temperature", "nan"], "temperature=nan"),
         (["--prompt", "hi", "vocabulary"], "6144"),
     ],
@@ -166,12 +208,12 @@ def test_every_sampling_option_is_used(monkeypatch):
         monkeypatch.setattr(chat, name, lambda *_: None)
     monkeypatch.setattr(chat, "answer", lambda *args: calls.append(args[2:]))
     command = "chat.py --model m --prompt hi --system be --temperature 0.2 --top-p 0.5 --top-k 3"
-    command += " --max-new-tokens 7 --seed 9"
+    command += " --max-new-tokens 7 --seed 9 --no-think"
     monkeypatch.setattr(sys, "argv", command.split())
     chat.main()
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]
     sampling = Sampling(temperature=0.2, top_p=0.5, top_k=3, max_new_tokens=7, seed=9)
-    assert calls == [(messages, sampling)]
+    assert calls == [(messages, sampling, False)]
 
 
 def test_the_error_for_a_run_folder_suggests_its_model_folder(tmp_path, monkeypatch, capsys):

@@ -41,8 +41,10 @@ class LlamaCpp:
         values = {"content": text, "add_special": False, "parse_special": False}
         return self._post("/tokenize", values)["tokens"]
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
-        """Return the prompt that llama.cpp renders with our chat template."""
+    def render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], **variables: Any
+    ) -> str:
+        """Return the prompt that llama.cpp renders with our chat template and its variables."""
         messages = [dict(message) for message in messages]
         for message in messages:
             message["tool_calls"] = [
@@ -55,7 +57,8 @@ class LlamaCpp:
             if message["role"] == "tool":
                 message["tool_call_id"] = "1"
         functions = [{"type": "function", "function": tool} for tool in tools]
-        values = {"messages": messages, **({"tools": functions} if tools else {})}
+        values = {"messages": messages, "chat_template_kwargs": variables}
+        values |= {"tools": functions} if tools else {}
         return self._post("/apply-template", values)["prompt"]
 
     def _post(self, path: str, values: dict[str, Any]) -> dict[str, Any]:

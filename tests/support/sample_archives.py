@@ -16,8 +16,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
-from tools.sample_rows import is_validation
-from tools.sample_sources import PACKAGES, Package
+from tools.prepare_data.rows import is_validation
+from tools.prepare_data.sources import PACKAGES, Package
 
 NUMERALS = "一二三四五六七八九十"
 

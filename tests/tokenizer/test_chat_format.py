@@ -88,3 +88,21 @@ def test_a_prompt_is_the_conversation_up_to_the_answer(tokenizer):
     prompt = render_prompt(tokenizer, question)
     assert full.ids[: len(prompt)] == prompt
     assert full.mask.index(True) == len(prompt)
+
+
+def test_thinking_off_adds_empty_thoughts_that_are_not_supervised(tokenizer):
+    question = [{"role": "user", "content": "1+2"}]
+    answer = {"role": "assistant", "content": "3", "enable_thinking": False}
+    prompt = render_prompt(tokenizer, question, enable_thinking=False)
+    assert tokenizer.show(prompt).endswith("assistant\n<think>\n\n</think>\n\n")
+    sequence = render_conversation(tokenizer, [*question, answer])
+    assert sequence.ids[: len(prompt)] == prompt
+    assert supervised_runs(tokenizer, [*question, answer]) == [
+        [*tokenizer.encode("3"), tokenizer.im_end_id]
+    ]
+    thoughts = {**answer, "reasoning_content": "hm"}  # Thoughts that are there are rendered.
+    del answer["enable_thinking"]
+    with_thoughts = [*question, {**answer, "reasoning_content": "hm"}]
+    assert render_conversation(tokenizer, [*question, thoughts]) == render_conversation(
+        tokenizer, with_thoughts
+    )

@@ -63,6 +63,13 @@ def test_llama_cpp_renders_the_chat_template_as_the_renderer_does(
     assert llama_cpp.render(messages, tools) == expected
 
 
+@pytest.mark.parametrize("messages", CONVERSATIONS[:3])
+def test_llama_cpp_renders_thinking_off(messages, tokenizer, llama_cpp):
+    expected = tokenizer.show(render_prompt(tokenizer, messages, enable_thinking=False))
+    assert expected.endswith("<think>\n\n</think>\n\n")
+    assert llama_cpp.render(messages, [], enable_thinking=False) == expected
+
+
 @pytest.mark.slow
 def test_sample_texts_have_the_ids_of_llama_cpp(tokenizer, llama_cpp):
     if not SAMPLE.exists():

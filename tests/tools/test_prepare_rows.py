@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.sample_rows import (
+from tools.prepare_data.rows import (
     PAIR_BYTES,
     Row,
     behaviour_pairs,
@@ -27,7 +27,7 @@ from tools.sample_rows import (
     split_halves,
     statute_conversations,
 )
-from tools.sample_sources import Article
+from tools.prepare_data.sources import Article
 
 LAW = "虚构的法"
 ANSWER = "水在零度结冰，在一百度沸腾。这取决于气压。高山上的沸点更低。"
@@ -211,7 +211,7 @@ def test_a_name_is_filled_in_without_stray_spaces(value: str, expected: str) -> 
 
 def test_identity_rows_are_repeated_and_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
     published = [{"instruction": "你是谁", "output": "我是 {{name}}。"}]
-    monkeypatch.setattr("tools.sample_rows.read_json", lambda *_: published)
+    monkeypatch.setattr("tools.prepare_data.rows.read_json", lambda *_: published)
     rows = list(identity_rows(Path("unread"), "阿明", "我", 3))
     assert len(rows) % 3 == 0 and len(rows) > 30
     assert {row.source for row in rows} == {"identity"}
@@ -220,7 +220,7 @@ def test_identity_rows_are_repeated_and_filled_in(monkeypatch: pytest.MonkeyPatc
 
 def test_the_default_author_is_in_the_language_of_the_answer(monkeypatch) -> None:
     published = [{"instruction": "hi", "output": "I am {{name}}, developed by {{author}}."}]
-    monkeypatch.setattr("tools.sample_rows.read_json", lambda *_: published)
+    monkeypatch.setattr("tools.prepare_data.rows.read_json", lambda *_: published)
     text = "\n".join(row.line for row in identity_rows(Path("unread"), "小智", None, 1))
     assert "I am 小智, developed by a hobbyist." in text
     assert "一位爱好者开发了我，我的名字是小智。" in text

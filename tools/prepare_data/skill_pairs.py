@@ -1,0 +1,75 @@
+"""Preference pairs from a model's own mistakes, for `python -m tools.prepare_data --skill-pairs`.
+
+The model answers questions of the training side (skills.py) at a temperature. Each complete wrong
+answer becomes the rejected answer of a pair, and the right answer is chosen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from model import Transformer
+from tokenizer.bpe import Tokenizer
+from tokenizer.chat_format import render_prompt
+from tools.prepare_data.rows import Row, stable_hash
+from tools.prepare_data.skills import KINDS, conversation, questions
+from tools.prepare_data.sources import disk_errors
+from trainlib.core.errors import UserError
+from trainlib.core.files import write_atomically
+from trainlib.data.messages import assistant
+from trainlib.models.generate import Sampling, generate_batch
+from trainlib.models.hf_folder import load_model, load_tokenizer
+
+QUESTIONS = 64
+"""Questions of each kind; all together take half a minute with the demo's model."""
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=64, seed=0)
+FEW_PAIRS = 50
+
+
+def write_skill_pairs(folder: Path, out: Path, words: Sequence[str]) -> None:
+    """Write out/dpo_skills-DIGEST.jsonl unless it exists, and print its path and size.
+
+    DIGEST depends on the model's weights, the questions and the sampling.
+    """
+    model, tokenizer = load_model(folder, "--skill-pairs "), load_tokenizer(folder)
+    asked = [(kind, *pair) for kind, entry in KINDS.items() if entry.rows
+             for pair in questions(kind, "train", QUESTIONS, words, seed="pairs")]  # fmt: skip
+    digest = hashlib.sha256(f"{SAMPLING} {asked}".encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    path = out / f"dpo_skills-{digest.hexdigest()[:12]}.jsonl"
+    if not path.is_file():
+        rows = list(wrong_answers(model, tokenizer, asked))
+        print(f"{len(rows)} of {len(asked)} answers are complete and wrong")
+        if len(rows) < FEW_PAIRS:
+            print(f"fewer than {FEW_PAIRS} pairs: the model makes too few mistakes to learn from")
+        if not rows:
+            raise UserError(f"{folder} gave no wrong answer, so there are no pairs to write.")
+        lines = sorted((row.line for row in rows), key=stable_hash)
+        with disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, "".join(line + "\n" for line in lines))
+    print(path)
+
+
+def wrong_answers(
+    model: Transformer, tokenizer: Tokenizer, asked: Sequence[tuple]
+) -> Iterator[Row]:
+    """Yield a pair for each question, (kind, question, item), that the model answers wrongly."""
+    conversations = [conversation(kind, question, item.right) for kind, question, item in asked]
+    prompts = [
+        render_prompt(tokenizer, [question], answer.get("enable_thinking", True))
+        for question, answer in conversations
+    ]
+    answers = generate_batch(model, prompts, SAMPLING, tokenizer.stop_ids)
+    for (kind, _, item), chosen, ids in zip(asked, conversations, answers, strict=True):
+        question, right = chosen
+        wrong = assistant(tokenizer.show([id_ for id_ in ids if id_ not in tokenizer.stop_ids]))
+        wrong |= {key: right[key] for key in ("enable_thinking",) if key in right}
+        text = wrong["content"].strip()
+        complete = ids[-1] in tokenizer.stop_ids and text and "<think>" not in text
+        if complete and text != right["content"]:
+            pair = {"chosen": chosen, "rejected": [question, wrong]}
+            yield Row(item.key, f"skill_{kind}", pair)
