@@ -60,10 +60,16 @@ def render_conversation(tokenizer: Tokenizer, messages: SequenceABC[Message]) ->
     return Sequence(ids, mask)
 
 
-def render_prompt(tokenizer: Tokenizer, messages: SequenceABC[Message]) -> list[int]:
+def render_prompt(
+    tokenizer: Tokenizer, messages: SequenceABC[Message], enable_thinking: bool = True
+) -> list[int]:
     """Return the ids of a conversation, followed by the start of an assistant turn."""
-    opening = [tokenizer.im_start_id, *tokenizer.encode("assistant\n")]
-    return render_conversation(tokenizer, messages).ids + opening
+    ids = [*render_conversation(tokenizer, messages).ids, tokenizer.im_start_id]
+    empty = () if enable_thinking else (Tag("<think>"), "\n\n", Tag("</think>"), "\n\n")
+    for piece in _join_texts(tokenizer, ("assistant\n", *empty)):
+        tag = tokenizer.tag_id(piece) if isinstance(piece, Tag) else None
+        ids += tokenizer.encode(piece) if tag is None else [tag]
+    return ids
 
 
 def _join_texts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[str]:

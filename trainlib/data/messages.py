@@ -98,6 +98,8 @@ def read_turn(turn: Any, field: str) -> Messages:
         message["reasoning_content"] = check_text(thoughts, f"{field}: reasoning")
     if calls and (tool_calls := _read_calls(calls, field)):
         message["tool_calls"] = tool_calls
+    if turn.get("enable_thinking") is False:
+        message["enable_thinking"] = False
     for key in MARKS:
         if key in turn and turn[key] in (False, "false", "False", "0"):  # Also the number 0.
             message["weight"] = 0
