@@ -26,6 +26,7 @@ from trainlib.engine.run import EXECUTION_ONLY, RunConfig
 from trainlib.engine.training import Metrics, MetricSums, Training
 from trainlib.engine.validation import validate
 from trainlib.evaluation.preferences import TIE_NATS, format_report, reference_log_probs, report
+from trainlib.evaluation.skills import SkillTest
 from trainlib.evaluation.worst_rows import write_worst_pairs
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
 
@@ -75,6 +76,7 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
     """Set up the preference optimization of a fine-tuned model."""
     model = load_model(config.init_from)
     run = start_run(config, "dpo", datasets.data_key, datasets.train.row_length)
+    skills = SkillTest(tokenizer, datasets.val, config.data.read_options)
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, MetricSums]:
         return dpo_loss(batch_log_probs(model, batch), reference[batch.sequence_ids], config.beta)
@@ -85,7 +87,7 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
         return dpo_loss(log_probs, reference[batch.sequence_ids], config.beta)
 
     def evaluate(training: Training) -> tuple[Metrics, list[str]]:
-        return validate(training, eval_loss_fn), []
+        return {**validate(training, eval_loss_fn), **skills.metrics(training)}, []
 
     def finish(training: Training) -> None:
         table = report(training.run, model, datasets, reference, latest)
@@ -93,6 +95,7 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
         rewards = config.beta * (latest - reference)
         write_worst_pairs(training.run, tokenizer, datasets.val, rewards)
         log.info("%s", format_report(table))
+        skills.report(training)
 
     files = model_files(model.config, tokenizer)
     training = Training.create(run, model, datasets, files, loss_fn, evaluate, finish)

@@ -20,6 +20,7 @@ from trainlib.engine.run import EXECUTION_ONLY, RunConfig
 from trainlib.engine.training import Metrics, MetricSums, Training
 from trainlib.engine.validation import validate
 from trainlib.evaluation.baselines import with_baselines
+from trainlib.evaluation.skills import SkillTest
 from trainlib.evaluation.worst_rows import write_worst_rows
 from trainlib.models.generate import Sampling, sample_answers
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
@@ -56,13 +57,16 @@ def main(config: SFTConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
     """Set up the fine-tuning of a pretrained model on conversations."""
     model = load_model(config.init_from)
     run = start_run(config, "sft", datasets.data_key, config.sequence_length)
+    skills = SkillTest(tokenizer, datasets.val, config.data.read_options)
 
     def evaluate(training: Training) -> tuple[Metrics, list[str]]:
         sampling = Sampling(temperature=0, max_new_tokens=64)
-        return validate(training, loss_fn), sample_answers(model, tokenizer, QUESTIONS, sampling)
+        metrics = {**validate(training, loss_fn), **skills.metrics(training)}
+        return metrics, sample_answers(model, tokenizer, QUESTIONS, sampling)
 
     def finish(training: Training) -> None:
         write_worst_rows(training.run, model, tokenizer, datasets.val)
+        skills.report(training)
 
     files = model_files(model.config, tokenizer)
     return Training.create(run, model, datasets, files, loss_fn, evaluate, finish)
