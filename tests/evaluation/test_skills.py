@@ -272,7 +272,7 @@ def test_ranks_share_the_questions(trained, tokenizer):
         return test.metrics(SimpleNamespace(run=run, model=model, schedule=schedule))
 
     single = metrics(0, 1)
-    assert len(single) == 6 and 0 < min(single.values()) < max(single.values()) < 1
+    assert len(single) == 6 and min(single.values()) < max(single.values())
     metrics(0, 2)
     assert metrics(1, 2) == single
 
