@@ -34,8 +34,8 @@ test: .venv/ready-dev ## Run the quick tests.
 test-all: .venv/ready-dev ## Run the quick and the slow tests.
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not cuda"
 
-peers: .venv-peers/ready dataset/sample/SOURCES.json ## Test that TRL and datasets read the sample.
-	.venv-peers/bin/python -m pytest -q tests/bench/test_trl.py
+peers: .venv-peers/ready dataset/sample/SOURCES.json ## Test that TRL, datasets and lm_eval agree with us.
+	.venv-peers/bin/python -m pytest -q tests/bench/test_trl.py tests/bench/test_lm_eval.py
 
 # If CI is set, a Docker engine is required.
 docker-test: .venv/ready-dev ## Test the containers on a Docker engine (half an hour).

@@ -27,6 +27,7 @@ from trainlib.engine.training import Metrics, MetricSums, Training
 from trainlib.engine.validation import validate
 from trainlib.evaluation.card import final_files
 from trainlib.evaluation.preferences import TIE_NATS, format_report, reference_log_probs, report
+from trainlib.evaluation.skills import SkillTest
 from trainlib.evaluation.worst_rows import write_worst_pairs
 from trainlib.models.generate import QUESTIONS, sample_answers, show_samples
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
@@ -78,13 +79,14 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
     """Set up the preference optimization of a fine-tuned model."""
     model = load_model(config.init_from)
     run = start_run(config, "dpo", datasets.data_key, datasets.train.row_length)
+    skills = SkillTest(tokenizer, datasets.val, config.data.read_options)
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, MetricSums]:
         return dpo_loss(batch_log_probs(model, batch), reference[batch.sequence_ids], config.beta)
 
     def evaluate(training: Training) -> tuple[Metrics, list[str]]:
         samples = show_samples(sample_answers, model, tokenizer, QUESTIONS, 64)
-        return validate(training, loss_fn), samples
+        return {**validate(training, loss_fn), **skills.metrics(training)}, samples
 
     def finish(training: Training) -> dict[str, bytes]:
         latest = torch.full_like(reference, torch.nan)
@@ -93,6 +95,7 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
         rewards = config.beta * (latest - reference)
         write_worst_pairs(training.run, tokenizer, datasets.val, rewards)
         log.info("%s", format_report(table))
+        skills.report(training)
         return final_files(training, tokenizer)
 
     files = model_files(model.config, tokenizer)

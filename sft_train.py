@@ -21,6 +21,7 @@ from trainlib.engine.training import Metrics, MetricSums, Training
 from trainlib.engine.validation import validate
 from trainlib.evaluation.baselines import with_baselines
 from trainlib.evaluation.card import final_files
+from trainlib.evaluation.skills import SkillTest
 from trainlib.evaluation.worst_rows import write_worst_rows
 from trainlib.models.generate import QUESTIONS, sample_answers, show_samples
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
@@ -56,13 +57,15 @@ def main(config: SFTConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
     """Set up the fine-tuning of a pretrained model on conversations."""
     model = load_model(config.init_from)
     run = start_run(config, "sft", datasets.data_key, config.sequence_length)
+    skills = SkillTest(tokenizer, datasets.val, config.data.read_options)
 
     def evaluate(training: Training) -> tuple[Metrics, list[str]]:
         samples = show_samples(sample_answers, model, tokenizer, QUESTIONS, 64)
-        return validate(training, loss_fn), samples
+        return {**validate(training, loss_fn), **skills.metrics(training)}, samples
 
     def finish(training: Training) -> dict[str, bytes]:
         write_worst_rows(training.run, model, tokenizer, datasets.val)
+        skills.report(training)
         return final_files(training, tokenizer)
 
     files = model_files(model.config, tokenizer)

@@ -15,7 +15,7 @@ from tools.demo import BEGIN, END, PAGES, READMES
 
 ROOT = Path(__file__).resolve().parents[1]
 CHINESE = [f"{page}.zh-CN.md" for page in ("README", *(f"docs/{name}" for name in
-           ("data", "demo", "docker", "training", "use")))]  # fmt: skip
+           ("data", "demo", "docker", "evaluation", "training", "use")))]  # fmt: skip
 FILES = sorted(
     [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "dataset/README.md"]
 )

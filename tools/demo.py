@@ -21,7 +21,7 @@ import torch
 
 from model import Transformer, count_parameters
 from tokenizer.bpe import Tokenizer
-from tokenizer.chat_format import render_prompt
+from tools.evaluate.answers import answers, held_out_prompts, repeats
 from tools.past_runs import minutes_trained
 from trainlib.core.errors import UserError
 from trainlib.core.files import move_aside, write_atomically
@@ -29,7 +29,6 @@ from trainlib.core.hardware import cpu_name
 from trainlib.core.terminal import use_replacement_characters, valid_text
 from trainlib.data.formats import STAGES
 from trainlib.engine.metrics import VAL_LOSS, read_metrics
-from trainlib.models.generate import Sampling, generate_batch
 from trainlib.models.hf_folder import load_model, load_tokenizer
 
 DEMO = Path("runs/demo")
@@ -109,38 +108,6 @@ def evaluations(stage: str) -> tuple[dict[str, float], dict[str, float]]:
     return found[0], found[-1]
 
 
-def repeats(ids: list[int], size: int = 8, times: int = 3) -> bool:
-    """Return whether any n-gram of `size` ids occurs at least `times` times."""
-    counts: dict[tuple[int, ...], int] = {}
-    for start in range(len(ids) - size + 1):
-        gram = tuple(ids[start : start + size])
-        counts[gram] = counts.get(gram, 0) + 1
-        if counts[gram] >= times:
-            return True
-    return False
-
-
-def greedy(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str]
-) -> list[tuple[list[int], bool]]:
-    """Return (ids, ended) for each prompt: up to 128 greedy tokens, and whether the turn ended."""
-    ids = [render_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
-    sampling = Sampling(temperature=0, max_new_tokens=128)
-    answers = generate_batch(model, ids, sampling, tokenizer.stop_ids)
-    ended = [bool(answer) and answer[-1] in tokenizer.stop_ids for answer in answers]
-    return [(a[:-1] if end else a, end) for a, end in zip(answers, ended, strict=True)]
-
-
-def held_out_prompts() -> list[str]:
-    """Return the first user message of each held-out Alpaca conversation, Chinese first."""
-    prompts = []
-    for name in ("alpaca_zh", "alpaca_en"):
-        path = SAMPLE / "val" / "sft" / f"{name}.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines():
-            prompts.append(json.loads(line)["messages"][0]["content"])
-    return prompts
-
-
 def mark(reached: bool) -> str:
     """Return a marker if the target was missed, otherwise an empty string."""
     return "" if reached else "   <- MISSED"
@@ -148,7 +115,8 @@ def mark(reached: bool) -> str:
 
 def report(name: str, quick: bool) -> str:
     """Return the figures of a finished demo and four exchanges with its model."""
-    prompts = held_out_prompts()
+    folder = SAMPLE / "val" / "sft"
+    prompts = held_out_prompts({folder / f"{n}.jsonl": None for n in ("alpaca_zh", "alpaca_en")})
     models = {
         stage: (load_model(DEMO / stage / "final"), load_tokenizer(DEMO / stage / "final"))
         for stage in ("sft", "dpo")
@@ -156,7 +124,7 @@ def report(name: str, quick: bool) -> str:
     rates = []
     for model, tokenizer in models.values():
         some = prompts[: 2 if quick else 50]
-        rates.append(sum(repeats(ids) for ids, _ in greedy(model, tokenizer, some)) / len(some))
+        rates.append(sum(repeats(ids) for ids, _ in answers(model, tokenizer, some)) / len(some))
     return "\n".join(
         [
             *run_info(models["dpo"][0]),
@@ -236,8 +204,8 @@ def conversation(
 ) -> list[str]:
     """Return the questions and greedy answers, with remarks on each answer."""
     lines, good = [], 0
-    answers = greedy(model, tokenizer, questions)
-    for number, (question, (ids, ended)) in enumerate(zip(questions, answers, strict=True)):
+    found = answers(model, tokenizer, questions)
+    for number, (question, (ids, ended)) in enumerate(zip(questions, found, strict=True)):
         text = tokenizer.decode(ids)
         chinese = sum("\u4e00" <= c <= "\u9fff" for c in text) > len(text) / 4
         right_language = chinese != question.isascii()

@@ -60,7 +60,7 @@ ASSISTANT_KEYS = ("reasoning_content", "reasoning", "thinking", "tool_calls", "f
 """Those that are read in an assistant's turn only."""
 NAMES_OF_TURNS = frozenset(("messages", "prompt", "history", "answer", "chosen", "rejected"))
 HARMLESS = frozenset((
-    "", "unnamed: 0",
+    "", "unnamed: 0", "skill", "wording",
     "id", "idx", "index", "uid", "uuid", "_id", "row_id", "prompt_id", "question_id",
     "conversation_id", "source", "dataset", "subset", "split", "origin", "url", "link", "file",
     "path", "title", "author", "date", "time", "timestamp", "created", "created_at", "year",

@@ -64,16 +64,28 @@ def with_baselines(datasets: Datasets, tokenizer: Tokenizer) -> Datasets:
 
 def measure(datasets: Datasets, tokenizer: Tokenizer) -> dict[str, float]:
     """Return the bits per byte of each baseline, over the labels of all validation sets."""
-    labels = validation_labels(list(datasets.val.values()))
+    everything = list(datasets.val.values())
+    return measure_sets(datasets.train, {"": everything}, tokenizer)[""]
+
+
+def measure_sets(
+    train: PackedDataset, val: dict[str, list[PackedDataset]], tokenizer: Tokenizer
+) -> dict[str, dict[str, float]]:
+    """Return the bits per byte of each baseline, over the labels of each list of data sets."""
     texts = tokenizer.id_to_bytes
-    num_bytes = int(np.array([len(text) for text in texts])[labels.ids].sum())
-    counts = count_pairs(training_labels(datasets.train.parts, MAX_TRAIN_IDS), len(texts))
-    unigram, bigram = ngram_bits(counts, labels)
-    return {
-        "uniform": len(labels.ids) * math.log2(len(texts)) / num_bytes,
-        "unigram": unigram / num_bytes,
-        "bigram": bigram / num_bytes,
-    }
+    sizes = np.array([len(text) for text in texts])
+    counts = count_pairs(training_labels(train.parts, MAX_TRAIN_IDS), len(texts))
+    baselines = {}
+    for name, packed in val.items():
+        labels = validation_labels(packed)
+        num_bytes = int(sizes[labels.ids].sum())
+        unigram, bigram = ngram_bits(counts, labels)
+        baselines[name] = {
+            "uniform": len(labels.ids) * math.log2(len(texts)) / num_bytes,
+            "unigram": unigram / num_bytes,
+            "bigram": bigram / num_bytes,
+        }
+    return baselines
 
 
 def validation_labels(packed: list[PackedDataset]) -> Labels:

@@ -25,7 +25,7 @@ from trainlib.core.files import cache_dir, replacing
 from trainlib.data.batch import Batch
 from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.packing import FEW_ROWS, Datasets, PackedDataset
-from trainlib.engine.device import evaluation_mode
+from trainlib.engine.device import Hardware, evaluation_mode
 from trainlib.engine.losses import batch_log_probs
 from trainlib.engine.run import Run
 from trainlib.engine.training import Training
@@ -66,12 +66,12 @@ def reference_log_probs(training: Training) -> Tensor:
     with evaluation_mode(model):
         for packed in datasets.val.values():
             for batch in micro_batches(packed, h, run.distributed):
-                _fill(run, model, batch, values)
+                _fill(h, model, batch, values)
         loader = training.loader
         one_epoch = -(-datasets.train.num_rows() // loader.rows_per_step)
         for _ in range(min(training.schedule.num_steps or one_epoch, one_epoch)):
             for batch in next(loader).micro_batches:
-                _fill(run, model, batch, values)
+                _fill(h, model, batch, values)
     loader.seek(DataPosition())
     for theirs in run.distributed.all_gather_object(values):
         values = np.where(np.isnan(values), theirs, values)
@@ -91,6 +91,13 @@ def share_above(values: np.ndarray) -> float:
     return float(np.where(ties, 0.5, values > 0).mean())
 
 
+def best_rule(longer: float, overlap: float) -> tuple[str, float]:
+    """Return the most accurate trivial rule and its accuracy, from those of two rules."""
+    rules = {"longer": longer, "shorter": 1 - longer, "more overlap": overlap}
+    best = max(rules, key=lambda rule: rules[rule])
+    return best, rules[best]
+
+
 def report(
     run: Run, model: nn.Module, datasets: Datasets, reference: Tensor, latest: Tensor
 ) -> dict[str, Any]:
@@ -106,18 +113,17 @@ def report(
     held_out, trained = defaultdict(list), defaultdict(list)
     with evaluation_mode(model):
         for name, packed in datasets.val.items():
-            for kind, margins in _margins(run, model, packed, before, after):
+            for _, kind, margins in pair_margins(run.hardware, model, packed, before, after):
                 held_out[kind or name or "pairs"].append(margins)
-        pairs = _margins(run, model, datasets.train, before, after)
-        for kind, margins in itertools.islice(pairs, TRAINING_PAIRS):
+        pairs = pair_margins(run.hardware, model, datasets.train, before, after)
+        for _, kind, margins in itertools.islice(pairs, TRAINING_PAIRS):
             trained[kind or "pairs"].append(margins)
     latest.copy_(torch.from_numpy(after))
     table: dict[str, Any] = {}
     for kind, rows in sorted(held_out.items()):
         shares = [share_above(column) for column in np.array(rows).T]
         accuracy, own_before, own_after, longer, overlap = shares
-        rules = {"longer": longer, "shorter": 1 - longer, "more overlap": overlap}
-        best = max(rules, key=lambda rule: rules[rule])
+        best, rule_accuracy = best_rule(longer, overlap)
         table[kind] = {
             "n": len(rows),
             "accuracy": accuracy,
@@ -128,7 +134,7 @@ def report(
             "own_before": own_before,
             "own_after": own_after,
             "rule": best,
-            "rule_accuracy": rules[best],
+            "rule_accuracy": rule_accuracy,
         }
     return table
 
@@ -155,33 +161,36 @@ def format_report(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _fill(run: Run, model: nn.Module, batch: Batch, values: np.ndarray) -> np.ndarray:
+def _fill(hardware: Hardware, model: nn.Module, batch: Batch, values: np.ndarray) -> np.ndarray:
     """Compute a batch's log-probabilities if any is NaN in `values`; return them."""
     ids = batch.sequence_ids.numpy()
     if np.isnan(values[ids]).any():
-        with run.hardware.autocast():
-            log_probs = batch_log_probs(model, batch.to(run.hardware.device))
+        with hardware.autocast():
+            log_probs = batch_log_probs(model, batch.to(hardware.device))
         values[ids] = log_probs.float().cpu().numpy()
     return values[ids]
 
 
-def _margins(
-    run: Run, model: nn.Module, packed: PackedDataset, before: np.ndarray, after: np.ndarray
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the kind of each pair, and the difference between chosen and rejected in five values.
+def pair_margins(
+    hardware: Hardware, model: nn.Module, packed: PackedDataset, before: np.ndarray,
+    after: np.ndarray,
+) -> Iterator[tuple[int, str, np.ndarray]]:  # fmt: skip
+    """Yield each pair's id and kind, and the difference between chosen and rejected in five values.
 
-    These are log-probability ratio, log-probability before and after, length and overlap.
+    These are log-probability ratio, log-probability before and after, length and overlap. `before`
+    and `after` hold log-probabilities by sequence id; NaN values in `after` are computed and filled
+    in. Skips pairs with NaN in `before`. Call it in evaluation_mode.
     """
     origins = packed.origins()
-    for batch in micro_batches(packed, run.hardware):
+    for batch in micro_batches(packed, hardware):
         ids = batch.sequence_ids.numpy()
         old = before[ids]
         if np.isnan(old).any():
             continue  # The run did not visit this training row.
-        new = _fill(run, model, batch, after)
+        new = _fill(hardware, model, batch, after)
         values = np.stack([new - old, old, new, *_length_and_overlap(batch)])
         for id_, margins in zip(ids[::2], (values[:, ::2] - values[:, 1::2]).T, strict=True):
-            yield origins[int(id_)].source, margins
+            yield int(id_), origins[int(id_)].source, margins
 
 
 def _length_and_overlap(batch: Batch) -> tuple[list[int], list[float]]:

@@ -11,17 +11,14 @@ import json
 import logging
 import math
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from tokenizer.bpe import Tokenizer
 from trainlib.core.files import write_atomically
 from trainlib.data.packing import Origin, PackedDataset
 from trainlib.engine.device import evaluation_mode
-from trainlib.engine.losses import batch_log_probs
 from trainlib.engine.run import Run
-from trainlib.engine.validation import micro_batches
+from trainlib.evaluation.bits_per_byte import sequence_totals
 
 log = logging.getLogger(__name__)
 
@@ -40,22 +37,10 @@ def write_worst_rows(
     Skips rows with fewer than MIN_BYTES supervised bytes. If data.val_max_rows limits validation,
     the unread rest of a long document does not count.
     """
-    id_bytes = torch.tensor([len(text) for text in tokenizer.id_to_bytes])
     found: list[tuple[float, Origin, dict[str, float]]] = []
     with evaluation_mode(model):
         for packed in val.values():
-            bits, num_bytes = (np.zeros(packed.num_sequences) for _ in range(2))
-            for batch in micro_batches(packed, run.hardware):
-                with run.hardware.autocast():
-                    log_probs = batch_log_probs(model, batch.to(run.hardware.device))
-                under_loss = batch.labels >= 0
-                sizes = torch.zeros(len(batch.sequence_ids), dtype=torch.int64).index_add(
-                    0, batch.document_ids[under_loss], id_bytes[batch.labels[under_loss]]
-                )
-                # A long document has several pieces, possibly in one batch.
-                index = batch.sequence_ids.numpy() - packed.first_sequence_id
-                np.add.at(bits, index, -log_probs.float().cpu().numpy() / math.log(2))
-                np.add.at(num_bytes, index, sizes.numpy())
+            bits, num_bytes, _ = sequence_totals(run.hardware, model, packed, tokenizer)
             for sequence_id, origin in packed.origins().items():
                 i = sequence_id - packed.first_sequence_id
                 if (size := num_bytes[i]) >= MIN_BYTES:

@@ -21,7 +21,8 @@ from tokenizer.bpe import Tokenizer
 from tokenizer.chat_format import render_prompt
 from trainlib.core.settings import bound_errors
 
-MAX_BATCH = 32  # Prompts decoded together; each takes 16 KB per position with the default model.
+MAX_BATCH = 256  # Prompts decoded together.
+MAX_POSITIONS = 1 << 16  # Positions of their cache; each takes 16 KB with the default model.
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ class KVCache:
             torch.empty(batch, capacity, dtype=torch.int64, device=device) for _ in range(2)
         )
         self.length = 0
+
+    def select(self, rows: list[int]) -> None:
+        """Keep only these rows of the batch."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+        self.positions, self.documents = self.positions[rows], self.documents[rows]
 
     def extend(self, position_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Store positions and documents of new keys, and return both for all keys, (B, S)."""
@@ -99,6 +106,13 @@ def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     return int(torch.multinomial(logits_V.softmax(-1), 1, generator=generator))
 
 
+def sample_rows(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> list[int]:
+    """Sample one token id for each row; at temperature 0 with one call for all rows."""
+    if sampling.temperature < 1e-6:
+        return logits_BV.argmax(-1).tolist()
+    return [sample(logits_V, sampling, generator) for logits_V in logits_BV]
+
+
 def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
     """Return a generator seeded with `seed`, or nondeterministically if it is None."""
     generator = torch.Generator(device)
@@ -122,7 +136,8 @@ def generate(
     """
     check_length(model, ids)
     generator = seeded_generator(sampling.seed, next(model.parameters()).device)
-    for new in _decode(model, [ids], sampling, stop_ids, generator):
+    limits = [sampling.max_new_tokens]
+    for new in _decode(model, [ids], sampling, stop_ids, generator, limits):
         yield new[0]
 
 
@@ -131,24 +146,41 @@ def generate_batch(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     stop_ids: Sequence[int] = (),
+    limits: Sequence[int] = (),
 ) -> list[list[int]]:
     """Return the new ids of each prompt, up to a stop id (included) or a limit.
 
-    Prompts are decoded together. At temperature 0 the ids are the same as from `generate`.
-    Raises ValueError as `generate` does.
+    Prompts are decoded together. At temperature 0 the ids are the same as from `generate`. `limits`
+    replaces max_new_tokens for each prompt. Raises ValueError as `generate` does.
     """
     for prompt in prompts:
         check_length(model, prompt)
     generator = seeded_generator(sampling.seed, next(model.parameters()).device)
     answers: list[list[int]] = [[] for _ in prompts]
+    limits = limits or [sampling.max_new_tokens] * len(prompts)
     # Prompts of similar length share a batch, which keeps padding low.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for begin in range(0, len(order), MAX_BATCH):
-        rows = order[begin : begin + MAX_BATCH]
-        for new in _decode(model, [prompts[i] for i in rows], sampling, stop_ids, generator):
-            for row, token in new.items():
-                answers[rows[row]].append(token)
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), -limits[i]))
+    with _uncompiled():
+        while order:
+            longest = len(prompts[order[0]]) + max(limits[i] for i in order[:MAX_BATCH])
+            longest = min(longest, model.config.max_position_embeddings)
+            size = max(1, min(MAX_BATCH, MAX_POSITIONS // longest))
+            rows, order = order[:size], order[size:]
+            some, most = [prompts[i] for i in rows], [limits[i] for i in rows]
+            for new in _decode(model, some, sampling, stop_ids, generator, most):
+                for row, token in new.items():
+                    answers[rows[row]].append(token)
     return answers
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run without compilation, even in a run whose layers are compiled."""
+    # A compiled layer would be recompiled for each length of the cache, and fail after eight.
+    # If torch's compiler, whose import takes a second, is not loaded, no layer is compiled.
+    compiler = "torch._dynamo" in sys.modules
+    with torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext():
+        yield
 
 
 def _decode(
@@ -157,6 +189,7 @@ def _decode(
     sampling: Sampling,
     stop_ids: Sequence[int],
     generator: torch.Generator,
+    limits: Sequence[int],
 ) -> Iterator[dict[int, int]]:
     """Yield the next id of each unfinished prompt, keyed by its row in the batch.
 
@@ -168,7 +201,8 @@ def _decode(
     """
     device = next(model.parameters()).device
     limit, length = model.config.max_position_embeddings, max(map(len, prompts))
-    remaining = {i: min(sampling.max_new_tokens, limit - len(p)) for i, p in enumerate(prompts)}
+    remaining = {i: min(limits[i], limit - len(p)) for i, p in enumerate(prompts)}
+    rows = list(remaining)  # The prompt in each row of the batch.
     padding = torch.tensor([[length - len(prompt)] for prompt in prompts], device=device)
     new_BT = torch.tensor([[0] * (length - len(p)) + list(p) for p in prompts], device=device)
     positions_BT = (torch.arange(length, device=device) - padding).clamp(min=0)
@@ -180,14 +214,21 @@ def _decode(
         while remaining:
             with torch.inference_mode():
                 logits = model(new_BT, positions_BT, documents_BT, cache=cache, last_only=True)
-                ids = [sample(logits_V, sampling, generator) for logits_V in logits[:, -1]]
+                ids = sample_rows(logits[:, -1], sampling, generator)
                 new_BT = torch.tensor(ids, device=device)[:, None]
                 positions_BT, documents_BT = positions_BT[:, -1:] + 1, documents_BT[:, -1:]
-            new = {row: ids[row] for row in remaining}  # Finished rows are decoded but not used.
+            new = {row: id_ for row, id_ in zip(rows, ids, strict=True) if row in remaining}
             for row, token in new.items():
                 remaining[row] -= 1
                 if token in stop_ids or not remaining[row]:
                     del remaining[row]
+            if 0 < len(remaining) <= 0.9 * len(rows):  # Rarely, because it copies the cache.
+                kept = [i for i, row in enumerate(rows) if row in remaining]
+                rows = [rows[i] for i in kept]
+                cache.select(kept)
+                new_BT, positions_BT, documents_BT = (
+                    values[kept] for values in (new_BT, positions_BT, documents_BT)
+                )
             yield new
     finally:
         model.train(was_training)
@@ -237,12 +278,8 @@ def sample_answers(
 def _continuations(
     model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], sampling: Sampling
 ) -> list[str]:
-    """Generate without compilation, even in a run whose layers are compiled."""
-    # A compiled layer would be recompiled for each length of the cache, and fail after eight.
-    # If torch's compiler, whose import takes a second, is not loaded, no layer is compiled.
-    compiler = "torch._dynamo" in sys.modules
-    with torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext():
-        answers = generate_batch(model, prompts, sampling, tokenizer.stop_ids)
+    """Return the texts that the model generates after the prompts."""
+    answers = generate_batch(model, prompts, sampling, tokenizer.stop_ids)
     return [tokenizer.decode(ids) for ids in answers]
 
 
