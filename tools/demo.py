@@ -6,44 +6,23 @@ Running it again resumes an interrupted demo, or prints the figures of a finishe
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import re
 import signal
 import subprocess
 import sys
-import unicodedata
-from collections.abc import Sequence
-from datetime import datetime
+from itertools import islice
 from pathlib import Path
 
-import torch
-
-from model import Transformer, count_parameters
-from tokenizer.bpe import Tokenizer
-from tools.evaluate.answers import answers, held_out_prompts, repeats
-from tools.past_runs import minutes_trained
+from tools.demo_figures import SAMPLE, fenced, report, summary
+from tools.growth import write_page
 from trainlib.core.errors import UserError
 from trainlib.core.files import move_aside, write_atomically
-from trainlib.core.hardware import cpu_name
 from trainlib.core.terminal import use_replacement_characters, valid_text
 from trainlib.data.formats import STAGES
-from trainlib.engine.metrics import VAL_LOSS, read_metrics
-from trainlib.models.hf_folder import load_model, load_tokenizer
 
 DEMO = Path("runs/demo")
-SAMPLE = Path("dataset/sample")
-# Targets: maximum bits per byte, minimum accuracy. Missing a target is not an error.
-AT_MOST = {"statutes": 1.55, "sanguo": 2.60, "shakespeare": 2.45}
-AT_LEAST = {"behaviour": 0.72, "continuation": 0.55}
 READMES = (Path("README.md"), Path("README.zh-CN.md"))
 PAGES = (Path("docs/demo.md"), Path("docs/demo.zh-CN.md"))
 BEGIN, END = "<!-- begin transcript -->", "<!-- end transcript -->"
-COLUMNS = 100
-"""Width to which answers are truncated; Chinese characters take two columns."""
-LEGEND = "Targets are in parentheses. <- MISSED marks a value that misses its target."
-QUICK = "A quick test with six steps for each stage: it misses the targets, and answers are noise."
-QUESTIONS = ("你好，你是谁？", "怎样保持健康？", "Give three tips for staying healthy.")
 
 
 def prepare(name: str, author: str | None, quick: bool) -> None:
@@ -80,20 +59,24 @@ def train(stage: str, quick: bool) -> None:
     out_dir = DEMO / stage
     if (out_dir / "final").is_dir():
         return
-    val = ",".join(str(path) for path in sorted((SAMPLE / "val" / stage).glob("*.jsonl")))
+    print(f"\n== {stage} ==", flush=True)
+    files, val = [SAMPLE / f"{stage}.jsonl"], sorted((SAMPLE / "val" / stage).glob("*.jsonl"))
+    if quick:
+        val = [first_rows(path) if path.stem == "skills" else path for path in val]
+    elif stage == "dpo":
+        files.append(skill_pairs())
     before = {"sft": "pretrain", "dpo": "sft"}.get(stage)
     arguments = [
         STAGES[stage],
         f"configs/tiny_{stage}.yaml",
         f"out_dir={out_dir}",
-        f"data.files={SAMPLE / stage}.jsonl",
-        f"data.val_files=[{val}]",
+        f"data.files=[{','.join(map(str, files))}]",
+        f"data.val_files=[{','.join(map(str, val))}]",
     ]
     if before:
         arguments.append(f"init_from={DEMO / before / 'final'}")
     if quick:
         arguments += ["max_steps=6", "data.val_max_rows=2"]
-    print(f"\n== {stage} ==", flush=True)
     call(arguments)
     if not (out_dir / "final").is_dir():
         print("stopped; run `make demo` to resume")
@@ -102,167 +85,23 @@ def train(stage: str, quick: bool) -> None:
         print("(make demo runs the next stage now)")
 
 
-def evaluations(stage: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the first and the last evaluation of a stage."""
-    found = [row for row in read_metrics(DEMO / stage) if VAL_LOSS in row]
-    return found[0], found[-1]
+def first_rows(path: Path) -> Path:
+    """Return a copy of a file of questions with its first rows, which hold all kinds."""
+    copy = DEMO / f"{path.parent.name}_{path.name}"
+    with path.open(encoding="utf-8") as lines:
+        copy.write_text("".join(islice(lines, 150)), encoding="utf-8")
+    return copy
 
 
-def mark(reached: bool) -> str:
-    """Return a marker if the target was missed, otherwise an empty string."""
-    return "" if reached else "   <- MISSED"
-
-
-def report(name: str, quick: bool) -> str:
-    """Return the figures of a finished demo and four exchanges with its model."""
-    folder = SAMPLE / "val" / "sft"
-    prompts = held_out_prompts({folder / f"{n}.jsonl": None for n in ("alpaca_zh", "alpaca_en")})
-    models = {
-        stage: (load_model(DEMO / stage / "final"), load_tokenizer(DEMO / stage / "final"))
-        for stage in ("sft", "dpo")
-    }
-    rates = []
-    for model, tokenizer in models.values():
-        some = prompts[: 2 if quick else 50]
-        rates.append(sum(repeats(ids) for ids, _ in answers(model, tokenizer, some)) / len(some))
-    return "\n".join(
-        [
-            *run_info(models["dpo"][0]),
-            QUICK if quick else LEGEND,
-            "",
-            *pretraining_figures(),
-            "",
-            *sft_figures(),
-            "",
-            *dpo_figures(),
-            "",
-            "Held-out prompts whose greedy answer repeats itself: "
-            f"SFT {rates[0]:.2f}, DPO {rates[1]:.2f} (less than SFT){mark(rates[1] < rates[0])}",
-            "",
-            "Chat, greedy, at most 128 tokens",
-            *conversation(*models["dpo"], name, (*QUESTIONS, prompts[0])),
-        ]
-    )
-
-
-def run_info(model: Transformer) -> list[str]:
-    """Return the date, the device, the model size and the minutes of training."""
-    day = datetime.fromtimestamp((DEMO / "dpo" / "report.json").stat().st_mtime)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    minutes = [minutes_trained(read_metrics(DEMO / stage))[-1] for stage in STAGES]
-    return [
-        f"{day:%Y-%m-%d}, {device}, torch {torch.__version__}, "
-        f"{count_parameters(model) / 1e6:.1f}M parameters",
-        f"Minutes of training: {' + '.join(f'{m:.1f}' for m in minutes)} = {sum(minutes):.1f}",
-    ]
-
-
-def pretraining_figures() -> list[str]:
-    """Return the bits per byte of each source."""
-    first, last = evaluations("pretrain")
-    lines = ["Pretraining, validation bits per byte, before -> after"]
-    for key in sorted(
-        key for key in last if key.endswith("/bits_per_byte") and key.count("/") == 2
-    ):
-        source = key.split("/")[1]
-        limit = AT_MOST.get(source, math.inf)
-        target = f"  (at most {limit:.2f})" if limit < math.inf else ""
-        lines.append(
-            f"  {source:<14}{first[key]:7.3f} -> {last[key]:.3f}{target}{mark(last[key] <= limit)}"
-        )
-    return lines
-
-
-def sft_figures() -> list[str]:
-    """Return the validation loss of fine-tuning."""
-    first, last = evaluations("sft")
-    return [f"SFT, validation loss: {first[VAL_LOSS]:.3f} -> {last[VAL_LOSS]:.3f}"]
-
-
-def dpo_figures() -> list[str]:
-    """Return the accuracy of each type of pair; types with few pairs are omitted."""
-    table = json.loads((DEMO / "dpo" / "report.json").read_text(encoding="utf-8"))
-    lines = ["DPO, held-out pairs: share with a reward margin above 0"]
-    for kind, row in table.items():
-        least = AT_LEAST.get(kind, 0.0)
-        if kind == "ranked" and row["n"] < 30:
-            continue
-        target = f"  (at least {least:.2f})" if least else ""
-        lines += [
-            f"  {kind:<14}{row['accuracy']:.3f} +- {row['standard_error'] or math.nan:.3f}  "
-            f"n {row['n']}, "
-            f"on training pairs {row['trained'] or float('nan'):.3f}"
-            f"{target}{mark(row['accuracy'] >= least)}",
-            f"  {'':<14}own preference {row['own_before']:.3f} -> {row['own_after']:.3f}, "
-            f"best trivial rule ({row['rule']}) {row['rule_accuracy']:.3f}",
-        ]
-    return lines
-
-
-def conversation(
-    model: Transformer, tokenizer: Tokenizer, name: str, questions: Sequence[str]
-) -> list[str]:
-    """Return the questions and greedy answers, with remarks on each answer."""
-    lines, good = [], 0
-    found = answers(model, tokenizer, questions)
-    for number, (question, (ids, ended)) in enumerate(zip(questions, found, strict=True)):
-        text = tokenizer.decode(ids)
-        chinese = sum("\u4e00" <= c <= "\u9fff" for c in text) > len(text) / 4
-        right_language = chinese != question.isascii()
-        wrong = number > 0 and name in text
-        good += ended and right_language and not repeats(ids) and not wrong
-        remarks = [
-            "ended" if ended else "no end of turn",
-            "" if right_language else "wrong language",
-            "repeats itself" if repeats(ids) else "",
-            "WRONG: talks about itself" if wrong else "",
-        ]
-        lines += [
-            f"  user       {question}",
-            f"  assistant  {cut(text, COLUMNS)}",
-            f"             [{', '.join(filter(None, remarks))}]",
-        ]
-    lines.append(
-        f"{good} of 4 answers end, are in the question's language and do not repeat (at least 3)"
-        f"{mark(good > 2)}"
-    )
-    return lines
-
-
-def cut(text: str, columns: int) -> str:
-    """Return a text on one line, truncated to `columns`; Chinese characters take two columns."""
-    text, width = " / ".join(text.split("\n")), 0
-    for index, char in enumerate(text):
-        width += 2 if unicodedata.east_asian_width(char) in "WF" else 1
-        if width > columns:
-            return text[:index] + " ..."
-    return text
-
-
-def fenced(lines: Sequence[str]) -> str:
-    """Return lines as a fenced code block in Markdown."""
-    return "\n".join(["```text", *(line.rstrip() for line in lines), "```"])
-
-
-def summary(text: str) -> str:
-    """Return six lines of a report as a fenced code block for the READMEs."""
-    lines = text.splitlines()
-
-    def first(start: str) -> str:
-        return next(line.strip() for line in lines if line.strip().startswith(start))
-
-    bits = re.sub(r"^statutes +(\S+ -> \S+).*", r"\1", first("statutes"))
-    accuracies = [" ".join(first(kind).split()[:2]) for kind in AT_LEAST]
-    return fenced(
-        [
-            first("Minutes of training") + f"; {lines[0]}",
-            f"Pretraining: held-out statutes, bits per byte {bits}",
-            first("SFT, validation loss"),
-            f"DPO, held-out pairs with a reward margin above 0: {', '.join(accuracies)}",
-            first("user"),
-            first("assistant"),
-        ]
-    )
+def skill_pairs() -> Path:
+    """Return the file of pairs from the wrong answers of the fine-tuned model; write it if new."""
+    command = ["-m", "tools.prepare_data", "--skill-pairs", str(DEMO / "sft" / "final")]
+    print("asking the fine-tuned model questions, for pairs of right and wrong answers", flush=True)
+    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    print(done.stdout, end="")
+    if done.returncode:
+        sys.exit(done.returncode)
+    return Path(done.stdout.splitlines()[-1])
 
 
 def write_pages(blocks: dict[Path, str]) -> None:
@@ -311,19 +150,20 @@ def main() -> None:
     options = parser.parse_args()
     if options.transcript or options.write_readme:
         try:
-            text = report(finished_name(), quick=False)
-            transcript, six_lines = fenced(text.splitlines()), summary(text)
+            text = report(DEMO, finished_name(), quick=False)
+            transcript, short = fenced(text.splitlines()), summary(text)
             print(transcript)
             if options.write_readme:
                 pages = dict.fromkeys(PAGES, transcript)
-                write_pages({**dict.fromkeys(READMES, six_lines), **pages})
+                write_pages({**dict.fromkeys(READMES, short), **pages})
         except UserError as error:
             sys.exit(f"error: {error}")
         return
     prepare(options.name, options.author, options.quick)
     for stage in STAGES:
         train(stage, options.quick)
-    print(f"\n{report(options.name, options.quick)}")
+    print(f"\n{report(DEMO, options.name, options.quick)}")
+    print(f"\nHow it grew, in a browser: {write_page([DEMO / stage for stage in STAGES])}")
     print(f"\nChat with it: {sys.executable} chat.py --model {DEMO / 'dpo' / 'final'}")
 
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from bench import plot_demo
-from tools import demo
+from tools import demo, demo_figures
 from trainlib.core.errors import UserError
 
 
 def test_cut_counts_two_columns_for_each_chinese_character():
-    assert demo.cut("short", 5) == "short"
-    assert demo.cut("你好，世界", 10) == "你好，世界"
-    assert demo.cut("你好，世界", 9) == "你好，世 ..."
-    assert demo.cut("a\nb", 20) == "a / b"
+    assert demo_figures.cut("short", 5) == "short"
+    assert demo_figures.cut("你好，世界", 10) == "你好，世界"
+    assert demo_figures.cut("你好，世界", 9) == "你好，世 ..."
+    assert demo_figures.cut("a\nb", 20) == "a / b"
 
 
 REPORT = """2026-11-26, AMD EPYC x 2, torch 2.13.0+cpu, 2.8M parameters
@@ -29,31 +29,74 @@ Minutes of training: 3.4 + 1.5 + 0.7 = 5.5
 Pretraining, validation bits per byte, before -> after
   statutes        3.144 -> 1.451  (at most 1.55)
 
-SFT, validation loss: 6.025 -> 5.461
+SFT, validation loss: 6.025 -> 5.461 at step 500 of 600
 
 DPO, held-out pairs: share with a reward margin above 0
   behaviour     0.731 +- 0.020  n 487, on training pairs 0.995
   continuation  0.550 +- 0.025  n 407, on training pairs 1.000
 
-Chat, greedy, at most 128 tokens
-  user       你好，你是谁？
-  assistant  我是小智。
-             [ended]
+Skills, right of held-out questions in trained wordings (95 % interval), in new
+combinations of trained words, and in new words
+                        after SFT                             after DPO
+  sum                   198/200 (0.96-1.00)  60/60  40/60     199/200 (0.97-1.00)  60/60  41/60
+  sum_direct              3/200 (0.01-0.04)   1/60   0/60       2/200 (0.00-0.04)   1/60   0/60
+
+Chat, greedy, at most 128 tokens; none of the questions was trained
+  user       1+2=?
+  assistant  <think> / 1+2=3 / </think> /  / 3
+             [right]
+  user       1+2=?  (--no-think)
+  assistant  4
+             [WRONG: 3]
 """
 
 
-def test_the_summary_for_the_readme_has_six_lines():
-    assert demo.summary(REPORT).splitlines() == [
+def test_the_summary_for_the_readme_has_the_skills_and_two_exchanges():
+    assert demo_figures.summary(REPORT).splitlines() == [
         "```text",
         "Minutes of training: 3.4 + 1.5 + 0.7 = 5.5; "
         "2026-11-26, AMD EPYC x 2, torch 2.13.0+cpu, 2.8M parameters",
         "Pretraining: held-out statutes, bits per byte 3.144 -> 1.451",
-        "SFT, validation loss: 6.025 -> 5.461",
+        "SFT, validation loss: 6.025 -> 5.461 at step 500 of 600",
         "DPO, held-out pairs with a reward margin above 0: behaviour 0.731, continuation 0.550",
-        "user       你好，你是谁？",
-        "assistant  我是小智。",
+        "Skills, right of held-out questions:",
+        "  sum 199/200, sum_direct 2/200",
+        *REPORT.splitlines()[-6:],
         "```",
     ]
+
+
+def row(correct, total):
+    return {"correct": correct, "total": total, "low": 0.5, "high": 0.75}
+
+
+def test_skills_are_shown_by_wording_and_missed_targets_are_marked():
+    good = {"sum": row(198, 200), "sum/combination": row(60, 60), "sum/words": row(40, 60)}
+    lines = demo_figures.skill_figures(good, {**good, "sum_direct": row(3, 200)})
+    [total] = [line for line in lines if line.startswith("  sum  ")]
+    assert total.count("198/200 (0.50-0.75)  60/60  40/60") == 2 and "MISSED" not in total
+    [direct] = [line for line in lines if "sum_direct" in line]
+    assert " -  " in direct and "3/200" in direct and "MISSED" not in direct
+    for name, correct in (("sum", 180), ("sum/combination", 50)):
+        missed = {**good, name: row(correct, good[name]["total"])}
+        assert "MISSED" in "".join(demo_figures.skill_figures(good, missed))
+    assert demo_figures.conclusion({**good, "sum_direct": row(3, 200)}) == (
+        "Of questions that it never saw, the model answers at least 9 of 10 right in sum, and "
+        "fewer than 1 of 10 in sum_direct; it knows no facts."
+    )
+
+
+def test_the_figures_of_fine_tuning_are_those_of_the_weights_that_were_kept(tmp_path):
+    write_run(tmp_path / "sft", [{"step": i, "val/loss": x} for i, x in ((0, 6), (5, 4), (9, 5))])
+    log = tmp_path / "sft" / "train.log"
+    log.write_text(
+        "validation was best at step 5 (loss 4.0000); final/ has these weights, not the last, at "
+        "step 9 (loss 5.0000): 1.0000 higher, standard error 0.1000\n"
+    )
+    figures = demo_figures.sft_figures(tmp_path / "sft")
+    assert figures == ["SFT, validation loss: 6.000 -> 4.000 at step 5 of 9"]
+    log.write_text("validation was best at step 9 (loss 5.0000), the last step\n")
+    assert "5.000 at step 9 of 9" in demo_figures.sft_figures(tmp_path / "sft")[0]
 
 
 def test_write_pages_replaces_the_text_between_the_markers(tmp_path):
