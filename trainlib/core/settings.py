@@ -242,7 +242,9 @@ def load_config(cls: type[T], argv: list[str], default_file: Path | None) -> T:
                 errors.append(f"{name}={value.text} ({value.source}): expected {error}")
                 failed.add(name)
         _keep_one_length(length_keys, set(raw) - failed, values, sources, errors)
-    config = _replace_values(cls(), values)
+    config = cls()
+    for name, value in values.items():
+        config = with_value(config, name, value, sources[name])
     errors += _config_errors(config, sources, failed)
     if errors:
         count = f"{len(errors)} problem{'s' if len(errors) > 1 else ''} in the settings:"
@@ -268,18 +270,6 @@ def _keep_one_length(
         # An explicit zero such as `max_steps=0` is kept.
         if lengths and key.name != lengths[-1] and values.get(key.name, key.default):
             values[key.name], sources[key.name] = 0, f"replaced by {lengths[-1]}"
-
-
-def _replace_values(config: T, values: dict[str, Any], prefix: str = "") -> T:
-    """Return a copy of a config and its sections with the given values, by dotted key."""
-    changes = {}
-    for field in fields(config):  # type: ignore[arg-type]
-        name, value = prefix + field.name, getattr(config, field.name)
-        if is_dataclass(value):
-            changes[field.name] = _replace_values(value, values, name + ".")
-        else:
-            changes[field.name] = values.get(name, value)
-    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
 BOUNDS = {

@@ -92,13 +92,17 @@ class PackedDataset:
             count += len(index) * self._per_record
         self.num_sequences = count - first_sequence_id
         self.num_records = self.num_sequences // self._per_record
+        self.num_used = self.num_records - self.num_dropped.total()
+        """Number of records that were not dropped."""
         longest = np.sort(np.concatenate(full_lengths))[: -(-99 * self.num_records // 100)]
         self.length_of_99_percent = int(longest[-1]) if len(longest) else 0
         self._file, self._start, self._length, self._id, self._record = (
             arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
             for arrays in zip(*units, strict=True)
         )
-        if not len(self._length):
+        self.num_units = len(self._length)
+        """Number of pieces, conversations or pairs."""
+        if not self.num_units:
             names = ", ".join(str(cache.path) for cache in self.caches)
             if dropped := sum(self.num_dropped.values()):
                 raise UserError(none_fits(names, dropped, row_length))
@@ -137,16 +141,6 @@ class PackedDataset:
         return [np.full(len(start), number, np.int32), start, length, ids, index]
 
     @property
-    def num_used(self) -> int:
-        """Return the number of records that were not dropped."""
-        return self.num_records - self.num_dropped.total()
-
-    @property
-    def num_units(self) -> int:
-        """Return the number of pieces, conversations or pairs."""
-        return len(self._length)
-
-    @property
     def num_tokens(self) -> int:
         """Return the number of positions in one epoch, without padding."""
         if self._repeats is None:
@@ -177,13 +171,8 @@ class PackedDataset:
         """Yield the rows from a position to the end of its epoch, each with the next position."""
         plan = self._plan(position.epoch)
         for number in range(position.row, len(plan)):
-            last = number + 1 == len(plan)
-            after = (
-                DataPosition(position.epoch + 1)
-                if last
-                else DataPosition(position.epoch, number + 1)
-            )
-            yield plan[number], after
+            epochs, row = divmod(number + 1, len(plan))
+            yield plan[number], DataPosition(position.epoch + epochs, row)
 
     @property
     def selection(self) -> bytes:
