@@ -144,10 +144,7 @@ class Fields:
         return value
 
     def unused(self) -> list[tuple[str, bool]]:
-        """Return the keys of the row and of its messages that were not read.
-
-        Each comes with whether it holds a text that is not also elsewhere.
-        """
+        """Return the unread keys of row and messages, and whether their texts are only there."""
         read = set(self.read)
         used = {self.keys[name] for name in read if name in self.keys}
         found = {

@@ -113,10 +113,7 @@ class Counts:
 
 
 def check_mapped_columns(counts: Iterable[dict[str, int]]) -> None:
-    """Raise UserError if data.columns names a column that no row of any file has.
-
-    `counts` are the rows with each column (Counts.mapped), for each file.
-    """
+    """Raise UserError if data.columns names a column that no file's Counts.mapped has."""
     total: Counter[str] = Counter()
     for mapped in counts:
         total.update(mapped)

@@ -214,10 +214,7 @@ def check_items(
 
 
 def read_row(row: Row, kind: str, options: ReadOptions) -> tuple[list, Fields]:
-    """Return the values in a row, and the row under our names.
-
-    Raises ValueError with the reason if the row is broken, and NotUsed if `kind` does not use it.
-    """
+    """Return a row's values and fields; raise ValueError if it is broken, NotUsed if not used."""
     if kind not in EXAMPLES:
         raise ValueError(UNPAIRED)
     fields = Fields(row, options.columns)

@@ -2,8 +2,7 @@
 
 Invariants of every Batch: documents in a row never attend to each other (document_ids), positions
 restart with each document, a label is the next id, and padding is a separate document without
-labels. Only collate shifts labels by one. No document is lost silently: those that do not fit are
-truncated or dropped, and counted.
+labels. Only collate shifts labels by one.
 """
 
 from __future__ import annotations
@@ -149,10 +148,7 @@ class PackedDataset:
         return round(float(sums @ np.array(self._repeats)))
 
     def mean_context_length(self) -> float:
-        """Return the mean number of positions that a position attends to, including itself.
-
-        The two answers of a pair are assumed to have equal length.
-        """
+        """Return how many positions one attends to on average, if answers have equal length."""
         counts = np.bincount(self._length)  # Indexed by length.
         lengths = np.arange(len(counts)) / self._per_record
         return float(counts @ (lengths * (lengths + 1) / 2) / (counts @ lengths))
@@ -164,8 +160,8 @@ class PackedDataset:
     def padding_fraction(self, epoch: int = 0) -> float:
         """Return the fraction of an epoch's positions that are padding."""
         plan = self._plan(epoch)
-        num_tokens = int(self._length[plan.all_units()].sum(dtype=np.int64))
-        return 1 - num_tokens / (len(plan) * self.row_length)
+        sizes = np.add.reduceat(self._length[plan.units], plan.bounds[:-1], dtype=np.int64)
+        return float(1 - sizes[plan.order].sum() / (len(plan) * self.row_length))
 
     def rows(self, position: DataPosition) -> Iterator[tuple[Row, DataPosition]]:
         """Yield the rows from a position to the end of its epoch, each with the next position."""
