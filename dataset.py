@@ -106,10 +106,7 @@ class DataConfig:
         return formats.ReadOptions(self.format, join, self.columns, self.markers == "split")
 
     def estimate_tokens(self, kind: str, row_length: int) -> tuple[float, str]:
-        """Return the approximate number of tokens in an epoch, and how it was determined.
-
-        Does not tokenize. The number is 0 if there is no usable data.
-        """
+        """Return about how many tokens an epoch has, and how this is known, without tokenizing."""
         try:
             groups = choose_files(self, kind).train
             counted = [[counted_tokens(p, kind, row_length) for p in g.paths] for g in groups]
@@ -149,10 +146,7 @@ class Files(NamedTuple):
 
 
 def expand(name: str) -> list[Path]:
-    """Return the files for an entry in data.files: a file, a folder or a pattern.
-
-    Raises UserError if there are none.
-    """
+    """Return the files for a file, folder or pattern in data.files; raise UserError if none."""
     path = Path(name)
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.is_file() and _is_data_file(p)]
@@ -248,10 +242,7 @@ def hold_out(
 def load_datasets(
     config: DataConfig, kind: str, tokenizer: Tokenizer, sequence_length: int, seed: int
 ) -> Datasets:
-    """Choose, tokenize and pack the data of a stage, and log a summary.
-
-    Raises UserError for missing, broken or unusable files.
-    """
+    """Choose, tokenize, pack and log the data of a stage; raise UserError for unusable files."""
     files = choose_files(config, kind)
     log.info("data: %s", files.reason)
     read: list[TokenCache] = []

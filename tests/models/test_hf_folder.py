@@ -257,9 +257,8 @@ def test_loading_does_not_import_torchs_compiler(tmp_path, tokenizer):
 def test_the_checkpoint_config_overrides_a_config_file(tmp_path, tokenizer, caplog):
     write_folder(tmp_path, tokenizer)
     args = ["configs/tiny_pretrain.yaml", f"init_from={tmp_path}"]
-    for _ in range(2):  # Preparation and training both check; the warning appears once.
-        config = adopt_model_config(settings_of.load_config(PretrainConfig, args, None))
-        assert config.model == load_config(tmp_path)
+    config = adopt_model_config(settings_of.load_config(PretrainConfig, args, None))
+    assert config.model == load_config(tmp_path)
     texts = [r.message for r in caplog.records if "differ from the model's config" in r.message]
     assert len(texts) == 1 and "model.hidden_size=192 (configs/tiny_pretrain.yaml:" in texts[0]
     config = settings_of.load_config(PretrainConfig, [*args, "model.head_dim=32"], None)

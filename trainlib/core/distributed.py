@@ -67,11 +67,7 @@ class DistributedContext:
 
     def broadcast_object(self, value: Any) -> Any:
         """Return rank 0's value, which should be a small object."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, 0)
-        return box[0]
+        return self.all_gather_object(value)[0]
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return the values from all ranks in rank order; they should be small objects."""
@@ -126,10 +122,7 @@ def destroy_distributed() -> None:
 
 
 def run_on_main_process(distributed: DistributedContext, action: Callable[[], T]) -> T:
-    """Call a function on rank 0 only, and return its result on all ranks.
-
-    If it raises UserError or AlreadyFinished, all ranks raise the same.
-    """
+    """Call a function on rank 0; on all ranks, return its result or raise its UserError."""
     outcome: Any = None
     if distributed.is_main:
         try:
@@ -145,10 +138,7 @@ def run_on_main_process(distributed: DistributedContext, action: Callable[[], T]
 
 
 def resolve_world_size(config: Any) -> int:
-    """Return the number of processes of a run: config.ranks, or one for each visible GPU.
-
-    Raises UserError if `ranks` exceeds the number of visible GPUs.
-    """
+    """Return config.ranks, or one for each visible GPU; raise UserError if ranks exceeds them."""
     use_gpus = config.device in ("auto", "cuda") and torch.cuda.is_available()
     gpus = torch.cuda.device_count() if use_gpus else 0
     if gpus and config.ranks > gpus:

@@ -116,10 +116,7 @@ def release_folders() -> None:
 
 
 def lock_folder(folder: Path) -> None:
-    """Lock a folder until this process exits or calls release_folders.
-
-    Raises UserError if another process holds the lock.
-    """
+    """Lock a folder until exit or release_folders; raise UserError if another process has it."""
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     if fcntl is not None:
         try:

@@ -168,10 +168,7 @@ def choose_hardware(
     micro_batch_size: int = 0,
     row_length: int = TABLE_ROW_LENGTH,
 ) -> Choice:
-    """Resolve "auto" for a machine. This is a pure function.
-
-    Raises UserError for a device or precision that the machine does not support.
-    """
+    """Resolve "auto" for a machine; raise UserError for a device or precision that it lacks."""
     if device == "auto":
         device = "cuda" if facts.cuda else "cpu"  # mps is used only on request.
     if device == "cuda" and not facts.cuda:
@@ -239,11 +236,7 @@ def unseen_card() -> str:
 
 
 def measured_precision(cache_file: Path, matmul: str) -> str:
-    """Return fp32 or bf16, whichever is faster on this CPU.
-
-    The result is cached in a file, so that all runs on a machine agree. The cache key contains
-    everything that can change the result.
-    """
+    """Return fp32 or bf16, whichever is faster on this CPU; a file makes all runs agree."""
     software = f"torch {torch.__version__} threads {torch.get_num_threads()} matmul {matmul}"
     key = f"{cpu_name()} {instructions()} {software}"
     try:

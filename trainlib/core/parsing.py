@@ -15,10 +15,7 @@ SWITCHES |= {"off": False, "false": False, "no": False, "0": False}
 
 
 def parse(type_: Any, value: str | list[str]) -> Any:
-    """Parse a string, or a list of strings, as a value of `type_`.
-
-    Raises ValueError with a message that says what is expected.
-    """
+    """Parse a string or list of strings as `type_`; raise ValueError that says what it must be."""
     origin, options = get_origin(type_), get_args(type_)
     if origin is tuple:
         try:

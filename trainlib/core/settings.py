@@ -59,10 +59,7 @@ class Key:
 
 
 def keys(cls: type) -> list[Key]:
-    """Return all settings of a class and its sections, in definition order.
-
-    Every field must have a default.
-    """
+    """Return the settings of a class and its sections, in order; all must have defaults."""
     return list(_walk(cls()))
 
 
@@ -89,13 +86,11 @@ def _attribute_docs(cls: type) -> dict[str, str]:
         except OSError:  # The source is not available.
             continue
         body = tree.body[0].body  # type: ignore[attr-defined]
-        for statement, after in zip(body, body[1:], strict=False):
-            if not (isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr)):
-                continue
-            text = getattr(after.value, "value", None)
-            if isinstance(text, str):
-                first = inspect.cleandoc(text).split("\n\n")[0]
-                docs_by_name[statement.target.id] = " ".join(first.split())  # type: ignore
+        for pair in zip(body, body[1:], strict=False):
+            match pair:
+                case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                    first = inspect.cleandoc(text).split("\n\n")[0]
+                    docs_by_name[name] = " ".join(first.split())
     return docs_by_name
 
 
@@ -150,10 +145,7 @@ def read_file(path: Path, names: list[str], errors: list[str]) -> dict[str, RawV
 def _entries(
     node: yaml.MappingNode | None, names: list[str], prefix: str = ""
 ) -> Iterator[tuple[str, int, yaml.Node]]:
-    """Yield the dotted key, line and value of each entry of a mapping and of its sections.
-
-    A key that is a list or a mapping becomes an empty string.
-    """
+    """Yield key (empty if not a scalar), line and value of the entries, including sections'."""
     for key, value in node.value if node else ():
         name = prefix + key.value if isinstance(key, yaml.ScalarNode) else ""
         yield name, key.start_mark.line + 1, value
@@ -242,7 +234,9 @@ def load_config(cls: type[T], argv: list[str], default_file: Path | None) -> T:
                 errors.append(f"{name}={value.text} ({value.source}): expected {error}")
                 failed.add(name)
         _keep_one_length(length_keys, set(raw) - failed, values, sources, errors)
-    config = _replace_values(cls(), values)
+    config = cls()
+    for name, value in values.items():
+        config = with_value(config, name, value, sources[name])
     errors += _config_errors(config, sources, failed)
     if errors:
         count = f"{len(errors)} problem{'s' if len(errors) > 1 else ''} in the settings:"
@@ -268,18 +262,6 @@ def _keep_one_length(
         # An explicit zero such as `max_steps=0` is kept.
         if lengths and key.name != lengths[-1] and values.get(key.name, key.default):
             values[key.name], sources[key.name] = 0, f"replaced by {lengths[-1]}"
-
-
-def _replace_values(config: T, values: dict[str, Any], prefix: str = "") -> T:
-    """Return a copy of a config and its sections with the given values, by dotted key."""
-    changes = {}
-    for field in fields(config):  # type: ignore[arg-type]
-        name, value = prefix + field.name, getattr(config, field.name)
-        if is_dataclass(value):
-            changes[field.name] = _replace_values(value, values, name + ".")
-        else:
-            changes[field.name] = values.get(name, value)
-    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
 BOUNDS = {
@@ -340,14 +322,6 @@ def with_value(cfg: T, name: str, value: Any, source: str) -> T:
     return changed
 
 
-def resolved(cfg: T, **values: Any) -> T:
-    """Return a copy of the settings with each "auto" replaced by the value chosen for it."""
-    for name, value in values.items():
-        if value != getattr(cfg, name):
-            cfg = with_value(cfg, name, value, "auto")
-    return cfg
-
-
 def provenance(cfg: Any) -> dict[str, str]:
     """Return the source of each value: file:line, command line, environment X, default."""
     recorded, defaults = getattr(cfg, "_provenance", {}), keys(type(cfg))
@@ -358,10 +332,7 @@ def provenance(cfg: Any) -> dict[str, str]:
 
 
 def recipe(cfg: Any) -> dict[str, Any]:
-    """Return the settings that determine what the model learns, by dotted key, as JSON values.
-
-    Skips fields, and entire sections, that have the metadata {"recipe": False}.
-    """
+    """Return the settings that determine what the model learns (metadata "recipe") for JSON."""
     values = {key.name: key.default for key in _walk(cfg) if key.recipe}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 

@@ -11,7 +11,7 @@ import sys
 from typing import Any, TextIO
 
 
-class DetachableStream(io.TextIOBase):
+class DetachableStream:
     """Text stream that falls back to /dev/null when its terminal is gone."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -43,14 +43,6 @@ class DetachableStream(io.TextIOBase):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-    def isatty(self) -> bool:
-        """Return whether the stream is a terminal."""
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        """Return the file descriptor of the stream."""
-        return self._stream.fileno()
 
 
 def use_replacement_characters() -> None:

@@ -11,7 +11,7 @@ import functools
 import json
 import re
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenizer.chat_format import ROLES
 from trainlib.data.containers import Row, are_messages, is_turn
@@ -81,13 +81,6 @@ MIN_WORDS, MIN_HAN = 3, 8
 """A text of an unread key is worth a warning from this many words or Chinese characters on."""
 
 
-class Unused(NamedTuple):
-    """A key that nothing reads, and whether it holds a text that is not also elsewhere."""
-
-    key: str
-    has_text: bool
-
-
 class Fields:
     """A row under our names. `keys` maps each of our names to the key that holds it.
 
@@ -97,12 +90,10 @@ class Fields:
     def __init__(self, row: Row, columns: tuple[str, ...] = ()) -> None:
         self.row, self._parsed, self.read = row, {}, set[str]()
         self.keys, ambiguous = _keys(tuple(row), columns)
-        if ambiguous:
-            self.keys = dict(self.keys)
         for name, candidates in ambiguous:
             full = (key for key in candidates if not _is_empty(row[key]))
-            self.keys[name] = next(full, candidates[0])
-        if "prompt" in self.keys and not self.has("prompt") and self.has("input"):
+            self.keys = {**self.keys, name: next(full, candidates[0])}
+        if not self.has("prompt") and self.has("input"):
             self.keys = {**self.keys, "prompt": self.keys["input"]}
             del self.keys["input"]
 
@@ -152,8 +143,8 @@ class Fields:
             return None
         return value
 
-    def unused(self) -> list[Unused]:
-        """Return the keys of the row and of its messages that were not read."""
+    def unused(self) -> list[tuple[str, bool]]:
+        """Return the unread keys of row and messages, and whether their texts are only there."""
         read = set(self.read)
         used = {self.keys[name] for name in read if name in self.keys}
         found = {
@@ -176,8 +167,9 @@ class Fields:
         unread = {id(text) for values in found.values() for text in _texts(values)}
         values = [self.parsed(name) for name in read if name in self.keys]
         texts = [t for t in _texts(values) if id(t) not in unread]
+        choices = frozenset[str]() if "text" in read else CHOICES
         return [
-            Unused(key, _has_text(values, texts, "text" not in read and _is_choice(key)))
+            (key, _has_text(values, texts, not _rest((key,), choices)))
             for key, values in found.items()
         ]
 
@@ -293,10 +285,6 @@ def _has_text(value: Any, read: list[str], short: bool) -> bool:
     )
 
 
-def _is_choice(key: Any) -> bool:
-    return str(key).strip().lower() in CHOICES
-
-
 def _is_text(text: str) -> bool:
     han = sum("\u4e00" <= c <= "\u9fff" for c in text)
     return len(text.split()) >= MIN_WORDS or han >= MIN_HAN
@@ -308,8 +296,7 @@ def suggest_columns(row: Row, kind: str | None) -> str:
     wanted = {"pretrain": ("text",), "dpo": ("prompt", "chosen", "rejected")}
     names = wanted.get(kind or "", ("prompt", "answer"))
     used = {key for name, key in known.items() if name != "text" or name in names}
-    texts = [key for key in row if isinstance(row[key], str) and key not in used]
-    keys = [key for key in texts if not _is_label(key, row[key])]
+    keys = [k for k in row if isinstance(row[k], str) and not (k in used or _is_label(k, row[k]))]
     if not kind and len(keys) < 2:
         names = ("text",)
     names = [name for name in names if name not in known]

@@ -114,15 +114,12 @@ def read_array(stream: BinaryIO) -> Iterator[Item]:
     """Yield the elements of a JSON array; after a broken one, resume at the next likely row."""
     # Invalid UTF-8 becomes lone surrogates, which check_text rejects.
     text = _Window(io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="\n"))
-    text.skip(r"\s*\[\s*")
-    decoder, next_row = json.JSONDecoder(), re.compile(r"\}\s*,\s*(?=\{)")
-    while True:
-        text.skip(r"\s*")
-        if text.starts_with("]"):
-            break
+    text.advance(text.next() == "[")
+    next_row = re.compile(r"\}\s*,\s*(?=\{)")
+    while text.next() != "]":
         line = text.line
         try:
-            value, end = text.decode(decoder)
+            value = text.decode()
         except (ValueError, RecursionError) as error:
             yield Item(line, Broken(f"array element is not JSON ({json_error(error)})"))
             if not text.skip_past(next_row):
@@ -133,23 +130,21 @@ def read_array(stream: BinaryIO) -> Iterator[Item]:
             key = re.escape(json.dumps(next(iter(value)), ensure_ascii=False))
             next_row = re.compile(r"(\})\s*,\s*(?=\{\s*" + key + ")")
         yield Item(line, row_of(value))
-        text.advance(end)
-        text.skip(r"\s*")
-        if text.starts_with(","):
-            text.advance(1)
-        elif not text.starts_with("]"):
-            reason = "array is not closed" if text.at_end() else "missing comma between rows"
+        if (after := text.next()) not in (",", "]"):
+            reason = "missing comma between rows" if after else "array is not closed"
             yield Item(text.line, Broken(f"not JSON ({reason})"))
             if not text.skip_past(next_row):
                 return
+        text.advance(after == ",")
     text.advance(1)
-    text.skip(r"\s*")
-    if not text.at_end():
+    if text.next():
         yield Item(text.line, Broken("text after the end of the array"))
 
 
 class _Window:
     """A position in a long text; only the text around it is in memory."""
+
+    _decoder, _spaces = json.JSONDecoder(), re.compile(r"\s*")
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         self._stream, self._text, self._start, self.line = stream, "", 0, 1
@@ -164,14 +159,13 @@ class _Window:
         self.line += self._text.count("\n", self._start, self._start + end)
         self._start += end
 
-    def skip(self, pattern: str) -> None:
-        """Move past the longest match that starts here, if any."""
+    def next(self) -> str:
+        """Move past white space; return the next character, or an empty string at the end."""
         while True:
-            match = re.compile(pattern).match(self._text, self._start)
-            size = match.end() - self._start if match else 0
-            if self._start + size < len(self._text) or not self._read_more():
-                break
-        self.advance(size)
+            if spaces := self._spaces.match(self._text, self._start):
+                self.advance(spaces.end() - self._start)
+            if self._start < len(self._text) or not self._read_more():
+                return self._text[self._start : self._start + 1]
 
     def skip_past(self, pattern: re.Pattern[str]) -> bool:
         """Move past the next match; return False if there is none."""
@@ -183,24 +177,19 @@ class _Window:
             if not self._read_more():
                 return False
 
-    def starts_with(self, text: str) -> bool:
-        return self._text.startswith(text, self._start)
-
-    def at_end(self) -> bool:
-        return self._start == len(self._text) and not self._read_more()
-
-    def decode(self, decoder: json.JSONDecoder) -> tuple[Any, int]:
-        """Return the JSON value at this position and its length; raise ValueError if invalid."""
+    def decode(self) -> Any:
+        """Return the JSON value here and move past it; raise ValueError if it is invalid."""
         while True:
             try:
-                value, end = decoder.raw_decode(self._text, self._start)
+                value, end = self._decoder.raw_decode(self._text, self._start)
             except json.JSONDecodeError as error:
                 partial = error.msg.startswith("Unterminated") or error.pos > len(self._text) - 16
                 size = len(self._text) - self._start
                 if not partial or size > MAX_ROW_BYTES or not self._read_more(max(size, 1 << 20)):
                     raise
             else:
-                return value, end - self._start
+                self.advance(end - self._start)
+                return value
 
 
 def read_csv(stream: BinaryIO) -> Iterator[Item]:
@@ -254,9 +243,13 @@ def read_txt(stream: BinaryIO) -> Iterator[Item]:
                 yield Item(line, Broken(utf8_error(raw[start:], error.start - start)))
 
     while raw := rest + stream.readline(MAX_DOCUMENT_BYTES):
-        # A line longer than a document is split, but never within a character.
-        rest = b"" if raw.endswith(b"\n") else _unfinished_character(raw)
-        if rest and len(raw) == len(rest):
+        rest = b""
+        if not raw.endswith(b"\n"):
+            # A line longer than a document is split, but never within a character.
+            decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+            decoder.decode(raw[-4:])
+            rest, _ = decoder.getstate()
+        if len(raw) == len(rest):
             rest = b""  # The end of the file, or not UTF-8 at all.
         raw = raw[: len(raw) - len(rest)]
         if number == 0 and not parts:
@@ -270,18 +263,6 @@ def read_txt(stream: BinaryIO) -> Iterator[Item]:
             yield from document()
             begin, size, parts = number + 1, 0, []
     yield from document()
-
-
-def _unfinished_character(raw: bytes) -> bytes:
-    """Return the trailing bytes that begin a UTF-8 character without completing it."""
-    for back in range(1, min(4, len(raw) + 1)):
-        byte = raw[-back]
-        if byte >= 0xC0:
-            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return raw[-back:] if back < length else b""
-        if byte < 0x80:
-            break
-    return b""
 
 
 READERS = {"jsonl": read_jsonl, "array": read_array, "csv": read_csv, "txt": read_txt}

@@ -43,14 +43,12 @@ def read_messages(turns: Any, field: str) -> Messages:
         raise NotUsed(f"{field} is empty")
     if not isinstance(turns, list):
         raise ValueError(f"{field} must be a list of messages, or its JSON text")
-    messages = [
-        message
-        for number, turn in enumerate(turns, 1)
-        for message in read_turn(turn, f"{field} message {number}")
-    ]
+    messages: Messages = []
     for number, turn in enumerate(turns, 1):
+        what = f"{field} message {number}"
+        messages += read_turn(turn, what)
         tools = turn.get("tools") or turn.get("functions")
-        messages = with_tools(messages, parse_tools(tools, f"{field} message {number}"))
+        messages = with_tools(messages, parse_tools(tools, what))
     return messages
 
 
@@ -285,10 +283,8 @@ def make_pair(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages]
     for messages in (chosen, rejected):
         answers = [m for m in messages[size:] if m["role"] == "assistant"]
         _require_targets(answers, "an answer of the pair")
-    return (
-        [*_not_learned(chosen[:size]), *chosen[size:]],
-        [*_not_learned(rejected[:size]), *rejected[size:]],
-    )
+        messages[:size] = _not_learned(messages[:size])
+    return chosen, rejected
 
 
 def prompt_size(chosen: Messages, rejected: Messages) -> int:

@@ -41,12 +41,6 @@ class EpochPlan:
         row = self.order[number]
         return np.asarray(self.units[self.bounds[row] : self.bounds[row + 1]])
 
-    def all_units(self) -> np.ndarray:
-        """Return the units of all rows."""
-        if len(self.order) == len(self.bounds) - 1:
-            return self.units
-        return np.concatenate([self[i] for i in range(len(self))])
-
     @classmethod
     def load_or_build(cls, key: str, build: Callable[[], EpochPlan]) -> EpochPlan:
         """Return the memory-mapped plan for `key` from .cache/plans; build it if it is missing."""

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trainlib.core.errors import UserError
-from trainlib.data.columns import Unused
 
 MIN_SHARE = 0.01
 """Share of the rows from which a count is a finding."""
@@ -40,7 +39,7 @@ class Counts:
     """Rows that have each column that data.columns names."""
     lines: dict[str, list[int]] = field(default_factory=dict)
 
-    def add(self, line: int, unused: list[Unused], num_documents: int, special: bool) -> None:
+    def add(self, line: int, unused: list[tuple[str, bool]], documents: int, special: bool) -> None:
         """Count a row that is used."""
         self.rows += 1
         for key, has_text in unused:
@@ -50,9 +49,9 @@ class Counts:
             if has_text:
                 self.unused_texts[key] = self.unused_texts.get(key, 0) + 1
                 self._add_line(f"unused {key}", line)
-        if num_documents > 1:
+        if documents > 1:
             self.split_rows += 1
-            self.documents += num_documents
+            self.documents += documents
         if special:
             self.special_text += 1
             self._add_line("special_text", line)
@@ -72,12 +71,10 @@ class Counts:
         """Add the counts over later rows of the same file."""
         for name, value in asdict(other).items():
             ours = getattr(self, name)
-            if name == "lines":
-                for key, lines in value.items():
-                    ours[key] = [*ours.get(key, []), *lines][:MAX_LINES]
-            elif isinstance(value, dict):
-                for key, count in value.items():
-                    ours[key] = ours.get(key, 0) + count
+            if isinstance(value, dict):
+                for key, more in value.items():
+                    both = ours[key] + more if key in ours else more
+                    ours[key] = both[:MAX_LINES] if name == "lines" else both
             else:
                 setattr(self, name, ours + value)
 
@@ -116,10 +113,7 @@ class Counts:
 
 
 def check_mapped_columns(counts: Iterable[dict[str, int]]) -> None:
-    """Raise UserError if data.columns names a column that no row of any file has.
-
-    `counts` are the rows with each column (Counts.mapped), for each file.
-    """
+    """Raise UserError if data.columns names a column that no file's Counts.mapped has."""
     total: Counter[str] = Counter()
     for mapped in counts:
         total.update(mapped)

@@ -81,10 +81,6 @@ class Detection(NamedTuple):
 UNPAIRED = "an unpaired preference (label or kto_tag), which no stage trains on"
 
 
-def _has_texts(f: Fields) -> bool:
-    return not f.turns("chosen") and not f.turns("rejected")
-
-
 def _called(f: Fields, name: str, key: str) -> bool:
     return f.has(name) and f.keys[name].strip().lower() == key
 
@@ -95,9 +91,8 @@ def _is_pair(f: Fields) -> bool:
 
 def _is_sharegpt(f: Fields) -> bool:
     turns = f.parsed("messages")
-    return not isinstance(turns, list) or not turns or not isinstance(turns[0], dict) or (
-        "from" in turns[0]
-    )  # fmt: skip
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return not isinstance(first, dict) or "from" in first
 
 
 FORMATS: tuple[Format, ...] = (
@@ -106,7 +101,7 @@ FORMATS: tuple[Format, ...] = (
            lambda f: _is_pair(f) and f.has("messages") and not f.has("prompt")),
     Format("preference", "dpo",
            '{"chosen": [messages], "rejected": [messages]}, with or without "prompt"',
-           lambda f: _is_pair(f) and not _has_texts(f)),
+           lambda f: _is_pair(f) and bool(f.turns("chosen") or f.turns("rejected"))),
     Format("alpaca_preference", "dpo",
            '{"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}',
            lambda f: _is_pair(f) and _called(f, "prompt", "instruction")),
@@ -152,7 +147,7 @@ def detect(
     for format_ in FORMATS:
         if format_.name == name:
             return Detection(format_, source, f"data.format={name}, in {source.container}")
-    reason, line, first = "", 0, None
+    reason, line, other = "", 0, None
     for item in islice(source.items(), DETECTION_ROWS):
         line = line or item.line
         try:
@@ -165,24 +160,21 @@ def detect(
         if not matching:
             hint = suggest_columns(row, kind)
             reason = reason or f"unknown row format (keys: {keys_of(row)}){hint}"
-        elif found := next((f for f in matching if f.kind == kind), None if kind else matching[0]):
-            return Detection(found, source, _reason(source, item.line, row), item.line)
-        if matching and not first:
-            why = _reason(source, item.line, row)
-            first = Detection(matching[0], source, why, item.line)
-    if first:
-        return first
+            continue
+        found = next((f for f in matching if kind in (None, f.kind)), matching[0])
+        compression = f" in {source.compression}" if source.compression else ""
+        why = f"{source.container}{compression} ({source.reason}); line {item.line} has keys "
+        detection = Detection(found, source, why + ", ".join(map(str, row)), item.line)
+        if kind in (None, found.kind):
+            return detection
+        other = other or detection
+    if other:
+        return other
     if not reason:
         raise EmptyFileError(f"{path} is empty: it needs at least one row")
     if reason.startswith(NOT_UTF8):  # Every format requires UTF-8.
         raise UserError(f"{path}, line {line}: {reason}")
     raise UserError(f"{path}, line {line}: {reason}. Known formats:\n{known_formats()}")
-
-
-def _reason(source: Source, line: int, row: Row) -> str:
-    compression = f" in {source.compression}" if source.compression else ""
-    keys = ", ".join(map(str, row))
-    return f"{source.container}{compression} ({source.reason}); line {line} has keys {keys}"
 
 
 def known_formats() -> str:
@@ -222,15 +214,13 @@ def check_items(
 
 
 def read_row(row: Row, kind: str, options: ReadOptions) -> tuple[list, Fields]:
-    """Return the values in a row, and the row under our names.
-
-    Raises ValueError with the reason if the row is broken, and NotUsed if `kind` does not use it.
-    """
+    """Return a row's values and fields; raise ValueError if it is broken, NotUsed if not used."""
     if kind not in EXAMPLES:
         raise ValueError(UNPAIRED)
     fields = Fields(row, options.columns)
     if not any(f.matches(fields) for f in _formats(kind, options.format)):
-        if kind == "sft" and fields.has("prompt") and _is_null(fields, "answer"):
+        empty = "answer" in fields.keys and not fields.has("answer")
+        if kind == "sft" and fields.has("prompt") and empty:
             raise NotUsed(f"{fields.what('answer')} is empty")
         other = next((f for f in _formats("", options.format) if f.matches(fields)), None)
         if other:
@@ -244,10 +234,6 @@ def read_row(row: Row, kind: str, options: ReadOptions) -> tuple[list, Fields]:
     if kind == "sft":
         return [read_conversation(fields, options.alpaca_join)], fields
     return [read_pair(fields, options.alpaca_join)], fields
-
-
-def _is_null(f: Fields, name: str) -> bool:
-    return name in f.keys and not f.has(name)
 
 
 @functools.lru_cache

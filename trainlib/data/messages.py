@@ -127,27 +127,23 @@ def _first(turn: dict[str, Any], keys: tuple[str, ...]) -> Any:
 
 def _join_parts(parts: list, field: str) -> str:
     """Join content that is given as a list of {"type": "text", "text": ...} parts."""
-    texts = []
     if parts and all(isinstance(part, str) for part in parts):
         raise ValueError(
             f"{field} is a list of texts, but must be one text (for pairs: chosen and rejected)"
         )
     for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            type_ = part.get("type") if isinstance(part, dict) else json_type(part)
+        type_ = part.get("type") if isinstance(part, dict) else json_type(part)
+        if type_ != "text":
             raise ValueError(f"{field}: content part of type {type_!r}; only text is supported")
-        texts.append(check_text(part.get("text"), f'{field}: "text" of a content part'))
-    return "".join(texts)
+    what = f'{field}: "text" of a content part'
+    return "".join(check_text(part.get("text"), what) for part in parts)
 
 
 def _split_responses(content: str) -> list[str]:
     """Return the texts between <tool_response> tags if the content is nothing else."""
-    if "</tool_response>" not in content:
+    if "</tool_response>" not in content or RESPONSE.sub("", content.strip()):
         return []
-    text = content.strip()
-    if not (text.startswith("<tool_response>") and text.endswith("</tool_response>")):
-        return []
-    return [] if RESPONSE.sub("", text) else [found.strip() for found in RESPONSE.findall(text)]
+    return [found.strip() for found in RESPONSE.findall(content)]
 
 
 def _split_calls(content: str) -> tuple[str, list[dict[str, Any]]]:
@@ -183,11 +179,10 @@ def _read_calls(calls: Any, field: str) -> list[dict[str, Any]]:
 
 def parse_tools(value: Any, field: str) -> list[dict[str, Any]]:
     """Return the functions in a list, or in its JSON text; an empty list for no functions."""
-    functions = _parse_json(value, field) if value else []
-    if isinstance(functions, list):
-        functions = [_parse_json(item, field) for item in functions]
-    functions = [functions] if isinstance(functions, dict) and functions else functions or []
-    if not isinstance(functions, list) or not all(isinstance(f, dict) for f in functions):
+    functions = (_parse_json(value, field) if value else None) or []
+    functions = functions if isinstance(functions, list) else [functions]
+    functions = [_parse_json(item, field) for item in functions]
+    if not all(isinstance(f, dict) for f in functions):
         raise ValueError(f"{field} must be a list of objects, or a JSON string of such a list")
     if functions:
         check_text(json.dumps(functions, ensure_ascii=False, default=str), field)

@@ -2,8 +2,7 @@
 
 Invariants of every Batch: documents in a row never attend to each other (document_ids), positions
 restart with each document, a label is the next id, and padding is a separate document without
-labels. Only collate shifts labels by one. No document is lost silently: those that do not fit are
-truncated or dropped, and counted.
+labels. Only collate shifts labels by one.
 """
 
 from __future__ import annotations
@@ -92,13 +91,17 @@ class PackedDataset:
             count += len(index) * self._per_record
         self.num_sequences = count - first_sequence_id
         self.num_records = self.num_sequences // self._per_record
+        self.num_used = self.num_records - self.num_dropped.total()
+        """Number of records that were not dropped."""
         longest = np.sort(np.concatenate(full_lengths))[: -(-99 * self.num_records // 100)]
         self.length_of_99_percent = int(longest[-1]) if len(longest) else 0
         self._file, self._start, self._length, self._id, self._record = (
             arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
             for arrays in zip(*units, strict=True)
         )
-        if not len(self._length):
+        self.num_units = len(self._length)
+        """Number of pieces, conversations or pairs."""
+        if not self.num_units:
             names = ", ".join(str(cache.path) for cache in self.caches)
             if dropped := sum(self.num_dropped.values()):
                 raise UserError(none_fits(names, dropped, row_length))
@@ -137,16 +140,6 @@ class PackedDataset:
         return [np.full(len(start), number, np.int32), start, length, ids, index]
 
     @property
-    def num_used(self) -> int:
-        """Return the number of records that were not dropped."""
-        return self.num_records - self.num_dropped.total()
-
-    @property
-    def num_units(self) -> int:
-        """Return the number of pieces, conversations or pairs."""
-        return len(self._length)
-
-    @property
     def num_tokens(self) -> int:
         """Return the number of positions in one epoch, without padding."""
         if self._repeats is None:
@@ -155,10 +148,7 @@ class PackedDataset:
         return round(float(sums @ np.array(self._repeats)))
 
     def mean_context_length(self) -> float:
-        """Return the mean number of positions that a position attends to, including itself.
-
-        The two answers of a pair are assumed to have equal length.
-        """
+        """Return how many positions one attends to on average, if answers have equal length."""
         counts = np.bincount(self._length)  # Indexed by length.
         lengths = np.arange(len(counts)) / self._per_record
         return float(counts @ (lengths * (lengths + 1) / 2) / (counts @ lengths))
@@ -170,20 +160,15 @@ class PackedDataset:
     def padding_fraction(self, epoch: int = 0) -> float:
         """Return the fraction of an epoch's positions that are padding."""
         plan = self._plan(epoch)
-        num_tokens = int(self._length[plan.all_units()].sum(dtype=np.int64))
-        return 1 - num_tokens / (len(plan) * self.row_length)
+        sizes = np.add.reduceat(self._length[plan.units], plan.bounds[:-1], dtype=np.int64)
+        return float(1 - sizes[plan.order].sum() / (len(plan) * self.row_length))
 
     def rows(self, position: DataPosition) -> Iterator[tuple[Row, DataPosition]]:
         """Yield the rows from a position to the end of its epoch, each with the next position."""
         plan = self._plan(position.epoch)
         for number in range(position.row, len(plan)):
-            last = number + 1 == len(plan)
-            after = (
-                DataPosition(position.epoch + 1)
-                if last
-                else DataPosition(position.epoch, number + 1)
-            )
-            yield plan[number], after
+            epochs, row = divmod(number + 1, len(plan))
+            yield plan[number], DataPosition(position.epoch + epochs, row)
 
     @property
     def selection(self) -> bytes:

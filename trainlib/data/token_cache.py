@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from tokenizer.bpe import Tokenizer
 from trainlib.core.errors import UserError
-from trainlib.core.files import cache_dir, mount_hint, sync, write_atomically
+from trainlib.core.files import cache_dir, fcntl, mount_hint, sync, write_atomically
 from trainlib.data import formats
 from trainlib.data.findings import Counts
 from trainlib.data.tokenize_files import Encode, Task, Tokenized, read_chunks, tokenize_chunks
@@ -200,11 +200,10 @@ class Progress:
 
     sizes: dict[str, int]
     chunks: int = 0
-    rows: int = 0
     records: int = 0
     skipped: int = 0
     tokens: int = 0
-    names: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
     first_broken: list[Any] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
 
@@ -226,10 +225,9 @@ class CacheWriter:
         for name, file in self.files.items():
             file.truncate(self.progress.sizes[name])
             file.seek(0, os.SEEK_END)
-        self._digests = {f"{name}.bin": _file_digest(partial / f"{name}.bin") for name in CONTENT}
         if not self.progress.sizes["offsets.bin"]:
-            self._append("offsets.bin", np.zeros(1, np.int64))
-        self._source_ids = {name: number for number, name in enumerate(self.progress.names)}
+            self.files["offsets.bin"].write(np.zeros(1, np.int64).tobytes())
+        self._source_ids = {name: number for number, name in enumerate(self.progress.sources)}
         self._saved = time.monotonic()
 
     def close(self) -> None:
@@ -248,11 +246,12 @@ class CacheWriter:
                 bar.update(tokenized.position - bar.n)
                 if time.monotonic() - self._saved > SAVE_SECONDS:
                     self._save()
-        if progress.skipped > MAX_SKIPPED * progress.rows:
+        num_rows = progress.counts.rows + progress.skipped
+        if progress.skipped > MAX_SKIPPED * num_rows:
             first = "; ".join(f"line {line}: {reason}" for line, reason in progress.first_broken)
             path = self.task.path
             raise UserError(
-                f"{path}: {progress.skipped:,} of {progress.rows:,} rows are broken, more than the "
+                f"{path}: {progress.skipped:,} of {num_rows:,} rows are broken, more than the "
                 f"{MAX_SKIPPED:.0%} that data.on_error=skip allows. The first: {first}. "
                 f"Run python -m tools.inspect_data {path} to list them all."
             )
@@ -260,12 +259,12 @@ class CacheWriter:
             reasons = ", ".join(progress.counts.not_used)
             raise UserError(f"{self.task.path}: no row can be used for {self.task.kind}: {reasons}")
         self._save()
+        content = (np.memmap(self.folder / f"{name}.bin", mode="r").data for name in CONTENT)
         meta = {"path": str(self.task.path), "kind": self.task.kind,
                 "dtype": np.dtype(self.dtype).name, "format": found.format.name,
-                "why": found.reason, "sources": progress.names, "tokens": progress.tokens,
-                "rows": progress.rows, "records": progress.records, "skipped": progress.skipped,
-                "counts": asdict(progress.counts),
-                "content": " ".join(d.hexdigest() for d in self._digests.values())}  # fmt: skip
+                "why": found.reason, **asdict(progress),
+                "content": " ".join(hashlib.blake2b(data, digest_size=16).hexdigest()
+                                    for data in content)}  # fmt: skip
         (self.folder / "progress.json").unlink()
         write_atomically(self.folder / "meta.json", json.dumps(meta))
 
@@ -286,26 +285,19 @@ class CacheWriter:
             ("supervised", tokenized.supervised), ("offsets", offsets), ("sources", sources),
             ("lines", tokenized.lines), ("hashes", tokenized.hashes),
         ):  # fmt: skip
-            self._append(f"{name}.bin", values)
+            self.files[f"{name}.bin"].write(values.tobytes())
         progress.chunks += 1
         progress.records += len(tokenized.lines)
         progress.skipped += len(tokenized.broken)
-        progress.rows += tokenized.counts.rows + len(tokenized.broken)
         progress.counts.merge(tokenized.counts)
         progress.tokens += len(tokenized.ids)
-
-    def _append(self, name: str, values: np.ndarray) -> None:
-        data = values.tobytes()
-        self.files[name].write(data)
-        if name in self._digests:
-            self._digests[name].update(data)
 
     def _source_id(self, name: str) -> int:
         if name not in self._source_ids:
             if name and len(self._source_ids) >= MAX_SOURCES:
                 return self._source_id("")
             self._source_ids[name] = len(self._source_ids)
-            self.progress.names.append(name)
+            self.progress.sources.append(name)
         return self._source_ids[name]
 
     def _save(self) -> None:
@@ -315,15 +307,6 @@ class CacheWriter:
             self.progress.sizes[name] = file.tell()
         write_atomically(self.folder / "progress.json", json.dumps(asdict(self.progress)))
         self._saved = time.monotonic()
-
-
-def _file_digest(path: Path) -> hashlib.blake2b:
-    """Return a digest of a file that can be updated as data is appended."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest
 
 
 def _estimate_bytes(path: Path, tokenizer: Tokenizer, compressed: bool = False) -> int:
@@ -339,38 +322,24 @@ def _build_lock(lock: Path) -> Iterator[str]:
     The system releases the lock when the process ends. Where locks are unsupported (Windows, some
     file systems), the suffix is the process id: each builds its own cache, and the last one wins.
     """
-    handle = _acquire(lock)
-    if handle is None:
-        yield f"-{os.getpid()}"
-        return
-    try:
-        yield ""
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def _acquire(lock: Path) -> int | None:
-    """Wait for a lock file; return a descriptor that holds it, or None if locks are unsupported."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
     while True:
-        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
+        with lock.open("a") as file:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("waiting for another process that is building %s", lock.name[1:-5])
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            os.close(handle)
-            return None
-        # The previous holder removes the file. A lock on a removed file protects nothing, so retry.
-        if lock.exists() and os.stat(lock).st_ino == os.fstat(handle).st_ino:
-            return handle
-        os.close(handle)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    log.info("waiting for another process that is building %s", lock.name[1:-5])
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            except (OSError, AttributeError):  # On Windows, fcntl is None.
+                yield f"-{os.getpid()}"
+                return
+            # The previous holder removes the file. A lock on a removed file protects nothing.
+            if lock.exists() and os.path.samefile(lock, file.fileno()):
+                try:
+                    yield ""
+                finally:
+                    lock.unlink(missing_ok=True)
+                return
 
 
 def _report_skipped(cache: TokenCache, on_error: OnError) -> None:

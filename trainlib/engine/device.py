@@ -101,14 +101,10 @@ def compile_layers(
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Set eval mode and disable gradients; restore the mode and the RNG state on exit."""
-    was_training, cpu_state = model.training, torch.get_rng_state()
-    cuda_state = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
             yield
     finally:
         model.train(was_training)
-        torch.set_rng_state(cpu_state)
-        if cuda_state:
-            torch.cuda.set_rng_state_all(cuda_state)

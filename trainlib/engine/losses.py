@@ -63,10 +63,7 @@ class TokenLossFunction(torch.autograd.Function):
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum of -log p(label) in nats over all supervised positions, in fp32.
-
-    Shapes: logits (..., V); labels (...), already shifted, IGNORE_INDEX at ignored positions.
-    """
+    """Return the sum of the token losses, a scalar; the labels are already shifted."""
     return token_losses(logits, labels).sum()
 
 

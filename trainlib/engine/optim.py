@@ -136,14 +136,9 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
     optimizers: list[Optimizer] = []
     groups = [{"params": others, "lr": config.embedding_lr, "weight_decay": 0.0}]
     if config.name == "muon":
-        muon = Muon(
-            matrices,
-            lr=config.muon_lr,
-            weight_decay=decay,
-            momentum=config.momentum,
-            adjust_lr_fn="original",
+        optimizers.append(
+            Muon(matrices, config.muon_lr, decay, config.momentum, adjust_lr_fn="original")
         )
-        optimizers.append(muon)
     else:
         groups.insert(0, {"params": matrices, "lr": config.adamw_lr, "weight_decay": decay})
     optimizers.append(AdamW(groups, betas=betas, fused=True))

@@ -80,10 +80,7 @@ def resolve_resume(folder: Path, resume: str, identity: dict[str, Any]) -> Path 
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
-    """Return the identity of the run in a folder; empty if the folder holds no run.
-
-    The identity of an older run has no "stage".
-    """
+    """Return the identity of the run in a folder, in older runs without "stage"; empty if none."""
     path = folder / IDENTITY
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -6,7 +6,6 @@ other files; load_config checks that model.py implements a folder's architecture
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -39,6 +38,8 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
 }
+SUPPORTED = {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False}
+"""What model.py implements; also the defaults."""
 RANDOM_INIT = ("normal_", "uniform_", "kaiming_uniform_")
 
 
@@ -49,17 +50,15 @@ def model_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str]:
         "architectures": [ARCHITECTURE],
         "model_type": "qwen3",
         **asdict(config),  # Includes head_dim, for which transformers would assume 128.
-        "attention_bias": False,
+        **SUPPORTED,
         "attention_dropout": 0.0,
         "bos_token_id": None,
         "eos_token_id": end_of_turn,
         "pad_token_id": pad,
-        "hidden_act": "silu",
         # transformers 5 reads rope_parameters, other programs rope_theta.
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "torch_dtype": "float32",
         "use_cache": True,
-        "use_sliding_window": False,
     }
     generation = {"eos_token_id": [end_of_turn, pad], "pad_token_id": pad}
     return {
@@ -70,10 +69,7 @@ def model_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def load_config(folder: str | Path, option: str = "init_from=") -> ModelConfig:
-    """Read the model config in a folder; `option` prefixes its name in error messages.
-
-    Raises UserError if there is no model, or if model.py does not implement its architecture.
-    """
+    """Read a folder's model config; raise UserError, with `option`, unless model.py supports it."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         hint = "Train the stage before this one (train.py is the first), or pass a model folder."
@@ -85,14 +81,9 @@ def load_config(folder: str | Path, option: str = "init_from=") -> ModelConfig:
     if names[0] != ARCHITECTURE:
         raise UserError(f"{path}: architecture {names[0]}, but only {ARCHITECTURE} is supported")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    for key, value, supported in (
-        ("attention_bias", values.get("attention_bias", False), False),
-        ("hidden_act", values.get("hidden_act", "silu"), "silu"),
-        ("use_sliding_window", values.get("use_sliding_window", False), False),
-        # Older folders have "type".
-        ("rope type", rope.get("rope_type", rope.get("type", "default")), "default"),
-    ):
-        if value != supported:
+    values["rope type"] = rope.get("rope_type", rope.get("type", "default"))  # Formerly "type".
+    for key, supported in {**SUPPORTED, "rope type": "default"}.items():
+        if (value := values.get(key, supported)) != supported:
             raise UserError(f"{path}: {key} is {value!r}, but only {supported!r} is supported")
     if "rope_theta" in rope:
         values["rope_theta"] = rope["rope_theta"]
@@ -106,11 +97,6 @@ def load_config(folder: str | Path, option: str = "init_from=") -> ModelConfig:
     if errors := bound_errors(config, "model.") + config.validation_errors():
         raise UserError(f"{path}: {'; '.join(errors)}")
     return config
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    log.warning("%s", text)
 
 
 def adopt_model_config(config: Any) -> Any:
@@ -130,7 +116,7 @@ def adopt_model_config(config: Any) -> Any:
     if COMMAND_LINE in differing.values():
         raise UserError(f"{text}\nRemove these keys, or train a new model without init_from.")
     if differing:
-        _warn_once(f"{text}\nThe model's config is used.")
+        log.warning("%s\nThe model's config is used.", text)
     for key, size in sizes.items():
         config = with_value(config, f"model.{key}", size, "from init_from")
     return config
@@ -152,10 +138,7 @@ class SkipRandomInit(TorchFunctionMode):
 
 
 def load_model(folder: str | Path, option: str = "init_from=") -> Transformer:
-    """Load a model from a folder, in fp32 on the CPU, without drawing random numbers.
-
-    Raises UserError if the architecture is not supported or a tensor does not match config.json.
-    """
+    """Load a model in fp32 on the CPU; raise UserError if it does not match its config.json."""
     config = load_config(folder, option)
     with torch.device("meta"), SkipRandomInit():  # Loaded weights replace initial ones.
         model = Transformer(config)
@@ -166,15 +149,13 @@ def load_model(folder: str | Path, option: str = "init_from=") -> Transformer:
             raise UserError(f"{folder}: embeddings are tied, but lm_head.weight differs from them")
     parameters = dict(model.named_parameters())
     errors = [f"{name} is missing" for name in parameters if name not in tensors]
-    errors += [f"{name} is unexpected" for name in tensors if name not in parameters]
-    errors += [
-        f"{name} has shape {tuple(t.shape)}, not {tuple(parameters[name].shape)}"
-        for name, t in tensors.items()
-        if name in parameters and t.shape != parameters[name].shape
-    ]
-    errors += [
-        f"{name} is {t.dtype}, not a float" for name, t in tensors.items() if t.dtype not in FLOATS
-    ]
+    for name, t in tensors.items():
+        if name not in parameters:
+            errors.append(f"{name} is unexpected")
+        elif t.shape != (shape := parameters[name].shape):
+            errors.append(f"{name} has shape {tuple(t.shape)}, not {tuple(shape)}")
+        if t.dtype not in FLOATS:
+            errors.append(f"{name} is {t.dtype}, not a float")
     if errors:
         raise UserError(f"{folder} does not match its config.json: {'; '.join(errors[:5])}")
     # Copied, because load_file maps the file, which may be replaced while the model is in use.
@@ -187,8 +168,15 @@ def load_model(folder: str | Path, option: str = "init_from=") -> Transformer:
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
-    tensors: dict[str, Tensor] = {}
-    for name in _shards(index) if index.is_file() else ["model.safetensors"]:
+    names, tensors = ["model.safetensors"], dict[str, Tensor]()
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} has no weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{index} names {name}, which is outside {index.parent}")
         try:
             tensors.update(load_file(folder / name))
         except (OSError, SafetensorError) as error:
@@ -204,18 +192,6 @@ def weights_digest(folder: str | Path) -> str:
     for path in sorted(Path(folder).glob("*.safetensors")):
         digest.update(np.memmap(path, mode="r").data)
     return digest.hexdigest()
-
-
-def _shards(index: Path) -> list[str]:
-    """Return the shards listed in an index; raise UserError for one outside its folder."""
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} has no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{index} names {name}, which is outside {index.parent}")
-    return names
 
 
 def _read_json(path: Path) -> dict[str, Any]:
