@@ -147,7 +147,7 @@ def test_a_uniform_model_scores_the_uniform_baseline(kind, max_rows, data, token
     datasets = with_baselines(data(kind, val_max_rows=max_rows), tokenizer)
     hardware = Hardware(torch.device("cpu"), "fp32", "masked", False, 3)
     run = SimpleNamespace(hardware=hardware, distributed=SINGLE_PROCESS)
-    training = SimpleNamespace(run=run, model=Uniform(), datasets=datasets)
+    training = SimpleNamespace(run=run, model=Uniform(), datasets=datasets, val_batches=[])
     metrics = validate(training, loss_fn)  # type: ignore[arg-type]
     assert metrics["bits_per_byte"] == pytest.approx(datasets.baselines["uniform"], rel=1e-6)
 
