@@ -322,6 +322,14 @@ def with_value(cfg: T, name: str, value: Any, source: str) -> T:
     return changed
 
 
+def resolved(cfg: T, **values: Any) -> T:
+    """Return a copy of the settings with each "auto" replaced by the value chosen for it."""
+    for name, value in values.items():
+        if value != getattr(cfg, name):
+            cfg = with_value(cfg, name, value, "auto")
+    return cfg
+
+
 def provenance(cfg: Any) -> dict[str, str]:
     """Return the source of each value: file:line, command line, environment X, default."""
     recorded, defaults = getattr(cfg, "_provenance", {}), keys(type(cfg))

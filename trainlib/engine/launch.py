@@ -33,7 +33,7 @@ from trainlib.core.hardware import (
     unseen_card,
 )
 from trainlib.core.help import help_text
-from trainlib.core.settings import load_config, provenance, recipe, with_value, write_run_yaml
+from trainlib.core.settings import load_config, provenance, recipe, resolved, write_run_yaml
 from trainlib.core.terminal import survive_a_dead_terminal
 from trainlib.data.formats import STAGES
 from trainlib.data.loader import micro_batch_shape
@@ -178,10 +178,7 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
             write_atomically(folder / "latest", resume_from.name)
         write_atomically(folder / IDENTITY, json.dumps(identity, ensure_ascii=False))
         # Write the resolved precision, because a resumed run must use the same one.
-        resolved = config
-        if config.precision == "auto":
-            resolved = with_value(config, "precision", choice.precision, "auto")
-        write_run_yaml(resolved, folder / "run.yaml")
+        write_run_yaml(resolved(config, precision=choice.precision), folder / "run.yaml")
     log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
     return Run(config, stage, folder, hardware, distributed, Clock(config.max_hours), resume_from)
 
