@@ -67,13 +67,11 @@ def check_text(value: Any, what: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        code = ord(value[error.start])
+        code, reason = ord(value[error.start]), "which no tokenizer can encode"
         if 0xDC80 <= code <= 0xDCFF:  # How surrogateescape decodes an invalid byte.
             reason = f"possibly byte {code - 0xDC00:#04x} in a file that is not UTF-8"
             if looks_like_gbk(value.encode("utf-8", "surrogateescape")):
                 reason += f", which {GBK_FIX}"
-        else:
-            reason = "which no tokenizer can encode"
         raise ValueError(
             f"{what}: character {error.start} is half of a surrogate pair "
             f"({value[error.start]!r}), {reason}"
