@@ -197,7 +197,7 @@ def draw_count(random: Random, language: str, words: Sequence[str]) -> Item:
             found = (character == letter) + (i == slip)
             total += found
             parts.append(f"{character}{total}" if found else character)
-        return ",".join(parts), str(total)
+        return " ".join(parts), str(total)
 
     slots = {"word": word, "letter": letter}
     return Item(word, slots, count(-1), count(random.randrange(len(word))))
