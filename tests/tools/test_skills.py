@@ -67,7 +67,7 @@ def item(row):
     if kind == "count_letter":
         return re.sub(r"[\d ]", "", steps)
     if kind == "reverse":
-        return re.search("(?<![A-Za-z])(?:[a-z] ){3,}[a-z](?![a-z])", question)[0]
+        return re.search("(?<![A-Za-z])(?:[a-z],){2,}[a-z](?![a-z])", question)[0]
     return kind, question
 
 

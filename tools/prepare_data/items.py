@@ -212,13 +212,13 @@ def draw_even(random: Random, language: str, words: Sequence[str]) -> Item:
 
 
 def draw_reverse(random: Random, language: str, words: Sequence[str]) -> Item:
-    """Draw four to six different letters to reverse."""
-    letters = random.sample(string.ascii_lowercase, random.randint(4, 6))
+    """Draw three to five different letters to reverse."""
+    letters = random.sample(string.ascii_lowercase, random.randint(3, 5))
     turned = letters[::-1]
     at = random.randrange(len(letters) - 1)
     swapped = [*turned[:at], turned[at + 1], turned[at], *turned[at + 2 :]]
-    right, wrong = (("", " ".join(text)) for text in (turned, swapped))
-    return Item("".join(letters), {"letters": " ".join(letters)}, right, wrong)
+    right, wrong = (("", ",".join(text)) for text in (turned, swapped))
+    return Item("".join(letters), {"letters": ",".join(letters)}, right, wrong)
 
 
 def draw_where(random: Random, language: str, words: Sequence[str]) -> Item:
