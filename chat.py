@@ -15,6 +15,7 @@ from model import Transformer
 from tokenizer.bpe import Tokenizer
 from tokenizer.chat_format import Message, render_prompt
 from trainlib.core.errors import UserError
+from trainlib.core.settings import keys
 from trainlib.core.terminal import use_replacement_characters, valid_text
 from trainlib.models.generate import Sampling, generate, stream_text
 from trainlib.models.hf_folder import load_model, load_tokenizer
@@ -156,28 +157,17 @@ def main() -> None:
     )
     parser.add_argument("--system", type=valid_text, default="", help="system message")
     parser.add_argument("--no-think", action="store_true", help="answer without thoughts")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 = greedy (default: 0.7)")
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=0.9,
-        help="use the likeliest tokens up to this probability; 1 = all (default: 0.9)",
-    )
-    parser.add_argument("--top-k", type=int, default=0, help="use only the top K tokens; 0 = all")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=512,
-        help="maximum length of an answer in tokens (default: 512)",
-    )
-    parser.add_argument("--seed", type=int, help="seed for sampling (default: a new one each time)")
+    sampling_keys = keys(Sampling)
+    for key in sampling_keys:
+        number = int if key.default is None else type(key.default)
+        shown = f"{key.doc} (default: {key.default})"
+        option = "--" + key.name.replace("_", "-")
+        parser.add_argument(option, type=number, default=key.default, help=shown)
     options = parser.parse_args()
     try:
         if options.prompt is not None and not options.prompt.strip():
             raise UserError("--prompt is empty. Pass the text to answer.")
-        sampling = Sampling(
-            options.temperature, options.top_p, options.top_k, options.max_new_tokens, options.seed
-        )
+        sampling = Sampling(**{key.name: getattr(options, key.name) for key in sampling_keys})
         folder, raw = options.model or "", options.raw
         if not folder:
             folder, pretrained = newest_model()
@@ -187,9 +177,8 @@ def main() -> None:
         if options.prompt is None or not options.model:
             print(f"model: {folder}{', continues texts (--raw)' * raw}", file=sys.stderr)
         model, tokenizer = load_model(folder, "--model "), load_tokenizer(folder)
-        messages: list[Message] = []
-        if options.system:
-            messages.append({"role": "system", "content": options.system})
+        messages: list[Message] = [{"role": "system", "content": options.system}]
+        messages = messages if options.system else []
         if options.prompt is None:
             converse(model, tokenizer, messages, sampling, raw, not options.no_think)
         elif raw:

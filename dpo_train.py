@@ -7,8 +7,6 @@ Source: Rafailov et al., Direct Preference Optimization, arXiv:2305.18290.
 
 from __future__ import annotations
 
-import json
-import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 
 from dataset import DataConfig, load_datasets
 from tokenizer.bpe import Tokenizer
-from trainlib.core.files import write_atomically
 from trainlib.data.batch import Batch
 from trainlib.data.packing import Datasets
 from trainlib.engine.launch import launch, start_run
@@ -26,13 +23,16 @@ from trainlib.engine.run import EXECUTION_ONLY, RunConfig
 from trainlib.engine.training import Metrics, MetricSums, Training
 from trainlib.engine.validation import validate
 from trainlib.evaluation.card import final_files
-from trainlib.evaluation.preferences import TIE_NATS, format_report, reference_log_probs, report
+from trainlib.evaluation.preferences import (
+    TIE_NATS,
+    reference_log_probs,
+    validation_log_probs,
+    write_report,
+)
 from trainlib.evaluation.skills import SkillTest
 from trainlib.evaluation.worst_rows import write_worst_pairs
-from trainlib.models.generate import QUESTIONS, sample_answers, show_samples
+from trainlib.models.generate import QUESTIONS, show_samples
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,18 +85,16 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
         return dpo_loss(batch_log_probs(model, batch), reference[batch.sequence_ids], config.beta)
 
     def evaluate(training: Training) -> tuple[Metrics, list[str]]:
-        samples = show_samples(sample_answers, model, tokenizer, QUESTIONS, 64)
+        samples = show_samples(model, tokenizer, QUESTIONS, 64)
         return {**validate(training, loss_fn), **skills.metrics(training)}, samples
 
-    def finish(training: Training) -> dict[str, bytes]:
-        latest = torch.full_like(reference, torch.nan)
-        table = report(training.run, model, datasets, reference, latest)
-        write_atomically(run.folder / "report.json", json.dumps(table, indent=2))
-        rewards = config.beta * (latest - reference)
-        write_worst_pairs(training.run, tokenizer, datasets.val, rewards)
-        log.info("%s", format_report(table))
+    def finish(training: Training, step: int) -> dict[str, bytes]:
+        before = reference.cpu().numpy()
+        after = validation_log_probs(training.run.hardware, model, datasets)
+        write_report(run, datasets, before, after)
+        write_worst_pairs(run, tokenizer, datasets.val, config.beta * (after - before))
         skills.report(training)
-        return final_files(training, tokenizer)
+        return final_files(training, tokenizer, step)
 
     files = model_files(model.config, tokenizer)
     training = Training.create(run, model, datasets, files, loss_fn, evaluate, finish)

@@ -23,7 +23,7 @@ from trainlib.evaluation.baselines import with_baselines
 from trainlib.evaluation.card import final_files
 from trainlib.evaluation.skills import SkillTest
 from trainlib.evaluation.worst_rows import write_worst_rows
-from trainlib.models.generate import QUESTIONS, sample_answers, show_samples
+from trainlib.models.generate import QUESTIONS, show_samples
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
 
 
@@ -60,13 +60,13 @@ def main(config: SFTConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
     skills = SkillTest(tokenizer, datasets.val, config.data.read_options)
 
     def evaluate(training: Training) -> tuple[Metrics, list[str]]:
-        samples = show_samples(sample_answers, model, tokenizer, QUESTIONS, 64)
+        samples = show_samples(model, tokenizer, QUESTIONS, 64)
         return {**validate(training, loss_fn), **skills.metrics(training)}, samples
 
-    def finish(training: Training) -> dict[str, bytes]:
+    def finish(training: Training, step: int) -> dict[str, bytes]:
         write_worst_rows(training.run, model, tokenizer, datasets.val)
         skills.report(training)
-        return final_files(training, tokenizer)
+        return final_files(training, tokenizer, step)
 
     files = model_files(model.config, tokenizer)
     return Training.create(run, model, datasets, files, loss_fn, evaluate, finish)

@@ -27,7 +27,7 @@ from trainlib.engine.validation import validate
 from trainlib.evaluation.baselines import with_baselines
 from trainlib.evaluation.card import final_files
 from trainlib.evaluation.worst_rows import write_worst_rows
-from trainlib.models.generate import sample_texts, show_samples
+from trainlib.models.generate import show_samples
 from trainlib.models.hf_folder import (
     adopt_model_config,
     check_vocabulary,
@@ -105,12 +105,12 @@ def main(config: PretrainConfig, tokenizer: Tokenizer, datasets: Datasets) -> Tr
     log.info(f"{count_parameters(model):,} parameters, vocabulary size {tokenizer.vocab_size:,}")
 
     def evaluate(training: Training) -> tuple[Metrics, list[str]]:
-        samples = show_samples(sample_texts, model, tokenizer, PROMPTS, 32)
+        samples = show_samples(model, tokenizer, PROMPTS, 32, chat=False)
         return validate(training, loss_fn), samples
 
-    def finish(training: Training) -> dict[str, bytes]:
+    def finish(training: Training, step: int) -> dict[str, bytes]:
         write_worst_rows(training.run, model, tokenizer, datasets.val)
-        return final_files(training, tokenizer)
+        return final_files(training, tokenizer, step)
 
     files = model_files(model.config, tokenizer)
     return Training.create(run, model, datasets, files, loss_fn, evaluate, finish)

@@ -76,27 +76,20 @@ def _opening(role: str, thinking: bool) -> tuple[str, ...]:
 
 
 def _encode(tokenizer: Tokenizer, pieces: Iterable[str]) -> list[int]:
-    """Return the ids of texts and tags."""
-    ids: list[int] = []
-    for piece in _join_texts(tokenizer, pieces):
-        tag = tokenizer.tag_id(piece) if isinstance(piece, Tag) else None
-        ids += tokenizer.encode(piece) if tag is None else [tag]
-    return ids
-
-
-def _join_texts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[str]:
-    """Yield the tags that are single tokens, and before, between and after them the joined texts.
+    """Return the ids of texts and tags; the texts between two tags are encoded at once.
 
     A tag that the vocabulary lacks is text: its characters may merge with those around it.
     """
+    ids: list[int] = []
     text = ""
     for piece in pieces:
-        if isinstance(piece, Tag) and tokenizer.tag_id(piece) is not None:
-            yield from (text, piece)
-            text = ""
-        else:
+        tag = tokenizer.tag_id(piece) if isinstance(piece, Tag) else None
+        if tag is None:
             text += piece
-    yield text
+        else:
+            ids += [*tokenizer.encode(text), tag]
+            text = ""
+    return ids + tokenizer.encode(text)
 
 
 def message_pieces(message: Message) -> Iterator[str]:

@@ -42,8 +42,7 @@ def evaluate(log: MetricsLog, step: int, value: float) -> None:
 
 def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    log = MetricsLog(folder, None)
-    log.add_baselines(BASELINES)
+    log = MetricsLog(folder, None, BASELINES)
     for step, value in CURVE.items():
         evaluate(log, step, value)
         names = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "mfu")
@@ -104,14 +103,14 @@ def test_the_smoothed_line_ends_at_the_value(tmp_path):
 
 def test_a_resume_removes_later_points_from_all_runs(tmp_path):
     write(tmp_path)
-    log = MetricsLog(tmp_path, 100)  # The evaluations before and after are at 78 and 117.
-    log.add_baselines(BASELINES)
+    log = MetricsLog(
+        tmp_path, 100, BASELINES
+    )  # The evaluations before and after are at 78 and 117.
     log.close()
     for name, events in read(tmp_path).items():
         steps = [e.step for tag in events.Tags()["scalars"] for e in events.Scalars(tag)]
         assert max(steps) == (79 if name == "train" else 78)
-    log = MetricsLog(tmp_path, 100)
-    log.add_baselines(BASELINES)
+    log = MetricsLog(tmp_path, 100, BASELINES)
     evaluate(log, 117, 2.7)
     log.close()
     shown = [(e.step, e.value) for e in read(tmp_path)["validation"].Scalars(BITS)]
@@ -134,8 +133,7 @@ def test_values_that_are_not_finite_are_one_point(tmp_path):
 def test_the_page_in_a_browser(tmp_path):
     """Read from the page as it opens: the order of the charts, and the table below each."""
     write(tmp_path / "runs/demo/pretrain")
-    log = MetricsLog(tmp_path / "runs/demo/pretrain", 200)
-    log.add_baselines(BASELINES)
+    log = MetricsLog(tmp_path / "runs/demo/pretrain", 200, BASELINES)
     evaluate(log, 234, 2.23)
     log.close()
     charts = open_page(tmp_path)

@@ -39,9 +39,14 @@ def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: rang
             optimizer.step()
 
 
+def save(checkpoints, step, model, tensors, state) -> None:
+    files = {"train_state.json": json.dumps(state).encode()}
+    checkpoints.save(f"step_{step:06d}", model, files, tensors)
+
+
 def saved(folder, step: int = 2, keep: int = 2, **state) -> nn.Module:
     model, checkpoints = new_model(), Checkpoints(folder, keep)
-    checkpoints.save(step, model, {"rng/cpu": torch.get_rng_state()}, state)
+    save(checkpoints, step, model, {"rng/cpu": torch.get_rng_state()}, state)
     checkpoints.join()
     return model
 
@@ -59,7 +64,7 @@ def test_resuming_after_two_of_five_steps_is_bit_identical(tmp_path, backwards):
     checkpoints = Checkpoints(tmp_path, 2)
     tensors, scalars = optimizer_tensors(optimizers, first)
     assert {"0/0.weight/momentum_buffer", "1/1.bias/exp_avg", "1/2.bias/step"} <= set(tensors)
-    checkpoints.save(2, first, tensors, {"optimizers": scalars, "train": {"step": 2}})
+    save(checkpoints, 2, first, tensors, {"optimizers": scalars, "train": {"step": 2}})
     train(first, optimizers, range(2, 4))  # Not in the snapshot, which was taken before.
     checkpoints.join()
 
@@ -115,9 +120,10 @@ def test_a_step_folder_is_a_model_folder(tmp_path):
     tied = new_model()
     checkpoints = Checkpoints(tmp_path, 2)
     checkpoints.extra_files = {"config.json": '{"name": "小"}'}
-    checkpoints.save(7, tied, {"rng/cpu": torch.get_rng_state()}, {"a": [1, (2, 3)]})
+    save(checkpoints, 7, tied, {"rng/cpu": torch.get_rng_state()}, {"a": [1, (2, 3)]})
     checkpoints.join()
-    checkpoints.write_final(tied)
+    checkpoints.save("final", tied, {})
+    checkpoints.join()
     names = {"config.json", "model.safetensors", "run.yaml"}
     assert {p.name for p in (tmp_path / "final").iterdir()} == names
     step = tmp_path / "step_000007"
@@ -136,9 +142,10 @@ def test_files_have_the_mode_that_the_umask_asks_for(tmp_path, mask):
     before = os.umask(mask)
     try:
         checkpoints = Checkpoints(tmp_path, 2, files={"config.json": "{}"})
-        checkpoints.save(1, new_model(), {"rng/cpu": torch.get_rng_state()}, {})
+        save(checkpoints, 1, new_model(), {"rng/cpu": torch.get_rng_state()}, {})
         checkpoints.join()
-        checkpoints.write_final(new_model())
+        checkpoints.save("final", new_model(), {})
+        checkpoints.join()
     finally:
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -201,13 +208,13 @@ def test_best_is_replaced_and_not_counted_as_a_checkpoint(tmp_path):
     checkpoints, model = Checkpoints(tmp_path, 1, files={"config.json": "{}"}), new_model()
     for step in (2, 3):
         model = new_model()
-        checkpoints.save_best(model, "validation.json", {"step": step})
+        checkpoints.save("best", model, {"validation.json": b"%d" % step})
     checkpoints.join()
     saved(tmp_path, 4, keep=1)
     assert {p.name for p in tmp_path.iterdir()} == {"best", "step_000004", "latest"}
     names = {"config.json", "model.safetensors", "validation.json"}
     assert {p.name for p in (tmp_path / "best").iterdir()} == names
-    assert json.loads((tmp_path / "best/validation.json").read_text()) == {"step": 3}
+    assert (tmp_path / "best/validation.json").read_text() == "3"
     other = new_model()
     checkpoints.load_weights(other, tmp_path / "best")
     assert torch.equal(other[0].weight, model[0].weight)
@@ -225,18 +232,16 @@ def test_a_full_disk_is_reported_and_old_checkpoints_are_kept(tmp_path, monkeypa
         raise error
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    checkpoints.save(2, new_model(), {}, {})
+    save(checkpoints, 2, new_model(), {}, {})
     with pytest.raises(UserError, match="could not be written .*Free some space"):
         checkpoints.join()
     checkpoints.join()  # It is reported only once.
-    checkpoints.save(3, new_model(), {}, {})
+    save(checkpoints, 3, new_model(), {}, {})
     with pytest.raises(UserError):  # Without a join, the next save reports it.
-        checkpoints.save(4, new_model(), {}, {})
-    checkpoints.save_best(new_model(), "validation.json", {})
-    with pytest.raises(UserError, match="could not be written .*Free some space"):
+        save(checkpoints, 4, new_model(), {}, {})
+    checkpoints.save("best", new_model(), {})
+    with pytest.raises(UserError, match="best could not be written .*Free some space"):
         checkpoints.join()
-    with pytest.raises(UserError, match="final.*could not be written"):
-        checkpoints.write_final(model)
     assert {p.name for p in tmp_path.iterdir()} == {"step_000001", "latest"}
     other = new_model()
     checkpoints.restore(other, tmp_path / "step_000001")

@@ -99,7 +99,7 @@ def test_each_passed_baseline_is_logged_only_once_despite_a_resume(tmp_path, cap
         datasets = SimpleNamespace(baselines=baselines)
         training = new_training(tmp_path, model, optimizers, resume_from, datasets=datasets)
         state = restore(training)
-        metrics = MetricsLog(tmp_path, state.step if resume_from else None)
+        metrics = MetricsLog(tmp_path, state.step if resume_from else None, baselines)
         display = Display(training, state, metrics)
         for state.step, value in figures:
             display.show_validation({"val/bits_per_byte": value}, ["To be,\nor not\n\n"])

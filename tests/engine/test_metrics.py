@@ -55,8 +55,7 @@ def test_a_sample_is_displayed_literally(text):
 
 
 def test_an_evaluation_writes_its_samples_and_baselines(tmp_path):
-    log = MetricsLog(tmp_path, None)
-    log.add_baselines({"unigram": 3.0, "bigram": 2.5})
+    log = MetricsLog(tmp_path, None, {"unigram": 3.0, "bigram": 2.5})
     assert json.loads((tmp_path / "baselines.json").read_text()) == {"unigram": 3.0, "bigram": 2.5}
     figures = {"val/loss": 2.0, "val/bits_per_byte": 2.9}
     log.write_evaluation(0, figures, ["greedy: To be,\nor not\n", "temperature 0.8: *"], [])
@@ -79,13 +78,13 @@ def test_an_evaluation_writes_its_samples_and_baselines(tmp_path):
 
 
 def test_each_passed_baseline_is_reported_once():
-    lines = {"uniform": 4.0, "unigram": 3.0, "bigram": 2.0}
-    assert newly_passed(math.inf, lines, []) == {} == newly_passed(math.nan, lines, [])
-    assert newly_passed(3.5, lines, []) == {}  # uniform is skipped.
-    assert newly_passed(2.4, lines, []) == {"unigram": "below the unigram baseline"}
-    assert list(newly_passed(1.0, lines, [])) == ["unigram", "bigram"]
-    assert newly_passed(1.0, lines, ["unigram"]) == {"bigram": "below the bigram baseline"}
-    assert newly_passed(1.0, lines, ["bigram", "unigram"]) == {}
+    lines = {"uniform": 4.0, "bigram": 2.0, "unigram": 3.0}
+    assert newly_passed(math.inf, lines, []) == [] == newly_passed(math.nan, lines, [])
+    assert newly_passed(3.5, lines, []) == []  # uniform is skipped.
+    assert newly_passed(2.4, lines, []) == ["unigram"]
+    assert newly_passed(1.0, lines, []) == ["unigram", "bigram"]
+    assert newly_passed(1.0, lines, ["unigram"]) == ["bigram"]
+    assert newly_passed(1.0, lines, ["bigram", "unigram"]) == []
 
 
 def test_values_that_are_not_finite_become_null(tmp_path):

@@ -175,7 +175,8 @@ def data(tmp_path_factory, tokenizer):
     model = Transformer(ModelConfig(tokenizer.vocab_size, 32, 48, 2, 2, 1, 16))
     checkpoints = Checkpoints(path / "run", 1)
     checkpoints.extra_files = model_files(model.config, tokenizer)
-    checkpoints.write_final(model)
+    checkpoints.save("final", model, {})
+    checkpoints.join()
     return path
 
 

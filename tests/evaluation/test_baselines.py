@@ -171,16 +171,3 @@ def test_blocks_neither_lose_nor_repeat_labels(monkeypatch):
     sample = [pair for b in training_labels([(cache, selected)], 800)
               for pair in zip(*map(list, b), strict=True)]  # fmt: skip
     assert 0.1 * len(expected) < len(sample) < 0.5 * len(expected) and set(sample) <= set(expected)
-
-
-def test_baselines_are_cached_until_the_data_changes(data, tokenizer, monkeypatch, tmp_path):
-    datasets = data("pretrain")
-    first = with_baselines(datasets, tokenizer).baselines
-    with monkeypatch.context() as patch:
-        patch.setattr(baselines, "measure", lambda *_: pytest.fail("measured again"))
-        assert with_baselines(datasets, tokenizer).baselines == first
-    (path,) = (tmp_path / "cache/baselines").glob("*.json")
-    path.write_text('{"uni')  # A truncated file is rebuilt.
-    assert with_baselines(datasets, tokenizer).baselines == first
-    assert with_baselines(data("pretrain", val_max_rows=1), tokenizer).baselines != first
-    assert with_baselines(data("sft"), tokenizer).baselines != first

@@ -20,8 +20,6 @@ from trainlib.models.generate import (
     generate,
     generate_batch,
     sample,
-    sample_answers,
-    sample_texts,
     show_samples,
     stream_text,
 )
@@ -106,7 +104,7 @@ def test_sample_frequencies_equal_the_probabilities(temperature, top_k, top_p, e
     """Fails if temperature, top_k or top_p is ignored; checks the frequencies of 4,000 samples."""
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     sampling, generator = Sampling(temperature, top_p, top_k), torch.Generator().manual_seed(0)
-    samples = torch.tensor([sample(logits, sampling, generator) for _ in range(4000)])
+    samples = torch.tensor(sample(logits.expand(4000, -1), sampling, generator))
     frequencies = samples.bincount(minlength=4) / len(samples)
     assert frequencies.tolist() == pytest.approx(expected, abs=0.03)
     assert [f > 0 for f in frequencies] == [p > 0 for p in expected]
@@ -226,13 +224,17 @@ def test_a_batch_equals_single_prompts_and_restores_mode_and_rng_state(folder):
         generate_batch(model, [[5] * 512], sampling)
 
 
-@pytest.mark.parametrize("generate_texts", [sample_texts, sample_answers])
-def test_samples_are_repeatable_and_leave_mode_and_rng_state(folder, tokenizer, generate_texts):
+@pytest.mark.parametrize("chat", [False, True])
+def test_samples_are_repeatable_and_leave_mode_and_rng_state(folder, tokenizer, chat):
     model, prompts, state = load_model(folder).train(), ["To be,", "话说"], torch.get_rng_state()
-    texts = show_samples(generate_texts, model, tokenizer, prompts, 12)
-    assert texts == show_samples(generate_texts, model, tokenizer, prompts, 12)
+    texts = show_samples(model, tokenizer, prompts, 12, chat)
+    assert texts == show_samples(model, tokenizer, prompts, 12, chat)
     assert model.training and torch.equal(state, torch.get_rng_state())
-    greedy = generate_texts(model, tokenizer, prompts, Sampling(0, max_new_tokens=12))
-    assert texts[:2] == [f"greedy: {text}" for text in greedy]
-    for text, other, prompt in zip(texts[2:], greedy, prompts, strict=True):
-        assert text.startswith(f"temperature 0.8: {prompt}") and not text.endswith(other)
+    for text, warm, prompt in zip(texts[:2], texts[2:], prompts, strict=True):
+        ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
+        if chat:
+            ids = render_prompt(tokenizer, [{"role": "user", "content": prompt}])
+        new = list(generate(model, ids, Sampling(0, max_new_tokens=12), tokenizer.stop_ids))
+        answer = "\n" * chat + tokenizer.decode(new)
+        assert text == f"greedy: {prompt}{answer}"
+        assert warm.startswith(f"temperature 0.8: {prompt}") and not warm.endswith(answer)

@@ -18,10 +18,16 @@ from tools.evaluate.answers import answers, held_out_prompts, repeats
 from tools.evaluate.data import Data, is_pretrained, load, run_of
 from trainlib.data.packing import Datasets, PackedDataset
 from trainlib.engine.device import Hardware, evaluation_mode
-from trainlib.evaluation.baselines import measure_sets
-from trainlib.evaluation.bits_per_byte import sequence_totals
-from trainlib.evaluation.preferences import TIE_NATS, best_rule, pair_margins, share_above
+from trainlib.evaluation import baselines
+from trainlib.evaluation.preferences import (
+    TIE_NATS,
+    best_rule,
+    pair_margins,
+    share_above,
+    validation_log_probs,
+)
 from trainlib.evaluation.skills import Question, SkillTest, answer
+from trainlib.evaluation.worst_rows import sequence_totals
 from trainlib.models.hf_folder import load_model, load_tokenizer
 
 ROWS = 8
@@ -112,7 +118,7 @@ def _add_text(
         results.perplexity[names[name]] = 2 ** float(bits.sum() / labels.sum())
     if data.has_training:
         sets = {names[name]: [packed] for name, packed in datasets.val.items()}
-        results.baselines.update(measure_sets(datasets.train, sets, tokenizer))
+        results.baselines.update(baselines.measure(datasets.train, sets, tokenizer))
     else:
         results.notes.append(f"no training files for {kind}, so there are no baselines")
 
@@ -121,23 +127,17 @@ def _add_preferences(
     results: Results, hardware: Hardware, model: Transformer, datasets: Datasets
 ) -> None:
     """Add the share of pairs whose chosen answer is more likely, by kind, and trivial rules."""
-    last = list(datasets.val.values())[-1]
-    zeros = np.zeros(last.first_sequence_id + last.num_sequences, np.float32)
-    before, reference = zeros, _reference(results.path)
-    if reference is not None:
-        before = np.full_like(zeros, np.nan)
-        reference.to(hardware.device)
-        for _, packed in _sets(datasets, "reference"):
-            for _ in pair_margins(hardware, reference, packed, zeros, before):
-                pass
-        before[np.isnan(before)] = 0  # Pairs that were dropped.
-    by_kind: dict[str, dict[int, np.ndarray]] = {}
-    after = np.full_like(zeros, np.nan)
-    for name, packed in _sets(datasets, "preferences"):
-        for id_, kind, margins in pair_margins(hardware, model, packed, before, after):
-            by_kind.setdefault(kind or name or "pairs", {})[id_] = margins
+    reference = _reference(results.path)
+    models = [model, *([] if reference is None else [reference.to(hardware.device)])]
+    bar = tqdm(models, desc="preferences", unit="model", leave=False, disable=None)
+    after, *rest = [validation_log_probs(hardware, m, datasets) for m in bar]
+    before = rest[0] if rest else np.zeros_like(after)
+    by_kind: dict[str, list[np.ndarray]] = {}
+    for name, packed in datasets.val.items():
+        for kind, margins in pair_margins(packed, before, after):
+            by_kind.setdefault(kind or name or "pairs", []).append(margins)
     for kind, pairs in sorted(by_kind.items()):
-        ratio, _, own, longer, overlap = np.array([pairs[id_] for id_ in sorted(pairs)]).T
+        ratio, _, own, longer, overlap = np.array(pairs).T
         results.preferences[kind] = _preferred(own)
         results.rules[kind] = best_rule(share_above(longer), share_above(overlap))
         if reference is not None:

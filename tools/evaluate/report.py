@@ -7,12 +7,15 @@ does not widen the interval.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tools.evaluate.measure import HOT, Items, Results
-from trainlib.evaluation.skills import Z95, format_counts, wilson
+from trainlib.core.errors import UserError
+from trainlib.core.files import write_atomically
+from trainlib.evaluation.skills import Z95, counted, format_counts
 
 SECTIONS = {
     "bits_per_byte": "Bits per byte of held-out text (less is better)",
@@ -65,9 +68,8 @@ def _differences(one: Results, two: Results, section: str) -> dict[str, tuple[fl
 
 def _counts(items: Items) -> dict[str, float]:
     correct, total = float(items.amounts.sum()), len(items.sizes)
-    low, high = wilson(correct, total)
-    whole = int(correct) if correct.is_integer() else correct  # Ties count one half.
-    return {"correct": whole, "total": total, "low": low, "high": high}
+    # Ties count one half.
+    return counted(int(correct) if correct.is_integer() else correct, total)
 
 
 def _model(r: Results) -> dict[str, Any]:
@@ -110,14 +112,28 @@ def table(all_results: list[Results]) -> str:
     return "\n".join(lines)
 
 
+def write_to_card(results: Results) -> None:
+    """Write the table into the model card in the model's folder, instead of an earlier one.
+
+    The card is made to be published, so it names no path. Raises UserError if there is no place.
+    """
+    path, folder = Path(results.path, "README.md"), Path(results.path).resolve().name
+    begin, end = "<!-- begin evaluation -->\n", "<!-- end evaluation -->"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise UserError(f"{path} has no lines {begin.strip()} and {end}. Add them to it.")
+    lines = table([results]).replace(results.path, folder)
+    write_atomically(path, f"{before}{begin}```text\n{lines}\n```\n{end}{after}")
+
+
 def _one(all_results: list[Results], section: str, names: list[str]) -> list[str]:
     """Return the lines of a section for one model."""
     r = all_results[0]
     rows: dict[str, Items] = getattr(r, section)
     if section == "skills":
-        counts = {n: {"correct": int(i.amounts.sum()), "total": len(i.sizes)}
-                  for n, i in rows.items()}  # fmt: skip
-        return [f"  {line}" for line in format_counts(counts)]
+        return [f"  {line}" for line in format_counts({n: _counts(i) for n, i in rows.items()})]
     if section == "bits_per_byte":
         lines = [f"  {'source':<22}{'bits/byte':>10}{'perplexity':>12}"
                  f"{'bigram':>9}{'unigram':>9}{'uniform':>9}"]  # fmt: skip

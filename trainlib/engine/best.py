@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import shutil
+import zlib
 from typing import Any
 
 from trainlib.engine.metrics import VAL_LOSS, read_metrics
@@ -42,7 +42,7 @@ class Best:
             # With the same recipe and data, as resume=auto requires, a record from after the
             # checkpoint is also from this run.
             later = record["step"] > self.state.step
-            if record["validation"] != validation_digest(self.training):
+            if record["validation"] != validation_key(self.training):
                 problem = "the validation set has changed"
             elif later and self.training.run.config.resume != "auto":
                 problem = f"step {record['step']} comes after the checkpoint"
@@ -57,31 +57,33 @@ class Best:
     def update(self, loss: float) -> None:
         """Record the loss of an evaluation, and write best/ if it is the smallest."""
         state, batches = self.state, self.training.val_batches
-        state.val_loss, state.val_error = loss, 0.0
+        state.val_error = 0.0
         if self.record is not None and not loss < self.record["loss"]:
             state.val_error = difference_error(self.record["batches"], batches)
         elif self.keeps and state.step and math.isfinite(loss):
             self.record = {
                 "step": state.step,
                 "loss": loss,
-                "validation": validation_digest(self.training),
+                "validation": validation_key(self.training),
                 "batches": batches.copy(),
             }
-            self.training.checkpoints.save_best(self.training.model, RECORD, self.record)
+            files = {RECORD: json.dumps(self.record).encode()}
+            self.training.checkpoints.save("best", self.training.model, files)
 
-    def load(self) -> list[str]:
-        """Load the weights for final/ into the model; return lines for the log.
+    def load(self) -> tuple[int, list[str]]:
+        """Load the weights for final/ into the model; return their step, and lines for the log.
 
         These are the best ones, or the last ones if their loss is at most one standard error
         higher. Raises UserError if best/ cannot be read.
         """
-        run, last, loss = self.training.run, self.state.step, self.state.val_loss
-        losses = {row["step"]: row[VAL_LOSS] for row in read_metrics(run.folder) if VAL_LOSS in row}
-        untrained = losses.pop(0, math.inf)
+        training, last = self.training, self.state.step
+        rows = read_metrics(training.run.folder)
+        losses = {int(row["step"]): row[VAL_LOSS] for row in rows if VAL_LOSS in row}
+        loss, untrained = losses.get(last, math.nan), losses.pop(0, math.inf)
         if self.record is not None:
             losses = {self.record["step"]: self.record["loss"]}
-        if loss is None or not losses:
-            return []
+        if not losses:
+            return last, []
         best = min(losses, key=lambda step: losses[step])
         lines = []
         if untrained <= losses[best]:
@@ -89,28 +91,22 @@ class Best:
                 f"warning: training did not improve validation (loss {untrained:.4f} at step 0). "
                 "Lower optim.*_lr, or check that the validation files resemble the training data."
             )
-        text = f"validation was best at step {best} (loss {losses[best]:.4f})"
-        ending = f"at step {last} (loss {loss:.4f})"
-        higher = f"{loss - losses[best]:.4f} higher, standard error {self.state.val_error:.4f}"
-        if best == last:
-            text += ", the last step"
-        elif self.record is None:
-            reason = f"{self.folder} is missing" if self.keeps else "keep_best=off"
-            text += f"; final/ has the last weights, {ending}, because {reason}"
-        elif loss <= losses[best] + self.state.val_error:
-            text += f"; final/ has the last weights, {ending}: {higher}"
-        else:
+        text = f"validation was best at step {best} (loss {losses[best]:.4f}); final/ has "
+        kept, which = last, "the last weights"
+        if self.record is not None and not loss <= losses[best] + self.state.val_error:
             fix = "Remove it and rerun the command to use the last weights."
-            self.training.checkpoints.load_weights(self.training.model, self.folder, fix)
-            text += f"; final/ has these weights, not the last, {ending}: {higher}"
-        return [*lines, text]
+            training.checkpoints.load_weights(training.model, self.folder, fix)
+            kept, which = best, "these weights, not the last ones"
+        text += f"{which} (loss {loss:.4f} at step {last}"
+        error = f", standard error of the difference {self.state.val_error:.4f}"
+        return kept, [*lines, text + error * (self.state.val_error > 0) + ")"]
 
 
-def validation_digest(training: Training) -> str:
-    """Return a digest of the validation rows, by content."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, val in training.datasets.val.items():
-        digest.update(f"{name} {val.row_length} {val.max_rows}\n".encode())
-        for cache, selected in val.parts:
-            digest.update(cache.hashes[selected].tobytes())
-    return digest.hexdigest()
+def validation_key(training: Training) -> str:
+    """Return a text that changes with the validation rows."""
+    datasets = training.datasets
+    sets = [
+        f"{name} {val.row_length} {val.max_rows} {zlib.crc32(val.selection)}"
+        for name, val in datasets.val.items()
+    ]
+    return " ".join([datasets.data_key, *sets])

@@ -8,7 +8,6 @@ tag in several folders, the main charts are numbered, and evaluations have addit
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -46,7 +45,7 @@ class Board:
     def __init__(
         self, folder: Path, resume_step: int | None, evaluated: dict[str, tuple[int, float]]
     ) -> None:
-        self._folder, self._evaluated, self._time = folder, evaluated, time.time()
+        self._folder, self._evaluated = folder, evaluated
         self._writers: dict[str, SummaryWriter] = {}
         self._last_step = -1 if resume_step is None else resume_step
         self._last_evaluation = max((step for step, _ in evaluated.values()), default=-1)
@@ -73,25 +72,17 @@ class Board:
         above its last value. Additional points on the straight line between two evaluations, GAP
         apart, do not change the line, and let the smoothed one end within 1.5 GAP of the value.
         """
-        now = time.time()
         for name, value in values.items():
             run, tag = place(name)
             begin, before = self._evaluated.get(name, (step, value))
-            change, steps = value - before, step - begin
-            num_points = 1
-            if math.isfinite(change) and steps:
-                num_points = min(max(1, math.ceil(abs(change) / GAP)), MAX_POINTS)
-            for i in range(1, num_points + 1):
-                at = begin + math.ceil(steps * i / num_points)
-                rest = (step - at) / steps if steps else 0.0
-                self._writer(run).add_scalar(
-                    tag,
-                    value - rest * change if rest else value,
-                    at,
-                    now - rest * (now - self._time),
-                )
+            change, count = value - before, 1
+            if math.isfinite(change) and step > begin:
+                count = min(max(1, math.ceil(abs(change) / GAP)), MAX_POINTS)
+            for i in range(1, count + 1):
+                at = begin + math.ceil((step - begin) * i / count)
+                shown = value if at == step else before + change * (at - begin) / (step - begin)
+                self._writer(run).add_scalar(tag, shown, at)
             self._evaluated[name] = step, value
-        self._time = now
         if text:
             self._writer("validation").add_text("samples", text, step)
         for writer in self._writers.values():

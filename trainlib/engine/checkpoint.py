@@ -12,11 +12,9 @@ synced to disk, and renamed once it is complete.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,84 +43,58 @@ class Checkpoints:
         self.extra_files = files or {}
         """Contents, by file name, of the other files that make a checkpoint a model folder."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[None] | None = None
+        self._writing: tuple[Path, Future[None]] | None = None
 
     def save(
-        self, step: int, model: nn.Module, tensors: dict[str, Tensor], state: dict[str, Any]
-    ) -> None:
-        """Take a snapshot and write it in the background.
+        self, name: str, model: nn.Module, files: dict[str, bytes],
+        tensors: dict[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """Take a snapshot and write it in the background: a step folder, best/ or final/.
 
-        Raises UserError if the previous snapshot could not be written.
+        `files` are further files by name, and replace extra_files and the copy of run.yaml.
+        `tensors` is the training state. Raises UserError if the previous snapshot could not be
+        written.
         """
         self.join()
-        if not self.writes:
-            return
-        weights = _snapshot(dict(model.named_parameters()))
-        state = json.loads(json.dumps(state))
-        self._writing = self._thread.submit(self._write, step, weights, _snapshot(tensors), state)
-
-    def save_best(self, model: nn.Module, name: str, record: dict[str, Any]) -> None:
-        """Write best/ in the background: the weights, and `record` in the file `name`.
-
-        Raises UserError if the previous snapshot could not be written.
-        """
-        self.join()
-        weights = _snapshot(dict(model.named_parameters()))
-        self._writing = self._thread.submit(self._write_best, weights, name, json.dumps(record))
-
-    def _write_best(self, weights: dict[str, Tensor], name: str, record: str) -> None:
-        with self._new_folder("best", weights) as partial:
-            (partial / name).write_text(record, encoding="utf-8")
+        if self.writes:
+            folder, weights = self.folder / name, _snapshot(dict(model.named_parameters()))
+            work = self._thread.submit(
+                self._write, folder, weights, files, _snapshot(tensors or {})
+            )
+            self._writing = folder, work
 
     def join(self) -> None:
         """Wait until the last snapshot is on disk; raises UserError if it could not be written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             try:
-                writing.result()
+                writing[1].result()
             except (OSError, SafetensorError) as error:
                 raise UserError(
-                    f"{self.folder}: a checkpoint could not be written ({error}). The previous one,"
-                    " if any, is intact. Free some space, then rerun the command to resume."
+                    f"{writing[0]} could not be written ({error}). The previous checkpoint, if any,"
+                    " is intact. Free some space, then rerun the command to resume."
                 ) from error
 
     def _write(
-        self, step: int, weights: dict[str, Tensor], tensors: dict[str, Tensor], state: Any
-    ) -> None:
-        """Write a step folder, point `latest` to it, and remove the oldest folders."""
-        name = f"step_{step:06d}"
+        self, folder: Path, weights: dict[str, Tensor], files: dict[str, bytes],
+        tensors: dict[str, Tensor],
+    ) -> None:  # fmt: skip
+        """Write a folder; for a step folder, point `latest` to it and remove the oldest ones."""
         # Remove what a killed process left behind; no other thread writes here.
-        for partial in self.folder.glob(".writing-*"):
-            shutil.rmtree(partial, ignore_errors=True)
-        with self._new_folder(name, weights) as partial:
-            _save_tensors(tensors, partial / "optimizer.safetensors")
-            (partial / "train_state.json").write_text(json.dumps(state), encoding="utf-8")
-        write_atomically(self.folder / "latest", name)
-        # After a resume from an earlier checkpoint, ignore the later folders.
-        up_to_step = [path for path in self._step_folders() if _step(path) <= step]
-        for old in up_to_step[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
-
-    def _step_folders(self) -> list[Path]:
-        """Return the complete step folders, sorted by number because names differ in width."""
-        names = (path for path in self.folder.glob("step_*") if path.name[5:].isdigit())
-        return sorted(names, key=_step)
-
-    @contextlib.contextmanager
-    def _new_folder(self, name: str, weights: dict[str, Tensor]) -> Iterator[Path]:
-        """Yield a temporary model folder to add files to; sync and rename it on exit."""
-        partial, folder = self.folder / f".writing-{name}", self.folder / name
-        old = self.folder / ".writing-old"
+        for leftover in self.folder.glob(".writing-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial, old = self.folder / f".writing-{folder.name}", self.folder / ".writing-old"
         try:
-            for leftover in (partial, old):
-                shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
-            for file_name, content in self.extra_files.items():
-                (partial / file_name).write_text(content, encoding="utf-8")
+            for name, text in self.extra_files.items():
+                (partial / name).write_text(text, encoding="utf-8")
             if (self.folder / "run.yaml").is_file():
                 shutil.copyfile(self.folder / "run.yaml", partial / "run.yaml")
+            for name, content in files.items():
+                (partial / name).write_bytes(content)
             _save_tensors(weights, partial / "model.safetensors")
-            yield partial
+            if tensors:
+                _save_tensors(tensors, partial / "optimizer.safetensors")
             for path in (*partial.iterdir(), partial):
                 sync(path)
             if folder.exists():
@@ -132,24 +104,16 @@ class Checkpoints:
         finally:
             for leftover in (partial, old):
                 shutil.rmtree(leftover, ignore_errors=True)
+        if folder in (folders := self._step_folders()):
+            write_atomically(self.folder / "latest", folder.name)
+            # After a resume from an earlier checkpoint, ignore the later folders.
+            for oldest in folders[: folders.index(folder) + 1][: -self.keep]:
+                shutil.rmtree(oldest, ignore_errors=True)
 
-    def write_final(self, model: nn.Module, files: dict[str, bytes] | None = None) -> None:
-        """Write final/, the model folder from which the next stage starts.
-
-        `files` are further files by name; run.yaml among them replaces the copy of the run's.
-        Raises UserError if the folder cannot be written.
-        """
-        if not self.writes:
-            return
-        try:
-            with self._new_folder("final", _snapshot(dict(model.named_parameters()))) as partial:
-                for name, content in (files or {}).items():
-                    (partial / name).write_bytes(content)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{self.folder / 'final'}: could not be written ({error}). The last checkpoint is"
-                " intact. Free some space, then rerun the command to resume."
-            ) from error
+    def _step_folders(self) -> list[Path]:
+        """Return the complete step folders, sorted by number because names differ in width."""
+        names = (path for path in self.folder.glob("step_*") if path.name[5:].isdigit())
+        return sorted(names, key=lambda path: int(path.name[5:]))
 
     def newest(self) -> Path | None:
         """Return the step folder that `latest` names, otherwise the one with the highest number."""
@@ -187,10 +151,6 @@ class Checkpoints:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -31,7 +31,9 @@ def fit(training: Training) -> bool:
     run, schedule, checkpoints = training.run, training.schedule, training.checkpoints
     config, state = run.config, restore(training)
     is_main, resume_step = run.distributed.is_main, state.step if run.resume_from else None
-    metrics = MetricsLog(run.folder, resume_step) if is_main else NoMetricsLog()
+    metrics: MetricsLog = NoMetricsLog()
+    if is_main:
+        metrics = MetricsLog(run.folder, resume_step, training.datasets.baselines)
     display, best = Display(training, state, metrics), Best(training, state)
 
     def run_evaluation() -> None:
@@ -81,15 +83,17 @@ def fit(training: Training) -> bool:
             display.close()
             files: dict[str, bytes] = {}
             if is_main:
-                display.show(best.load())
+                kept, lines = best.load()
+                display.show(lines)
                 try:
-                    files = training.finish(training)
+                    files = training.finish(training, kept)
                 except OSError as error:
                     raise UserError(
                         f"{run.folder}: the report could not be written ({error}). The last "
                         "checkpoint is intact. Free some space, then rerun the command to resume."
                     ) from error
-            checkpoints.write_final(training.model, files)
+            checkpoints.save("final", training.model, files)
+            checkpoints.join()
     display.summary(finished)
     metrics.close()
     return finished and is_main

@@ -30,17 +30,22 @@ class MetricsLog:
     """Writer of metrics.jsonl, train.log and TensorBoard.
 
     Resuming from a step removes later lines and a truncated last line from metrics.jsonl, so each
-    step has at most one training line and one validation line.
+    step has at most one training line and one validation line. The baselines for val/bits_per_byte
+    are written to baselines.json and plotted as lines.
     """
 
-    def __init__(self, folder: Path, resume_step: int | None) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: Path, resume_step: int | None, baselines: dict[str, float] | None = None
+    ) -> None:
+        self._baselines = baselines or {}
+        if baselines:
+            write_atomically(folder / "baselines.json", json.dumps(baselines, indent=2))
         path = folder / "metrics.jsonl"
         truncate_metrics(path, -1 if resume_step is None else resume_step)
         self._metrics = path.open("a", encoding="utf-8")
         self._log = (folder / "train.log").open("a", encoding="utf-8")
         if resume_step is not None:
-            self._line(f"resuming from step {resume_step}")
+            self.write_lines([f"resuming from step {resume_step}"])
         evaluated = {
             name: (int(row["step"]), value)
             for row in read_metrics(folder)
@@ -48,29 +53,20 @@ class MetricsLog:
             if name.startswith("val/")
         }
         self._board = Board(folder / "tensorboard", resume_step, evaluated)
-        self._baselines: dict[str, float] = {}
-
-    def add_baselines(self, baselines: dict[str, float]) -> None:
-        """Write the baselines for val/bits_per_byte to baselines.json, and plot them as lines."""
-        self._baselines = baselines
-        if baselines:
-            write_atomically(self._folder / "baselines.json", json.dumps(baselines, indent=2))
 
     def write_step(self, step: int, values: dict[str, float], text: str) -> None:
         """Record a training step, with its line in train.log."""
         self.write(step, values)
         self._board.add(step, values)
-        self._line(text)
+        self.write_lines([text])
 
     def write_evaluation(
         self, step: int, values: dict[str, float], samples: list[str], log_lines: list[str]
     ) -> None:
         """Record an evaluation: its metrics, baselines, samples, and lines in train.log."""
         self.write(step, values)
-        for text in samples:
-            self._line(f"sample step {step} {text.rstrip()}".replace("\n", "\\n"))
-        for line in log_lines:
-            self._line(line)
+        lines = [f"sample step {step} {one_line(text)}" for text in samples]
+        self.write_lines([*lines, *log_lines])
         # "uniform" is omitted: its line would compress the others.
         baselines = {BASELINE + k: v for k, v in self._baselines.items() if k != "uniform"}
         self._board.add_evaluation(step, {**values, **baselines}, as_markdown(samples))
@@ -89,11 +85,7 @@ class MetricsLog:
 
     def write_lines(self, lines: list[str]) -> None:
         """Append lines to train.log."""
-        for line in lines:
-            self._line(line)
-
-    def _line(self, text: str) -> None:
-        self._log.write(text + "\n")
+        self._log.writelines(line + "\n" for line in lines)
         self._log.flush()
 
 
@@ -102,7 +94,7 @@ class NoMetricsLog(MetricsLog):
 
     def __init__(self) -> None: ...
 
-    add_baselines = write_step = write_evaluation = close = lambda *_: None  # type: ignore
+    write_step = write_evaluation = close = lambda *_: None  # type: ignore
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -119,16 +111,18 @@ def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def newly_passed(value: float, baselines: dict[str, float], passed: list[str]) -> dict[str, str]:
-    """Return the baselines that a value falls below for the first time, with a message for each.
+def newly_passed(value: float, baselines: dict[str, float], passed: list[str]) -> list[str]:
+    """Return the baselines that a value falls below for the first time, the largest first.
 
     Skips "uniform", because an untrained model may be above or below it.
     """
-    return {
-        name: f"below the {name} baseline"
-        for name, limit in sorted(baselines.items(), key=lambda item: -item[1])
-        if value < limit and name not in passed and name != "uniform"
-    }
+    names = sorted(baselines.keys() - {"uniform", *passed}, key=lambda name: -baselines[name])
+    return [name for name in names if value < baselines[name]]
+
+
+def one_line(text: str) -> str:
+    """Return a text without its last line breaks, and with the others escaped."""
+    return text.rstrip().replace("\n", "\\n")
 
 
 def as_markdown(samples: list[str]) -> str:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
-from types import MappingProxyType
 
 from tqdm import tqdm
 
 from trainlib.data.loader import StepBatch, StepLoader
 from trainlib.engine import metrics as names
 from trainlib.engine.flops import matmul_peak
-from trainlib.engine.metrics import MetricsLog, newly_passed
+from trainlib.engine.metrics import MetricsLog, newly_passed, one_line
 from trainlib.engine.step import StepResult
 from trainlib.engine.train_state import TrainState
 from trainlib.engine.training import Metrics, Training
@@ -35,7 +33,6 @@ class Display:
         self.baselines = training.datasets.baselines
         peak = matmul_peak(run.hardware.device, run.hardware.precision)
         self.mfu_per_speed = training.flops_per_token / (peak * run.distributed.world_size)
-        metrics.add_baselines(self.baselines)
         disable = None if run.distributed.is_main else True
         self.bar = tqdm(total=self.schedule.num_steps, initial=state.step, unit="step",
                         desc=run.stage, disable=disable)  # fmt: skip
@@ -99,17 +96,18 @@ class Display:
         value = metrics.get(names.VAL_BITS_PER_BYTE, math.inf)
         passed = newly_passed(value, baselines, self.state.passed)
         self.state.passed += passed
-        log_lines = [
-            f"{text} at step {step}: {value:.3f} against {baselines[name]:.3f} bits per byte"
-            for name, text in passed.items()
-        ]
         num_pairs = {}
         if names.VAL_REWARD_ACCURACY in metrics:
             num_pairs = {f"val/{name}": val.num_used for name, val in self.datasets.val.items()}
             num_pairs["val"] = sum(num_pairs.values())
-        log_lines = [*validation_tables(step, metrics, num_pairs), *log_lines]
-        self.metrics.write_evaluation(step, metrics, samples, log_lines)
-        for line in (*map(_sample_line, samples), *log_lines):
+        lines = validation_tables(step, metrics, num_pairs)
+        lines += [
+            f"below the {name} baseline at step {step}: {value:.3f} against {baselines[name]:.3f} "
+            "bits per byte"
+            for name in passed
+        ]
+        self.metrics.write_evaluation(step, metrics, samples, lines)
+        for line in (*(f"sample: {one_line(text)}" for text in samples), *lines):
             log.info("%s", line)
         self._reset()
 
@@ -139,12 +137,8 @@ class Display:
             )  # fmt: skip
 
 
-def _sample_line(text: str) -> str:
-    return f"sample: {text.rstrip()}".replace("\n", "\\n")
-
-
 def validation_tables(
-    step: int, metrics: Metrics, num_pairs: Mapping[str, int] = MappingProxyType({})
+    step: int, metrics: Metrics, num_pairs: dict[str, int] | None = None
 ) -> list[str]:
     """Return the metrics of an evaluation as tables, with a row for each validation set and "all".
 
@@ -157,32 +151,33 @@ def validation_tables(
         path, _, metric = name.rpartition("/")
         if metric == "exact_match" and path.startswith(SKILLS):
             kind, _, wording = path.removeprefix(SKILLS).partition("/")
-            skills.setdefault(kind, {})[wording[:LONGEST] or "trained"] = f"{value:.3f}"
+            skills.setdefault(kind, {})[wording or "trained"] = f"{value:.3f}"
         else:
-            metric = metric.replace("log_probs", "logp").removeprefix("reward_")[:LONGEST]
+            metric = metric.replace("log_probs", "logp").removeprefix("reward_")
             sets.setdefault(path, {})[metric] = f"{value:.4f}"
-    for path, count in num_pairs.items():
+    for path, count in (num_pairs or {}).items():
         sets.setdefault(path, {})["pairs"] = str(count)
     total = sets.pop("val", {})
     rows = {path.removeprefix("val/"): row for path, row in sets.items()} if len(sets) > 1 else {}
-    lines = _table(f"validation at step {step}", [*rows.items(), ("all", total)])
-    return lines + (_table(f"skills at step {step}", list(skills.items())) if skills else [])
+    lines = table(f"validation at step {step}", {**rows, "all": total})
+    return lines + (table(f"skills at step {step}", skills) if skills else [])
 
 
-def _table(title: str, rows: list[tuple[str, dict[str, str]]]) -> list[str]:
-    """Return a header and a line for each named row, in one or more blocks of WIDTH columns."""
-    columns = list(dict.fromkeys(column for _, row in rows for column in row))
-    first = max(len(title), *(len(name[:LONGEST]) for name, _ in rows))
-    widths = {
-        column: 2 + max(len(column), *(len(row.get(column, "")) for _, row in rows))
-        for column in columns
-    }
-    lines = []
-    while columns:
-        block: list[str] = []
-        while columns and first + sum(widths[column] for column in [*block, columns[0]]) <= WIDTH:
-            block.append(columns.pop(0))
-        for name, row in [(title, {column: column for column in block}), *rows]:
-            cells = (f"{row.get(column, '-'):>{widths[column]}}" for column in block)
-            lines.append(f"{name[:LONGEST]:<{first}}{''.join(cells)}")
-    return lines
+def table(title: str, rows: dict[str, dict[str, str]]) -> list[str]:
+    """Return a header and a line for each row by its name, in blocks of at most WIDTH columns."""
+    header = {column: column[:LONGEST] for row in rows.values() for column in row}
+    first = max(len(name[:LONGEST]) for name in (title, *rows))
+    blocks: list[list[str]] = []
+    used = WIDTH
+    for column in header:
+        width = 2 + max(len(row.get(column, "-")) for row in (header, *rows.values()))
+        if used + width > WIDTH:
+            used = first
+            blocks.append([""] * (len(rows) + 1))
+        used += width
+        cells = (row.get(column, "-") for row in (header, *rows.values()))
+        blocks[-1] = [
+            f"{line}{cell:>{width}}" for line, cell in zip(blocks[-1], cells, strict=True)
+        ]
+    names = [f"{name[:LONGEST]:<{first}}" for name in (title, *rows)]
+    return [name + line for block in blocks for name, line in zip(names, block, strict=True)]

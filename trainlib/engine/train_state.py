@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import asdict, dataclass, field
 
@@ -31,10 +32,8 @@ class TrainState:
     """Consecutive steps that were skipped because the gradient was not finite."""
     evaluated: int = -1
     """The step of the last evaluation."""
-    val_loss: float | None = None
-    """Validation loss of the last evaluation."""
     val_error: float = 0.0
-    """Standard error of its difference to the smallest one (engine/best.py)."""
+    """Standard error of the difference between the last validation loss and the smallest one."""
     passed: list[str] = field(default_factory=list)
     """Baselines that an evaluation has already fallen below."""
     seconds: float = 0.0
@@ -74,7 +73,8 @@ def save(training: Training, state: TrainState) -> None:
         for i, rng in enumerate(torch.cuda.get_rng_state_all()):
             tensors[f"rng/cuda{i}"] = rng
     saved = {"train": asdict(state), "optimizers": scalars}
-    training.checkpoints.save(state.step, model, tensors, saved)
+    files = {"train_state.json": json.dumps(saved).encode()}
+    training.checkpoints.save(f"step_{state.step:06d}", model, files, tensors)
 
 
 def restore(training: Training) -> TrainState:

@@ -6,8 +6,6 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor
-
 from trainlib.core.distributed import SINGLE_PROCESS, DistributedContext
 from trainlib.data.batch import Batch
 from trainlib.data.epoch_plan import DataPosition
@@ -48,59 +46,48 @@ def validate(training: Training, loss_fn: LossFunction) -> Metrics:
     in training.val_batches. The ranks share the work. The RNG state and the model's mode do not
     change.
     """
-    run, model, shares, batches = training.run, training.model, {}, {}
+    run, model = training.run, training.model
+    mine: dict[str, list[MetricSums]] = {name: [] for name in training.datasets.val}
     with evaluation_mode(model):
         for name, dataset in training.datasets.val.items():
-            sums: MetricSums = {}
-            losses: list[tuple[Tensor, int]] = []
             for batch in micro_batches(dataset, run.hardware, run.distributed):
                 batch = batch.to(run.hardware.device)
                 with run.hardware.autocast():
                     loss, metrics = loss_fn(model, batch)
-                add_metrics(sums, {"loss": (loss, batch.num_targets), **metrics})
-                losses.append((loss, batch.num_targets))
-            batches[name] = [(float(loss), float(n)) for loss, n in losses]
-            shares[name] = {key: (float(sum_), float(n)) for key, (sum_, n) in sums.items()}
+                mine[name].append({"loss": (loss, batch.num_targets), **metrics})
+    for sums in (sums for batches in mine.values() for sums in batches):
+        sums.update({key: (float(sum_), float(n)) for key, (sum_, n) in sums.items()})
+    gathered = run.distributed.all_gather_object(mine)
     results: Metrics = {}
     total: MetricSums = {}
-    gathered = run.distributed.all_gather_object((shares, batches))
     training.val_batches.clear()
     for name in training.datasets.val:
-        sums = {}
-        for share, _ in gathered:
-            add_metrics(sums, share[name])
+        of_set: MetricSums = {}
         # The ranks take turns, so this is the order on one rank.
-        turns = itertools.zip_longest(*(theirs[name] for _, theirs in gathered))
-        training.val_batches.extend(batch for turn in turns for batch in turn if batch)
-        add_metrics(total, sums)
-        results.update({f"{name}/{key}": value for key, value in means(sums).items()})
+        turns = itertools.zip_longest(*(theirs[name] for theirs in gathered))
+        for sums in filter(None, itertools.chain.from_iterable(turns)):
+            add_metrics(of_set, sums)
+            training.val_batches.append(sums["loss"])
+        add_metrics(total, of_set)
+        results.update({f"{name}/{key}": value for key, value in means(of_set).items()})
     return {**means(total), **results}
-
-
-def standard_error(batches: Sequence[Sequence[float]]) -> float:
-    """Return the standard error of a mean loss L = sum(s) / sum(n) over validation batches.
-
-    Each batch, with loss sum s and n targets, is one sample of a ratio estimator:
-    sqrt(B / (B - 1) * sum((s - L n)^2)) / sum(n) for B batches (Cochran, Sampling Techniques,
-    section 6.4). Returns 0 for fewer than 2 batches.
-    """
-    count, targets = len(batches), sum(n for _, n in batches)
-    if count < 2:
-        return 0.0
-    mean = sum(s for s, _ in batches) / targets
-    squares = sum((s - mean * n) ** 2 for s, n in batches)
-    return math.sqrt(count / (count - 1) * squares) / targets
 
 
 def difference_error(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
     """Return the standard error of the difference between the mean losses of two evaluations.
 
-    Evaluations of the same batches are paired: s is the difference of a batch's two losses. Batches
-    that differ, because the hardware settings have changed, are independent samples.
+    Each of their B batches, with loss sums a and b and n targets, is one sample of a ratio
+    estimator: with s = b - a and L = sum(s) / sum(n), sqrt(B / (B - 1) * sum((s - L n)^2)) / sum(n)
+    (Cochran, Sampling Techniques, section 6.4). Returns 0 for fewer than 2 batches, and for batches
+    that differ, because the hardware settings have changed.
     """
-    if [n for _, n in first] != [n for _, n in second]:
-        return math.hypot(standard_error(first), standard_error(second))
-    return standard_error([(b - a, n) for (a, n), (b, _) in zip(first, second, strict=True)])
+    sizes = [n for _, n in second]
+    if len(sizes) < 2 or [n for _, n in first] != sizes:
+        return 0.0
+    changes = [b - a for (a, _), (b, _) in zip(first, second, strict=True)]
+    mean, count = sum(changes) / sum(sizes), len(sizes)
+    squares = sum((s - mean * n) ** 2 for s, n in zip(changes, sizes, strict=True))
+    return math.sqrt(count / (count - 1) * squares) / sum(sizes)
 
 
 def micro_batches(

@@ -12,8 +12,6 @@ Source: Witten-Bell smoothing as in Chen and Goodman, arXiv:cmp-lg/9606011, sect
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -22,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenizer.bpe import Tokenizer
-from trainlib.core.files import cache_dir, write_atomically
 from trainlib.data.batch import IGNORE_INDEX
 from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.packing import Datasets, PackedDataset
@@ -30,7 +27,6 @@ from trainlib.data.token_cache import TokenCache
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 3  # Version of the cached values: increase it when a baseline changes.
 MAX_TRAIN_IDS = 20_000_000
 BLOCK = 1 << 16  # Ids read at a time.
 
@@ -43,32 +39,15 @@ class Labels(NamedTuple):
 
 
 def with_baselines(datasets: Datasets, tokenizer: Tokenizer) -> Datasets:
-    """Add baselines for pretraining or fine-tuning data, computed once and cached on disk."""
-    digest = hashlib.sha256(f"{LAYOUT} {MAX_TRAIN_IDS} {datasets.data_key}".encode())
-    for packed in (datasets.train, *datasets.val.values()):
-        digest.update(f" {packed.row_length} {packed.max_rows} ".encode() + packed.selection)
-    path = cache_dir() / "baselines" / f"{digest.hexdigest()[:16]}.json"
-    try:
-        baselines = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        baselines = measure(datasets, tokenizer)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(baselines))
-        except OSError as error:  # The disk is full, or another process has just written the file.
-            log.info("cannot write %s: %s", path, error)
+    """Add baselines for pretraining or fine-tuning data, over the labels of all validation sets."""
+    everything = {"": list(datasets.val.values())}
+    baselines = measure(datasets.train, everything, tokenizer)[""]
     values = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
     log.info("baselines in bits per byte of the validation text: %s", values)
     return datasets._replace(baselines=baselines)
 
 
-def measure(datasets: Datasets, tokenizer: Tokenizer) -> dict[str, float]:
-    """Return the bits per byte of each baseline, over the labels of all validation sets."""
-    everything = list(datasets.val.values())
-    return measure_sets(datasets.train, {"": everything}, tokenizer)[""]
-
-
-def measure_sets(
+def measure(
     train: PackedDataset, val: dict[str, list[PackedDataset]], tokenizer: Tokenizer
 ) -> dict[str, dict[str, float]]:
     """Return the bits per byte of each baseline, over the labels of each list of data sets."""

@@ -8,14 +8,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIZE, LEFT, RIGHT, TOP, BOTTOM = (2400, 1200), 200, 1960, 150, 1060
 """Pixels of the picture and its axes. It is drawn at twice its final size, for smooth lines."""
-BLUE, LIGHT, GRAY, BLACK = "#1f5fa8", "#9dbbdb", "#777777", "#222222"
+BLUE, GRAY, BLACK = "#1f5fa8", "#777777", "#222222"
 Points = list[tuple[float, float]]
 
 
-def draw_curve(name: str, val: Points, train: Points, baselines: dict[str, float]) -> bytes:
-    """Return a PNG: validation over steps as dots, training as a thin line, labelled baselines."""
-    values = [y for _, y in val + train] + list(baselines.values())
-    low, high, last = min(values), max(values), max(x for x, _ in [*val, *train, (1.0, 0.0)])
+def draw_curve(name: str, val: Points, baselines: dict[str, float]) -> bytes:
+    """Return a PNG: validation over steps as dots, and labelled baselines."""
+    values = [*(y for _, y in val), *baselines.values()]
+    low, high, last = min(values), max(values), max(1.0, val[-1][0])
     image = Image.new("RGB", SIZE, "white")
     pen = ImageDraw.Draw(image)
 
@@ -35,7 +35,6 @@ def draw_curve(name: str, val: Points, train: Points, baselines: dict[str, float
         write(at(step, low)[0], BOTTOM + 24, f"{step:.0f}", "ma", GRAY)
         write(LEFT - 24, at(0, value)[1], f"{value:.2f}", "rm", GRAY)
     pen.line([(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)], GRAY, 3)
-    pen.line([at(*point) for point in train], LIGHT, 4, "curve")
     for y in baselines.values():
         for x in range(LEFT, RIGHT, 36):  # Dashes.
             pen.line([(x, at(0, y)[1]), (x + 18, at(0, y)[1])], GRAY, 3)
@@ -44,7 +43,6 @@ def draw_curve(name: str, val: Points, train: Points, baselines: dict[str, float
         pen.ellipse((x - 12, y - 12, x + 12, y + 12), BLUE)
     labels = [(y, f"{name} {y:.2f}", GRAY) for name, y in baselines.items()]
     labels.append((val[-1][1], f"validation {val[-1][1]:.2f}", BLUE))
-    labels += [(train[-1][1], "training batch", LIGHT)] if train else []
     height = 0.0
     for y, text, color in sorted(labels, reverse=True):
         height = max(at(0, y)[1], height + 50)  # Labels do not overlap.

@@ -7,12 +7,12 @@ once, for the pairs that the run will visit, and cached on disk; training needs 
 from __future__ import annotations
 
 import hashlib
-import itertools
+import json
 import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 import model as model_module
-from trainlib.core.files import cache_dir, replacing
+from trainlib.core.files import cache_dir, replacing, write_atomically
 from trainlib.data.batch import Batch
 from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.packing import FEW_ROWS, Datasets, PackedDataset
 from trainlib.engine.device import Hardware, evaluation_mode
 from trainlib.engine.losses import batch_log_probs
+from trainlib.engine.progress import table
 from trainlib.engine.run import Run
 from trainlib.engine.training import Training
 from trainlib.engine.validation import micro_batches
@@ -37,8 +38,6 @@ TIE_NATS = 1e-3
 """Log-probability ratios closer than this count as equal: smaller differences are fp32 noise."""
 NUMERICS_VERSION = 3
 """Increase this when the rounding of kernels/ changes, so that cached references are not reused."""
-TRAINING_PAIRS = 400
-"""Number of training pairs in the report."""
 
 
 def reference_log_probs(training: Training) -> Tensor:
@@ -48,13 +47,10 @@ def reference_log_probs(training: Training) -> Tensor:
     sequence. The processes share the work. Values cached in .cache/reference/ are reused.
     """
     run, model, datasets = training.run, training.model, training.datasets
-    all_datasets = [datasets.train, *datasets.val.values()]
-    last = all_datasets[-1]
-    values = np.full(last.first_sequence_id + last.num_sequences, np.nan, np.float32)
-    h = run.hardware
+    values, h = _unknown(datasets), run.hardware
     key = f"{datasets.data_key} {h.precision} {h.kernels} {h.compile} {datasets.train.row_length}"
     digest = hashlib.sha256(f"{key} {NUMERICS_VERSION}".encode())
-    for packed in all_datasets:
+    for packed in (datasets.train, *datasets.val.values()):
         digest.update(packed.selection)
     digest.update(Path(model_module.__file__).read_bytes())  # Users may edit formulas.
     for parameter in model.parameters():
@@ -63,16 +59,7 @@ def reference_log_probs(training: Training) -> Tensor:
     if path.is_file():
         values = np.load(path)
     before, begin = np.isfinite(values).sum(), time.perf_counter()
-    with evaluation_mode(model):
-        for packed in datasets.val.values():
-            for batch in micro_batches(packed, h, run.distributed):
-                _fill(h, model, batch, values)
-        loader = training.loader
-        one_epoch = -(-datasets.train.num_rows() // loader.rows_per_step)
-        for _ in range(min(training.schedule.num_steps or one_epoch, one_epoch)):
-            for batch in next(loader).micro_batches:
-                _fill(h, model, batch, values)
-    loader.seek(DataPosition())
+    values = _log_probs(h, model, _visited(training), values)
     for theirs in run.distributed.all_gather_object(values):
         values = np.where(np.isnan(values), theirs, values)
     known = np.isfinite(values).sum()
@@ -83,6 +70,43 @@ def reference_log_probs(training: Training) -> Tensor:
         with replacing(path) as temporary:
             np.save(temporary, values)
     return torch.from_numpy(values).to(h.device)
+
+
+def _visited(training: Training) -> Iterator[Batch]:
+    """Yield this rank's batches of the run: of validation, and of an epoch of training at most."""
+    run, loader, datasets = training.run, training.loader, training.datasets
+    for packed in datasets.val.values():
+        yield from micro_batches(packed, run.hardware, run.distributed)
+    one_epoch = -(-datasets.train.num_rows() // loader.rows_per_step)
+    for _ in range(min(training.schedule.num_steps or one_epoch, one_epoch)):
+        yield from next(loader).micro_batches
+    loader.seek(DataPosition())
+
+
+def validation_log_probs(hardware: Hardware, model: nn.Module, datasets: Datasets) -> np.ndarray:
+    """Return a model's log-probabilities by sequence id; NaN for training pairs."""
+    batches = (b for packed in datasets.val.values() for b in micro_batches(packed, hardware))
+    return _log_probs(hardware, model, batches, _unknown(datasets))
+
+
+def _unknown(datasets: Datasets) -> np.ndarray:
+    *_, last = (datasets.train, *datasets.val.values())
+    return np.full(last.first_sequence_id + last.num_sequences, np.nan, np.float32)
+
+
+def _log_probs(
+    hardware: Hardware, model: nn.Module, batches: Iterable[Batch], known: np.ndarray
+) -> np.ndarray:
+    """Return known log-probabilities by sequence id, with NaN values of the batches computed."""
+    values = known.copy()
+    with evaluation_mode(model):
+        for batch in batches:
+            ids = batch.sequence_ids.numpy()
+            if np.isnan(values[ids]).any():
+                with hardware.autocast():
+                    log_probs = batch_log_probs(model, batch.to(hardware.device))
+                values[ids] = log_probs.float().cpu().numpy()
+    return values
 
 
 def share_above(values: np.ndarray) -> float:
@@ -98,109 +122,69 @@ def best_rule(longer: float, overlap: float) -> tuple[str, float]:
     return best, rules[best]
 
 
-def report(
-    run: Run, model: nn.Module, datasets: Datasets, reference: Tensor, latest: Tensor
-) -> dict[str, Any]:
-    """Return the accuracy on each kind of held-out and training pair, and of trivial rules.
+def write_report(run: Run, datasets: Datasets, before: np.ndarray, after: np.ndarray) -> None:
+    """Write report.json: the accuracy on each kind of held-out pair, and that of trivial rules.
 
     For each kind: n, accuracy (fraction of pairs with a reward margin above 0) with its standard
-    error (None below FEW_ROWS pairs), accuracy on training pairs, the policy's own preference
-    (fraction of pairs whose chosen answer is more likely) before and after training, and the best
-    of three rules: longer, shorter, more overlap with the prompt. `latest` holds the policy's
-    log-probabilities by sequence id; NaN values are computed and filled in.
+    error (None below FEW_ROWS pairs), the policy's own preference (fraction of pairs whose chosen
+    answer is more likely) before and after training, and the best of three rules: longer, shorter,
+    more overlap with the prompt. `before` and `after` are the log-probabilities by sequence id.
     """
-    before, after = reference.cpu().numpy(), latest.cpu().numpy()
-    held_out, trained = defaultdict(list), defaultdict(list)
-    with evaluation_mode(model):
-        for name, packed in datasets.val.items():
-            for _, kind, margins in pair_margins(run.hardware, model, packed, before, after):
-                held_out[kind or name or "pairs"].append(margins)
-        pairs = pair_margins(run.hardware, model, datasets.train, before, after)
-        for _, kind, margins in itertools.islice(pairs, TRAINING_PAIRS):
-            trained[kind or "pairs"].append(margins)
-    latest.copy_(torch.from_numpy(after))
-    table: dict[str, Any] = {}
-    for kind, rows in sorted(held_out.items()):
+    by_kind = defaultdict(list)
+    for name, packed in datasets.val.items():
+        for kind, margins in pair_margins(packed, before, after):
+            by_kind[kind or name or "pairs"].append(margins)
+    result: dict[str, Any] = {}
+    for kind, rows in sorted(by_kind.items()):
         shares = [share_above(column) for column in np.array(rows).T]
         accuracy, own_before, own_after, longer, overlap = shares
         best, rule_accuracy = best_rule(longer, overlap)
-        table[kind] = {
+        result[kind] = {
             "n": len(rows),
             "accuracy": accuracy,
             "standard_error": math.sqrt(accuracy * (1 - accuracy) / len(rows))
             if len(rows) >= FEW_ROWS
             else None,
-            "trained": share_above(np.array(trained[kind])[:, 0]) if trained[kind] else None,
             "own_before": own_before,
             "own_after": own_after,
             "rule": best,
             "rule_accuracy": rule_accuracy,
         }
-    return table
+    write_atomically(run.folder / "report.json", json.dumps(result, indent=2))
+    log.info("%s", "\n".join(format_report(result)))
 
 
-def format_report(table: dict[str, Any]) -> str:
-    """Format the report as lines for a terminal."""
-    lines = [
-        f"{'kind of pair':<14}{'n':>6}{'accuracy':>10}{'+-':>7}{'train':>9}"
-        f"{'policy before':>15}{'policy after':>14}   best trivial rule"
-    ]
-    for kind, row in table.items():
-        trained, error = (
-            f"{row[key]:.3f}" if row[key] is not None else "-"
-            for key in ("trained", "standard_error")
-        )
-        lines.append(
-            f"{kind:<14}{row['n']:>6}{row['accuracy']:>10.3f}{error:>7}{trained:>9}"
-            f"{row['own_before']:>15.3f}{row['own_after']:>14.3f}"
-            f"   {row['rule']} {row['rule_accuracy']:.3f}"
-        )
-    few = ", ".join(kind for kind, row in table.items() if row["n"] < FEW_ROWS)
-    if few:
-        lines.append(f"fewer than {FEW_ROWS} pairs, so the figures mean little: {few}")
-    return "\n".join(lines)
-
-
-def _fill(hardware: Hardware, model: nn.Module, batch: Batch, values: np.ndarray) -> np.ndarray:
-    """Compute a batch's log-probabilities if any is NaN in `values`; return them."""
-    ids = batch.sequence_ids.numpy()
-    if np.isnan(values[ids]).any():
-        with hardware.autocast():
-            log_probs = batch_log_probs(model, batch.to(hardware.device))
-        values[ids] = log_probs.float().cpu().numpy()
-    return values[ids]
+def format_report(report: dict[str, Any]) -> list[str]:
+    """Return the report as lines for a terminal."""
+    shares = {"accuracy": "accuracy", "+-": "standard_error", "policy before": "own_before",
+              "policy after": "own_after"}  # fmt: skip
+    rows = {
+        kind: {"n": str(row["n"])}
+        | {title: "-" if row[key] is None else f"{row[key]:.3f}" for title, key in shares.items()}
+        | {"best trivial rule": f"{row['rule']} {row['rule_accuracy']:.3f}"}
+        for kind, row in report.items()
+    }
+    few = ", ".join(kind for kind, row in report.items() if row["n"] < FEW_ROWS)
+    note = f"fewer than {FEW_ROWS} pairs, so the figures mean little: {few}"
+    return [*table("kind of pair", rows), *([note] if few else [])]
 
 
 def pair_margins(
-    hardware: Hardware, model: nn.Module, packed: PackedDataset, before: np.ndarray,
-    after: np.ndarray,
-) -> Iterator[tuple[int, str, np.ndarray]]:  # fmt: skip
-    """Yield each pair's id and kind, and the difference between chosen and rejected in five values.
+    packed: PackedDataset, before: np.ndarray, after: np.ndarray
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield each pair's kind, and the difference between chosen and rejected in five values.
 
-    These are log-probability ratio, log-probability before and after, length and overlap. `before`
-    and `after` hold log-probabilities by sequence id; NaN values in `after` are computed and filled
-    in. Skips pairs with NaN in `before`. Call it in evaluation_mode.
+    These are log-probability ratio, log-probability before and after, number of ids, and fraction
+    of the ids that also occur in the prompt. `before` and `after` are log-probabilities by sequence
+    id; skips pairs with NaN, which were not read.
     """
-    origins = packed.origins()
-    for batch in micro_batches(packed, hardware):
-        ids = batch.sequence_ids.numpy()
-        old = before[ids]
-        if np.isnan(old).any():
-            continue  # The run did not visit this training row.
-        new = _fill(hardware, model, batch, after)
-        values = np.stack([new - old, old, new, *_length_and_overlap(batch)])
-        for id_, margins in zip(ids[::2], (values[:, ::2] - values[:, 1::2]).T, strict=True):
-            yield int(id_), origins[int(id_)].source, margins
-
-
-def _length_and_overlap(batch: Batch) -> tuple[list[int], list[float]]:
-    """Return each answer's length in tokens, and the fraction that also occur in its prompt."""
-    lengths, overlaps = [], []
-    for document in range(len(batch.sequence_ids)):
-        here = batch.document_ids == document
-        labels = batch.labels[here]
-        answer = labels[labels >= 0].tolist()
-        prompt = set(batch.input_ids[here][labels < 0].tolist())
-        lengths.append(len(answer))
-        overlaps.append(float(np.mean([token in prompt for token in answer])))
-    return lengths, overlaps
+    for id_, (cache, record) in packed.origins().items():
+        old, new = before[id_ : id_ + 2], after[id_ : id_ + 2]
+        if np.isfinite(new - old).all():
+            values = [new - old, old, new, np.zeros(2), np.zeros(2)]
+            for i in (0, 1):
+                span = slice(*cache.offsets[2 * record + i :][:2])
+                ids, supervised = cache.ids[span], cache.supervised[span] != 0
+                answer = ids[supervised]
+                values[3][i], values[4][i] = len(answer), np.isin(answer, ids[~supervised]).mean()
+            yield cache.source(record), np.array([chosen - rejected for chosen, rejected in values])

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from trainlib.data.formats import ReadOptions, read_row
 from trainlib.data.messages import Messages, assistant
 from trainlib.data.packing import PackedDataset
 from trainlib.data.readers import Source, parse
+from trainlib.engine.progress import table
 from trainlib.engine.step import add_metrics, means
 from trainlib.engine.training import Metrics, MetricSums, Training
 from trainlib.engine.validation import steps_between_evaluations
@@ -126,14 +127,20 @@ def _answer_length(tokenizer: Tokenizer, question: Question) -> int:
     return sum(render_conversation(tokenizer, [{**question.expected, "weight": 1}]).mask)
 
 
-def count(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Return {"correct", "total"} by kind and wording."""
+def count(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return "correct", "total", and the ends of the interval, by kind and wording."""
     total = Counter(question.name for question in questions)
     correct = Counter(q.name for q, a in zip(questions, answers, strict=True) if a == q.answer)
-    return {name: {"correct": correct[name], "total": n} for name, n in total.items()}
+    return {name: counted(correct[name], n) for name, n in total.items()}
 
 
-def wilson(correct: float, total: int) -> tuple[float, float]:
+def counted(correct: float, total: int) -> dict[str, float]:
+    """Return "correct", "total", and the ends of the 95 % interval of the share."""
+    low, high = wilson(correct, total)
+    return {"correct": correct, "total": total, "low": low, "high": high}
+
+
+def wilson(correct: float, total: float) -> tuple[float, float]:
     """Return the 95 % confidence interval of a share. Source: Wilson 1927, JASA 22:209."""
     share, z2 = correct / total, Z95**2 / total
     half = Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total))
@@ -141,20 +148,17 @@ def wilson(correct: float, total: int) -> tuple[float, float]:
     return max(0.0, low), min(1.0, high)
 
 
-def format_counts(counts: dict[str, dict[str, int]]) -> list[str]:
+def format_counts(counts: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Return a table of correct answers with their 95 % intervals, one line for each kind."""
-    kinds = dict.fromkeys(name.partition("/")[0] for name in counts)
-    lines = [f"{'skill':<20}{'trained wording':>26}{'new combination':>26}{'new words':>26}"]
-    for kind in kinds:
-        cells = []
-        for name in (kind, f"{kind}/combination", f"{kind}/words"):
-            row, cell = counts.get(name), "-"
-            if row:
-                low, high = wilson(row["correct"], row["total"])
-                cell = f"{row['correct']}/{row['total']} ({low:.2f} to {high:.2f})"
-            cells.append(f"{cell:>26}")
-        lines.append(f"{kind:<20}{''.join(cells)}")
-    return lines
+    columns = {"": "trained wording", "combination": "new combination", "words": "new words"}
+    rows: dict[str, dict[str, str]] = {}
+    for name, row in counts.items():
+        kind, _, wording = name.partition("/")
+        cells = rows.setdefault(kind, dict.fromkeys(columns.values(), "-"))
+        cells[columns[wording]] = (
+            f"{row['correct']}/{row['total']} ({row['low']:.2f} to {row['high']:.2f})"
+        )
+    return table("skill", rows)
 
 
 class SkillTest:
@@ -177,39 +181,33 @@ class SkillTest:
             self._curve = self._choose(training)
         distributed = training.run.distributed
         questions = self._curve[distributed.rank :: distributed.world_size]
-        counts = count(questions, answer(training.model, self.tokenizer, questions))
+        mine = count(questions, answer(training.model, self.tokenizer, questions))
         sums: MetricSums = {}
-        for share in distributed.all_gather_object(counts):
-            add_metrics(sums, {f"skills/{name}/exact_match": (row["correct"], row["total"])
-                               for name, row in share.items()})  # fmt: skip
-        return means(dict(sorted(sums.items())))
+        for counts in distributed.all_gather_object(mine):
+            add_metrics(sums, {name: (c["correct"], c["total"]) for name, c in counts.items()})
+        return {f"skills/{name}/exact_match": m for name, m in sorted(means(sums).items())}
 
     def _choose(self, training: Training) -> list[Question]:
         """Return the first questions by kind and wording, fewer if the run is short."""
-        by_name: dict[str, list[Question]] = {}
+        seen: Counter[str] = Counter()
+        some: list[tuple[float, Question]] = []
         for question in self.questions:
-            some = by_name.setdefault(question.name, [])
-            if len(some) < CURVE[question.wording]:
-                some.append(question)
-        chosen = [question for some in by_name.values() for question in some]
-        num_steps, every = training.schedule.num_steps, steps_between_evaluations(training)
-        if not chosen or not num_steps:
-            return chosen
-        num_tokens = sum(_answer_length(self.tokenizer, question) for question in chosen)
-        num_tokens *= 2 + (num_steps // every if every else 0)
-        loader = training.loader
-        num_positions = num_steps * loader.rows_per_step * loader.dataset.row_length
-        share = min(1.0, CURVE_SHARE * num_positions / num_tokens)
-        return [q for some in by_name.values() for q in some[: max(1, int(share * len(some)))]]
+            seen[question.name] += 1
+            some.append((seen[question.name] / CURVE[question.wording], question))
+        some = [(part, question) for part, question in some if part <= 1]
+        num_steps, share = training.schedule.num_steps, 1.0
+        if some and num_steps:
+            every, loader = steps_between_evaluations(training), training.loader
+            num_evaluations = 2 + (num_steps // every if every else 0)
+            num_tokens = sum(_answer_length(self.tokenizer, question) for _, question in some)
+            num_positions = num_steps * loader.rows_per_step * loader.dataset.row_length
+            share = CURVE_SHARE * num_positions / (num_tokens * num_evaluations)
+        return [q for part, q in some if part <= share or part == 1 / CURVE[q.wording]]
 
     def report(self, training: Training) -> None:
         """Answer all questions, log the results and write skills.json to the run folder."""
         if not self.questions:
             return
         counts = count(self.questions, answer(training.model, self.tokenizer, self.questions))
-        table = {
-            name: {**row, **dict(zip(("low", "high"), wilson(**row), strict=True))}
-            for name, row in counts.items()
-        }
-        write_atomically(training.run.folder / "skills.json", json.dumps(table, indent=2))
+        write_atomically(training.run.folder / "skills.json", json.dumps(counts, indent=2))
         log.info("%s", "\n".join(format_counts(counts)))

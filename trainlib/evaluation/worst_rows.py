@@ -11,14 +11,17 @@ import json
 import logging
 import math
 
-from torch import Tensor, nn
+import numpy as np
+import torch
+from torch import nn
 
 from tokenizer.bpe import Tokenizer
 from trainlib.core.files import write_atomically
 from trainlib.data.packing import Origin, PackedDataset
-from trainlib.engine.device import evaluation_mode
+from trainlib.engine.device import Hardware, evaluation_mode
+from trainlib.engine.losses import batch_log_probs
 from trainlib.engine.run import Run
-from trainlib.evaluation.bits_per_byte import sequence_totals
+from trainlib.engine.validation import micro_batches
 
 log = logging.getLogger(__name__)
 
@@ -37,49 +40,41 @@ def write_worst_rows(
     Skips rows with fewer than MIN_BYTES supervised bytes. If data.val_max_rows limits validation,
     the unread rest of a long document does not count.
     """
-    found: list[tuple[float, Origin, dict[str, float]]] = []
+    found = []
     with evaluation_mode(model):
         for packed in val.values():
             bits, num_bytes, _ = sequence_totals(run.hardware, model, packed, tokenizer)
             for sequence_id, origin in packed.origins().items():
                 i = sequence_id - packed.first_sequence_id
                 if (size := num_bytes[i]) >= MIN_BYTES:
-                    ratio = bits[i] / size
-                    found.append((-ratio, origin, {"bits_per_byte": ratio, "bytes": int(size)}))
-    _write(run, tokenizer, found)
+                    found.append((origin, {"bits_per_byte": bits[i] / size, "bytes": int(size)}))
+    found.sort(key=lambda row: -row[1]["bits_per_byte"])
+    _write(run, tokenizer, found[:NUM_ROWS])
 
 
 def write_worst_pairs(
-    run: Run, tokenizer: Tokenizer, val: dict[str, PackedDataset], rewards: Tensor
+    run: Run, tokenizer: Tokenizer, val: dict[str, PackedDataset], rewards: np.ndarray
 ) -> None:
     """Write the NUM_ROWS pairs with the lowest reward margin to worst_rows.jsonl in the run folder.
 
     `rewards` is indexed by sequence id. Skips pairs with a NaN reward, because they were not read.
     """
-    values = rewards.cpu().numpy()
-    found = []
-    for packed in val.values():
-        for sequence_id, origin in packed.origins().items():
-            margin = float(values[sequence_id] - values[sequence_id + 1])
-            if math.isfinite(margin):
-                found.append((margin, origin, {"reward_margin": margin}))
-    _write(run, tokenizer, found)
+    origins = {id_: origin for packed in val.values() for id_, origin in packed.origins().items()}
+    margins = {id_: float(rewards[id_] - rewards[id_ + 1]) for id_ in origins}
+    worst = sorted((id_ for id_ in origins if math.isfinite(margins[id_])), key=margins.__getitem__)
+    _write(run, tokenizer, [(origins[i], {"reward_margin": margins[i]}) for i in worst[:NUM_ROWS]])
 
 
-def _write(
-    run: Run, tokenizer: Tokenizer, found: list[tuple[float, Origin, dict[str, float]]]
-) -> None:
-    """Write the rows with the smallest first value, worst first."""
+def _write(run: Run, tokenizer: Tokenizer, rows: list[tuple[Origin, dict[str, float]]]) -> None:
     lines = []
-    for _, origin, figures in sorted(found, key=lambda row: row[0])[:NUM_ROWS]:
-        cache, record = origin
+    for (cache, record), figures in rows:
         per_record = (len(cache.offsets) - 1) // len(cache.lines)  # A pair is two sequences.
         first, last = (int(cache.offsets[record * per_record + i]) for i in (0, 1))
         row = {
             "path": str(cache.path),
-            "line": origin.line,
+            "line": int(cache.lines[record]),
             **{name: round(value, 4) for name, value in figures.items()},
-            "source": origin.source,
+            "source": cache.source(record),
             "text": tokenizer.show(cache.ids[first : min(last, first + SHOWN_IDS)].tolist()),
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
@@ -88,3 +83,24 @@ def _write(
     if lines:
         worst = json.loads(lines[0])
         log.info("worst rows: %s (the worst is line %d in %s)", path, worst["line"], worst["path"])
+
+
+def sequence_totals(
+    hardware: Hardware, model: nn.Module, packed: PackedDataset, tokenizer: Tokenizer
+) -> np.ndarray:
+    """Return the bits, bytes and number of labels of each sequence, (3, num_sequences).
+
+    Zeros for sequences that validation does not read. Call it in evaluation_mode.
+    """
+    id_bytes = torch.tensor([len(text) for text in tokenizer.id_to_bytes], dtype=torch.float64)
+    totals = torch.zeros(3, packed.num_sequences, dtype=torch.float64)
+    for batch in micro_batches(packed, hardware):
+        with hardware.autocast():
+            log_probs = batch_log_probs(model, batch.to(hardware.device))
+        # A long document has several pieces, possibly in one batch.
+        sequences, under_loss = batch.sequence_ids - packed.first_sequence_id, batch.labels >= 0
+        labels, owners = batch.labels[under_loss], sequences[batch.document_ids[under_loss]]
+        totals[0].index_add_(0, sequences, -log_probs.cpu().double() / math.log(2))
+        totals[1].index_add_(0, owners, id_bytes[labels])
+        totals[2].index_add_(0, owners, torch.ones(len(labels), dtype=torch.float64))
+    return totals.numpy()

@@ -10,7 +10,7 @@ import codecs
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -96,21 +96,13 @@ def filter_logits(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits_V
 
 
-def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Sample one token id; return the most likely one at a temperature below 1e-6."""
+def sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> list[int]:
+    """Sample one token id for each row; the most likely one at a temperature below 1e-6."""
     if sampling.temperature < 1e-6:  # Dividing by less can overflow fp32.
-        return int(logits_V.argmax())
-    logits_V = filter_logits(
-        logits_V.float() / sampling.temperature, sampling.top_k, sampling.top_p
-    )
-    return int(torch.multinomial(logits_V.softmax(-1), 1, generator=generator))
-
-
-def sample_rows(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> list[int]:
-    """Sample one token id for each row; at temperature 0 with one call for all rows."""
-    if sampling.temperature < 1e-6:
         return logits_BV.argmax(-1).tolist()
-    return [sample(logits_V, sampling, generator) for logits_V in logits_BV]
+    rows_BV = logits_BV.float() / sampling.temperature
+    filtered = (filter_logits(row_V, sampling.top_k, sampling.top_p) for row_V in rows_BV)
+    return [int(row_V.softmax(-1).multinomial(1, generator=generator)) for row_V in filtered]
 
 
 def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
@@ -120,13 +112,6 @@ def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
     return generator
 
 
-def check_length(model: Transformer, prompt: Sequence[int]) -> None:
-    """Raise ValueError for a prompt that is empty or fills the model's context."""
-    limit = model.config.max_position_embeddings
-    if not 0 < len(prompt) < limit:
-        raise ValueError(f"the prompt has {len(prompt)} tokens; the model takes 1 to {limit - 1}")
-
-
 def generate(
     model: Transformer, ids: Sequence[int], sampling: Sampling, stop_ids: Sequence[int] = ()
 ) -> Iterator[int]:
@@ -134,7 +119,6 @@ def generate(
 
     Raises ValueError for a prompt that is empty or fills the model's context.
     """
-    check_length(model, ids)
     generator = seeded_generator(sampling.seed, next(model.parameters()).device)
     limits = [sampling.max_new_tokens]
     for new in _decode(model, [ids], sampling, stop_ids, generator, limits):
@@ -153,14 +137,15 @@ def generate_batch(
     Prompts are decoded together. At temperature 0 the ids are the same as from `generate`. `limits`
     replaces max_new_tokens for each prompt. Raises ValueError as `generate` does.
     """
-    for prompt in prompts:
-        check_length(model, prompt)
     generator = seeded_generator(sampling.seed, next(model.parameters()).device)
     answers: list[list[int]] = [[] for _ in prompts]
     limits = limits or [sampling.max_new_tokens] * len(prompts)
     # Prompts of similar length share a batch, which keeps padding low.
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), -limits[i]))
-    with _uncompiled():
+    # A compiled layer would be recompiled for each length of the cache, and fail after eight.
+    # If torch's compiler, whose import takes a second, is not loaded, no layer is compiled.
+    compiler = "torch._dynamo" in sys.modules
+    with torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext():
         while order:
             longest = len(prompts[order[0]]) + max(limits[i] for i in order[:MAX_BATCH])
             longest = min(longest, model.config.max_position_embeddings)
@@ -173,16 +158,6 @@ def generate_batch(
     return answers
 
 
-@contextlib.contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Run without compilation, even in a run whose layers are compiled."""
-    # A compiled layer would be recompiled for each length of the cache, and fail after eight.
-    # If torch's compiler, whose import takes a second, is not loaded, no layer is compiled.
-    compiler = "torch._dynamo" in sys.modules
-    with torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext():
-        yield
-
-
 def _decode(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -193,14 +168,19 @@ def _decode(
 ) -> Iterator[dict[int, int]]:
     """Yield the next id of each unfinished prompt, keyed by its row in the batch.
 
-    Prompts are padded on the left. Example: the prompts 7 8 9 and 5 as the model sees them, with
-    the padding as a separate document:
+    Raises ValueError for a prompt that is empty or fills the model's context. Prompts are padded on
+    the left. Example: the prompts 7 8 9 and 5 as the model sees them, with the padding as a
+    separate document:
 
         input_ids    7 8 9     position_ids   0 1 2     document_ids   1 1 1
                      0 0 5                    0 0 0                    0 0 1
     """
     device = next(model.parameters()).device
     limit, length = model.config.max_position_embeddings, max(map(len, prompts))
+    for prompt in prompts:
+        if not 0 < len(prompt) < limit:
+            found = f"the prompt has {len(prompt)} tokens"
+            raise ValueError(f"{found}; the model takes 1 to {limit - 1}")
     remaining = {i: min(limits[i], limit - len(p)) for i, p in enumerate(prompts)}
     rows = list(remaining)  # The prompt in each row of the batch.
     padding = torch.tensor([[length - len(prompt)] for prompt in prompts], device=device)
@@ -214,7 +194,7 @@ def _decode(
         while remaining:
             with torch.inference_mode():
                 logits = model(new_BT, positions_BT, documents_BT, cache=cache, last_only=True)
-                ids = sample_rows(logits[:, -1], sampling, generator)
+                ids = sample(logits[:, -1], sampling, generator)
                 new_BT = torch.tensor(ids, device=device)[:, None]
                 positions_BT, documents_BT = positions_BT[:, -1:] + 1, documents_BT[:, -1:]
             new = {row: id_ for row, id_ in zip(rows, ids, strict=True) if row in remaining}
@@ -238,49 +218,26 @@ QUESTIONS = ("你是谁？", "Name three colors.")  # Answered at the evaluation
 
 
 def show_samples(
-    generate_texts: Callable[[Transformer, Tokenizer, Sequence[str], Sampling], list[str]],
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    max_new_tokens: int,
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], length: int, chat: bool = True
 ) -> list[str]:
-    """Return what `sample_texts` or `sample_answers` returns, greedy and at 0.8, with labels.
+    """Return each prompt and the model's answer, greedy and at 0.8, with labels.
 
-    The seed is fixed, so that only the model changes from one evaluation to the next.
+    If not `chat`, a prompt is the start of a document, which the model continues. The seed is
+    fixed, so that only the model changes from one evaluation to the next.
     """
-    greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens)
-    warm = Sampling(temperature=0.8, max_new_tokens=max_new_tokens, seed=0)
-    return [
-        f"{label}: {text}"
-        for label, sampling in (("greedy", greedy), ("temperature 0.8", warm))
-        for text in generate_texts(model, tokenizer, prompts, sampling)
+    ids = [
+        render_prompt(tokenizer, [{"role": "user", "content": prompt}])
+        if chat
+        else [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
+        for prompt in prompts
     ]
-
-
-def sample_texts(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling
-) -> list[str]:
-    """Return each prompt, as the start of a document, followed by the model's continuation."""
-    ids = [[tokenizer.end_of_text_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    texts = _continuations(model, tokenizer, ids, sampling)
-    return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-
-
-def sample_answers(
-    model: Transformer, tokenizer: Tokenizer, questions: Sequence[str], sampling: Sampling
-) -> list[str]:
-    """Return each question and the model's answer; each question is a separate conversation."""
-    ids = [render_prompt(tokenizer, [{"role": "user", "content": q}]) for q in questions]
-    texts = _continuations(model, tokenizer, ids, sampling)
-    return [f"{question}\n{text}" for question, text in zip(questions, texts, strict=True)]
-
-
-def _continuations(
-    model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], sampling: Sampling
-) -> list[str]:
-    """Return the texts that the model generates after the prompts."""
-    answers = generate_batch(model, prompts, sampling, tokenizer.stop_ids)
-    return [tokenizer.decode(ids) for ids in answers]
+    samples, separator = [], "\n" if chat else ""
+    for label, temperature in (("greedy", 0.0), ("temperature 0.8", 0.8)):
+        sampling = Sampling(temperature, max_new_tokens=length, seed=0)
+        answers = generate_batch(model, ids, sampling, tokenizer.stop_ids)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            samples.append(f"{label}: {prompt}{separator}{tokenizer.decode(answer)}")
+    return samples
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
