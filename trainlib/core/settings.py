@@ -345,8 +345,8 @@ def recipe(cfg: Any) -> dict[str, Any]:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
-def run_yaml(cfg: Any) -> str:
-    """Return the settings and their sources as YAML that load_config can read."""
+def write_run_yaml(cfg: Any, path: Path) -> None:
+    """Write the resolved settings and their sources as YAML that load_config can read."""
     lines, section, sources = [], "", provenance(cfg)
     # Keys without a section come first; after a section header they would belong to it.
     for key in sorted(_walk(cfg), key=lambda key: key.name.count(".")):
@@ -356,9 +356,4 @@ def run_yaml(cfg: Any) -> str:
             section = head
         indent = "  " if head else ""
         lines.append(f"{indent}{last}: {value_text(key.default)}  # {sources[key.name]}")
-    return "\n".join(lines) + "\n"
-
-
-def write_run_yaml(cfg: Any, path: Path) -> None:
-    """Write the settings and their sources to a file."""
-    write_atomically(path, run_yaml(cfg))
+    write_atomically(path, "\n".join(lines) + "\n")

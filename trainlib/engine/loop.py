@@ -81,18 +81,16 @@ def fit(training: Training) -> bool:
         finished = schedule.reached(state.step)
         if finished:
             display.close()
-            files: dict[str, bytes] = {}
             if is_main:
-                kept, lines = best.load()
-                display.show(lines)
+                display.show(best.load())
                 try:
-                    files = training.finish(training, kept)
+                    training.finish(training)
                 except OSError as error:
                     raise UserError(
                         f"{run.folder}: the report could not be written ({error}). The last "
                         "checkpoint is intact. Free some space, then rerun the command to resume."
                     ) from error
-            checkpoints.save("final", training.model, files)
+            checkpoints.save("final", training.model, {})
             checkpoints.join()
     display.summary(finished)
     metrics.close()
