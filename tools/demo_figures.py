@@ -148,9 +148,7 @@ def dpo_figures(run: Path) -> list[str]:
         target = f"  (at least {least:.2f})" if least else ""
         lines += [
             f"  {kind:<14}{row['accuracy']:.3f}{error}  "
-            f"n {row['n']}, "
-            f"on training pairs {row['trained'] or float('nan'):.3f}"
-            f"{target}{mark(row['accuracy'] >= least)}",
+            f"n {row['n']}{target}{mark(row['accuracy'] >= least)}",
             f"  {'':<14}own preference {row['own_before']:.3f} -> {row['own_after']:.3f}, "
             f"best trivial rule ({row['rule']}) {row['rule_accuracy']:.3f}",
         ]

@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from bench import plot_demo
 from tools import demo, demo_figures
 from trainlib.core.errors import UserError
+from trainlib.evaluation import preferences
 
 
 def test_cut_counts_two_columns_for_each_chinese_character():
@@ -32,8 +35,8 @@ Pretraining, validation bits per byte, before -> after
 SFT, validation loss: 6.025 -> 5.461 at step 500 of 600
 
 DPO, held-out pairs: share with a reward margin above 0
-  behaviour     0.731 +- 0.020  n 487, on training pairs 0.995
-  continuation  0.550 +- 0.025  n 407, on training pairs 1.000
+  behaviour     0.731 +- 0.020  n 487
+  continuation  0.550 +- 0.025  n 407
 
 Skills, right of held-out questions in trained wordings (95 % interval), in new
 combinations of trained words, and in new words
@@ -222,3 +225,15 @@ def test_the_plot_labels_stages_and_baselines(tmp_path):
     assert one == two  # The plot is deterministic.
     for text in ("pretraining", "fine-tuning", "preference optimization", "uniform 3.90", "2.40"):
         assert f">{text}<" in one, text
+
+
+def test_the_figures_of_preferences_come_from_the_report_that_dpo_writes(tmp_path, monkeypatch):
+    data = SimpleNamespace(val={"": None})
+    rows = [("ranked" if i < 5 else "skill_sum" if i < 10 else "behaviour", np.ones(5) * (i % 4))
+            for i in range(50)]  # fmt: skip
+    monkeypatch.setattr(preferences, "pair_margins", lambda *_: rows)
+    run = SimpleNamespace(folder=tmp_path)
+    preferences.write_report(run, data, np.zeros(1), np.zeros(1))  # type: ignore[arg-type]
+    title, behaviour, own = demo_figures.dpo_figures(tmp_path)
+    assert title.startswith("DPO") and "behaviour     0.8" in behaviour and " n 40 " in behaviour
+    assert "+- 0.0" in behaviour and own.strip().startswith("own preference 0.8")
