@@ -268,23 +268,20 @@ def summary(text: str) -> str:
         return next(line.strip() for line in lines if line.strip().startswith(start))
 
     bits = re.sub(r"^statutes +(\S+ -> \S+).*", r"\1", first("statutes"))
-    begin = next(i for i, line in enumerate(lines) if line.startswith("Skills"))
     skills = []
-    for line in lines[begin + 3 :]:
-        if not line.strip():
-            break
-        kind, *_ = line.split()
-        skills.append(f"{kind} {re.findall(r'[0-9]+/[0-9]+', line)[-3]}")
+    for kind in (*SKILLS_AT_LEAST, "sum_direct", "three_digit_sum"):
+        counts = [re.findall(r"[0-9]+/[0-9]+", line) for line in lines if f" {kind} " in line]
+        skills += [f"{kind} {found[-3]}" for found in counts if len(found) > 2]
     accuracies = [" ".join(first(kind).split()[:2]) for kind in AT_LEAST]
-    chat = next(i for i, line in enumerate(lines) if line.startswith("Chat"))
     return fenced(
         [
             first("Minutes of training") + f"; {lines[0]}",
             f"Pretraining: held-out statutes, bits per byte {bits}",
             first("SFT, validation loss"),
             f"DPO, held-out pairs with a reward margin above 0: {', '.join(accuracies)}",
-            "Skills, right of held-out questions:",
-            *(f"  {', '.join(skills[i : i + 4])}" for i in range(0, len(skills), 4)),
-            *(line for line in lines[chat + 1 : chat + 7]),
+            f"Skills, right of held-out questions: {', '.join(skills[:4])},",
+            f"  {', '.join(skills[4:])}",
+            first("user"),
+            first("assistant"),
         ]
     )

@@ -43,6 +43,9 @@ combinations of trained words, and in new words
                         after SFT                             after DPO
   sum                   198/200 (0.96-1.00)  60/60  40/60     199/200 (0.97-1.00)  60/60  41/60
   sum_direct              3/200 (0.01-0.04)   1/60   0/60       2/200 (0.00-0.04)   1/60   0/60
+  larger                185/200 (0.88-0.95)  59/60  52/60     184/200 (0.87-0.95)  59/60  52/60
+  json                    8/200 (0.01-0.04)   1/60   0/60       9/200 (0.00-0.04)   1/60   0/60
+  three_digit_sum         0/200 (0.00-0.02)   0/60   0/60       0/200 (0.00-0.02)   0/60   0/60
 
 Chat, greedy, at most 128 tokens; none of the questions was trained
   user       1+2=?
@@ -54,7 +57,7 @@ Chat, greedy, at most 128 tokens; none of the questions was trained
 """
 
 
-def test_the_summary_for_the_readme_has_the_skills_and_two_exchanges():
+def test_the_summary_for_the_readme_has_the_skills_and_one_exchange():
     assert demo_figures.summary(REPORT).splitlines() == [
         "```text",
         "Minutes of training: 3.4 + 1.5 + 0.7 = 5.5; "
@@ -62,9 +65,11 @@ def test_the_summary_for_the_readme_has_the_skills_and_two_exchanges():
         "Pretraining: held-out statutes, bits per byte 3.144 -> 1.451",
         "SFT, validation loss: 6.025 -> 5.461 at step 500 of 600",
         "DPO, held-out pairs with a reward margin above 0: behaviour 0.731, continuation 0.550",
-        "Skills, right of held-out questions:",
-        "  sum 199/200, sum_direct 2/200",
-        *REPORT.splitlines()[-6:],
+        "Skills, right of held-out questions: sum 199/200, json 9/200, larger 184/200, "
+        "sum_direct 2/200,",
+        "  three_digit_sum 0/200",
+        "user       1+2=?",
+        "assistant  <think> / 1+2=3 / </think> /  / 3",
         "```",
     ]
 
