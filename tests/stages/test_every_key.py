@@ -45,7 +45,7 @@ VALUES = {
     "model.rms_norm_eps": "1e-5", "model.tie_word_embeddings": "off",
     "model.initializer_range": "0.03", "data.files": "", "data.val_files": "",
     "data.val_fraction": "0.1", "data.val_max_rows": "3", "data.format": "",
-    "data.columns": "[system:no_such_key]", "data.markers": "keep",
+    "data.columns": "[system:persona]", "data.markers": "keep",
     "data.alpaca_join": "none", "data.on_error": "skip", "data.too_long": "drop",
     "optim.name": "adamw", "optim.muon_lr": "0.01", "optim.adamw_lr": "2e-3",
     "optim.embedding_lr": "1e-3", "optim.weight_decay": "0.1", "optim.momentum": "0.9",
@@ -71,7 +71,7 @@ def workdir(tmp_path_factory):
     }
     for stage, values in rows.items():
         for name in (stage, f"{stage}_val"):
-            text = "".join(json.dumps(row) + "\n" for row in values)
+            text = "".join(json.dumps({**row, "persona": "Be kind."}) + "\n" for row in values)
             (path / f"{name}.jsonl").write_text(text)
     return path
 
