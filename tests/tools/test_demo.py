@@ -196,24 +196,30 @@ def write_demo(folder: Path) -> None:
         return {"step": number, "train/tokens": tokens, "train/tokens_per_second": speed, **named}
 
     write_run(folder / "pretrain", [
-        {"step": 0, "val/bits_per_byte": 3.8},
-        step(10, 600, 10, bits_per_byte=3.0), step(20, 3000, 20, bits_per_byte=None),
-        {"step": 20, "val/bits_per_byte": 2.4},
+        {"step": 0, "val/bits_per_byte": 3.8}, step(10, 600, 10), step(20, 3000, 20),
+        {"step": 15, "val/bits_per_byte": None}, {"step": 20, "val/bits_per_byte": 2.4},
     ], {"uniform": 3.9, "bigram": 2.5})  # fmt: skip
-    write_run(folder / "sft", [step(10, 600, 10, bits_per_byte=2.0),
-                               {"step": 10, "val/bits_per_byte": 2.2}])  # fmt: skip
-    write_run(folder / "dpo", [step(10, 60, 1, reward_accuracy=0.7),
-                               {"step": 10, "val/reward_accuracy": 0.6}])  # fmt: skip
+    write_run(folder / "sft", [
+        step(10, 600, 10),
+        {"step": 10, "val/bits_per_byte": 2.2, "val/skills/sum/exact_match": 0.5},
+    ])  # fmt: skip
+    write_run(folder / "dpo", [
+        step(10, 60, 1),
+        {"step": 10, "val/reward_accuracy": 0.6, "val/skills/sum/exact_match": 1.0},
+    ])  # fmt: skip
+    counts = {"sum": {"correct": 190, "total": 200}, "json": {"correct": 20, "total": 200},
+              "sum/words": {"correct": 9, "total": 60}}  # fmt: skip
+    (folder / "dpo" / "skills.json").write_text(json.dumps(counts), encoding="utf-8")
 
 
 def test_each_curve_starts_at_the_minute_where_the_previous_one_ended(tmp_path):
     write_demo(tmp_path)
     pretrain, sft, dpo = plot_demo.read_curves(tmp_path)
-    assert pretrain.train == [(1.0, 3.0)]  # The non-finite value is skipped.
-    assert pretrain.val == [(0.0, 3.8), (3.0, 2.4)]
+    assert pretrain.bits_per_byte == [(0.0, 3.8), (3.0, 2.4)]  # The missing value is skipped.
     assert pretrain.baselines == {"uniform": 3.9, "bigram": 2.5} and sft.baselines == {}
-    assert (sft.begin, sft.end, sft.train) == (3.0, 4.0, [(4.0, 2.0)])
-    assert dpo.val == [(5.0, 0.6)]
+    assert (sft.begin, sft.end, sft.skills["sum"]) == (3.0, 4.0, [(4.0, 0.5)])
+    assert dpo.reward_accuracy == [(5.0, 0.6)] and dpo.skills["sum"] == [(5.0, 1.0)]
+    assert dpo.tested == {"sum": 0.95, "json": 0.1, "sum/words": 0.15}
 
 
 def test_labels_do_not_overlap():
@@ -228,7 +234,10 @@ def test_the_plot_labels_stages_and_baselines(tmp_path):
         plot_demo.draw(plot_demo.read_curves(tmp_path), picture)
     one, two = (picture.read_text(encoding="utf-8") for picture in pictures)
     assert one == two  # The plot is deterministic.
-    for text in ("pretraining", "fine-tuning", "preference optimization", "uniform 3.90", "2.40"):
+    texts = ["pretraining", "fine-tuning", "DPO", "uniform 3.90", "2.40", "0.95 sum", "0.60 pairs",
+             "5 minutes of training: 2.40 bits per byte of held-out text (bigrams 2.50)",
+             "kinds of new questions with at least 9 of 10 right answers: 1 of 2"]  # fmt: skip
+    for text in texts:
         assert f">{text}<" in one, text
 
 
