@@ -45,6 +45,8 @@ class DPOConfig(RunConfig):
     beta: float = field(default=0.1, metadata={"above": 0})
     """Reward per nat of the log-probability ratio to the reference; larger = stay closer to it."""
     keep_best: bool = field(default=True, metadata=EXECUTION_ONLY)
+    report_max_rows: int = field(default=0, metadata={**EXECUTION_ONLY, "at_least": 0})
+    """Maximum number of rows of each validation set in the report at the end; 0 = all."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation files."""
 
@@ -79,6 +81,7 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
     model = load_model(config.init_from)
     run = start_run(config, "dpo", datasets.data_key, datasets.train.row_length)
     skills = SkillTest(tokenizer, datasets.val, config.data.read_options)
+    reported = datasets.with_val_rows(config.report_max_rows)
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, MetricSums]:
         return dpo_loss(batch_log_probs(model, batch), reference[batch.sequence_ids], config.beta)
@@ -89,15 +92,15 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
 
     def finish(training: Training) -> None:
         before = reference.cpu().numpy()
-        after = validation_log_probs(training.run.hardware, model, datasets)
-        write_report(run, datasets, before, after)
-        write_worst_pairs(run, tokenizer, datasets.val, config.beta * (after - before))
+        after = validation_log_probs(training.run.hardware, model, reported)
+        write_report(run, reported, before, after)
+        write_worst_pairs(run, tokenizer, reported.val, config.beta * (after - before))
         skills.report(training)
 
     files = model_files(model.config, tokenizer)
     training = Training.create(run, model, datasets, files, loss_fn, evaluate, finish)
     # Log-probabilities by sequence id. The functions above use them when fit calls them.
-    reference = reference_log_probs(training)
+    reference = reference_log_probs(training, reported)
     return training
 
 

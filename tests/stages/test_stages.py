@@ -254,8 +254,13 @@ def test_three_stages_run_in_sequence(workdir, pretrained):
     (workdir / "dpo/report.json").unlink()  # This simulates a kill before final/ is written.
     run("dpo_train.py", *dpo, "data.val_fraction=0.1", cwd=workdir)
     assert json.loads((workdir / "dpo/report.json").read_text())["kind"]
-    again = run("dpo_train.py", *dpo, "out_dir=dpo2", "data.val_fraction=0.1", cwd=workdir)
+    dpo += ["out_dir=dpo2", "data.val_fraction=0.1", "data.val_max_rows=1", "report_max_rows=0"]
+    again = run("dpo_train.py", *dpo, cwd=workdir)
     assert "reference: 0 answers computed" in again
+    # The report reads all rows, also if the curve reads one.
+    assert json.loads((workdir / "dpo2/report.json").read_text()) == table
+    assert metrics(workdir / "dpo2")[0]["val/reward_accuracy"] == 0.5
+    assert re.search(r"validation at step 20 +loss .* pairs\nall .* (\d+)\n", again)[1] < str(n)
 
 
 def test_prepare_only_and_help_do_not_train(workdir):

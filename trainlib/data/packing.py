@@ -7,6 +7,7 @@ labels. Only collate shifts labels by one.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
@@ -363,3 +364,10 @@ class Datasets(NamedTuple):
     """Changes when the rows of a file, the tokenizer or the choice of files change."""
     baselines: dict[str, float] = {}
     """Model-free bits per byte, by name (evaluation/baselines.py); none for preferences."""
+
+    def with_val_rows(self, max_rows: int) -> Datasets:
+        """Return the same data with up to `max_rows` rows of each validation set; 0 = all."""
+        val = {name: copy.copy(packed) for name, packed in self.val.items()}
+        for packed in val.values():
+            packed.max_rows, packed._plans = max_rows, {}
+        return self._replace(val=val)

@@ -8,6 +8,7 @@ import time
 
 from tqdm import tqdm
 
+from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.loader import StepBatch, StepLoader
 from trainlib.engine import metrics as names
 from trainlib.engine.flops import matmul_peak
@@ -98,7 +99,9 @@ class Display:
         self.state.passed += passed
         num_pairs = {}
         if names.VAL_REWARD_ACCURACY in metrics:
-            num_pairs = {f"val/{name}": val.num_used for name, val in self.datasets.val.items()}
+            for name, val in self.datasets.val.items():
+                rows = (row for row, _ in val.rows(DataPosition()))
+                num_pairs[f"val/{name}"] = sum(map(len, rows))
             num_pairs["val"] = sum(num_pairs.values())
         lines = validation_tables(step, metrics, num_pairs)
         lines += [

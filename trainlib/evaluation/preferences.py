@@ -40,11 +40,12 @@ NUMERICS_VERSION = 3
 """Increase this when the rounding of kernels/ changes, so that cached references are not reused."""
 
 
-def reference_log_probs(training: Training) -> Tensor:
+def reference_log_probs(training: Training, reported: Datasets) -> Tensor:
     """Compute the starting model's log-probabilities by sequence id; shape (sequences,).
 
-    NaN for sequences that this run never visits; a run of unknown length is assumed to visit every
-    sequence. The processes share the work. Values cached in .cache/reference/ are reused.
+    `reported` has the validation rows of the report. NaN for sequences that are in none of them and
+    that this run never visits; a run of unknown length visits every sequence. The processes share
+    the work. Values cached in .cache/reference/ are reused.
     """
     run, model, datasets = training.run, training.model, training.datasets
     values, h = _unknown(datasets), run.hardware
@@ -59,7 +60,7 @@ def reference_log_probs(training: Training) -> Tensor:
     if path.is_file():
         values = np.load(path)
     before, begin = np.isfinite(values).sum(), time.perf_counter()
-    values = _log_probs(h, model, _visited(training), values)
+    values = _log_probs(h, model, _visited(training, reported), values)
     for theirs in run.distributed.all_gather_object(values):
         values = np.where(np.isnan(values), theirs, values)
     known = np.isfinite(values).sum()
@@ -72,10 +73,10 @@ def reference_log_probs(training: Training) -> Tensor:
     return torch.from_numpy(values).to(h.device)
 
 
-def _visited(training: Training) -> Iterator[Batch]:
+def _visited(training: Training, reported: Datasets) -> Iterator[Batch]:
     """Yield this rank's batches of the run: of validation, and of an epoch of training at most."""
     run, loader, datasets = training.run, training.loader, training.datasets
-    for packed in datasets.val.values():
+    for packed in (*datasets.val.values(), *reported.val.values()):
         yield from micro_batches(packed, run.hardware, run.distributed)
     one_epoch = -(-datasets.train.num_rows() // loader.rows_per_step)
     for _ in range(min(training.schedule.num_steps or one_epoch, one_epoch)):
