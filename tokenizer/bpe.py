@@ -17,8 +17,6 @@ from pathlib import Path
 from tokenizers import Tokenizer as Bpe
 from tokenizers import decoders
 
-from tokenizer.chat_template import CHAT_TEMPLATE
-
 END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
@@ -149,7 +147,7 @@ class Tokenizer:
             "bos_token": None,
             "unk_token": None,
             "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": chat_template(),
         }
         return {
             "tokenizer.json": self.json,
@@ -160,6 +158,12 @@ class Tokenizer:
 def default_folder() -> Path:
     """Return the folder of the project's own tokenizer."""
     return Path(__file__).absolute().parent
+
+
+def chat_template() -> str:
+    """Return chat_template.jinja without its comment, indentation and line breaks."""
+    text = (default_folder() / "chat_template.jinja").read_text(encoding="utf-8")
+    return "".join(line.strip() for line in text.partition("#}")[2].splitlines())
 
 
 def read_json(path: Path) -> str:

@@ -12,8 +12,7 @@ import gguf
 import numpy as np
 import xllamacpp
 
-from tokenizer.bpe import Tokenizer
-from tokenizer.chat_template import CHAT_TEMPLATE
+from tokenizer.bpe import Tokenizer, chat_template
 
 
 class LlamaCpp:
@@ -30,7 +29,7 @@ class LlamaCpp:
         parameters.verbosity = 0
         parameters.warmup = parameters.fit_params = False
         parameters.cpuparams.n_threads = parameters.n_threads_http = 1
-        parameters.use_jinja, parameters.chat_template = True, CHAT_TEMPLATE
+        parameters.use_jinja, parameters.chat_template = True, chat_template()
         self._server = xllamacpp.Server(parameters)
         address = urlsplit(self._server.listening_address)
         assert address.hostname and address.port
