@@ -34,7 +34,6 @@ from tokenizer.bpe import Tokenizer
 from trainlib.core.errors import UserError
 from trainlib.data import formats
 from trainlib.data.columns import MAPPABLE
-from trainlib.data.encode import ENCODERS
 from trainlib.data.findings import check_mapped_columns
 from trainlib.data.packing import FEW_ROWS, Datasets, PackedDataset, Part, none_fits, usable_lengths
 from trainlib.data.readers import COMPRESSED, SUFFIXES
@@ -248,9 +247,8 @@ def load_datasets(
     read: list[TokenCache] = []
 
     def tokenized(group: Group) -> list[TokenCache]:
-        options, encode = config.read_options, ENCODERS[kind]
-        read.extend(build_cache(path, kind, tokenizer, encode, options, config.on_error)
-                    for path in group.paths)  # fmt: skip
+        options, on_error = config.read_options, config.on_error
+        read.extend(build_cache(path, kind, tokenizer, options, on_error) for path in group.paths)
         return read[-len(group.paths) :]
 
     row_length = 2 * sequence_length if kind == "dpo" else sequence_length

@@ -15,7 +15,6 @@ from model import ModelConfig, Transformer
 from tokenizer.chat_format import render_conversation
 from trainlib.core.errors import UserError
 from trainlib.data.batch import IGNORE_INDEX
-from trainlib.data.encode import ENCODERS
 from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.packing import PackedDataset, pack_best_fit
 from trainlib.data.token_cache import build_cache
@@ -40,7 +39,7 @@ def write(path, rows):
 
 
 def packed(tmp_path, tokenizer, rows, kind="pretrain", row_length=32, **kwargs):
-    cache = build_cache(write(tmp_path / "x.jsonl", rows), kind, tokenizer, ENCODERS[kind])
+    cache = build_cache(write(tmp_path / "x.jsonl", rows), kind, tokenizer)
     lengths = np.array([len(b) for b in tokenizer.id_to_bytes])
     everything = [(cache, np.ones(cache.num_records, bool))]
     return PackedDataset(everything, kind, row_length, lengths, 0, **kwargs), cache

@@ -46,7 +46,7 @@ def test_bad_rows_raise_user_errors(kind, content, message, tmp_path, monkeypatc
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=message) as caught:
-        build_cache(path, kind, tokenizer, ENCODERS[kind])
+        build_cache(path, kind, tokenizer)
     assert str(path) in str(caught.value)
     assert not [p for p in cache_dir().rglob("*") if p.is_file()]
     assert path.read_text() == content
@@ -63,7 +63,7 @@ def test_bytes_that_are_not_utf8_are_reported_with_a_fix_for_gbk(tmp_path, monke
         path = tmp_path / name
         path.write_bytes(text.encode("gbk"))
         with pytest.raises(UserError, match=f"{name}, line .*iconv -f gb18030") as caught:
-            build_cache(path, "pretrain", tokenizer, ENCODERS["pretrain"])
+            build_cache(path, "pretrain", tokenizer)
         assert "Known" not in str(caught.value) and "on_error" not in str(caught.value)
     for raw in ('{"text": "déjà"}'.encode("latin-1"), '{"text": "中文"}'.encode()[:-4] + b'"}'):
         path.write_bytes(raw)
@@ -84,14 +84,16 @@ def test_a_cache_is_built_once_and_rebuilt_when_the_file_changes(tmp_path, monke
     monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n')
-    first = build_cache(path, "pretrain", tokenizer, ENCODERS["pretrain"])
+    first = build_cache(path, "pretrain", tokenizer)
 
     def fail(*_):
         raise AssertionError("the file was tokenized again")
 
-    assert build_cache(path, "pretrain", tokenizer, fail).key == first.key
+    with monkeypatch.context() as patch:
+        patch.setitem(ENCODERS, "pretrain", fail)
+        assert build_cache(path, "pretrain", tokenizer).key == first.key
     path.write_text('{"text": "b"}\n')
-    assert build_cache(path, "pretrain", tokenizer, ENCODERS["pretrain"]).key != first.key
+    assert build_cache(path, "pretrain", tokenizer).key != first.key
 
 
 # ---- every known format --------------------------------------------------------------------------

@@ -248,7 +248,7 @@ def test_a_mixed_file_trains_on_the_rows_of_the_stage(tmp_path, elsewhere, token
     path = tmp_path / "mixed.jsonl"
     rows = [{"text": "t"}, {"messages": [USER, YES]}, {"messages": [USER, {**YES, "content": ""}]}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cache = build_cache(path, "sft", tokenizer, ENCODERS["sft"])
+    cache = build_cache(path, "sft", tokenizer)
     assert cache.num_records == 1 and cache.lines.tolist() == [2] and cache.num_skipped == 0
     assert (
         "2 of 3 rows are not used: pretrain data, not sft data (1), every answer is empty (1)"
@@ -256,7 +256,7 @@ def test_a_mixed_file_trains_on_the_rows_of_the_stage(tmp_path, elsewhere, token
     )
     path.write_text(json.dumps(rows[2]) + "\n")
     with pytest.raises(UserError, match="no row can be used for sft: every answer is empty"):
-        build_cache(path, "sft", tokenizer, ENCODERS["sft"])
+        build_cache(path, "sft", tokenizer)
 
 
 names = st.sampled_from([

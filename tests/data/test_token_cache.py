@@ -53,7 +53,7 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(size, dtype, tmp_path, monkeypa
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for _ in range(2):  # First built, then read from disk.
-        cache = build_cache(path, "pretrain", tokenizer, encode_document)
+        cache = build_cache(path, "pretrain", tokenizer)
         assert cache.ids.dtype == dtype
         documents = np.split(np.asarray(cache.ids), cache.offsets[1:-1])
         for text, ids in zip(texts, documents, strict=True):
@@ -75,7 +75,7 @@ def test_the_key_depends_on_the_content_but_not_on_the_mtime(tmp_path, monkeypat
     def key(*texts):
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         os.utime(path, ns=(0, next(times)))
-        return build_cache(path, "pretrain", tokenizer, encode_document).key
+        return build_cache(path, "pretrain", tokenizer).key
 
     times = count(1)
     first = key("one", "two")

@@ -39,7 +39,7 @@ def write(path, rows):
 
 
 def build(path, tokenizer, kind="pretrain", **kwargs):
-    return build_cache(path, kind, tokenizer, ENCODERS[kind], **kwargs)
+    return build_cache(path, kind, tokenizer, **kwargs)
 
 
 def content(cache):
@@ -76,18 +76,19 @@ def test_workers_and_chunk_size_do_not_change_the_cache(tmp_path, tokenizer, mon
 CODE = """
 import sys, time
 from pathlib import Path
-from trainlib.data import token_cache, tokenize_files
+from trainlib.data import encode, token_cache, tokenize_files
 from tokenizer.bpe import Sequence, Tokenizer, default_folder
 tokenize_files.CHUNK_BYTES = 200
 tokenize_files.SMALL_FILE_BYTES = 0
 tokenize_files.num_usable_cores = lambda: 2
 token_cache.SAVE_SECONDS = 0
-def encode(tokenizer, record):
+def slowly(tokenizer, record):
     time.sleep(0.01)
     ids = [0, *tokenizer.encode(record.value), 0]
     return [Sequence(ids, [False] + [True] * (len(ids) - 1))]
+encode.ENCODERS["pretrain"] = slowly
 print("ready", flush=True)
-token_cache.build_cache(Path(sys.argv[1]), "pretrain", Tokenizer(default_folder()), encode)
+token_cache.build_cache(Path(sys.argv[1]), "pretrain", Tokenizer(default_folder()))
 print("built", flush=True)
 """
 

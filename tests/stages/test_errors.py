@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from model import ModelConfig, Transformer
 from tokenizer.bpe import Tokenizer, default_folder
 from trainlib.core.errors import UserError
-from trainlib.data.encode import encode_document
 from trainlib.data.token_cache import build_cache
 from trainlib.models.hf_folder import model_files
 
@@ -373,11 +372,11 @@ def test_in_a_container_the_missing_file_error_explains_the_mount(name, elsewher
     monkeypatch.setenv("GPU_PROFILE", "cpu")  # docker-compose.yml sets it.
     tokenizer = Tokenizer(default_folder())
     with pytest.raises(UserError) as error:
-        build_cache(Path(name), "pretrain", tokenizer, encode_document)
+        build_cache(Path(name), "pretrain", tokenizer)
     assert "DATASET_DIR=/elsewhere" in str(error.value)
     assert "use the path dataset/a.jsonl" in str(error.value)
     with pytest.raises(UserError) as error:
-        build_cache(Path("none.jsonl"), "pretrain", tokenizer, encode_document)
+        build_cache(Path("none.jsonl"), "pretrain", tokenizer)
     assert "DATASET_DIR" not in str(error.value)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tokenizer.bpe import Sequence, Tokenizer
 from tokenizer.chat_format import render_conversation
 from trainlib.data import formats
-from trainlib.data.tokenize_files import Encode
 
 
 def encode_document(tokenizer: Tokenizer, record: formats.Record) -> list[Sequence]:
@@ -25,7 +26,7 @@ def encode_preference(tokenizer: Tokenizer, record: formats.Record) -> list[Sequ
     return [render_conversation(tokenizer, conversation) for conversation in record.value]
 
 
-ENCODERS: dict[str, Encode] = {
+ENCODERS: dict[str, Callable[[Tokenizer, formats.Record], list[Sequence]]] = {
     "pretrain": encode_document,
     "sft": encode_conversation,
     "dpo": encode_preference,

@@ -38,7 +38,7 @@ from trainlib.core.errors import UserError
 from trainlib.core.files import cache_dir, fcntl, mount_hint, sync, write_atomically
 from trainlib.data import formats
 from trainlib.data.findings import Counts
-from trainlib.data.tokenize_files import Encode, Task, Tokenized, read_chunks, tokenize_chunks
+from trainlib.data.tokenize_files import Task, Tokenized, read_chunks, tokenize_chunks
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,6 @@ def build_cache(
     path: Path,
     kind: str,
     tokenizer: Tokenizer,
-    encode: Encode,
     options: formats.ReadOptions | None = None,
     on_error: OnError = "stop",
 ) -> TokenCache:
@@ -130,7 +129,7 @@ def build_cache(
                 if not (folder / "meta.json").is_file():
                     partial = folder.with_name(f".making-{folder.name}{suffix}")
                     found = formats.find_format(path, kind, options)
-                    task = Task(path, kind, tokenizer, encode, options)
+                    task = Task(path, kind, tokenizer, options)
                     _build(partial, folder, found, task, on_error)
         except OSError as error:
             size = _estimate_bytes(path, tokenizer) / 1e6

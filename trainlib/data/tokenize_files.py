@@ -18,7 +18,7 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -28,11 +28,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenizer.bpe import Sequence, Tokenizer
+from tokenizer.bpe import Tokenizer
 from trainlib.core.errors import UserError
 from trainlib.data import formats
 from trainlib.data.containers import Item
 from trainlib.data.conversations import prompt_size
+from trainlib.data.encode import ENCODERS
 from trainlib.data.findings import Counts
 from trainlib.data.readers import Source
 
@@ -41,7 +42,6 @@ PARSED_BYTES = 1000
 """Assumed size of an already parsed row."""
 SMALL_FILE_BYTES = 8 << 20
 """Below this size, worker processes cost more time than they save."""
-Encode = Callable[[Tokenizer, formats.Record], list[Sequence]]
 
 
 class Chunk(NamedTuple):
@@ -58,7 +58,6 @@ class Task:
     path: Path
     kind: str
     tokenizer: Tokenizer
-    encode: Encode
     options: formats.ReadOptions
 
 
@@ -108,7 +107,7 @@ def tokenize_chunk(chunk: Chunk, task: Task) -> Tokenized:
             broken.append((line, records.reason))
             continue
         for record in records:
-            for sequence in task.encode(task.tokenizer, record):
+            for sequence in ENCODERS[task.kind](task.tokenizer, record):
                 ids.fromlist(sequence.ids)
                 mask += bytes(sequence.mask)
                 lengths.append(len(sequence.ids))
