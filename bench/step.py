@@ -16,10 +16,10 @@ import torch
 
 from bench.common import measure_step
 from trainlib.core.distributed import SINGLE_PROCESS
-from trainlib.core.hardware import Choice, choose_hardware, find_facts, read_table
+from trainlib.core.hardware import Hardware, choose_hardware, find_facts
 from trainlib.core.terminal import use_replacement_characters
 from trainlib.data.batch import Batch
-from trainlib.engine.device import Hardware, use_hardware
+from trainlib.engine.device import use_hardware
 from trainlib.engine.kernels import choose_kernels
 from trainlib.engine.losses import cross_entropy_sum
 from trainlib.models.hf_folder import load_model
@@ -44,9 +44,9 @@ def own_step(folder: Path, rows: int, length: int, count: int = 0) -> dict[str, 
     return measure_step(step, model, optimizer, rows * length, count)
 
 
-def cpu_choice() -> Choice:
+def cpu_choice() -> Hardware:
     """Return a run's hardware settings on this CPU, except precision, which needs a measurement."""
-    return choose_hardware(find_facts(), read_table(), device="cpu")
+    return choose_hardware(find_facts(), device="cpu")
 
 
 def rows_of_one_document(rows: int, length: int) -> Batch:

@@ -10,16 +10,13 @@ import torch
 from trainlib.core.errors import UserError
 from trainlib.core.hardware import (
     FEW_THREADS,
-    Choice,
     Facts,
+    Hardware,
     choose_hardware,
     instructions,
     measured_precision,
-    read_table,
     unseen_card,
 )
-
-TABLE = read_table()
 
 # Capability, MiB as torch reports it, precision, compile, rows of 512 positions.
 CARDS = {
@@ -41,39 +38,41 @@ CARDS = {
 @pytest.mark.parametrize("card", CARDS)
 def test_auto_chooses_the_settings_for_each_card(card):
     capability, memory, precision, compile_, rows = CARDS[card]
-    chosen = choose_hardware(Facts(cuda=capability, memory_mib=memory, varlen=True), TABLE)
+    chosen = choose_hardware(Facts(cuda=capability, memory_mib=memory, varlen=True))
     attention = "varlen" if precision == "bf16" else "masked"
-    assert chosen == Choice("cuda", precision, "high", attention, compile_, rows)
+    assert chosen == Hardware(torch.device("cuda"), precision, attention, compile_, rows, "high")
 
 
 def test_auto_chooses_a_cpu_without_a_card():
-    assert choose_hardware(Facts(), TABLE) == Choice("cpu", "measure", "medium", "blocks", False, 4)
-    assert choose_hardware(Facts(threads=FEW_THREADS), TABLE).attention == "blocks"
-    assert choose_hardware(Facts(threads=FEW_THREADS + 1), TABLE).attention == "masked"
-    assert choose_hardware(Facts(amx=True), TABLE).matmul == "highest"
+    assert choose_hardware(Facts()) == Hardware(
+        torch.device("cpu"), "measure", "blocks", False, 4, "medium"
+    )
+    assert choose_hardware(Facts(threads=FEW_THREADS)).attention == "blocks"
+    assert choose_hardware(Facts(threads=FEW_THREADS + 1)).attention == "masked"
+    assert choose_hardware(Facts(amx=True)).matmul == "highest"
     mac = Facts(mps=True)
-    assert choose_hardware(mac, TABLE).device == "cpu"  # mps is used only on request.
-    metal = choose_hardware(mac, TABLE, device="mps")
-    assert metal == Choice("mps", "fp32", "highest", "masked", False, 16)
+    assert choose_hardware(mac).device.type == "cpu"  # mps is used only on request.
+    metal = choose_hardware(mac, device="mps")
+    assert metal == Hardware(torch.device("mps"), "fp32", "masked", False, 16, "highest")
 
 
 def test_settings_override_the_table():
     facts = Facts(cuda=(8, 9), memory_mib=24080, varlen=True)
     settings = {"precision": "fp32", "compile_": "off", "micro_batch_size": 3}
-    chosen = choose_hardware(facts, TABLE, **settings)
-    assert chosen == Choice("cuda", "fp32", "high", "masked", False, 3)
-    assert choose_hardware(facts, TABLE, device="cpu", precision="bf16").precision == "bf16"
-    assert choose_hardware(facts, TABLE, row_length=4096).micro_batch_size == 8
-    assert choose_hardware(facts, TABLE, row_length=512 * 512).micro_batch_size == 1
+    chosen = choose_hardware(facts, **settings)
+    assert chosen == Hardware(torch.device("cuda"), "fp32", "masked", False, 3, "high")
+    assert choose_hardware(facts, device="cpu", precision="bf16").precision == "bf16"
+    assert choose_hardware(facts, row_length=4096).micro_batch_size == 8
+    assert choose_hardware(facts, row_length=512 * 512).micro_batch_size == 1
 
 
 def test_unavailable_devices_and_precisions_are_rejected_with_a_fix():
     with pytest.raises(UserError, match="no CUDA device here. Set device=cpu"):
-        choose_hardware(Facts(), TABLE, device="cuda")
+        choose_hardware(Facts(), device="cuda")
     with pytest.raises(UserError, match="no Metal device"):
-        choose_hardware(Facts(), TABLE, device="mps")
+        choose_hardware(Facts(), device="mps")
     with pytest.raises(UserError, match=r"has 7\.5\. Set precision=fp16"):
-        choose_hardware(Facts(cuda=(7, 5), memory_mib=11000), TABLE, precision="bf16")
+        choose_hardware(Facts(cuda=(7, 5), memory_mib=11000), precision="bf16")
 
 
 def test_the_cpu_is_measured_only_once(tmp_path, monkeypatch, caplog):

@@ -16,12 +16,12 @@ from tokenizer.bpe import Tokenizer, default_folder
 from tools.made_rows import write_data
 from train import loss_fn
 from trainlib.core.distributed import SINGLE_PROCESS
-from trainlib.core.hardware import Choice, choose_hardware, find_facts, read_table
+from trainlib.core.hardware import Hardware, choose_hardware, find_facts
 from trainlib.data.batch import Batch
 from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.loader import StepLoader
 from trainlib.data.packing import PackedDataset
-from trainlib.engine.device import Hardware, use_hardware
+from trainlib.engine.device import use_hardware
 from trainlib.engine.flops import Sizes
 from trainlib.engine.optim import OptimConfig, build_optimizers
 from trainlib.engine.plan import step_memory, total
@@ -39,7 +39,7 @@ TINY = ModelConfig(
 class Machine(NamedTuple):
     """Hardware settings, data, model dimensions and working folder for all checks."""
 
-    choice: Choice
+    choice: Hardware
     data: PackedDataset
     sizes: ModelConfig
     folder: Path
@@ -52,7 +52,7 @@ class Machine(NamedTuple):
     def batch(self, rows: int) -> Batch:
         """Return the first rows of the data, on the device."""
         first_rows = [row for row, _ in self.data.rows(DataPosition())][:rows]
-        return self.data.collate(first_rows, rows).to(torch.device(self.choice.device))
+        return self.data.collate(first_rows, rows).to(self.choice.device)
 
 
 def open_machine(folder: Path) -> Machine:
@@ -60,7 +60,7 @@ def open_machine(folder: Path) -> Machine:
     write_data(folder)
     # With "auto", a CPU would first be measured to choose between fp32 and bf16.
     precision = "fp32" if DEVICE == "cpu" else "auto"
-    choice = choose_hardware(find_facts(), read_table(), device=DEVICE, precision=precision)
+    choice = choose_hardware(find_facts(), device=DEVICE, precision=precision)
     config = DataConfig(files=(str(folder / "pretrain.jsonl"),))
     data = load_datasets(config, "pretrain", Tokenizer(default_folder()), LENGTH, 0).train
     return Machine(choice, data, ModelConfig() if DEVICE == "cuda" else TINY, folder)

@@ -44,7 +44,7 @@ def test_kernel_matches_fp64_in_output_and_gradients(kernel, machine, report):
     # Kernels use the order within a row; position_ids are 0 in padding.
     positions = torch.arange(LENGTH).expand_as(documents)
     expected = fp64_reference(inputs, visible(positions, positions, documents, documents)[:, None])
-    device = torch.device(choice.device)
+    device = choice.device
     function = ATTENTION.get(name, AttentionOp())
     prepared = function.prepare(positions.to(device), batch.document_ids, batch.boundaries, dtype)
     q, k, v = (x.to(device, dtype).requires_grad_() for x in inputs)

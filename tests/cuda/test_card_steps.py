@@ -55,7 +55,7 @@ def test_a_micro_batch_does_not_synchronize_with_the_device(trainer, report):
 
 def test_peak_memory_of_a_step_is_as_predicted(machine, report):
     """The step is uncompiled and uses the hardware table's micro-batch size."""
-    if machine.choice.device != "cuda":
+    if machine.choice.device.type != "cuda":
         pytest.skip("only the CUDA allocator records its peak")
     rows = machine.choice.micro_batch_size
     trainer = Trainer(machine, rows, compile_=False)
@@ -71,7 +71,7 @@ def test_peak_memory_of_a_step_is_as_predicted(machine, report):
 
 def test_speed_of_the_fastest_matmul(machine, report):
     precision = machine.hardware().precision
-    peak = matmul_peak(torch.device(machine.choice.device), precision)
+    peak = matmul_peak(machine.choice.device, precision)
     report("fastest matmul", f"{peak / 1e12:.2f} TFLOP/s in {precision}")
 
 

@@ -7,7 +7,7 @@ import pytest
 from tests.docker.driving import ROOT, build
 from tests.docker.fixtures import MACHINES, Machine, card, eight
 from tests.support.hardware_table import table
-from trainlib.core.hardware import Facts, choose_hardware, find_row, read_table
+from trainlib.core.hardware import Facts, choose_hardware, find_row
 
 
 def number(capability: str) -> tuple[int, int]:
@@ -40,8 +40,8 @@ def test_auto_in_the_container_makes_the_same_choice(name: str):
         cuda=min(number(c[3]) for c in used),
         memory_mib=min(int(c[2]) if c[2].isdigit() else 0 for c in used),
     )
-    choice = choose_hardware(facts, read_table())
-    row = find_row(facts, "cuda", read_table())
+    choice = choose_hardware(facts)
+    row = find_row(facts, "cuda")
     found = (row.profile, choice.micro_batch_size, choice.precision)
     assert found == (profile, micro_batch, precision)
 

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from trainlib.core.distributed import DistributedContext
+from trainlib.core.hardware import Hardware
 from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.loader import StepBatch
-from trainlib.engine.device import Hardware
 from trainlib.engine.optim import OptimConfig, build_optimizers
 from trainlib.engine.step import optimizer_step
 from trainlib.engine.train_state import SCALE_STEPS, TrainState

@@ -21,8 +21,9 @@ import model as model_module
 from kernels import varlen_attention
 from model import AttentionOp, ModelConfig, Ops, Transformer
 from trainlib.core.distributed import DistributedContext
+from trainlib.core.hardware import Hardware
 from trainlib.data.loader import StepBatch, StepLoader
-from trainlib.engine.device import Hardware, evaluation_mode
+from trainlib.engine.device import evaluation_mode
 from trainlib.engine.kernels import ATTENTION, choose_kernels
 from trainlib.engine.training import LONG_RUN, warm_up
 from trainlib.models.generate import Sampling, generate_batch

@@ -14,11 +14,12 @@ import torch
 from trainlib.core.distributed import DistributedContext
 from trainlib.core.errors import UserError
 from trainlib.core.files import lock_folder, refuse_if_locked, release_folders
+from trainlib.core.hardware import Hardware
 from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.loader import StepBatch, StepLoader
 from trainlib.engine.checkpoint import Checkpoints
 from trainlib.engine.control import Clock
-from trainlib.engine.device import Hardware, evaluation_mode
+from trainlib.engine.device import evaluation_mode
 from trainlib.engine.metrics import MetricsLog, truncate_metrics
 from trainlib.engine.optim import OptimConfig, Schedule, build_optimizers
 from trainlib.engine.progress import Display, validation_tables

@@ -12,7 +12,7 @@ from model import AttentionOp, ModelConfig, Transformer
 from tests.support.hardware_table import table
 from tests.support.memory_helpers import SHIPPED, shipped, stage_of
 from tests.support.step_memory import make_step, peak_bytes
-from trainlib.core.hardware import Choice
+from trainlib.core.hardware import Hardware
 from trainlib.engine.flops import Sizes
 from trainlib.engine.kernels import ATTENTION
 from trainlib.engine.optim import OptimConfig, build_optimizers
@@ -40,7 +40,7 @@ def test_the_formula_matches_the_counted_peak(path, rows, precision, attention, 
     num_micro = 1 if rows == 1 else 2
     step = make_step(precision, rows, num_micro, row_length, config.optim, stage_of(path))
     counted = peak_bytes(model, config.optim, step)
-    choice = Choice("cpu", precision, "", attention, False, rows)
+    choice = Hardware(torch.device("cpu"), precision, attention, False, rows)
     terms = step_memory(sizes, config.optim.name, choice, row_length, num_micro, rows)
     assert all(term.bytes > 0 and term.reason for term in terms)
     assert total(terms) == pytest.approx(counted, rel=0.1), terms
@@ -80,7 +80,7 @@ def on_card(
     rows: int, num_micro: int = 1, count: int = 1, optimizer: str = "muon", row_length: int = 512
 ) -> dict[str, float]:
     """Return the bytes, by name, of an uncompiled step of the default model on a card."""
-    choice = Choice("cuda", "bf16", "high", "varlen", False, rows)
+    choice = Hardware(torch.device("cuda"), "bf16", "varlen", False, rows)
     terms = step_memory(Sizes(), optimizer, choice, row_length, num_micro, rows, count)
     return {term.name: term.bytes for term in terms}
 

@@ -11,10 +11,10 @@ import torch
 
 from model import ModelConfig, Transformer
 from trainlib.core.distributed import DistributedContext
+from trainlib.core.hardware import Hardware
 from trainlib.core.settings import bound_errors
 from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.loader import StepBatch
-from trainlib.engine.device import Hardware
 from trainlib.engine.optim import Muon, OptimConfig, Schedule, build_optimizers
 from trainlib.engine.step import optimizer_step
 

@@ -13,8 +13,8 @@ import torch
 
 from dataset import DataConfig, load_datasets
 from trainlib.core.distributed import SINGLE_PROCESS
+from trainlib.core.hardware import Hardware
 from trainlib.data.token_cache import TokenCache
-from trainlib.engine.device import Hardware
 from trainlib.engine.validation import validate
 from trainlib.evaluation import baselines
 from trainlib.evaluation.baselines import (

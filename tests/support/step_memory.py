@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_map_only
 
 from dpo_train import dpo_loss
 from trainlib.core.distributed import SINGLE_PROCESS
+from trainlib.core.hardware import Hardware
 from trainlib.data.batch import Batch
 from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.loader import StepBatch
-from trainlib.engine.device import Hardware
 from trainlib.engine.losses import batch_log_probs, cross_entropy_sum
 from trainlib.engine.optim import OptimConfig, build_optimizers
 from trainlib.engine.step import optimizer_step

@@ -16,8 +16,9 @@ from model import Transformer, count_parameters
 from tokenizer.bpe import Tokenizer
 from tools.evaluate.answers import answers, held_out_prompts, repeats
 from tools.evaluate.data import Data, is_pretrained, load, run_of
+from trainlib.core.hardware import Hardware
 from trainlib.data.packing import Datasets, PackedDataset
-from trainlib.engine.device import Hardware, evaluation_mode
+from trainlib.engine.device import evaluation_mode
 from trainlib.evaluation import baselines
 from trainlib.evaluation.preferences import (
     TIE_NATS,

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -59,19 +59,27 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Hardware settings for a run. They affect what the model learns only through rounding."""
+class Hardware:
+    """Hardware settings of a run. They affect what the model learns only through rounding."""
 
-    device: str
+    device: torch.device
     precision: str
     """fp32, bf16 or fp16; "measure" = the faster of fp32 and bf16."""
-    matmul: str
-    """Argument for torch.set_float32_matmul_precision."""
     attention: str
     """masked (the formula in model.py), or a kernel in kernels/: varlen or blocks."""
     compile: bool
     micro_batch_size: int
     """Maximum number of rows in one forward pass."""
+    matmul: str = "highest"
+    """Argument for torch.set_float32_matmul_precision."""
+    kernels: tuple[str, ...] = ()
+    """Kernels in use instead of the plain formulas (trainlib/engine/kernels.py)."""
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the forward-pass context: 16-bit matmuls with fp32 weights, or a null context."""
+        if self.precision in DTYPES:
+            return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
+        return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -92,13 +100,13 @@ def _read_tsv(path: Path) -> Iterator[dict[str, str]]:
     return csv.DictReader((line for line in lines if line[:1] != "#"), delimiter="\t")
 
 
-def read_table(path: Path = TABLE) -> list[HardwareRow]:
+def read_table() -> list[HardwareRow]:
     """Return the rows of the hardware table, in file order."""
     return [
         HardwareRow(r["profile"], capability(r["min_capability"]), capability(r["max_capability"]),
                     int(r["min_mib"]), int(r["micro_batch_size"]), r["precision"],
                     r["compile"] == "on")
-        for r in _read_tsv(path)
+        for r in _read_tsv(TABLE)
     ]  # fmt: skip
 
 
@@ -148,8 +156,9 @@ def find_card(name: str) -> Card:
     raise UserError(f"--gpu {name}: unknown card. Choose from configs/{CARDS.name}: {names}.")
 
 
-def find_row(facts: Facts, device: str, table: list[HardwareRow]) -> HardwareRow:
+def find_row(facts: Facts, device: str) -> HardwareRow:
     """Return the first matching row; an unknown card is treated like the newest class."""
+    table = read_table()
     if device != "cuda" or facts.cuda is None:
         return next(row for row in table if row.profile == ("mps" if device == "mps" else "cpu"))
     cards = [row for row in table if row.highest and row.min_mib <= facts.memory_mib]
@@ -160,14 +169,13 @@ def find_row(facts: Facts, device: str, table: list[HardwareRow]) -> HardwareRow
 
 def choose_hardware(
     facts: Facts,
-    table: list[HardwareRow],
     *,
     device: str = "auto",
     precision: str = "auto",
     compile_: str = "auto",
     micro_batch_size: int = 0,
     row_length: int = TABLE_ROW_LENGTH,
-) -> Choice:
+) -> Hardware:
     """Resolve "auto" for a machine; raise UserError for a device or precision that it lacks."""
     if device == "auto":
         device = "cuda" if facts.cuda else "cpu"  # mps is used only on request.
@@ -178,7 +186,7 @@ def choose_hardware(
         )
     if device == "mps" and not facts.mps:
         raise UserError("device=mps, but torch has no Metal device here. Set device=cpu.")
-    row = find_row(facts, device, table)
+    row = find_row(facts, device)
     if precision == "bf16" and device == "cuda" and facts.cuda and facts.cuda < (8, 0):
         raise UserError(
             "precision=bf16 needs a card of compute capability 8.0 or higher; this one has "
@@ -197,7 +205,8 @@ def choose_hardware(
     modern = device == "cuda" and facts.cuda is not None and facts.cuda >= (8, 0)
     if facts.varlen and modern and precision in ("bf16", "fp16"):
         attention = "varlen"
-    return Choice(device, precision, matmul, attention, compiled, micro_batch_size)
+    device_ = torch.device(device)
+    return Hardware(device_, precision, attention, compiled, micro_batch_size, matmul)
 
 
 # ---- queries and measurements --------------------------------------------------------------------

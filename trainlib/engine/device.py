@@ -1,4 +1,4 @@
-"""Autocast, compilation with a fallback, and evaluation mode."""
+"""Device settings, compilation with a fallback, and evaluation mode."""
 
 from __future__ import annotations
 
@@ -8,46 +8,25 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from trainlib.core.errors import UserError
-from trainlib.core.hardware import DTYPES, Choice
+from trainlib.core.hardware import Hardware
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """Hardware settings for this process; the warm-up sets `kernels`."""
-
-    device: torch.device
-    precision: str
-    attention: str
-    """Attention kernel for the device: masked, varlen or blocks."""
-    compile: bool
-    micro_batch_size: int
-    kernels: tuple[str, ...] = ()
-    """Kernels in use instead of the plain formulas (trainlib/engine/kernels.py)."""
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the forward-pass context: 16-bit matmuls with fp32 weights, or a null context."""
-        if self.precision in DTYPES:
-            return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
-        return contextlib.nullcontext()
-
-
-def use_hardware(choice: Choice, local_rank: int = 0) -> Hardware:
-    """Apply the chosen hardware settings to this process, and return them."""
-    torch.set_float32_matmul_precision(choice.matmul)
-    if choice.device == "cpu":
+def use_hardware(hardware: Hardware, local_rank: int = 0) -> Hardware:
+    """Apply hardware settings to this process, and return them with the index of its card."""
+    torch.set_float32_matmul_precision(hardware.matmul)
+    if hardware.device.type == "cpu":
         keep_freed_memory()
-    c = choice
-    device = torch.device(f"cuda:{local_rank}" if c.device == "cuda" else c.device)
-    return Hardware(device, c.precision, c.attention, c.compile, c.micro_batch_size)
+    if hardware.device.type == "cuda":
+        return replace(hardware, device=torch.device("cuda", local_rank))
+    return hardware
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

@@ -19,8 +19,7 @@ import model
 from kernels import block_attention, fused_cpu, varlen_attention
 from model import AttentionOp, ModelConfig, Ops, rotary_angles
 from trainlib.core.distributed import DistributedContext
-from trainlib.core.hardware import DTYPES
-from trainlib.engine.device import Hardware
+from trainlib.core.hardware import DTYPES, Hardware
 
 log = logging.getLogger(__name__)
 

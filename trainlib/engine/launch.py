@@ -25,13 +25,7 @@ from trainlib.core.distributed import (
 )
 from trainlib.core.errors import AlreadyFinished, UserError
 from trainlib.core.files import cache_dir, release_folders, write_atomically
-from trainlib.core.hardware import (
-    choose_hardware,
-    find_facts,
-    measured_precision,
-    read_table,
-    unseen_card,
-)
+from trainlib.core.hardware import choose_hardware, find_facts, measured_precision, unseen_card
 from trainlib.core.help import help_text
 from trainlib.core.settings import load_config, provenance, recipe, resolved, write_run_yaml
 from trainlib.core.terminal import survive_a_dead_terminal
@@ -149,24 +143,24 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
         log.warning("tokens_per_step=%s is less than a row, so a step is one row of %s positions",
                     config.tokens_per_step, row_length)  # fmt: skip
 
-    choice = choose_hardware(
-        find_facts(), read_table(), device=config.device, precision=config.precision,
-        compile_=config.compile, micro_batch_size=config.micro_batch_size, row_length=row_length,
+    hardware = choose_hardware(
+        find_facts(), device=config.device, precision=config.precision, compile_=config.compile,
+        micro_batch_size=config.micro_batch_size, row_length=row_length,
     )  # fmt: skip
 
-    check_card = config.device == "auto" and choice.device == "cpu" and distributed.is_main
+    check_card = config.device == "auto" and hardware.device.type == "cpu" and distributed.is_main
     if check_card and (warning := unseen_card()):
         log.warning("%s", warning)
 
     resume_from = run_on_main_process(
         distributed, lambda: acquire_run_folder(folder, config.resume, identity)
     )
-    if choice.precision == "measure":
+    if hardware.precision == "measure":
         precision = run_on_main_process(
-            distributed, lambda: _precision(folder, resume_from, choice.matmul)
+            distributed, lambda: _precision(folder, resume_from, hardware.matmul)
         )
-        choice = replace(choice, precision=precision)
-    hardware = use_hardware(choice, distributed.local_rank)
+        hardware = replace(hardware, precision=precision)
+    hardware = use_hardware(hardware, distributed.local_rank)
     rows_per_step = max(1, config.tokens_per_step // row_length)
     # Evaluation uses the same number of rows as training, so that layers compile for one shape.
     _, rows = micro_batch_shape(rows_per_step, hardware.micro_batch_size, distributed.world_size)
@@ -178,7 +172,7 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
             write_atomically(folder / "latest", resume_from.name)
         write_atomically(folder / IDENTITY, json.dumps(identity, ensure_ascii=False))
         # Write the resolved precision, because a resumed run must use the same one.
-        write_run_yaml(resolved(config, precision=choice.precision), folder / "run.yaml")
+        write_run_yaml(resolved(config, precision=hardware.precision), folder / "run.yaml")
     log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
     return Run(config, stage, folder, hardware, distributed, Clock(config.max_hours), resume_from)
 

@@ -24,7 +24,7 @@ from trainlib.core import hardware
 from trainlib.core.distributed import resolve_world_size
 from trainlib.core.errors import UserError
 from trainlib.core.files import ROOT
-from trainlib.core.hardware import Card, Choice, read_cards
+from trainlib.core.hardware import DTYPES, Card, Hardware, read_cards
 from trainlib.core.settings import provenance
 from trainlib.data.loader import micro_batch_shape
 from trainlib.engine.flops import Sizes
@@ -100,7 +100,7 @@ class Term(NamedTuple):
 
 
 def step_memory(
-    sizes: Sizes, optimizer: str, choice: Choice, row_length: int, num_micro: int,
+    sizes: Sizes, optimizer: str, choice: Hardware, row_length: int, num_micro: int,
     rows: int, count: int = 1,
 ) -> list[Term]:  # fmt: skip
     """Return the parts of the peak memory of an uncompiled step.
@@ -109,7 +109,7 @@ def step_memory(
     assume that every position has a label.
     """
     d, q, k, _ = sizes.widths
-    half, cuda = choice.precision in ("bf16", "fp16"), choice.device != "cpu"
+    half, cuda = choice.precision in DTYPES, choice.device.type != "cpu"
     width, positions, layers = 2 if half else 4, rows * row_length, sizes.num_hidden_layers
     parameters, head = 4 * sizes.parameters, 4 * sizes.vocab_size * d
     saved = SAVED["cuda" if cuda else "cpu", half]
@@ -230,7 +230,7 @@ class Plan(NamedTuple):
     num_steps: int
     budget: float
 
-    def on(self, card: Card | None, count: int) -> tuple[Choice, int, int, list[Term], dict]:
+    def on(self, card: Card | None, count: int) -> tuple[Hardware, int, int, list[Term], dict]:
         """Return the hardware, micro-batches, rows in each, and the memory and time of a step.
 
         Without a card, plan for this machine and return no time. Documents are assumed to be as
@@ -240,8 +240,8 @@ class Plan(NamedTuple):
         if card:
             facts = replace(facts, cuda=card.capability, memory_mib=card.mib)
         choice = hardware.choose_hardware(
-            facts, hardware.read_table(), device="cuda" if card else c.device, compile_=c.compile,
-            precision=c.precision, micro_batch_size=c.micro_batch_size, row_length=self.row_length,
+            facts, device="cuda" if card else c.device, precision=c.precision, compile_=c.compile,
+            micro_batch_size=c.micro_batch_size, row_length=self.row_length,
         )  # fmt: skip
         choice = replace(choice, attention="masked") if c.kernels == "plain" else choice
         shape = micro_batch_shape(self.rows, choice.micro_batch_size, count)

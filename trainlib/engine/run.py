@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from trainlib.core.distributed import DistributedContext
+from trainlib.core.hardware import Hardware
 from trainlib.core.settings import HARDWARE_KEYS
 from trainlib.engine.control import Clock
-from trainlib.engine.device import Hardware
 from trainlib.engine.optim import OptimConfig
 
 EXECUTION_ONLY = {"recipe": False}

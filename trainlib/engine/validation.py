@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterator, Sequence
 
 from trainlib.core.distributed import SINGLE_PROCESS, DistributedContext
+from trainlib.core.hardware import Hardware
 from trainlib.data.batch import Batch
 from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.packing import PackedDataset
-from trainlib.engine.device import Hardware, evaluation_mode
+from trainlib.engine.device import evaluation_mode
 from trainlib.engine.step import add_metrics, means
 from trainlib.engine.training import LossFunction, Metrics, MetricSums, Training
 
