@@ -42,7 +42,7 @@ def test_auto_in_the_container_makes_the_same_choice(name: str):
     )
     choice = choose_hardware(facts)
     row = find_row(facts, "cuda")
-    found = (row.profile, choice.micro_batch_size, choice.precision)
+    found = (row["profile"], choice.micro_batch_size, choice.precision)
     assert found == (profile, micro_batch, precision)
 
 

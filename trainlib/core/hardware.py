@@ -82,38 +82,15 @@ class Hardware:
         return contextlib.nullcontext()
 
 
-@dataclass(frozen=True)
-class HardwareRow:
-    """The columns of configs/hardware.tsv that training reads."""
-
-    profile: str
-    lowest: tuple[int, int] | None
-    highest: tuple[int, int] | None
-    min_mib: int
-    micro_batch_size: int
-    precision: str
-    compile: bool
-
-
 def _read_tsv(path: Path) -> Iterator[dict[str, str]]:
     lines = path.read_text(encoding="utf-8").splitlines()
     return csv.DictReader((line for line in lines if line[:1] != "#"), delimiter="\t")
 
 
-def read_table() -> list[HardwareRow]:
-    """Return the rows of the hardware table, in file order."""
-    return [
-        HardwareRow(r["profile"], capability(r["min_capability"]), capability(r["max_capability"]),
-                    int(r["min_mib"]), int(r["micro_batch_size"]), r["precision"],
-                    r["compile"] == "on")
-        for r in _read_tsv(TABLE)
-    ]  # fmt: skip
-
-
-def capability(text: str) -> tuple[int, int] | None:
-    """Parse a compute capability from a table; "-" means None."""
+def capability(text: str) -> tuple[int, int]:
+    """Parse a compute capability from a table."""
     major, _, minor = text.partition(".")
-    return None if text == "-" else (int(major), int(minor))
+    return int(major), int(minor)
 
 
 class Card(NamedTuple):
@@ -141,7 +118,7 @@ def read_cards() -> dict[str, Card]:
     cards = {}
     for row in _read_tsv(CARDS):
         numbers = {key: float(row[key]) for key in ("tflops", "gbs", "gemm", "link")}
-        compute = capability(row["capability"]) or (0, 0)
+        compute = capability(row["capability"])
         cards[row["card"]] = Card(row["card"], mib=int(row["mib"]), capability=compute, **numbers)
     return cards
 
@@ -156,15 +133,20 @@ def find_card(name: str) -> Card:
     raise UserError(f"--gpu {name}: unknown card. Choose from configs/{CARDS.name}: {names}.")
 
 
-def find_row(facts: Facts, device: str) -> HardwareRow:
-    """Return the first matching row; an unknown card is treated like the newest class."""
-    table = read_table()
+def find_row(facts: Facts, device: str) -> dict[str, str]:
+    """Return the first matching row of the table; an unknown card is treated like the newest."""
+    rows = list(_read_tsv(TABLE))
     if device != "cuda" or facts.cuda is None:
-        return next(row for row in table if row.profile == ("mps" if device == "mps" else "cpu"))
-    cards = [row for row in table if row.highest and row.min_mib <= facts.memory_mib]
-    newest = max(row.highest for row in table if row.highest)
-    fitting = [row for row in cards if row.lowest <= facts.cuda <= row.highest]  # type: ignore[operator]
-    return (fitting or [row for row in cards if row.highest == newest])[0]
+        return next(row for row in rows if row["profile"] == ("mps" if device == "mps" else "cpu"))
+    cards = (row for row in rows if row["max_capability"] != "-")
+    cards = [row for row in cards if int(row["min_mib"]) <= facts.memory_mib]
+    newest = max(capability(row["max_capability"]) for row in cards)
+    return next(
+        row
+        for wanted in (facts.cuda, newest)
+        for row in cards
+        if capability(row["min_capability"]) <= wanted <= capability(row["max_capability"])
+    )
 
 
 def choose_hardware(
@@ -193,20 +175,20 @@ def choose_hardware(
             f"{facts.cuda[0]}.{facts.cuda[1]}. Set precision=fp16 or precision=fp32."
         )
     if precision == "auto":
-        precision = "measure" if device == "cpu" else row.precision
+        precision = "measure" if device == "cpu" else row["precision"]
     # On a CPU, "medium" uses oneDNN in exact fp32, up to 1.6 times as fast as "highest". With AMX,
     # it rounds to bf16. On CUDA, "high" means TF32.
     matmul = {"cuda": "high", "cpu": "highest" if facts.amx else "medium"}.get(device, "highest")
     if not micro_batch_size:
-        micro_batch_size = max(1, row.micro_batch_size * TABLE_ROW_LENGTH // row_length)
-    compiled = compile_ == "on" or (compile_ == "auto" and row.compile)
+        micro_batch_size = max(1, int(row["micro_batch_size"]) * TABLE_ROW_LENGTH // row_length)
+    compiled = compile_ == "on" or (compile_ == "auto" and row["compile"] == "on")
     attention = "blocks" if device == "cpu" and facts.threads <= FEW_THREADS else "masked"
     # The varlen kernel requires capability 8.0 and a 16-bit dtype.
     modern = device == "cuda" and facts.cuda is not None and facts.cuda >= (8, 0)
     if facts.varlen and modern and precision in ("bf16", "fp16"):
         attention = "varlen"
-    device_ = torch.device(device)
-    return Hardware(device_, precision, attention, compiled, micro_batch_size, matmul)
+    found = torch.device(device)
+    return Hardware(found, precision, attention, compiled, micro_batch_size, matmul)
 
 
 # ---- queries and measurements --------------------------------------------------------------------
