@@ -16,7 +16,7 @@ from trainlib.core.settings import (
     load_config,
     provenance,
     recipe,
-    write_run_yaml,
+    run_yaml,
 )
 
 
@@ -282,7 +282,7 @@ def test_run_yaml_loads_as_the_same_settings(tmp_path):
         "files=[' a', 'x, y', '']", "sizes=[]",
     )  # fmt: skip
     path = tmp_path / "run.yaml"
-    write_run_yaml(cfg, path)
+    path.write_text(run_yaml(cfg), encoding="utf-8")
     loaded = load_config(Settings, [str(path)], None)
     assert loaded == cfg and loaded.start == strange and loaded.files == (" a", "x, y", "")
     text = path.read_text(encoding="utf-8")

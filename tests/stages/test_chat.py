@@ -18,7 +18,7 @@ from model import ModelConfig, Transformer
 from sft_train import SFTConfig
 from tokenizer.chat_format import render_conversation, render_prompt
 from train import PretrainConfig
-from trainlib.core.settings import write_run_yaml
+from trainlib.core.settings import run_yaml
 from trainlib.models.generate import Sampling
 from trainlib.models.hf_folder import model_files
 
@@ -194,7 +194,7 @@ def test_the_default_is_the_newest_run_that_can_answer(elsewhere, capsys, monkey
     for seconds, (name, cls) in enumerate([*runs, ("d/e", DPOConfig), ("c", SFTConfig)]):
         final = Path("runs", name, "final")
         final.mkdir(parents=True)
-        write_run_yaml(cls(), final / "run.yaml")
+        (final / "run.yaml").write_text(run_yaml(cls()), encoding="utf-8")
         os.utime(final / "run.yaml", (seconds, seconds))
         assert taken() == [str(final), "raw" if cls is PretrainConfig else "answer"]
     os.utime("runs/a/final/run.yaml")

@@ -15,7 +15,7 @@ import operator
 import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_type_hints
@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints
 import yaml
 
 from trainlib.core.errors import UserError
-from trainlib.core.files import write_atomically
 from trainlib.core.parsing import parse, value_text
 
 T = TypeVar("T")
@@ -345,8 +344,8 @@ def recipe(cfg: Any) -> dict[str, Any]:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
-def write_run_yaml(cfg: Any, path: Path) -> None:
-    """Write the resolved settings and their sources as YAML that load_config can read."""
+def run_yaml(cfg: Any, change: Callable[[Any], Any] = lambda value: value) -> str:
+    """Return the settings and their sources, changed by a function, as YAML for load_config."""
     lines, section, sources = [], "", provenance(cfg)
     # Keys without a section come first; after a section header they would belong to it.
     for key in sorted(_walk(cfg), key=lambda key: key.name.count(".")):
@@ -354,6 +353,6 @@ def write_run_yaml(cfg: Any, path: Path) -> None:
         if head != section:
             lines.append(f"{head}:")
             section = head
-        indent = "  " if head else ""
-        lines.append(f"{indent}{last}: {value_text(key.default)}  # {sources[key.name]}")
-    write_atomically(path, "\n".join(lines) + "\n")
+        value, source = value_text(change(key.default)), change(sources[key.name])
+        lines.append(f"{'  ' if head else ''}{last}: {value}  # {source}")
+    return "\n".join(lines) + "\n"

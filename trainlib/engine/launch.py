@@ -27,7 +27,7 @@ from trainlib.core.errors import AlreadyFinished, UserError
 from trainlib.core.files import cache_dir, release_folders, write_atomically
 from trainlib.core.hardware import choose_hardware, find_facts, measured_precision, unseen_card
 from trainlib.core.help import help_text
-from trainlib.core.settings import load_config, provenance, recipe, resolved, write_run_yaml
+from trainlib.core.settings import load_config, provenance, recipe, resolved, run_yaml
 from trainlib.core.terminal import survive_a_dead_terminal
 from trainlib.data.formats import STAGES
 from trainlib.data.loader import micro_batch_shape
@@ -160,6 +160,8 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
             distributed, lambda: _precision(folder, resume_from, hardware.matmul)
         )
         hardware = replace(hardware, precision=precision)
+    # Resolved for run.yaml, because a resumed run must use the same precision.
+    config = resolved(config, precision=hardware.precision)
     hardware = use_hardware(hardware, distributed.local_rank)
     rows_per_step = max(1, config.tokens_per_step // row_length)
     # Evaluation uses the same number of rows as training, so that layers compile for one shape.
@@ -171,17 +173,16 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
             # The next checkpoint follows this one, even if the folder has later ones.
             write_atomically(folder / "latest", resume_from.name)
         write_atomically(folder / IDENTITY, json.dumps(identity, ensure_ascii=False))
-        # Write the resolved precision, because a resumed run must use the same one.
-        write_run_yaml(resolved(config, precision=hardware.precision), folder / "run.yaml")
+        write_atomically(folder / "run.yaml", run_yaml(config))
     log.info("%s in %s on %s, %s", stage, folder, hardware.device, hardware.precision)
     return Run(config, stage, folder, hardware, distributed, Clock(config.max_hours), resume_from)
 
 
 def _precision(folder: Path, resume_from: Path | None, matmul: str) -> str:
     """Return the resumed run's precision; for a new run, the faster one on this CPU."""
-    run_yaml = folder / "run.yaml"
-    if resume_from is not None and run_yaml.is_file():
-        previous = yaml.safe_load(run_yaml.read_text(encoding="utf-8")).get("precision")
+    path = folder / "run.yaml"
+    if resume_from is not None and path.is_file():
+        previous = yaml.safe_load(path.read_text(encoding="utf-8")).get("precision")
         if previous in ("fp32", "bf16"):
             return previous
     return measured_precision(cache_dir() / "hardware.json", matmul)
