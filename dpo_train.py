@@ -22,6 +22,7 @@ from trainlib.engine.losses import batch_log_probs
 from trainlib.engine.run import EXECUTION_ONLY, RunConfig
 from trainlib.engine.training import Metrics, MetricSums, Training
 from trainlib.engine.validation import validate
+from trainlib.evaluation.card import final_files
 from trainlib.evaluation.preferences import (
     TIE_NATS,
     reference_log_probs,
@@ -90,12 +91,13 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
         samples = show_samples(model, tokenizer, QUESTIONS, 64)
         return {**validate(training, loss_fn), **skills.metrics(training)}, samples
 
-    def finish(training: Training) -> None:
+    def finish(training: Training, step: int) -> dict[str, bytes]:
         before = reference.cpu().numpy()
         after = validation_log_probs(training.run.hardware, model, reported)
         write_report(run, reported, before, after)
         write_worst_pairs(run, tokenizer, reported.val, config.beta * (after - before))
         skills.report(training)
+        return final_files(training, tokenizer, step)
 
     files = model_files(model.config, tokenizer)
     training = Training.create(run, model, datasets, files, loss_fn, evaluate, finish)

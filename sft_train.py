@@ -20,6 +20,7 @@ from trainlib.engine.run import EXECUTION_ONLY, RunConfig
 from trainlib.engine.training import Metrics, MetricSums, Training
 from trainlib.engine.validation import validate
 from trainlib.evaluation.baselines import with_baselines
+from trainlib.evaluation.card import final_files
 from trainlib.evaluation.skills import SkillTest
 from trainlib.evaluation.worst_rows import write_worst_rows
 from trainlib.models.generate import QUESTIONS, show_samples
@@ -62,9 +63,10 @@ def main(config: SFTConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
         samples = show_samples(model, tokenizer, QUESTIONS, 64)
         return {**validate(training, loss_fn), **skills.metrics(training)}, samples
 
-    def finish(training: Training) -> None:
+    def finish(training: Training, step: int) -> dict[str, bytes]:
         write_worst_rows(training.run, model, tokenizer, datasets.val)
         skills.report(training)
+        return final_files(training, tokenizer, step)
 
     files = model_files(model.config, tokenizer)
     return Training.create(run, model, datasets, files, loss_fn, evaluate, finish)

@@ -25,6 +25,7 @@ from trainlib.engine.run import EXECUTION_ONLY, RunConfig
 from trainlib.engine.training import Metrics, MetricSums, Training
 from trainlib.engine.validation import validate
 from trainlib.evaluation.baselines import with_baselines
+from trainlib.evaluation.card import final_files
 from trainlib.evaluation.worst_rows import write_worst_rows
 from trainlib.models.generate import show_samples
 from trainlib.models.hf_folder import (
@@ -107,8 +108,9 @@ def main(config: PretrainConfig, tokenizer: Tokenizer, datasets: Datasets) -> Tr
         samples = show_samples(model, tokenizer, PROMPTS, 32, chat=False)
         return validate(training, loss_fn), samples
 
-    def finish(training: Training) -> None:
+    def finish(training: Training, step: int) -> dict[str, bytes]:
         write_worst_rows(training.run, model, tokenizer, datasets.val)
+        return final_files(training, tokenizer, step)
 
     files = model_files(model.config, tokenizer)
     return Training.create(run, model, datasets, files, loss_fn, evaluate, finish)

@@ -92,6 +92,8 @@ def test_final_has_the_weights_with_the_smallest_validation_loss(finished, run_s
     assert same("full/final", "full/best") and not same("full/final", "full/step_000060")
     text = f"validation was best at step {best} (loss {values[best]:.4f}); final/ has these weights"
     assert text in (finished / "train.log").read_text()
+    card = (finished / "final/README.md").read_text(encoding="utf-8")
+    assert f"\n- {best} steps on" in card and f"validation at step {best} " in card
     # The loss of final/ itself, measured by another run.
     assert run_stage("sft", *settings("again", "init_from=full/final", "max_steps=1")) == 0
     assert losses("again")[0] == pytest.approx(values[best], abs=1e-5)

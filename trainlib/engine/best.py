@@ -70,8 +70,8 @@ class Best:
             files = {RECORD: json.dumps(self.record).encode()}
             self.training.checkpoints.save("best", self.training.model, files)
 
-    def load(self) -> list[str]:
-        """Load the weights for final/ into the model; return lines for the log.
+    def load(self) -> tuple[int, list[str]]:
+        """Load the weights for final/ into the model; return their step, and lines for the log.
 
         These are the best ones, or the last ones if their loss is at most one standard error
         higher. Raises UserError if best/ cannot be read.
@@ -83,7 +83,7 @@ class Best:
         if self.record is not None:
             losses = {self.record["step"]: self.record["loss"]}
         if not losses:
-            return []
+            return last, []
         best = min(losses, key=lambda step: losses[step])
         lines = []
         if untrained <= losses[best]:
@@ -92,14 +92,14 @@ class Best:
                 "Lower optim.*_lr, or check that the validation files resemble the training data."
             )
         text = f"validation was best at step {best} (loss {losses[best]:.4f}); final/ has "
-        which = "the last weights"
+        kept, which = last, "the last weights"
         if self.record is not None and not loss <= losses[best] + self.state.val_error:
             fix = "Remove it and rerun the command to use the last weights."
             training.checkpoints.load_weights(training.model, self.folder, fix)
-            which = "these weights, not the last ones"
+            kept, which = best, "these weights, not the last ones"
         text += f"{which} (loss {loss:.4f} at step {last}"
         error = f", standard error of the difference {self.state.val_error:.4f}"
-        return [*lines, text + error * (self.state.val_error > 0) + ")"]
+        return kept, [*lines, text + error * (self.state.val_error > 0) + ")"]
 
 
 def validation_key(training: Training) -> str:

@@ -82,16 +82,17 @@ def fit(training: Training) -> bool:
         if finished:
             display.close()
             if is_main:
-                display.show(best.load())
+                kept, lines = best.load()
+                display.show(lines)
                 try:
-                    training.finish(training)
+                    files = training.finish(training, kept)
                 except OSError as error:
                     raise UserError(
                         f"{run.folder}: the report could not be written ({error}). The last "
                         "checkpoint is intact. Free some space, then rerun the command to resume."
                     ) from error
-            checkpoints.save("final", training.model, {})
-            checkpoints.join()
+                checkpoints.save("final", training.model, files)
+                checkpoints.join()
     display.summary(finished)
     metrics.close()
     return finished and is_main

@@ -1,1 +1,1 @@
-"""Reports about a trained model: baselines, worst rows, preferences."""
+"""Reports about a trained model: baselines, worst rows, preferences, model card."""
