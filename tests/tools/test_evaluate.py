@@ -16,8 +16,8 @@ from tokenizer.chat_format import render_conversation, render_prompt
 from tools.evaluate.__main__ import kinds_of, main
 from tools.evaluate.answers import answers, held_out_prompts, repeats
 from tools.evaluate.data import default_data, run_of
-from tools.evaluate.measure import Items
-from tools.evaluate.report import difference
+from tools.evaluate.measure import Items, Results
+from tools.evaluate.report import difference, write_to_card
 from trainlib.core.errors import UserError
 from trainlib.evaluation.skills import answer, load_questions
 from trainlib.models.hf_folder import load_model, load_tokenizer, model_files
@@ -269,6 +269,21 @@ def test_by_default_the_files_of_the_run_and_of_the_runs_before_it_are_used(file
 def test_errors_say_what_is_wrong(evaluate, arguments, code, message):
     found, out, err = evaluate(*arguments)
     assert found == code and message in err and not out and "Traceback" not in err
+
+
+def test_the_table_is_inserted_into_the_card_and_replaced(tmp_path):
+    folder = tmp_path / "final"
+    folder.mkdir()
+    card = "---\ntags: [sft]\n---\n<!-- begin evaluation -->\n{}<!-- end evaluation -->\n# End\n"
+    path, expected = folder / "README.md", "```text\nA  final: 0.0M parameters\n{}```\n"
+    path.write_text(card.format(""))
+    write_to_card(Results(str(folder), 0))
+    assert path.read_text() == card.format(expected.format(""))
+    write_to_card(Results(str(folder), 0, notes=[f"{folder}: \\1"]))
+    assert path.read_text() == card.format(expected.format("note: final: \\1\n"))
+    path.write_text("# Another card")
+    with pytest.raises(UserError, match="begin evaluation"):
+        write_to_card(Results(str(folder), 0))
 
 
 def test_repeats_finds_an_n_gram_that_occurs_three_times():

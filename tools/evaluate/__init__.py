@@ -1,6 +1,6 @@
 """Evaluation of a trained model, or of two models on the same items.
 
-    python -m tools.evaluate --model DIR [--model DIR2] [--data FILE...] [--json]
+    python -m tools.evaluate --model DIR [--model DIR2] [--data FILE...] [--json] [--card]
 
 data.py       which files are measured: those of the model's run, else the sample's
 measure.py    the results of one model, item by item

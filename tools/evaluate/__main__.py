@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tools.evaluate.data import default_data, is_pretrained, named_data, run_of
 from tools.evaluate.measure import measure
-from tools.evaluate.report import as_json, table
+from tools.evaluate.report import as_json, table, write_to_card
 from trainlib.core.errors import UserError
 from trainlib.core.terminal import use_replacement_characters
 from trainlib.models.hf_folder import load_config
@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", action="extend", nargs="+", metavar="FILE",
                         help="measure on these files, folders or patterns instead")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--card", action="store_true",
+                        help="also write each model's table into its model card")  # fmt: skip
     options = parser.parse_args(argv)
     if len(options.model) > 2:
         parser.error(f"--model takes at most two folders, found {len(options.model)}")
@@ -45,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
             names = " and ".join(options.model)
             raise UserError(f"{names}: only pretrained, so --data needs a file with texts")
         results = [measure(name, data) for name in options.model]
+        for result in results if options.card else ():
+            write_to_card(result)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -7,11 +7,14 @@ does not widen the interval.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tools.evaluate.measure import HOT, Items, Results
+from trainlib.core.errors import UserError
+from trainlib.core.files import write_atomically
 from trainlib.evaluation.skills import Z95, counted, format_counts
 
 SECTIONS = {
@@ -107,6 +110,22 @@ def table(all_results: list[Results]) -> str:
             columns = _one if len(all_results) == 1 else _two
             lines += ["", title, *columns(all_results, section, list(names))]
     return "\n".join(lines)
+
+
+def write_to_card(results: Results) -> None:
+    """Write the table into the model card in the model's folder, instead of an earlier one.
+
+    The card is made to be published, so it names no path. Raises UserError if there is no place.
+    """
+    path, folder = Path(results.path, "README.md"), Path(results.path).resolve().name
+    begin, end = "<!-- begin evaluation -->\n", "<!-- end evaluation -->"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise UserError(f"{path} has no lines {begin.strip()} and {end}. Add them to it.")
+    lines = table([results]).replace(results.path, folder)
+    write_atomically(path, f"{before}{begin}```text\n{lines}\n```\n{end}{after}")
 
 
 def _one(all_results: list[Results], section: str, names: list[str]) -> list[str]:
