@@ -210,14 +210,19 @@ def folder(tmp_path, tokenizer, monkeypatch):
 
 
 def test_wrong_answers_become_rejected_ones(folder, tmp_path, capsys):
-    out = tmp_path / "out"
+    out, sources = tmp_path / "out", tmp_path / "out/SOURCES.json"
+    out.mkdir()
+    sources.write_text('{"files": {"sft.jsonl": {}}}', encoding="utf-8")
     skill_pairs.write_skill_pairs(folder, out, WORDS)
     printed = capsys.readouterr().out
-    [path] = out.iterdir()
+    [path] = out.glob("*.jsonl")
     assert printed.splitlines()[-1] == str(path) and "fewer than 50 pairs" in printed
     content = path.read_bytes()
     pairs = [json.loads(line) for line in content.splitlines()]
     assert pairs and re.fullmatch(r"dpo_skills-[0-9a-f]{12}\.jsonl", path.name)
+    listed = json.loads(sources.read_text(encoding="utf-8"))["files"]
+    assert set(listed) == {"sft.jsonl", path.name} and listed[path.name]["rows"] == len(pairs)
+    assert set(listed[path.name]["sources"]) == {pair["source"] for pair in pairs}
     for pair in pairs:
         kind, question, _, answer = parts(pair)
         assert pair["rejected"][0] == pair["chosen"][0]

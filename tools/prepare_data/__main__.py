@@ -289,13 +289,13 @@ def _publish(
 ) -> None:
     """Move the written files into place, SOURCES.json last, and remove stale validation files.
 
-    Extra files from an earlier run are kept and remain listed.
+    Extra files and skill pairs from an earlier run are kept and remain listed.
     """
     earlier = _read_sources(out / "SOURCES.json")
     listed = {name: asdict(package) for name, package in packages.items()}
     retained: dict[str, Any] = {}
     for name, entry in earlier.get("files", {}).items():
-        if re.fullmatch(r"extra/(val/)?\w+\.jsonl", name) and name not in files:
+        if re.fullmatch(r"(extra/(val/)?\w+|dpo_skills-\w+)\.jsonl", name) and name not in files:
             if (out / name).is_file():
                 retained[name] = entry
                 for package in {p for s in entry["sources"].values() for p in s["packages"]}:

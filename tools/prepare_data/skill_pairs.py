@@ -7,6 +7,8 @@ answer becomes the rejected answer of a pair, and the right answer is chosen.
 from __future__ import annotations
 
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -51,7 +53,18 @@ def write_skill_pairs(folder: Path, out: Path, words: Sequence[str]) -> None:
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             write_atomically(path, "".join(line + "\n" for line in lines))
+            add_to_sources(path, Counter(row.source for row in rows))
     print(path)
+
+
+def add_to_sources(path: Path, rows: dict[str, int]) -> None:
+    """Add a file of generated rows to SOURCES.json in its folder, if the folder is a sample."""
+    listed = path.with_name("SOURCES.json")
+    if listed.is_file():
+        content = json.loads(listed.read_text(encoding="utf-8"))
+        sources = {name: {"rows": rows[name], "packages": []} for name in sorted(rows)}
+        content["files"][path.name] = {"rows": sum(rows.values()), "sources": sources}
+        write_atomically(listed, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 def wrong_answers(
