@@ -236,6 +236,14 @@ def test_wrong_answers_become_rejected_ones(folder, tmp_path, capsys):
     assert path.read_bytes() == content
 
 
+def test_answers_that_training_cannot_read_are_no_pairs():
+    question, right = {"role": "user", "content": "3+4"}, {"role": "assistant", "content": "7"}
+    steps = {"role": "assistant", "reasoning_content": "3+4=8", "content": "8"}
+    for rejected, readable in ((steps, True), ({**steps, "content": "8</think>9"}, False)):
+        pair = {"chosen": [question, right], "rejected": [question, rejected]}
+        assert skill_pairs.is_readable(pair) is readable
+
+
 def test_skill_pairs_are_of_the_training_side(folder):
     asked = [
         pair for kind in KINDS for pair in skill_pairs.questions(kind, "train", 24, WORDS, "p")

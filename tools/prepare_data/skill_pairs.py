@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from model import Transformer
 from tokenizer.bpe import Tokenizer
@@ -20,6 +21,8 @@ from tools.prepare_data.skills import KINDS, conversation, questions
 from tools.prepare_data.sources import disk_errors
 from trainlib.core.errors import UserError
 from trainlib.core.files import write_atomically
+from trainlib.data.conversations import NotUsed
+from trainlib.data.formats import ReadOptions, read_row
 from trainlib.data.messages import assistant
 from trainlib.models.generate import Sampling, generate_batch
 from trainlib.models.hf_folder import load_model, load_tokenizer
@@ -82,7 +85,16 @@ def wrong_answers(
         wrong = assistant(tokenizer.show([id_ for id_ in ids if id_ not in tokenizer.stop_ids]))
         wrong |= {key: right[key] for key in ("enable_thinking",) if key in right}
         text = wrong["content"].strip()
-        complete = ids[-1] in tokenizer.stop_ids and text and "<think>" not in text
-        if complete and text != right["content"]:
-            pair = {"chosen": chosen, "rejected": [question, wrong]}
+        ended = ids[-1] in tokenizer.stop_ids and "<think>" not in text
+        pair = {"chosen": chosen, "rejected": [question, wrong]}
+        if ended and text not in ("", right["content"]) and is_readable(pair):
             yield Row(item.key, f"skill_{kind}", pair)
+
+
+def is_readable(pair: dict[str, Any]) -> bool:
+    """Return whether training can read a pair; an answer with a stray tag, for example, it cannot."""
+    try:
+        read_row(pair, "dpo", ReadOptions())
+    except (ValueError, NotUsed):
+        return False
+    return True

@@ -270,10 +270,10 @@ WHERE = {
 
 # The numbers of training rows were chosen by trial trainings with configs/tiny_sft.yaml.
 KINDS = {
-    "sum": Kind(draw_sum, SUM, 4_000),
+    "sum": Kind(draw_sum, SUM, 3_700),
     "sum_direct": Kind(draw_sum, SUM, 300, think=False),
-    "difference": Kind(draw_difference, DIFFERENCE, 4_600),
-    "larger": Kind(draw_larger, LARGER, 2_800),
+    "difference": Kind(draw_difference, DIFFERENCE, 5_400),
+    "larger": Kind(draw_larger, LARGER, 3_000),
     "numeral_to_digits_zh": Kind(draw_numeral(chinese, True), TO_DIGITS_ZH, 1_800),
     "digits_to_numeral_zh": Kind(draw_numeral(chinese, False), TO_NUMERAL_ZH, 2_100),
     "words_to_digits_en": Kind(draw_numeral(english, True), TO_DIGITS_EN, 1_600),
