@@ -92,7 +92,7 @@ def wrong_answers(
 
 
 def is_readable(pair: dict[str, Any]) -> bool:
-    """Return whether training can read a pair; an answer with a stray tag, for example, it cannot."""
+    """Return whether training can read a pair; an answer with a stray tag, it refuses."""
     try:
         read_row(pair, "dpo", ReadOptions())
     except (ValueError, NotUsed):
