@@ -150,7 +150,7 @@ def draw_bits(axes: Any, curves: list[Curve]) -> None:
                 value, curve.begin, curve.end, color="#777777", linewidth=0.9, linestyle=":"
             )
             start = curve.begin + 0.25 * (curve.end - curve.begin)
-            axes.annotate(f"{name} {value:.2f}", (start, height), (0, 2), fontsize=8,
+            axes.annotate(f"{name} {value:.2f}", (start, height), (0, -3), fontsize=8, va="top",
                           textcoords="offset points", color="#555555")  # fmt: skip
     axes.set(ylabel="bits per byte of held-out text, lower is better")
     axes.margins(y=0.1)

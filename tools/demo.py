@@ -6,6 +6,7 @@ Running it again resumes an interrupted demo, or prints the figures of a finishe
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -42,16 +43,18 @@ def prepare(name: str, author: str | None, quick: bool) -> None:
     stamp.write_text(identity, encoding="utf-8")
 
 
-def call(arguments: list[str]) -> None:
-    """Run one of the project's programs; exit with its exit code if it fails.
+def call(arguments: list[str], capture: bool = False) -> str:
+    """Run one of the project's programs, and return its stdout if captured; exit if it fails.
 
     Ctrl-C reaches the program too, which then saves a checkpoint. This process waits for it.
     """
     handler = signal.signal(signal.SIGINT, lambda *_: None)
-    code = subprocess.run([sys.executable, *arguments], check=False).returncode
+    stdout = subprocess.PIPE if capture else None
+    done = subprocess.run([sys.executable, *arguments], stdout=stdout, encoding="utf-8")
     signal.signal(signal.SIGINT, handler)
-    if code:
-        sys.exit(code)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout
 
 
 def train(stage: str, quick: bool) -> None:
@@ -97,11 +100,10 @@ def skill_pairs() -> Path:
     """Return the file of pairs from the wrong answers of the fine-tuned model; write it if new."""
     command = ["-m", "tools.prepare_data", "--skill-pairs", str(DEMO / "sft" / "final")]
     print("asking the fine-tuned model questions, for pairs of right and wrong answers", flush=True)
-    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)
-    print(done.stdout, end="")
-    if done.returncode:
-        sys.exit(done.returncode)
-    return Path(done.stdout.splitlines()[-1])
+    output = call(command, capture=True)
+    print(output, end="")
+    # Relative, because the paths are part of the run's recipe, and the project may be moved.
+    return Path(os.path.relpath(output.splitlines()[-1]))
 
 
 def write_pages(blocks: dict[Path, str]) -> None:

@@ -101,6 +101,11 @@ def read_run(folder: Path) -> dict[str, Any]:
             })  # fmt: skip
     if not evaluations:
         raise UserError(f"{folder}: metrics.jsonl has no evaluation yet. Wait for the first one.")
+    if (path := folder / "skills.json").is_file():  # All questions, with the weights in final/.
+        evaluations[-1]["skills"] = skills = {}
+        for name, counts in json.loads(path.read_text(encoding="utf-8")).items():
+            kind, _, column = name.partition("/")
+            skills.setdefault(kind, {})[column or "trained"] = counts["correct"] / counts["total"]
     path = folder / "baselines.json"
     baselines = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     name = folder.resolve().name

@@ -163,9 +163,13 @@ def test_questions_are_rows_with_both_keys(tmp_path):
     one, two = load_questions([sft, dpo])
     assert (one.name, one.answer, one.enable_thinking) == ("sum", "2", True)
     assert (two.name, two.answer, two.prompt) == ("sum/words", "2", [user])
-    unanswered = {**good, "messages": [user, reply, user]}
-    with pytest.raises(UserError, match=r"c\.jsonl, line 2: .* end with an answer"):
-        load_questions([write(tmp_path / "c.jsonl", [good, unanswered])])
+    broken = {
+        "must end with an answer": {**good, "messages": [user, reply, user]},
+        "must not have a slash": {**good, "skill": "math/sum"},
+    }
+    for message, row_ in broken.items():
+        with pytest.raises(UserError, match=rf"c\.jsonl, line 2: .*{message}"):
+            load_questions([write(tmp_path / "c.jsonl", [good, row_])])
 
 
 @pytest.mark.parametrize(

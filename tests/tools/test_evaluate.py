@@ -15,7 +15,7 @@ from model import ModelConfig, Transformer
 from tokenizer.chat_format import render_conversation, render_prompt
 from tools.evaluate.__main__ import kinds_of, main
 from tools.evaluate.answers import answers, held_out_prompts, repeats
-from tools.evaluate.data import default_data, run_of
+from tools.evaluate.data import default_data, named_data, run_of
 from tools.evaluate.measure import Items, Results
 from tools.evaluate.report import difference, write_to_card
 from trainlib.core.errors import UserError
@@ -257,6 +257,19 @@ def test_by_default_the_files_of_the_run_and_of_the_runs_before_it_are_used(file
     assert sample["sft"].config.val_files == ("dataset/sample/val/sft/a.jsonl",)
 
 
+def test_named_files_are_read_with_the_settings_of_the_run(files, monkeypatch, tmp_path):
+    monkeypatch.chdir(files)
+    (tmp_path / "final").mkdir()
+    data = "{files: [gone.jsonl], columns: ['prompt:ask', 'answer:reply'], markers: keep}"
+    (tmp_path / "run.yaml").write_text(f"sequence_length: 33\ndata: {data}\n")
+    mine = write(tmp_path / "mine.jsonl", [{"ask": "2+2", "reply": "4"}] * 2)
+    found = named_data([mine], [tmp_path / "final"])["sft"].config
+    assert found.columns == ("prompt:ask", "answer:reply") and found.val_files == (mine,)
+    assert found.markers == "keep"
+    with pytest.raises(UserError, match="ask"):
+        named_data([mine], [files / "a"])
+
+
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
@@ -279,8 +292,10 @@ def test_the_table_is_inserted_into_the_card_and_replaced(tmp_path):
     path.write_text(card.format(""))
     write_to_card(Results(str(folder), 0))
     assert path.read_text() == card.format(expected.format(""))
-    write_to_card(Results(str(folder), 0, notes=[f"{folder}: \\1"]))
-    assert path.read_text() == card.format(expected.format("note: final: \\1\n"))
+    notes = [f"{folder}: \\1", f"sft: measured on {folder}/a.jsonl, data/b.jsonl"]
+    write_to_card(Results(str(folder), 0, notes=notes))
+    text = "note: final: \\1\nnote: sft: measured on a.jsonl, b.jsonl\n"
+    assert path.read_text() == card.format(expected.format(text))
     path.write_text("# Another card")
     with pytest.raises(UserError, match="begin evaluation"):
         write_to_card(Results(str(folder), 0))

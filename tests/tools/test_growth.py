@@ -91,6 +91,14 @@ def test_the_page_has_every_evaluation(runs):
     assert all(not e["samples"] and not e["skills"] for e in dpo["evaluations"])
 
 
+def test_the_last_evaluation_of_a_run_shows_the_whole_test(runs):
+    counts = {"sum": {"correct": 3, "total": 4}, "sum/words": {"correct": 1, "total": 2}}
+    (runs[1] / "skills.json").write_text(json.dumps(counts), encoding="utf-8")
+    *_, before, last = read_run(runs[1])["evaluations"]
+    assert last["skills"] == {"sum": {"trained": 0.75, "words": 0.5}}
+    assert before["skills"]["json"] == {"trained": 1 - 2 / 9}
+
+
 def test_no_text_of_a_model_can_end_the_script(runs):
     text = page([read_run(folder) for folder in runs])
     assert text.count("</script>") == 2 and "onerror" in text and EVIL not in text

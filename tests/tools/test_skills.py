@@ -16,7 +16,7 @@ from model import ModelConfig, Transformer
 from tests.stages.test_chat import SIZES, save
 from tokenizer.chat_format import render_conversation
 from tools.prepare_data import skill_pairs
-from tools.prepare_data.items import chinese, english
+from tools.prepare_data.items import PEOPLE, chinese, english
 from tools.prepare_data.skills import HELD_OUT, KINDS, held_out, skill_rows, wordings
 from trainlib.core.errors import UserError
 from trainlib.data import formats
@@ -105,7 +105,14 @@ def solve(kind, question, row):
         return english(numbers[0])
     if kind == "reverse":
         return item(row)[::-1]
+    if kind == "numeral_to_digits_zh":
+        return next(str(n) for n in range(9999, 9, -1) if chinese(n) in question)
+    if kind == "words_to_digits_en":
+        return next(str(n) for n in range(999, 9, -1) if ENGLISH[n].search(question.lower()))
     return None
+
+
+ENGLISH = [re.compile(rf"\b{english(n)}\b") for n in range(1000)]
 
 
 def test_answers_are_right_and_wrong_ones_are_not(trained, rows):
@@ -128,7 +135,7 @@ def test_answers_are_right_and_wrong_ones_are_not(trained, rows):
                 or wrong["reasoning_content"] != right["reasoning_content"]
                 or (kind == "count_letter")
             )
-    assert min(checked.values()) >= 320 and len(checked) == 9
+    assert min(checked.values()) >= 320 and len(checked) == 11
 
 
 def test_readings_and_counts_are_right(held):
@@ -141,11 +148,16 @@ def test_readings_and_counts_are_right(held):
         elif kind == "count_letter":
             word = item(row)
             assert word in WORDS and word in question
-            [letter] = {c for c in re.findall(r"(?<![A-Za-z])[a-z](?![a-z])", question)
-                        if str(word.count(c)) == answer} or [None]  # fmt: skip
-            assert letter and steps.count(letter) == int(answer)
+            letters = set(re.findall(r"(?<![A-Za-z])[a-z](?![A-Za-z])", question)) - {"a"}
+            [letter] = letters or {"a"}  # In English, "a" may be the article.
+            assert str(word.count(letter)) == answer == str(steps.count(letter))
         elif kind == "where_is":
-            assert answer in question and row["messages"][0]["content"].count(answer) == 1
+            names = "|".join([*PEOPLE["zh"], *PEOPLE["en"]])
+            story = rf"({names})(?:去了| went to the )(\w+)[。.]"
+            went, rest = re.findall(story, question), re.sub(story, "", question)
+            assert len(went) == 3
+            [asked] = {name for name, _ in went if name in rest}
+            assert dict(went)[asked] == answer
 
 
 def test_numerals():
@@ -223,12 +235,15 @@ def test_wrong_answers_become_rejected_ones(folder, tmp_path, capsys):
     listed = json.loads(sources.read_text(encoding="utf-8"))["files"]
     assert set(listed) == {"sft.jsonl", path.name} and listed[path.name]["rows"] == len(pairs)
     assert set(listed[path.name]["sources"]) == {pair["source"] for pair in pairs}
+    held_rows = (json.loads(row.line) for row in skill_rows(WORDS)[0])
+    seen = {item(row) for row in held_rows if "skill" in row}
+    assert not {item({**pair, "messages": pair["chosen"]}) for pair in pairs} & seen
     for pair in pairs:
         kind, question, _, answer = parts(pair)
         assert pair["rejected"][0] == pair["chosen"][0]
         assert pair["rejected"][1]["content"].strip() not in ("", answer)
         assert solve(kind, question, pair) in (answer, None)
-        assert ("enable_thinking" in pair["rejected"][1]) == (kind == "sum_direct")
+        assert kind != "sum_direct" and "enable_thinking" not in pair["rejected"][1]
     skill_pairs.write_skill_pairs(folder, out, WORDS)
     assert capsys.readouterr().out == f"{path}\n"  # A file that exists is kept.
     path.unlink()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tools.evaluate.data import default_data, is_pretrained, named_data, run_of
 from tools.evaluate.measure import measure
-from tools.evaluate.report import as_json, table, write_to_card
+from tools.evaluate.report import as_json, card_parts, table, write_to_card
 from trainlib.core.errors import UserError
 from trainlib.core.terminal import use_replacement_characters
 from trainlib.models.hf_folder import load_config
@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         if all(map(is_pretrained, folders)) and "pretrain" not in data:
             names = " and ".join(options.model)
             raise UserError(f"{names}: only pretrained, so --data needs a file with texts")
+        for folder in folders if options.card else ():
+            card_parts(folder)  # Raises UserError before the models are measured.
         results = [measure(name, data) for name in options.model]
         for result in results if options.card else ():
             write_to_card(result)

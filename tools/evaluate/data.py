@@ -6,6 +6,7 @@ files of SFT and of pretraining. Where a run's files are missing, the sample's a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from dataset import DATASET_DIR, DataConfig, choose_files, expand, load_datasets
 from tokenizer.bpe import Tokenizer
 from trainlib.core.errors import UserError
 from trainlib.data.encode import ENCODERS
-from trainlib.data.formats import detect
+from trainlib.data.formats import Format, detect
 from trainlib.data.packing import Datasets
 from trainlib.engine.run_folder import read_identity
 
@@ -66,12 +67,34 @@ def _runs(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         folder = Path(settings.get("init_from") or "no model")
 
 
-def _of_run(stage: str, settings: dict[str, Any]) -> Data | None:
-    """Return a run's data; None if a file is missing."""
+def _config(settings: dict[str, Any]) -> DataConfig:
+    """Return the data settings in a run.yaml."""
     known, given = {field.name for field in fields(DataConfig)}, settings.get("data", {})
     values: dict[str, Any] = {name: value for name, value in given.items() if name in known}
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    config = replace(DataConfig(**values), val_max_rows=0)
+    return DataConfig(**values)
+
+
+def _configs(folders: Sequence[Path]) -> Iterator[tuple[str, DataConfig]]:
+    """Yield stage and data settings of the runs that led to the models."""
+    for stage, settings in (run for folder in folders for run in _runs(folder)):
+        yield stage, _config(settings)
+
+
+def _detect(path: Path, folders: Sequence[Path]) -> Format:
+    """Return the format of a file; if it has none of its own, as a run of the models read it."""
+    try:
+        return detect(path).format
+    except UserError:
+        for _, config in _configs(folders):
+            with contextlib.suppress(UserError):
+                return detect(path, None, config.format, config.columns).format
+        raise
+
+
+def _of_run(stage: str, settings: dict[str, Any]) -> Data | None:
+    """Return a run's data; None if a file is missing."""
+    config = replace(_config(settings), val_max_rows=0)
     try:
         files = choose_files(config, stage)
     except UserError:
@@ -117,7 +140,7 @@ def named_data(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Data]
         for path in expand(name):
             if not path.is_file():
                 raise UserError(f"--data {path} does not exist")
-            format_ = detect(path).format
+            format_ = _detect(path, folders)
             if format_.kind not in ENCODERS:
                 raise UserError(f"--data {path} has {format_.name} rows, which cannot be measured")
             paths.setdefault(format_.kind, []).append(str(path))
@@ -127,7 +150,8 @@ def named_data(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Data]
             runs = default_data(folders, [kind])[kind]
         except UserError:
             runs = Data(DataConfig(files=tuple(files)), has_training=False)
-        config = DataConfig(files=runs.config.files, val_files=tuple(files))
+        read = next((config for stage, config in _configs(folders) if stage == kind), DataConfig())
+        config = replace(read, files=runs.config.files, val_files=tuple(files), val_max_rows=0)
         if not config.files:  # The run chose its files itself; so do we.
             config = replace(config, files=tuple(files))
             runs = replace(runs, has_training=False)

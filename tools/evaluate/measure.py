@@ -90,6 +90,9 @@ def measure(folder: str, data: dict[str, Data]) -> Results:
     context = model.config.max_position_embeddings
     loaded = {kind: load(d, kind, tokenizer, context) for kind, d in data.items()
               if chat or kind == "pretrain"}  # fmt: skip
+    for kind, datasets in loaded.items():
+        paths = [cache.path for packed in datasets.val.values() for cache in packed.caches]
+        results.notes.append(f"{kind}: measured on {', '.join(map(str, dict.fromkeys(paths)))}")
     with evaluation_mode(model):
         for kind, datasets in loaded.items():
             if kind == "dpo":

@@ -7,6 +7,8 @@ does not widen the interval.
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,7 @@ def table(all_results: list[Results]) -> str:
     """Return the results as text; of two models with their differences."""
     lines = [f"{'ABCDEFGH'[i]}  {r.path}: {r.parameters / 1e6:.1f}M parameters"
              for i, r in enumerate(all_results)]  # fmt: skip
-    lines += [f"note: {note}" for r in all_results for note in r.notes]
+    lines += [f"note: {note}" for note in dict.fromkeys(n for r in all_results for n in r.notes)]
     for section, title in SECTIONS.items():
         tables = [getattr(r, section) for r in all_results]
         names = dict.fromkeys(name for rows in tables for name in rows)
@@ -112,20 +114,28 @@ def table(all_results: list[Results]) -> str:
     return "\n".join(lines)
 
 
-def write_to_card(results: Results) -> None:
-    """Write the table into the model card in the model's folder, instead of an earlier one.
-
-    The card is made to be published, so it names no path. Raises UserError if there is no place.
-    """
-    path, folder = Path(results.path, "README.md"), Path(results.path).resolve().name
+def card_parts(folder: Path) -> tuple[str, str]:
+    """Return the model card before and after its table; raise UserError if there is no place."""
+    path = folder / "README.md"
     begin, end = "<!-- begin evaluation -->\n", "<!-- end evaluation -->"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     before, _, rest = text.partition(begin)
     _, found, after = rest.partition(end)
     if not found:
         raise UserError(f"{path} has no lines {begin.strip()} and {end}. Add them to it.")
-    lines = table([results]).replace(results.path, folder)
-    write_atomically(path, f"{before}{begin}```text\n{lines}\n```\n{end}{after}")
+    return before + begin, end + after
+
+
+def write_to_card(results: Results) -> None:
+    """Write the table into the model card in the model's folder, instead of an earlier one.
+
+    The card is made to be published, so it names no path.
+    """
+    folder = Path(results.path)
+    before, after = card_parts(folder)
+    notes = [re.sub(r"[^\s,]*/", "", note) for note in results.notes]
+    lines = table([replace(results, path=folder.resolve().name, notes=notes)])
+    write_atomically(folder / "README.md", f"{before}```text\n{lines}\n```\n{after}")
 
 
 def _one(all_results: list[Results], section: str, names: list[str]) -> list[str]:

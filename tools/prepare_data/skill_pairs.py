@@ -31,6 +31,8 @@ QUESTIONS = 64
 """Questions of each kind; all together take half a minute with the demo's model."""
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=64, seed=0)
 FEW_PAIRS = 50
+FORMAT = 2
+"""Increase this when other answers become pairs, so that earlier files are not reused."""
 
 
 def write_skill_pairs(folder: Path, out: Path, words: Sequence[str]) -> None:
@@ -39,9 +41,10 @@ def write_skill_pairs(folder: Path, out: Path, words: Sequence[str]) -> None:
     DIGEST depends on the model's weights, the questions and the sampling.
     """
     model, tokenizer = load_model(folder, "--skill-pairs "), load_tokenizer(folder)
-    asked = [(kind, *pair) for kind, entry in KINDS.items() if entry.rows
+    # Direct sums would be a third of the pairs, and cannot be learned.
+    asked = [(kind, *pair) for kind, entry in KINDS.items() if entry.rows and entry.think
              for pair in questions(kind, "train", QUESTIONS, words, seed="pairs")]  # fmt: skip
-    digest = hashlib.sha256(f"{SAMPLING} {asked}".encode())
+    digest = hashlib.sha256(f"{FORMAT} {SAMPLING} {asked}".encode())
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.read_bytes())
     path = out / f"dpo_skills-{digest.hexdigest()[:12]}.jsonl"
@@ -61,11 +64,12 @@ def write_skill_pairs(folder: Path, out: Path, words: Sequence[str]) -> None:
 
 
 def add_to_sources(path: Path, rows: dict[str, int]) -> None:
-    """Add a file of generated rows to SOURCES.json in its folder, if the folder is a sample."""
+    """Add a file of pairs to SOURCES.json in its folder, if any, with the packages of sft.jsonl."""
     listed = path.with_name("SOURCES.json")
     if listed.is_file():
         content = json.loads(listed.read_text(encoding="utf-8"))
-        sources = {name: {"rows": rows[name], "packages": []} for name in sorted(rows)}
+        known = content["files"].get("sft.jsonl", {}).get("sources", {})
+        sources = {name: {**known.get(name, {"packages": []}), "rows": rows[name]} for name in rows}
         content["files"][path.name] = {"rows": sum(rows.values()), "sources": sources}
         write_atomically(listed, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 

@@ -142,16 +142,13 @@ def start_run(config: RunConfig, stage: str, data_key: str, row_length: int) -> 
     if config.tokens_per_step < row_length and distributed.is_main:
         log.warning("tokens_per_step=%s is less than a row, so a step is one row of %s positions",
                     config.tokens_per_step, row_length)  # fmt: skip
-
     hardware = choose_hardware(
         find_facts(), device=config.device, precision=config.precision, compile_=config.compile,
         micro_batch_size=config.micro_batch_size, row_length=row_length,
     )  # fmt: skip
-
     check_card = config.device == "auto" and hardware.device.type == "cpu" and distributed.is_main
     if check_card and (warning := unseen_card()):
         log.warning("%s", warning)
-
     resume_from = run_on_main_process(
         distributed, lambda: acquire_run_folder(folder, config.resume, identity)
     )

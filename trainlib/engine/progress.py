@@ -99,9 +99,8 @@ class Display:
         self.state.passed += passed
         num_pairs = {}
         if names.VAL_REWARD_ACCURACY in metrics:
-            for name, val in self.datasets.val.items():
-                rows = (row for row, _ in val.rows(DataPosition()))
-                num_pairs[f"val/{name}"] = sum(map(len, rows))
+            read = {f"val/{n}": val.rows(DataPosition()) for n, val in self.datasets.val.items()}
+            num_pairs = {name: sum(len(row) for row, _ in rows) for name, rows in read.items()}
             num_pairs["val"] = sum(num_pairs.values())
         lines = validation_tables(step, metrics, num_pairs)
         lines += [

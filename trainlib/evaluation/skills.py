@@ -13,7 +13,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,10 @@ class Question:
 
 
 def conversations(
-    paths: Iterable[Path], options: ReadOptions | None = None
-) -> Iterator[tuple[Path, int, Row, Messages]]:
-    """Yield path, line, row and messages of each row; of a pair, the chosen conversation.
+    paths: Iterable[Path], options: ReadOptions | None = None,
+    wanted: Callable[[Row], bool] = lambda row: True,
+) -> Iterator[tuple[Path, int, Row, Messages]]:  # fmt: skip
+    """Yield path, line, row and messages of the wanted rows; of a pair, the chosen conversation.
 
     Skips rows that are broken or not used, which tokenization of the file reports.
     """
@@ -81,6 +82,8 @@ def conversations(
         for line, content in Source(path).items():
             try:
                 row = parse(content)
+                if not wanted(row):
+                    continue
                 stage = "dpo" if "chosen" in row else "sft"
                 (value,), *_ = read_row(row, stage, options or ReadOptions())
             except (ValueError, NotUsed):
@@ -94,11 +97,12 @@ def load_questions(paths: Iterable[Path], options: ReadOptions | None = None) ->
     Raises UserError for a question without an answer, or a file that cannot be read.
     """
     questions = []
-    for path, line, row, (*prompt, expected) in conversations(paths, options):
-        if is_question(row):
-            if expected["role"] != "assistant":
-                raise UserError(f'{path}, line {line}: a row with "skill" must end with an answer')
-            questions.append(Question(row["skill"], row["wording"], prompt, expected))
+    for path, line, row, (*prompt, expected) in conversations(paths, options, is_question):
+        if expected["role"] != "assistant" or not expected["content"].strip():
+            raise UserError(f'{path}, line {line}: a row with "skill" must end with an answer')
+        if "/" in row["skill"]:
+            raise UserError(f"{path}, line {line}: skill {row['skill']} must not have a slash")
+        questions.append(Question(row["skill"], row["wording"], prompt, expected))
     return questions
 
 
@@ -131,7 +135,7 @@ def count(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, di
     """Return "correct", "total", and the ends of the interval, by kind and wording."""
     total = Counter(question.name for question in questions)
     correct = Counter(q.name for q, a in zip(questions, answers, strict=True) if a == q.answer)
-    return {name: counted(correct[name], n) for name, n in total.items()}
+    return {name: counted(correct[name], n) for name, n in sorted(total.items())}
 
 
 def counted(correct: float, total: int) -> dict[str, float]:
