@@ -181,7 +181,10 @@ def skill_figures(sft: dict[str, Any], dpo: dict[str, Any]) -> list[str]:
             missed = share(dpo, kind) < least or share(dpo, f"{kind}/combination") < NEW_COMBINATION
         target = f"  (at least {least:.2f})" if least else ""
         names = (kind, f"{kind}/combination", f"{kind}/words")
-        lower = any(share(dpo, name) < sft[name]["low"] for name in names if name in sft)
+        lower = any(
+            share(dpo, name) < sft[name]["low"] and dpo[name]["high"] < share(sft, name)
+            for name in names if name in sft and name in dpo
+        )  # fmt: skip
         lines.append(
             f"  {kind:<22}{cells[0]:<38}{cells[1]}{target}{mark(not missed)}"
             + "   <- LOWER than the interval of SFT" * lower

@@ -27,7 +27,7 @@ from trainlib.data.messages import assistant
 from trainlib.models.generate import Sampling, generate_batch
 from trainlib.models.hf_folder import load_model, load_tokenizer
 
-QUESTIONS = 64
+QUESTIONS = 48
 """Questions of each kind; all together take half a minute with the demo's model."""
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=64, seed=0)
 FEW_PAIRS = 50

@@ -270,16 +270,16 @@ WHERE = {
 
 # The numbers of training rows were chosen by trial trainings with configs/tiny_sft.yaml.
 KINDS = {
-    "sum": Kind(draw_sum, SUM, 3_500),
+    "sum": Kind(draw_sum, SUM, 3_000),
     "sum_direct": Kind(draw_sum, SUM, 300, think=False),
     "difference": Kind(draw_difference, DIFFERENCE, 5_400),
     "larger": Kind(draw_larger, LARGER, 3_000),
     "numeral_to_digits_zh": Kind(draw_numeral(chinese, True), TO_DIGITS_ZH, 1_800),
-    "digits_to_numeral_zh": Kind(draw_numeral(chinese, False), TO_NUMERAL_ZH, 2_100),
+    "digits_to_numeral_zh": Kind(draw_numeral(chinese, False), TO_NUMERAL_ZH, 1_900),
     "words_to_digits_en": Kind(draw_numeral(english, True), TO_DIGITS_EN, 1_600),
     "digits_to_words_en": Kind(draw_numeral(english, False), TO_WORDS_EN, 1_700),
-    "json": Kind(draw_json, JSON, 1_700),
-    "count_letter": Kind(draw_count, COUNT, 1_500),
+    "json": Kind(draw_json, JSON, 2_200),
+    "count_letter": Kind(draw_count, COUNT, 1_400),
     "even": Kind(draw_even, EVEN, 1_000),
     "reverse": Kind(draw_reverse, REVERSE, 1_600),
     "three_digit_sum": Kind(draw_three_digit_sum, SUM, 0),
