@@ -45,6 +45,8 @@ class DPOConfig(RunConfig):
     """Model folder to start training from; also the reference model."""
     beta: float = field(default=0.1, metadata={"above": 0})
     """Reward per nat of the log-probability ratio to the reference; larger = stay closer to it."""
+    chosen_penalty: float = field(default=0.0, metadata={"at_least": 0})
+    """Factor on how much the reward of a chosen answer is below 0; 0 = plain DPO."""
     keep_best: bool = field(default=True, metadata=EXECUTION_ONLY)
     report_max_rows: int = field(default=0, metadata={**EXECUTION_ONLY, "at_least": 0})
     """Maximum number of rows of each validation set in the report at the end; 0 = all."""
@@ -52,9 +54,13 @@ class DPOConfig(RunConfig):
     """Training and validation files."""
 
 
-def dpo_loss(log_probs: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, MetricSums]:
+def dpo_loss(
+    log_probs: Tensor, reference: Tensor, beta: float, penalty: float = 0.0
+) -> tuple[Tensor, MetricSums]:
     """Return the sum of -log sigmoid(margin) over the pairs (arXiv:2305.18290, equation 7).
 
+    A penalty keeps the chosen answers likely: its product with -min(reward, 0) lowers the margin
+    (DPOP, arXiv:2402.13228, equation 3).
     Shapes: log_probs and reference (2 P,), in which chosen and rejected answers alternate.
     """
     rewards = beta * (log_probs - reference)
@@ -62,7 +68,7 @@ def dpo_loss(log_probs: Tensor, reference: Tensor, beta: float) -> tuple[Tensor,
     margin = chosen - rejected
     correct = torch.where(margin.abs() <= beta * TIE_NATS, 0.5, (margin > 0).float())
     means = log_probs.detach().view(-1, 2).sum(0)
-    return -F.logsigmoid(margin).sum(), {
+    return -F.logsigmoid(margin - penalty * F.relu(-chosen)).sum(), {
         "reward_accuracy": (correct.sum(), len(margin)),
         "reward_margin": (margin.sum(), len(margin)),
         "chosen_log_probs": (means[0], len(margin)),
@@ -85,7 +91,8 @@ def main(config: DPOConfig, tokenizer: Tokenizer, datasets: Datasets) -> Trainin
     reported = datasets.with_val_rows(config.report_max_rows)
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, MetricSums]:
-        return dpo_loss(batch_log_probs(model, batch), reference[batch.sequence_ids], config.beta)
+        return dpo_loss(batch_log_probs(model, batch), reference[batch.sequence_ids],
+                        config.beta, config.chosen_penalty)  # fmt: skip
 
     def evaluate(training: Training) -> tuple[Metrics, list[str]]:
         samples = show_samples(model, tokenizer, QUESTIONS, 64)

@@ -107,6 +107,23 @@ def test_the_dpo_loss_matches_manual_arithmetic():
     assert float(metrics["reward_margin"][0]) == pytest.approx(math.log(3), rel=1e-5)
 
 
+def test_the_penalty_lowers_the_margin_of_a_chosen_answer_that_became_less_likely():
+    """Pal et al., arXiv:2402.13228, equation 3, for two pairs: the second one is not penalized."""
+    policy, reference = (
+        torch.tensor([-6.0, -9.0, -3.0, -8.0]),
+        torch.tensor([-5.0, -7.0, -4.0, -7.0]),
+    )
+    loss, metrics = dpo_loss(policy, reference, 0.5, penalty=3.0)
+    first = 0.5 * (-1.0 + 2.0 - 3.0 * 1.0)
+    second = 0.5 * (1.0 + 1.0)
+    expected = math.log1p(math.exp(-first)) + math.log1p(math.exp(-second))
+    assert float(loss) == pytest.approx(expected)
+    assert dpo_loss(policy, reference, 0.5)[1] == metrics  # Rewards and accuracy are DPO's.
+    policy.requires_grad_()
+    dpo_loss(policy, reference, 0.5, penalty=3.0)[0].backward()
+    assert float(policy.grad[0]) == pytest.approx(-4 * float(policy.grad[1]))
+
+
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_beta_is_the_slope_of_the_dpo_loss(beta):
     """Fails if beta is omitted. The margin is beta ln 9, the gradient -+ beta sigmoid(-margin)."""

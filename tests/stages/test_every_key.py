@@ -37,7 +37,7 @@ VALUES = {
     "precision": "fp32", "compile": "off", "kernels": "plain",
     "micro_batch_size": "1", "eval_every_steps": "2",
     "save_every_steps": "3", "log_every_steps": "2", "keep_checkpoints": "1",
-    "keep_best": "on", "beta": "0.2", "report_max_rows": "2",
+    "keep_best": "on", "beta": "0.2", "chosen_penalty": "0.5", "report_max_rows": "2",
     "model.vocab_size": "6401", "model.hidden_size": "32", "model.intermediate_size": "48",
     "model.num_hidden_layers": "2", "model.num_attention_heads": "4",
     "model.num_key_value_heads": "2", "model.head_dim": "8",

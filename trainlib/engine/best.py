@@ -1,7 +1,5 @@
 """The weights with the smallest validation loss in best/, and which weights final/ gets."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -4,8 +4,6 @@ The card is card.md, filled. Hugging Face rejects a base_model that is no reposi
 that nobody chose is `other`. No file names a path of this machine: final/ is made to be published.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Picture of a run's validation curve, as a PNG, which every hub and Markdown viewer shows."""
 
-from __future__ import annotations
-
 import io
 
 from PIL import Image, ImageDraw, ImageFont

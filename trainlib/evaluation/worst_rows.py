@@ -5,8 +5,6 @@ another language or an answer to another question. Training rows come from the s
 have the same defects.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
