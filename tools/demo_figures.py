@@ -39,7 +39,7 @@ TRAINED = [kind for kind, entry in KINDS.items() if entry.rows and entry.think]
 """All kinds but those that are never trained, and the sum without its steps."""
 COLUMNS = 100
 """Width to which answers are truncated; Chinese characters take two columns."""
-LEGEND = "Targets are in parentheses. <- MISSED marks a value that misses its target."
+LEGEND = "Targets are in parentheses. <- MISSED: a target is missed. <- LOWER: by more than chance."
 QUICK = "A quick test with six steps for each stage: it misses the targets, and answers are noise."
 WHO, OPEN = "你好，你是谁？", "怎样保持健康？"
 
@@ -180,14 +180,14 @@ def skill_figures(sft: dict[str, Any], dpo: dict[str, Any]) -> list[str]:
         if least and kind in dpo:
             missed = share(dpo, kind) < least or share(dpo, f"{kind}/combination") < NEW_COMBINATION
         target = f"  (at least {least:.2f})" if least else ""
-        names = (kind, f"{kind}/combination", f"{kind}/words")
-        lower = any(
-            share(dpo, name) < sft[name]["low"] and dpo[name]["high"] < share(sft, name)
-            for name in names if name in sft and name in dpo
-        )  # fmt: skip
+        words = {"trained wordings": kind, "new combinations": f"{kind}/combination",
+                 "new words": f"{kind}/words"}  # fmt: skip
+        lower = [text for text, name in words.items() if name in sft and name in dpo
+                 and share(dpo, name) < sft[name]["low"]
+                 and dpo[name]["high"] < share(sft, name)]  # fmt: skip
         lines.append(
             f"  {kind:<22}{cells[0]:<38}{cells[1]}{target}{mark(not missed)}"
-            + "   <- LOWER than the interval of SFT" * lower
+            + f"   <- LOWER in {' and '.join(lower)}" * bool(lower)
         )
     before, after = (sum(share(t, kind) for kind in TRAINED) / len(TRAINED) for t in (sft, dpo))
     text = f"  {f'mean of {len(TRAINED)} trained kinds':<22}  {before:<36.3f}{after:.3f}"

@@ -260,7 +260,7 @@ def test_three_stages_run_in_sequence(workdir, pretrained):
     # The report reads all rows, also if the curve reads one.
     assert json.loads((workdir / "dpo2/report.json").read_text()) == table
     assert metrics(workdir / "dpo2")[0]["val/reward_accuracy"] == 0.5
-    assert re.search(r"validation at step 20 +loss .* pairs\nall .* (\d+)\n", again)[1] < str(n)
+    assert int(re.search(r"validation at step 20 +loss .* pairs\nall .* (\d+)\n", again)[1]) < n
 
 
 def test_prepare_only_and_help_do_not_train(workdir):

@@ -88,6 +88,9 @@ def test_skills_are_shown_by_wording_and_missed_targets_are_marked():
     for name, correct in (("sum", 180), ("sum/combination", 50)):
         missed = {**good, name: row(correct, good[name]["total"])}
         assert "MISSED" in "".join(demo_figures.skill_figures(good, missed))
+    lower = {**good, "sum": {**row(80, 200), "high": 0.47}}
+    assert "<- LOWER in trained wordings" in "".join(demo_figures.skill_figures(good, lower))
+    assert "LOWER" not in "".join(demo_figures.skill_figures(lower, good))
     assert demo_figures.conclusion({**good, "sum_direct": row(3, 200)}) == (
         "Of questions that it never saw, the model answers at least 9 of 10 right in sum, and "
         "fewer than 1 of 10 in sum_direct; it knows no facts."
