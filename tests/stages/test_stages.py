@@ -226,6 +226,7 @@ def test_three_stages_run_in_sequence(workdir, pretrained):
     assert "baselines in bits per byte" in out and "sample: greedy: 你是谁？\\n" in out
     dpo = ["configs/tiny_dpo.yaml", "out_dir=dpo", "init_from=sft/final", "data.files=dpo.jsonl"]
     dpo += [*COMMON, "max_steps=20", "sequence_length=64", "optim.adamw_lr=2e-3"]
+    dpo += ["data.val_max_rows=0", "report_max_rows=0"]
     out = run("dpo_train.py", *dpo, "data.val_fraction=0.1", cwd=workdir)
     for stage in ("full", "sft", "dpo"):
         log = (workdir / stage / "train.log").read_text()
@@ -254,7 +255,7 @@ def test_three_stages_run_in_sequence(workdir, pretrained):
     (workdir / "dpo/report.json").unlink()  # This simulates a kill before final/ is written.
     run("dpo_train.py", *dpo, "data.val_fraction=0.1", cwd=workdir)
     assert json.loads((workdir / "dpo/report.json").read_text())["kind"]
-    dpo += ["out_dir=dpo2", "data.val_fraction=0.1", "data.val_max_rows=1", "report_max_rows=0"]
+    dpo += ["out_dir=dpo2", "data.val_fraction=0.1", "data.val_max_rows=1"]
     again = run("dpo_train.py", *dpo, cwd=workdir)
     assert "reference: 0 answers computed" in again
     # The report reads all rows, also if the curve reads one.

@@ -1,13 +1,11 @@
 """Rows of the sample: text from the packages, split into training and validation rows.
 
-1. `is_validation` depends only on the name of a row's group, in all stages. Therefore,
-   no group is in both training and validation data.
+1. `is_validation` depends only on a row's group, so no group is in training and validation data.
 2. `pretrain_rows` yields documents; `conversations` and `identity_rows` yield dialogues.
 3. `preferences` yields pairs of three types: `behaviour` pairs from the conversations,
    `continuation` pairs from the statutes, and the published `ranked` pairs.
 
-No random numbers are used: every choice depends on the sha1 of a text, so two runs produce the
-same bytes.
+Every choice depends on the sha1 of a text, not on random numbers: two runs write the same bytes.
 """
 
 from __future__ import annotations
@@ -61,8 +59,7 @@ EXTRA_IDENTITY = (
     ("Who made you?", "I was made by {{author}}. My name is {{name}}."),
 )
 
-# Defaults for --author; the language of the answer selects one.
-AUTHORS = {"zh": "一位爱好者", "en": "a hobbyist"}
+AUTHORS = {"zh": "一位爱好者", "en": "a hobbyist"}  # without --author, by the answer's language
 
 
 @dataclass(frozen=True)
@@ -233,14 +230,11 @@ def statute_conversations(articles: list[Article]) -> Iterator[Row]:
 def is_for_sft(row: Row) -> bool:
     """Return whether SFT uses a conversation: one in 24 about statutes, and short ones of Alpaca.
 
-    With all 1,724 conversations about statutes, a small model quoted laws when asked about health.
-    The long answers of Alpaca took a sixth of the positions and ended in the middle, since a row of
-    configs/tiny_sft.yaml holds 200; the skills learned less in the same time. They are held out all
-    the same.
+    With all 1,724 about statutes, a small model quoted laws when asked about health; long answers
+    left a sixth less of the positions to the skills. Held-out ones of any length are used.
     """
     if row.source.startswith("alpaca") and not is_validation(row.group):
-        texts = (turn["content"] for turn in row.content["messages"])
-        return sum(len(text.encode("utf-8")) for text in texts) <= SFT_MAX_BYTES
+        return sum(len(t["content"].encode()) for t in row.content["messages"]) <= SFT_MAX_BYTES
     return row.source != "statutes" or stable_hash(row.line) % 24 == 0
 
 
