@@ -39,7 +39,10 @@ TRAINED = [kind for kind, entry in KINDS.items() if entry.rows and entry.think]
 """All kinds but those that are never trained, and the sum without its steps."""
 COLUMNS = 100
 """Width to which answers are truncated; Chinese characters take two columns."""
-LEGEND = "Targets are in parentheses. <- MISSED: a target is missed. <- LOWER: by more than chance."
+LEGEND = (
+    "Targets are in parentheses. <- MISSED marks a value that misses its target, and <- LOWER a\n"
+    "skill that DPO lowered by more than its interval."
+)
 QUICK = "A quick test with six steps for each stage: it misses the targets, and answers are noise."
 WHO, OPEN = "你好，你是谁？", "怎样保持健康？"
 

@@ -224,7 +224,8 @@ def folder(tmp_path, tokenizer, monkeypatch):
 def test_wrong_answers_become_rejected_ones(folder, tmp_path, capsys):
     out, sources = tmp_path / "out", tmp_path / "out/SOURCES.json"
     out.mkdir()
-    sources.write_text('{"files": {"sft.jsonl": {}}}', encoding="utf-8")
+    of_sft = {f"skill_{kind}": {"rows": 7, "bytes": 9, "packages": ["p"]} for kind in KINDS}
+    sources.write_text(json.dumps({"files": {"sft.jsonl": {"sources": of_sft}}}), encoding="utf-8")
     skill_pairs.write_skill_pairs(folder, out, WORDS)
     printed = capsys.readouterr().out
     [path] = out.glob("*.jsonl")
@@ -234,7 +235,9 @@ def test_wrong_answers_become_rejected_ones(folder, tmp_path, capsys):
     assert pairs and re.fullmatch(r"dpo_skills-[0-9a-f]{12}\.jsonl", path.name)
     listed = json.loads(sources.read_text(encoding="utf-8"))["files"]
     assert set(listed) == {"sft.jsonl", path.name} and listed[path.name]["rows"] == len(pairs)
-    assert set(listed[path.name]["sources"]) == {pair["source"] for pair in pairs}
+    counts = Counter(pair["source"] for pair in pairs)
+    expected = {name: {"rows": n, "packages": ["p"]} for name, n in counts.items()}
+    assert listed[path.name]["sources"] == expected
     held_rows = (json.loads(row.line) for row in skill_rows(WORDS)[0])
     seen = {item(row) for row in held_rows if "skill" in row}
     assert not {item({**pair, "messages": pair["chosen"]}) for pair in pairs} & seen

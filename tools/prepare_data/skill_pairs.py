@@ -69,7 +69,10 @@ def add_to_sources(path: Path, rows: dict[str, int]) -> None:
     if listed.is_file():
         content = json.loads(listed.read_text(encoding="utf-8"))
         known = content["files"].get("sft.jsonl", {}).get("sources", {})
-        sources = {name: {**known.get(name, {"packages": []}), "rows": rows[name]} for name in rows}
+        sources = {
+            name: {"rows": number, "packages": known.get(name, {}).get("packages", [])}
+            for name, number in sorted(rows.items())
+        }
         content["files"][path.name] = {"rows": sum(rows.values()), "sources": sources}
         write_atomically(listed, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
@@ -96,7 +99,7 @@ def wrong_answers(
 
 
 def is_readable(pair: dict[str, Any]) -> bool:
-    """Return whether training can read a pair; an answer with a stray tag, it refuses."""
+    """Return whether training can read a pair, which a stray tag in an answer prevents."""
     try:
         read_row(pair, "dpo", ReadOptions())
     except (ValueError, NotUsed):
