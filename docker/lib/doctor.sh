@@ -12,10 +12,42 @@ finding() {
 "
 }
 
-# anonymize <TEXT: remove the names and paths of this machine
+# anonymize <TEXT: remove the secrets, names and paths of this machine
 anonymize() {
-  sed -e "s|$ROOT|REPOSITORY|g" -e "s|${HOME:-/nonexistent}|HOME|g" -e "s|$(id -un 2>/dev/null || echo nobody-here)|USER|g" \
-    -e "s|$(hostname 2>/dev/null || echo no-host-name)|HOST|g" -e 's#/\(home\|Users\|mnt\|data\)/[^ :"]*#PATH#g'
+  without_secrets | sed -e "s|$ROOT|REPOSITORY|g" -e "s|${HOME:-/nonexistent}[^ :\"']*|HOME|g" \
+    -e "s#/\(home\|Users\|mnt\|data\|media\|Volumes\|root\)/[^ :\"']*#PATH#g" \
+    -e "s|$(id -un 2>/dev/null || echo nobody-here)|USER|g" -e "s|$(hostname 2>/dev/null || echo no-host-name)|HOST|g"
+}
+
+# without_secrets <TEXT: mask passwords in addresses, values given to names such as HF_TOKEN, and
+# the values that such names have in the environment and in .env
+without_secrets() {
+  KNOWN="$(user_lines "$ENV_FILE" && env)" awk '
+    function secret(name) { return toupper(name) ~ /TOKEN|KEY|PASSW|SECRET|CREDENTIAL|SWANLAB_/ }
+    function masked(text, value,    at, out) {
+      while ((at = index(text, value)) > 0) { out = out substr(text, 1, at - 1) "MASKED"; text = substr(text, at + length(value)) }
+      return out text
+    }
+    BEGIN {
+      for (i = split(ENVIRON["KNOWN"], lines, "\n"); i > 0; i--) {
+        name = value = lines[i]; sub(/=.*/, "", name); sub(/^[^=]*=/, "", value)
+        gsub(/^["\047]|["\047 ]+$/, "", value)
+        if (secret(name) && length(value) > 5) values[value]
+      }
+    }
+    {
+      gsub(/:\/\/[^ "\047]*@/, "://MASKED@")
+      gsub(/hf_[A-Za-z0-9]+/, "MASKED")
+      gsub(/[Bb]earer +[^ "\047]+/, "Bearer MASKED")
+      for (value in values) $0 = masked($0, value)
+      out = ""
+      while (match($0, /[A-Za-z0-9_-]+["\047]?[=:] *["\047]?[^ ,"\047]+/)) {
+        pair = substr($0, RSTART, RLENGTH); name = pair; sub(/["\047]?[=:].*/, "", name)
+        out = out substr($0, 1, RSTART - 1) (secret(name) ? name "=MASKED" : pair)
+        $0 = substr($0, RSTART + RLENGTH)
+      }
+      print out $0
+    }'
 }
 
 run_doctor() {

@@ -32,10 +32,11 @@ env_text() {
 }
 
 # write_env FILE BLOCK: replace the block atomically and keep the old file as FILE.bak. If nothing
-# changes, write nothing.
+# changes, write nothing. The file keeps its mode, for it may hold secrets.
 write_env() {
   local file=$1 new
   new=$(mktemp "$file.XXXXXX") || return 1
+  if [ -f "$file" ]; then cp -p "$file" "$new"; else chmod 644 "$new"; fi || return 1
   if ! env_text "$file" "$2" >"$new"; then
     rm -f "$new"
     return 1
@@ -47,5 +48,5 @@ write_env() {
     fi
     cp -p "$file" "$file.bak" || return 1
   fi
-  chmod 644 "$new" && mv "$new" "$file"
+  mv "$new" "$file"
 }

@@ -45,6 +45,36 @@ def test_user_lines_are_kept_below_the_block(tmp_path):
     assert "GPU_PROFILE=cpu" in again and "a100" not in again and again.count("# mine") == 1
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o640])
+def test_env_file_keeps_its_mode(mode, tmp_path):
+    file = tmp_path / ".env"
+    file.write_text("HF_TOKEN=secret\n")
+    file.chmod(mode)
+    assert build(tmp_path, "--env-only").code == 0
+    assert file.read_text().startswith("# >>> written") and "HF_TOKEN=secret" in file.read_text()
+    for path in (file, tmp_path / ".env.bak"):
+        assert path.stat().st_mode & 0o777 == mode
+
+
+def test_the_block_of_the_doctor_has_no_secrets(tmp_path):
+    file = tmp_path / ".env"
+    file.write_text("SWANLAB_API_KEY='swan.lake.12'\nPIP_INDEX_URLS=http://me:pass%40w@host/x\n")
+    text = (
+        "http_proxy http://ann:top@secret@10.0.0.2:3128/a https://b:c1@host\nHF_TOKEN=hf_abcdefgh "
+        'then "my_password": "p4ss", AWS_SECRET_KEY=x/y+z; WANDB_API_KEY is 0123abcd, swan.lake.12 '
+        f"Bearer eyJh /home/ann/private {tmp_path}/my/thesis /root/.ssh torch 2.13.0, CUDA 13: fine"
+    )
+    script = (f'ENV_FILE={file}; ROOT=/nowhere; . "{ROOT}/docker/lib/envfile.sh"; '
+              f'. "{ROOT}/docker/lib/doctor.sh"; printf "%s\\n" "$1" | anonymize')  # fmt: skip
+    env = {**os.environ, "HOME": str(tmp_path), "WANDB_API_KEY": "0123abcd"}
+    out = subprocess.check_output(["bash", "-c", script, "-", text], text=True, env=env)
+    for word in ("ann", "top", "secret@", "c1", "abcdefgh", "p4ss", "x/y", "0123abcd", "swan.lake",
+                 "eyJh", "private", str(tmp_path), "thesis", ".ssh"):  # fmt: skip
+        assert word not in out, out
+    for word in ("10.0.0.2:3128/a", "@host", "HF_TOKEN", "torch 2.13.0, CUDA 13: fine"):
+        assert word in out, out
+
+
 def test_build_fails_when_env_file_cannot_be_written(tmp_path):
     result = build(tmp_path, "--env-only", ENV_FILE=str(tmp_path / "no/such/.env"))
     assert result.code == 2 and "cannot write" in result.err
