@@ -16,6 +16,8 @@ no run starts after that many hours.
 
 from __future__ import annotations
 
+import trainlib.core.threads  # noqa: F401  # Before torch.
+
 import hashlib
 import json
 import math

@@ -12,12 +12,21 @@
                  includes the evaluation of one row and three samples before that step
     memory       peak memory of a step on 8 rows of 512 tokens, ours / transformers, AdamW, fp32
 
-All benchmarks use the default model, which has 26.9M parameters.
+    busy         speed of the tiny model next to two busy processes per core, relative to that on
+                 idle cores times the fair share of the cores (one third)
+
+All benchmarks but `busy` use the default model, which has 26.9M parameters.
 """
 
 from __future__ import annotations
 
+import trainlib.core.threads  # noqa: F401  # Before torch.
+
 import argparse
+import os
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 
@@ -36,7 +45,7 @@ from bench.step import own_step
 from bench.training import LENGTH, LONG_RUN, ROWS
 from tools.past_runs import minutes_trained
 from trainlib.core.terminal import use_replacement_characters
-from trainlib.engine.metrics import TRAIN_MFU
+from trainlib.engine.metrics import TRAIN_MFU, TRAIN_SPEED
 
 DATA = SAMPLE / "pretrain.jsonl"
 STEP = [f"tokens_per_step={ROWS * LENGTH}"]
@@ -95,9 +104,32 @@ def memory(options: argparse.Namespace) -> None:
     record("memory", [mine / theirs], "<= 0.8", bytes=[mine, theirs])
 
 
+def busy(options: argparse.Namespace) -> None:
+    """Measure the speed next to other programs: on idle cores, then next to busy processes."""
+    cores = len(os.sched_getaffinity(0))
+
+    def speed() -> float:
+        rows = run("train.py", DATA, "busy", ["max_steps=12"], "configs/tiny_pretrain.yaml")
+        return statistics.median(row[TRAIN_SPEED] for row in rows if TRAIN_SPEED in row)
+
+    found = []
+    for _ in range(max(5, options.repeats)):
+        idle = speed()
+        others = [
+            subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * cores)
+        ]
+        try:
+            found.append(speed() / (idle * cores / (cores + len(others))))
+        finally:
+            for process in others:
+                process.kill()
+                process.wait()
+    record("busy", found, ">= 0.4")
+
+
 BENCHMARKS = {
     "mfu": mfu, "mfu_plain": mfu_plain, "mfu_fp32": mfu_fp32, "checkpoint": checkpoint,
-    "start": start, "memory": memory,
+    "start": start, "memory": memory, "busy": busy,
 }  # fmt: skip
 
 

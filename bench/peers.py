@@ -17,6 +17,8 @@ which is far slower on a CPU without bf16 instructions, needs --bf16. Prints one
 
 from __future__ import annotations
 
+import trainlib.core.threads  # noqa: F401  # Before torch.
+
 import argparse
 import json
 import math

@@ -11,6 +11,8 @@ gets right. The title states the result.
 
 from __future__ import annotations
 
+import trainlib.core.threads  # noqa: F401  # Before torch.
+
 import argparse
 import json
 import sys

@@ -8,6 +8,8 @@ each benchmark in bench/records.jsonl. The ablations in bench/ablations.jsonl fo
 
 from __future__ import annotations
 
+import trainlib.core.threads  # noqa: F401  # Before torch.
+
 import argparse
 import json
 import statistics
@@ -42,6 +44,8 @@ DESCRIPTIONS = {
     " values below 0.001 are noise",
     "start": "seconds from the command to the first step, with cached data, uncompiled",
     "memory": "peak memory of a step on 8 rows of 512, ours / transformers, fp32",
+    "busy": "speed of the tiny model next to two busy processes per core, relative to its speed on"
+    " idle cores times the fair share of the cores (one third)",
 }
 """Description of each benchmark, in the order of the page."""
 

@@ -7,6 +7,8 @@ Prints one JSON object. bench.peers prints the same for the peer's step.
 
 from __future__ import annotations
 
+import trainlib.core.threads  # noqa: F401  # Before torch.
+
 import argparse
 import json
 from dataclasses import replace

@@ -17,6 +17,8 @@ is faster, if the CPU has bf16 instructions. Startup and evaluation time is not 
 
 from __future__ import annotations
 
+import trainlib.core.threads  # noqa: F401  # Before torch.
+
 import argparse
 import json
 from pathlib import Path

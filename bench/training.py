@@ -25,6 +25,8 @@ CPU has bf16 instructions, and without gradient checkpointing, which slows down 
 
 from __future__ import annotations
 
+import trainlib.core.threads  # noqa: F401  # Before torch.
+
 import itertools
 import json
 import random
