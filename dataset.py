@@ -16,8 +16,6 @@ load_datasets runs steps 1 to 7. Each record is used for training or held out, n
 with equal content are in the same split. Records longer than a row are split, truncated or dropped.
 """
 
-from __future__ import annotations
-
 import functools
 import glob
 import logging
@@ -34,6 +32,7 @@ from tokenizer.bpe import Tokenizer
 from trainlib.core.errors import UserError
 from trainlib.data import formats
 from trainlib.data.columns import MAPPABLE
+from trainlib.data.containers import MAX_ROW_MB
 from trainlib.data.findings import check_mapped_columns
 from trainlib.data.packing import FEW_ROWS, Datasets, PackedDataset, Part, none_fits, usable_lengths
 from trainlib.data.readers import COMPRESSED, SUFFIXES
@@ -67,19 +66,20 @@ class DataConfig:
     auto = 0.005, but at least 64 rows (of fewer than 640: a tenth), and at most about 2 MB."""
     val_max_rows: int = field(default=0, metadata={"at_least": 0})
     """Maximum number of rows that an evaluation reads from each validation set; 0 = all."""
-
     format: str = "auto"
     """Format of all files; auto = detect it. tools.inspect_data --help lists the names."""
     alpaca_join: Literal["newline", "none"] = "newline"
     """Separator between the instruction and the input of an Alpaca row (for wyf3 data: none)."""
-
     columns: tuple[str, ...] = ()
     """Columns whose names are not recognized, as [prompt:instruct,answer:reply]: our name, a colon,
     the name in the file. Ours: text, prompt, input, answer, system, history, messages, tools,
     chosen, rejected."""
     markers: Literal["split", "keep"] = "split"
     """In pretraining rows written with markers between texts (<|im_end|>, </s>), split there."""
-
+    max_row_mb: int = field(default=MAX_ROW_MB, metadata={"recipe": False, "at_least": 1})
+    """Longer rows are broken; a row takes up to ten times its size in memory."""
+    verify_cache: bool = field(default=False, metadata={"recipe": False})
+    """Compare the digests of all token caches before training, as --verify-cache does."""
     on_error: OnError = field(default="stop", metadata={"recipe": False})
     """On a broken row: stop and report its line and reason, or skip and list it (at most 1 %)."""
     too_long: Literal["cut", "drop"] = "cut"
@@ -102,7 +102,8 @@ class DataConfig:
     def read_options(self) -> formats.ReadOptions:
         """Return the options that decide how rows are read."""
         join = {"newline": "\n", "none": ""}[self.alpaca_join]
-        return formats.ReadOptions(self.format, join, self.columns, self.markers == "split")
+        split = self.markers == "split"
+        return formats.ReadOptions(self.format, join, self.columns, split, self.max_row_mb)
 
     def estimate_tokens(self, kind: str, row_length: int) -> tuple[float, str]:
         """Return about how many tokens an epoch has, and how this is known, without tokenizing."""
@@ -132,8 +133,7 @@ class Group(NamedTuple):
 
     name: str
     paths: list[Path]
-    weight: float = 0.0
-    """Share of an epoch's tokens; 0 = no weights are set."""
+    weight: float = 0.0  # Share of an epoch's tokens; 0 = no weights are set.
 
 
 class Files(NamedTuple):
@@ -159,20 +159,17 @@ def expand(name: str) -> list[Path]:
         if not found:
             raise UserError(f"{name} matches nothing in {Path.cwd()}. Check the pattern.")
     if not found:
-        raise UserError(
-            f"{name} contains no data files. Add files that end in {', '.join(SUFFIXES)}, "
-            f"optionally followed by {' or '.join(COMPRESSED)}."
-        )
+        raise UserError(f"{name} contains no data files. Add files that end in "
+                        f"{', '.join(SUFFIXES)}, optionally followed by "
+                        f"{' or '.join(COMPRESSED)}.")  # fmt: skip
     return sorted(found)
 
 
 def _is_data_file(path: Path) -> bool:
     """Return whether a path is named like a data file; README.txt and LICENSE.txt are not."""
-    return (
-        bool({*path.suffixes} & {*SUFFIXES, *COMPRESSED})
-        and not path.name.startswith(".")
-        and path.stem.split(".")[0].upper() not in ("README", "LICENSE", "SOURCES", "NOTICE")
-    )
+    if path.name.startswith(".") or not {*path.suffixes} & {*SUFFIXES, *COMPRESSED}:
+        return False
+    return path.stem.split(".")[0].upper() not in ("README", "LICENSE", "SOURCES", "NOTICE")
 
 
 def choose_files(config: DataConfig, kind: str) -> Files:
@@ -185,7 +182,8 @@ def choose_files(config: DataConfig, kind: str) -> Files:
         if not (path.is_file() and _is_data_file(path)):
             continue
         try:
-            found = formats.detect(path, None, config.format, config.columns).format.kind
+            options = (config.format, config.columns, config.max_row_mb)
+            found = formats.detect(path, None, *options).format.kind
         except UserError as error:
             found = f"not usable ({error})"
         if found == kind:
@@ -211,9 +209,8 @@ def choose_files(config: DataConfig, kind: str) -> Files:
 # ---- 6. held-out records -------------------------------------------------------------------------
 
 
-def hold_out(
-    hashes: np.ndarray, sizes: np.ndarray, fits: np.ndarray, fraction: float | Literal["auto"]
-) -> np.ndarray:
+def hold_out(hashes: np.ndarray, sizes: np.ndarray, fits: np.ndarray,
+             fraction: float | Literal["auto"]) -> np.ndarray:  # fmt: skip
     """Return the hashes of the records held out for validation, ascending.
 
     These are the smallest hashes of the records that fit in a row, so the choice is stable when
@@ -238,17 +235,16 @@ def hold_out(
 # ---- the datasets --------------------------------------------------------------------------------
 
 
-def load_datasets(
-    config: DataConfig, kind: str, tokenizer: Tokenizer, sequence_length: int, seed: int
-) -> Datasets:
+def load_datasets(config: DataConfig, kind: str, tokenizer: Tokenizer, sequence_length: int,
+                  seed: int) -> Datasets:  # fmt: skip
     """Choose, tokenize, pack and log the data of a stage; raise UserError for unusable files."""
     files = choose_files(config, kind)
     log.info("data: %s", files.reason)
     read: list[TokenCache] = []
 
     def tokenized(group: Group) -> list[TokenCache]:
-        options, on_error = config.read_options, config.on_error
-        read.extend(build_cache(path, kind, tokenizer, options, on_error) for path in group.paths)
+        options = (config.read_options, config.on_error, config.verify_cache)
+        read.extend(build_cache(path, kind, tokenizer, *options) for path in group.paths)
         return read[-len(group.paths) :]
 
     row_length = 2 * sequence_length if kind == "dpo" else sequence_length
@@ -283,9 +279,8 @@ def load_datasets(
     return Datasets(train, val, " ".join(cache.key for cache in read))
 
 
-def _hold_out(
-    group: Group, caches: list[TokenCache], config: DataConfig, kind: str, row_length: int
-) -> np.ndarray:
+def _hold_out(group: Group, caches: list[TokenCache], config: DataConfig, kind: str,
+              row_length: int) -> np.ndarray:  # fmt: skip
     """Return the hashes of the records held out of a group; raise UserError if there are none."""
     names = ", ".join(str(path) for path in group.paths)
     usable = [usable_lengths(c, np.arange(c.num_records), kind, row_length, config.too_long)[1]
@@ -293,18 +288,15 @@ def _hold_out(
     fits = np.concatenate(usable) > 0
     if not fits.any():
         raise UserError(none_fits(names, len(fits), row_length))
-    hashes, sizes = (
-        np.concatenate([getattr(cache, name) for cache in caches])
-        for name in ("hashes", "record_lengths")
-    )
+    hashes, sizes = (np.concatenate([getattr(cache, name) for cache in caches])
+                     for name in ("hashes", "record_lengths"))  # fmt: skip
     try:
         # A token is about four bytes.
         return hold_out(hashes, 4 * sizes, fits, config.val_fraction)
     except ValueError as error:
-        raise UserError(
-            f"{names}: {error}, but training and validation need at least one each. Add rows or "
-            f"pass data.val_files. A row has {row_length} positions (see sequence_length)."
-        ) from error
+        raise UserError(f"{names}: {error}, but training and validation need at least one each. "
+                        f"Add rows or pass data.val_files. A row has {row_length} positions (see "
+                        "sequence_length).") from error  # fmt: skip
 
 
 def _repeats(groups: list[Group], selected: list[list[Part]]) -> list[float] | None:
@@ -364,23 +356,18 @@ def _short_name(name: str) -> str:
 
 
 def _log_summary(name: str, packed: PackedDataset) -> None:
-    """Log the size of a dataset, and the number of truncated and dropped rows."""
     units = {"pretrain": "pieces of documents", "sft": "conversations", "dpo": "pairs"}[packed.kind]
     size = f"{packed.num_units:,} {units}, {packed.num_tokens:,} tokens"
-    log.info(
-        "%s: %s, in %s rows of %d with %.1f %% padding  (%s)",
-        name, size, f"{packed.num_rows():,}", packed.row_length,
-        100 * packed.padding_fraction(), ", ".join(str(cache.path) for cache in packed.caches),
-    )  # fmt: skip
+    log.info("%s: %s, in %s rows of %d with %.1f %% padding  (%s)", name, size,
+             f"{packed.num_rows():,}", packed.row_length, 100 * packed.padding_fraction(),
+             ", ".join(str(cache.path) for cache in packed.caches))  # fmt: skip
     keys = "sequence_length" + " and data.too_long" * (packed.kind == "sft")
     for action, counts in (("dropped", packed.num_dropped), ("truncated", packed.num_cut)):
         if counts:
             sources = ", ".join(f"{source} {n:,}" for source, n in sorted(counts.items()))
-            log.warning(
-                "%s: %s rows longer than %d positions were %s: %s (%.1f %% of the rows; see %s)",
-                name, f"{counts.total():,}", packed.row_length, action, sources,
-                100 * counts.total() / packed.num_records, keys,
-            )  # fmt: skip
+            log.warning("%s: %s rows longer than %d positions were %s: %s (%.1f %% of the rows; "
+                        "see %s)", name, f"{counts.total():,}", packed.row_length, action, sources,
+                        100 * counts.total() / packed.num_records, keys)  # fmt: skip
     if (packed.num_dropped + packed.num_cut).total() > MANY_LONG_ROWS * packed.num_records:
         length = -(-packed.length_of_99_percent // (2 if packed.kind == "dpo" else 1))
         log.warning("%s: sequence_length=%d would hold 99 %% of the rows", name, length)

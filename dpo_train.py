@@ -5,7 +5,7 @@
 Source: Rafailov et al., Direct Preference Optimization, arXiv:2305.18290.
 """
 
-from __future__ import annotations
+import trainlib.core.threads  # noqa: F401  # Before torch.
 
 from dataclasses import dataclass, field
 

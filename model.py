@@ -2,11 +2,7 @@
 
 Differences from GPT-2: RMSNorm before each sublayer (no biases anywhere), rotary positions, grouped
 key/value heads with a norm on each query and key head, SwiGLU, embeddings tied to the output.
-Module and parameter names are those of `transformers.Qwen3ForCausalLM`, so state dicts are
-interchangeable.
-
-The file has four parts: the dimensions, the formulas, `ops` (which maps each formula to the
-function that computes it), and the modules that call these functions.
+Names are those of `transformers.Qwen3ForCausalLM`, so state dicts are interchangeable.
 
 Shape suffixes in local names:
     B batch  T query length  S key length  D hidden_size  N query heads  G key/value heads
@@ -313,12 +309,9 @@ class Transformer(nn.Module):
     def init_weights(self) -> None:
         """Initialize all parameters with the default random generator.
 
-        ==========================  ===========================================================
-        norms                       one
-        o_proj, down_proj           zero: each block starts as the identity, so in the first
-                                    steps gradients reach the embeddings unchanged
-        everything else             normal, standard deviation config.initializer_range
-        ==========================  ===========================================================
+        Norms are one. o_proj and down_proj are zero: each block starts as the identity, so in the
+        first steps gradients reach the embeddings unchanged. All others are normal, with standard
+        deviation config.initializer_range.
         """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
@@ -345,8 +338,7 @@ class Transformer(nn.Module):
         document_ids, in the format that the varlen kernel needs.
 
         Shapes: input_ids, position_ids, document_ids (B, T), boundaries int32 (documents + 1,) ->
-        (B, T, vocab_size), or (B, 1, vocab_size) with last_only; select bool (B, T) ->
-        (selected, vocab_size).
+        (B, T, V), or (B, 1, V) with last_only; select bool (B, T) -> (selected, V).
         """
         if position_ids is None:
             position_ids = torch.ones_like(input_ids).cumsum(-1) - 1

@@ -3,7 +3,7 @@
 python sft_train.py [config.yaml] [init_from=runs/pretrain/final] [section.key=value ...]
 """
 
-from __future__ import annotations
+import trainlib.core.threads  # noqa: F401  # Before torch.
 
 import math
 from dataclasses import dataclass, field

@@ -3,7 +3,7 @@
 python train.py [config.yaml] [section.key=value ...]
 """
 
-from __future__ import annotations
+import trainlib.core.threads  # noqa: F401  # Before torch.
 
 import logging
 import math

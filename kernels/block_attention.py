@@ -3,11 +3,8 @@
 Nothing is computed between documents that share a row; a masked kernel computes the full row.
 The results equal those of model.attend with model.visible up to rounding.
 
-Shapes as in model.py: B batch  T query length  S key length  N query heads  G key/value heads
-R = N / G  H head_dim.
+Shapes have the suffixes of model.py; R = N / G query heads share a key/value head.
 """
-
-from __future__ import annotations
 
 import itertools
 import math
@@ -18,9 +15,8 @@ import torch
 from torch import Tensor
 
 
-def prepare(
-    position_ids: Tensor, document_ids: Tensor, boundaries: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def prepare(position_ids: Tensor, document_ids: Tensor, boundaries: Tensor | None,
+            dtype: torch.dtype) -> Tensor:  # fmt: skip
     """Return what attend needs from a packed batch: the document ids, (B, T)."""
     return document_ids
 
@@ -36,8 +32,7 @@ def attend(q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor, document_ids: Tensor)
     return attend_blocks(q_BTNH, k_BTGH, v_BTGH, document_ids, save)[0].transpose(1, 2)
 
 
-BLOCK = 128
-"""Number of queries processed at a time: memory holds at most BLOCK x S scores per head and row."""
+BLOCK = 128  # Number of queries at a time: at most BLOCK x S scores per head and row.
 
 
 def blocks_of(document_ids: Tensor) -> Iterator[tuple[slice, int, int, int, Tensor]]:
@@ -83,18 +78,13 @@ def _ungroup(x: Tensor, length: int) -> Tensor:
 
 
 def _part(x: Tensor, rows: slice, positions: slice) -> Tensor:
-    """Select positions of rows: (B, G, T R, H) -> (rows G, positions, H).
-
-    The result is contiguous: bmm would copy it anyway, and its transpose five times more slowly.
-    """
+    """Select positions of rows: (B, G, T R, H) -> (rows G, positions, H)."""
+    # Contiguous: bmm would copy it anyway, and its transpose five times more slowly.
     return x[rows, :, positions].flatten(0, 1).contiguous()
 
 
 def _probabilities(q: Tensor, keys: Tensor, mask: Tensor, slot: Tensor | None = None) -> Tensor:
-    """Return softmax(q k) of scaled q: (rows G, T R, H), (rows G, S, H) -> (rows G, T R, S).
-
-    The result is in fp32. If `slot`, also in fp32, is given, the result is written to it.
-    """
+    """Return softmax(q k), (rows G, T R, S), of scaled q in fp32; written to `slot` if given."""
     scores = torch.bmm(q, keys.mT, out=slot)
     scores.unflatten(1, (len(mask), -1))[..., -len(mask) :] += mask[:, None]
     return torch.softmax(scores, -1, out=scores)
@@ -103,16 +93,12 @@ def _probabilities(q: Tensor, keys: Tensor, mask: Tensor, slot: Tensor | None = 
 MAX_SAVED_KEYS = 512
 """Probabilities are saved for backward if a query sees at most this many keys.
 
-With rows of 512 positions, they take a fifth of a step's memory and save a fifth to a third of
-attention time.
+At 512 positions, they take a fifth of the memory and save a fifth to a third of attention time.
 """
 
 
 def _saved_buffer(q: Tensor, save: bool) -> Tensor:
-    """Return a buffer for the probabilities that backward reuses.
-
-    It is large enough for any documents, since a compiler needs its size before they are known.
-    """
+    """Return a buffer for probabilities; a compiler needs its size before documents are known."""
     batch, length, heads, _ = q.shape
     # A document of S <= MAX_SAVED_KEYS positions saves at most S (S + BLOCK) / 2 values per head; a
     # longer one saves no more per position than one of MAX_SAVED_KEYS.
@@ -121,15 +107,13 @@ def _saved_buffer(q: Tensor, save: bool) -> Tensor:
 
 
 def _next_slice(buffer: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the slot for the next block and the rest of the buffer."""
     size = math.prod(shape)
     return buffer[:size].view(shape), buffer[size:]
 
 
 @torch.library.custom_op("train_llm::attend_blocks", mutates_args=())
-def attend_blocks(
-    q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor, save: bool
-) -> tuple[Tensor, Tensor]:
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor,
+                  save: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return attention and, if `save` is set, the probabilities that its backward pass needs.
 
     Backward recomputes them for queries that see more than MAX_SAVED_KEYS keys, so memory does not
@@ -162,9 +146,8 @@ def attend_blocks(
 
 
 @torch.library.custom_op("train_llm::attend_blocks_backward", mutates_args=())
-def attend_blocks_backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor, saved: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def attend_blocks_backward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor,
+                           saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q, k and v, as in the backward pass of arXiv:2205.14135."""
     groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
     queries, keys, values, gradients = (_group(x, groups) for x in (q, k, v, gradient))
@@ -199,18 +182,15 @@ def _(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor, save: bool) -> tupl
 
 
 @attend_blocks_backward.register_fake
-def _(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor, saved: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor,
+      saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _like(q), _like(k), _like(v)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, _ = inputs
-    saved = output[1]
-    ctx.mark_non_differentiable(saved)
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # Otherwise backward gets zeros as large as `saved`.
-    ctx.save_for_backward(*tensors, saved)
+    ctx.save_for_backward(*inputs[:-1], output[1])
 
 
 def _backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:

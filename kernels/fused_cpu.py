@@ -5,8 +5,6 @@ and each reads and writes full tensors. These versions make a training step 6 % 
 save less for backward. Under torch.compile the plain formulas are fused, and these are not used.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -70,7 +68,6 @@ class RotaryFunction(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """Rotate each pair by `sign` times its angle."""
     first, second = x.chunk(2, dim=-1)
     out = torch.empty_like(x)
     out_first, out_second = out.chunk(2, dim=-1)
@@ -85,10 +82,7 @@ def swiglu(gate: Tensor, up: Tensor, down_weight: Tensor) -> Tensor:
 
 
 class SwiGLUDownFunction(torch.autograd.Function):
-    """SwiGLU down-projection that saves only its inputs and recomputes the activation in backward.
-
-    The activation is cheap to compute, but it is the widest tensor of a layer.
-    """
+    """SwiGLU down-projection; backward recomputes the activation, the widest tensor of a layer."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:

@@ -3,8 +3,6 @@
 Rows are concatenated, and the kernel computes no attention between documents.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable
@@ -14,9 +12,8 @@ import torch
 from torch import Tensor
 
 
-def prepare(
-    position_ids: Tensor, document_ids: Tensor, boundaries: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def prepare(position_ids: Tensor, document_ids: Tensor, boundaries: Tensor | None,
+            dtype: torch.dtype) -> Tensor:  # fmt: skip
     """Return the document boundaries in the concatenated rows, int32 (documents + 1,)."""
     if boundaries is not None:
         return boundaries
@@ -33,10 +30,8 @@ def attend(q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor, boundaries: Tensor) -
     beyond it uninitialized. Shapes: q (B, N, T, H), k, v (B, G, T, H) -> (B, N, T, H).
     """
     batch, heads, length, size = q_BNTH.shape
-    q, k, v = (
-        x.to(v_BGTH.dtype).transpose(1, 2).reshape(batch * length, -1, size)
-        for x in (q_BNTH, k_BGTH, v_BGTH)
-    )
+    q, k, v = (x.to(v_BGTH.dtype).transpose(1, 2).reshape(batch * length, -1, size)
+               for x in (q_BNTH, k_BGTH, v_BGTH))  # fmt: skip
     function, keywords = load()
     out: Any = function(q, k, v, boundaries, boundaries, length, length, **keywords)
     return out.view(batch, length, heads, size).transpose(1, 2)
@@ -44,11 +39,7 @@ def attend(q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor, boundaries: Tensor) -
 
 @functools.cache
 def load() -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Import torch's kernel; return it and its keyword arguments for causal grouped attention.
-
-    It is imported on first use, because it imports torch's compiler, which takes 1.4 s.
-    Raises ImportError if this build of torch lacks it.
-    """
+    """Return torch's kernel and its keyword arguments; its import takes 1.4 s, so it is late."""
     from torch.nn.attention import varlen
 
     return varlen.varlen_attn, keywords_of(varlen.varlen_attn)

@@ -52,7 +52,9 @@ def run_stage(monkeypatch) -> Iterator[Callable[..., int]]:
         try:
             launch(cls, stage, module.prepare, module.main)
         except SystemExit as exit_:
-            return int(exit_.code or 0)
+            if isinstance(exit_.code, str):  # The interpreter prints it.
+                print(exit_.code, file=sys.stderr)
+            return 1 if isinstance(exit_.code, str) else int(exit_.code or 0)
         finally:
             sys.stdout, sys.stderr = streams
             signal.signal(signal.SIGHUP, hangup)

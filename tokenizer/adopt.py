@@ -10,8 +10,6 @@ concatenating the ids gives a valid encoding of the whole text. Checkpoints stor
     length           no truncation, no padding, no BPE dropout
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,7 @@ Node = dict[str, Any]
 
 
 def adopt(folder: str | Path) -> Tokenizer:
-    """Return a folder's tokenizer with the changes above; if none is needed, keep the exact file.
-
-    Raises ValueError if the file cannot be read, or if the tokenizer is not lossless.
-    """
+    """Return a folder's tokenizer with these changes; raises ValueError if it is not lossless."""
     path = Path(folder) / "tokenizer.json"
     text = read_json(path)
     values: Node = json.loads(text)
@@ -65,12 +60,7 @@ def _without_prefix(node: Node | None, part: str) -> Node | None:
     if type_ == "ByteLevel" and part == "pre_tokenizer":
         return {**node, "add_prefix_space": False}
     if type_ == "Sequence":
-        return {key: _filter_steps(value, part) for key, value in node.items()}
+        lists = {key: value for key, value in node.items() if isinstance(value, list)}
+        adapted = {key: [_without_prefix(s, part) for s in steps] for key, steps in lists.items()}
+        return node | {key: [step for step in steps if step] for key, steps in adapted.items()}
     return node
-
-
-def _filter_steps(value: Any, part: str) -> Any:
-    if not isinstance(value, list):
-        return value
-    steps = [_without_prefix(step, part) for step in value]
-    return [step for step in steps if step is not None]

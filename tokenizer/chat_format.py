@@ -13,16 +13,14 @@ A message is a dict with "role" (system, user, assistant, tool) and "content" (t
     tool_calls          assistant: [{"name", "arguments"}], each between <tool_call> tags
     weight              assistant: 0 = the turn is not supervised
 
-Reasoning and calls are supervised. A tool's answer is a user turn between <tool_response> tags and
-is not supervised, nor are tags that hold nothing. No default system message is added. The text
-between two special tokens is encoded at once, as transformers encodes the text of the chat
-template. In the project's vocabulary, "assistant\n" never merges with the content
-(tools/train_tokenizer.py).
+Reasoning and calls are supervised. A tool's answer (a user turn between <tool_response> tags) is
+not, nor are tags that hold nothing. No default system message is added. The text between two
+special tokens is encoded at once, as transformers encodes the chat template. In the vocabulary of
+tools/train_tokenizer.py, "assistant\n" never merges with the content.
 """
 
-from __future__ import annotations
-
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
 from os.path import commonprefix
@@ -43,27 +41,27 @@ NO_THOUGHTS = (Tag("<think>"), "\n\n", Tag("</think>"), "\n\n")
 
 def render_conversation(tokenizer: Tokenizer, messages: SequenceABC[Message]) -> Sequence:
     """Return the ids of a conversation; assistant turns and their end tokens are supervised."""
-    ids: list[int] = []
-    mask: list[bool] = []
-    newline = tokenizer.encode("\n")
+    ids, mask = array(tokenizer.typecode), bytearray()
+    newline = _encode(tokenizer, ["\n"])
     for message in messages:
         thinking = message.get("enable_thinking") is not False or message.get("reasoning_content")
-        opening = _opening(message["role"], bool(thinking))
-        turn = _encode(tokenizer, (*opening, *message_pieces(message)))
+        pieces = _opening(message["role"], bool(thinking))
+        opening = _encode(tokenizer, pieces).tolist()
+        turn = _encode(tokenizer, (*pieces, *message_pieces(message)))
         # Every id after the opening is supervised. An id that includes the last newlines of the
         # opening and the first newlines of the content is supervised too.
-        start = 1 + len(commonprefix([turn, _encode(tokenizer, opening)]))
-        turn = [tokenizer.im_start_id, *turn, tokenizer.im_end_id]
-        ids += turn + newline
+        start = 1 + len(commonprefix([turn[: len(opening)].tolist(), opening]))
+        turn.insert(0, tokenizer.im_start_id)
+        turn.append(tokenizer.im_end_id)
+        ids += turn
+        ids += newline
         supervised = message["role"] == "assistant" and message.get("weight") != 0
-        mask += [supervised and i >= start for i in range(len(turn))]
-        mask += [False] * len(newline)
+        mask += bytes(start) + bytes([supervised]) * (len(turn) - start) + bytes(len(newline))
     return Sequence(ids, mask)
 
 
-def render_prompt(
-    tokenizer: Tokenizer, messages: SequenceABC[Message], enable_thinking: bool = True
-) -> list[int]:
+def render_prompt(tokenizer: Tokenizer, messages: SequenceABC[Message],
+                  enable_thinking: bool = True) -> list[int]:  # fmt: skip
     """Return the ids of a conversation, followed by the start of an assistant turn."""
     opening = _encode(tokenizer, _opening("assistant", enable_thinking))
     return [*render_conversation(tokenizer, messages).ids, tokenizer.im_start_id, *opening]
@@ -75,21 +73,18 @@ def _opening(role: str, thinking: bool) -> tuple[str, ...]:
     return (("user" if role == "tool" else role) + "\n", *empty)
 
 
-def _encode(tokenizer: Tokenizer, pieces: Iterable[str]) -> list[int]:
-    """Return the ids of texts and tags; the texts between two tags are encoded at once.
-
-    A tag that the vocabulary lacks is text: its characters may merge with those around it.
-    """
-    ids: list[int] = []
-    text = ""
+def _encode(tokenizer: Tokenizer, pieces: Iterable[str]) -> "array[int]":
+    """Return the ids of texts and tags; the texts between two tags are encoded at once."""
+    ids, text = array(tokenizer.typecode), ""
     for piece in pieces:
         tag = tokenizer.tag_id(piece) if isinstance(piece, Tag) else None
-        if tag is None:
+        if tag is None:  # A tag that the vocabulary lacks merges with the text around it.
             text += piece
         else:
-            ids += [*tokenizer.encode(text), tag]
+            ids += tokenizer.encode_array(text)
+            ids.append(tag)
             text = ""
-    return ids + tokenizer.encode(text)
+    return ids + tokenizer.encode_array(text)
 
 
 def message_pieces(message: Message) -> Iterator[str]:

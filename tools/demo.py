@@ -5,6 +5,8 @@ Running it again resumes an interrupted demo, or prints the figures of a finishe
 
 from __future__ import annotations
 
+import trainlib.core.threads  # noqa: F401  # Before torch.
+
 import argparse
 import os
 import signal

@@ -14,6 +14,8 @@ if a check fails or there is no GPU. If all checks run, the table is written to 
 
 from __future__ import annotations
 
+import trainlib.core.threads  # noqa: F401  # Before torch.
+
 import argparse
 import sys
 import time
@@ -22,8 +24,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tools.outputs import refuse_to_overwrite
 from trainlib.core.errors import UserError
-from trainlib.core.files import ROOT, refuse_to_overwrite
+from trainlib.core.files import ROOT
 from trainlib.core.terminal import use_replacement_characters
 
 CHECKS = ("attention", "model", "steps", "stages")

@@ -6,6 +6,8 @@ as runs/demo/pretrain runs/demo/sft runs/demo/dpo. The page is one file and load
 
 from __future__ import annotations
 
+import trainlib.core.threads  # noqa: F401  # Before torch.
+
 import argparse
 import json
 import os
@@ -15,9 +17,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from tools.outputs import refuse_to_overwrite
 from tools.past_runs import minutes_trained
 from trainlib.core.errors import UserError
-from trainlib.core.files import refuse_to_overwrite, write_atomically
+from trainlib.core.files import write_atomically
 from trainlib.core.terminal import use_replacement_characters
 from trainlib.engine.metrics import VAL_BITS_PER_BYTE, VAL_REWARD_ACCURACY, read_metrics
 from trainlib.engine.run_folder import read_identity

@@ -14,6 +14,8 @@ in a training log), supervised_tokens (tokens in the loss), and the other fields
 
 from __future__ import annotations
 
+import trainlib.core.threads  # noqa: F401  # Before torch.
+
 import argparse
 import array
 import contextlib
@@ -33,14 +35,13 @@ from dataset import DataConfig, expand
 from tokenizer.bpe import SPECIAL_TOKENS, Sequence, Tokenizer, default_folder
 from tools.data_findings import MAX_LINES, Finding, find
 from tools.data_report import MARK, html_page, terminal_text
+from tools.outputs import refuse_to_overwrite
 from tools.past_runs import newest_speed, stage_settings
 from tools.text_statistics import MinHashes, alnum, language, role_texts, score, scripts, text_hash
 from tools.train_tokenizer import byte_count, bytes_per_token, train
 from trainlib.core.errors import UserError
-from trainlib.core.files import refuse_to_overwrite
 from trainlib.core.terminal import use_replacement_characters
 from trainlib.data import formats
-from trainlib.data.columns import suggest_columns
 from trainlib.data.containers import Broken
 from trainlib.data.encode import ENCODERS
 from trainlib.data.findings import Counts, check_mapped_columns
@@ -219,7 +220,7 @@ def _reject(source: Source, stage: str | None) -> Iterator[tuple[int, Broken]]:
         try:
             row = parse(content)
             expected = f"not {stage} data such as {formats.EXAMPLES[stage]}" if stage else ""
-            keys = f"(keys: {formats.keys_of(row)}){suggest_columns(row, stage)}"
+            keys = formats.keys_of(row, stage)
             yield line, Broken(f"{expected or 'unknown row format'} {keys}")
         except ValueError as error:
             yield line, Broken(str(error))

@@ -13,6 +13,8 @@ Text that looks like a special token is never parsed as one, neither here nor in
 
 from __future__ import annotations
 
+import trainlib.core.threads  # noqa: F401  # Before torch.
+
 import argparse
 import hashlib
 import os

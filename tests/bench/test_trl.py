@@ -77,9 +77,9 @@ def test_sft_trainer_has_the_same_loss_mask(sample, trained, tokenizer):
     for theirs, row in zip(trainer.train_dataset, data["train"], strict=True):
         ours = render_conversation(tokenizer, row["messages"])
         labels = trainer.data_collator([theirs])["labels"][0]
-        assert theirs["input_ids"][:LENGTH] == ours.ids[:LENGTH]
+        assert theirs["input_ids"][:LENGTH] == ours.ids[:LENGTH].tolist()
         supervised = [label != -100 for label in labels.tolist()]
-        assert supervised[: len(ours.mask)] == ours.mask[:LENGTH]
+        assert supervised[: len(ours.mask)] == list(ours.mask[:LENGTH])
 
 
 def test_dpo_trainer_trains_on_the_pairs(sample, trained):

@@ -165,16 +165,144 @@ def test_destroying_the_process_group_ends_its_threads(workdir):
             process.kill()
 
 
-def test_sigterm_reaches_all_ranks_and_saves_a_checkpoint(workdir):
-    process = start(workdir, "out_dir=stopped", "ranks=2", "max_steps=500", "save_every_steps=0")
-    log = workdir / "stopped" / "train.log"
-    while process.poll() is None and not (log.exists() and "step 2 " in log.read_text()):
+def wait_for_step(folder, step, process):
+    log = folder / "train.log"
+    while process.poll() is None and not (log.exists() and f"step {step} " in log.read_text()):
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+
+
+def ranks_of(process):
+    """Return the process ids of the ranks, which are the children of a launcher."""
+    return [
+        int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
+
+
+def listening_addresses(pids):
+    """Return the local addresses, in hexadecimal, at which processes accept connections."""
+    links = [os.readlink(file) for pid in pids for file in Path(f"/proc/{pid}/fd").iterdir()]
+    rows = [row.split() for name in ("tcp", "tcp6") for row in
+            Path(f"/proc/{pids[0]}/net/{name}").read_text().splitlines()[1:]]  # fmt: skip
+    return {
+        row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in links
+    }
+
+
+@pytest.mark.parametrize("receiver", ["launcher", 1, pytest.param(0, marks=pytest.mark.slow)])
+def test_sigterm_to_one_rank_or_the_launcher_saves_a_checkpoint(receiver, workdir):
+    folder = workdir / f"stopped_{receiver}"
+    settings = ["max_steps=5000", "save_every_steps=0", "eval_every_steps=0"]
+    process = start(workdir, f"out_dir={folder.name}", "ranks=2", *settings)
+    wait_for_step(folder, 2, process)
+    assert listening_addresses(ranks_of(process)) == {"0100007F"}  # 127.0.0.1
+    os.kill(process.pid if receiver == "launcher" else ranks_of(process)[receiver], signal.SIGTERM)
     out = finish(process)
     assert "saving a checkpoint" in out
-    folder = workdir / "stopped"
     assert (folder / "latest").exists() and not (folder / "final").exists()
+
+
+FAILING = """
+import os, signal, sys, time
+sys.path[:0] = [{root!r}]
+import trainlib.core.threads
+import torch
+import train
+from trainlib.core.errors import UserError
+from trainlib.engine import loop
+from trainlib.engine.launch import launch
+
+STEP, LOSSES = loop.optimizer_step, []
+
+def failing(training, *arguments):
+    LOSSES.append(0)
+    if len(LOSSES) == 3 and training.run.distributed.rank == {rank}:
+        open("begin", "w").write(str(time.time()))
+        {failure}
+    return STEP(training, *arguments)
+
+loop.optimizer_step = failing
+launch(train.PretrainConfig, "pretrain", train.prepare, train.main)
+"""
+FAILURES = {
+    "user": ("raise UserError('row 7 is bad')", "error{}: row 7 is bad"),
+    "memory": ("raise torch.OutOfMemoryError('CUDA out of memory')",
+               "error{}: out of memory on the card (CUDA out of memory)"),
+    "bug": ("raise RuntimeError('kaboom')", "error on rank {}: RuntimeError: kaboom"),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "error: rank {} was ended by SIGKILL"),
+}  # fmt: skip
+
+
+QUICK = {("user", 1), ("bug", 0)}
+
+
+@pytest.mark.parametrize(
+    ("failure", "rank"),
+    [
+        pytest.param(failure, rank, marks=[] if (failure, rank) in QUICK else pytest.mark.slow)
+        for failure in FAILURES
+        for rank in (0, 1)
+    ],
+)
+def test_a_failing_rank_ends_all_with_its_message(failure, rank, workdir):
+    code, message = FAILURES[failure]
+    script = workdir / f"{failure}{rank}.py"
+    script.write_text(FAILING.format(root=str(ROOT), rank=rank, failure=code))
+    process = start(workdir, f"out_dir={failure}{rank}", "ranks=2", "max_steps=90", script=script)
+    out = finish(process, code=128 + signal.SIGKILL if failure == "killed" else 1)
+    assert time.time() - float((workdir / "begin").read_text()) < 10
+    name = str(rank) if failure in ("bug", "killed") else f" on rank {rank}" * rank
+    assert [line.startswith(message.format(name)) for line in out.splitlines()].count(True) == 1
+    assert out.count("Traceback") == (failure == "bug")
+    assert f"rank {1 - rank} ends because another rank has ended" in out
+
+
+@pytest.mark.slow
+def test_a_failing_rank_ends_all_ranks_of_torchrun(workdir):
+    script = workdir / "torchrun.py"
+    failure = FAILURES["user"][0]
+    script.write_text(FAILING.format(root=str(ROOT), rank=1, failure=failure))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    out = finish(start(workdir, "out_dir=of_torchrun", script=script, prefix=torchrun), code=1)
+    assert out.count("error on rank 1: row 7 is bad") == 1
+    assert time.time() - float((workdir / "begin").read_text()) < 15
+
+
+WAITING = """
+import os, signal, sys, time
+from pathlib import Path
+from trainlib.core import distributed
+from trainlib.engine.control import Clock, Control
+context = distributed.init_distributed("cpu")
+with Control(Path("."), Clock(), context):
+    print("ready", flush=True)
+    if context.rank == 0:
+        import ctypes
+        while True:
+            ctypes.CDLL(None).sleep(60)  # As in a collective, the main thread raises nothing.
+    time.sleep(60)
+"""
+
+
+def test_sigterm_ends_a_rank_that_waits_for_a_lost_one(workdir):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+           "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    first, second = [
+        subprocess.Popen([sys.executable, "-c", WAITING], env={**env, "RANK": str(rank)}, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        assert first.stdout and first.stdout.readline() == "ready\n"
+        second.kill()
+        second.wait()
+        first.send_signal(signal.SIGTERM)
+        assert "a rank is lost" in finish(first, code=128 + signal.SIGTERM)
+    finally:
+        first.kill()
+        second.kill()
 
 
 def test_a_user_error_is_printed_once_and_ends_all_ranks(workdir, single):

@@ -94,7 +94,7 @@ class Trainer:
 
     def predicted_peak(self, machine: Machine, rows: int) -> float:
         """Return the peak memory in bytes that --plan predicts for a step."""
-        sizes = Sizes(**vars(self.model.config))
+        sizes = Sizes(self.model.config)
         return total(step_memory(sizes, "muon", machine.choice, LENGTH, 1, rows))
 
     def synchronize(self) -> None:

@@ -181,8 +181,9 @@ def test_a_pair_stays_together_with_chosen_first(tmp_path, tokenizer):
         expected = "yes" if number % 2 == 0 else "no"
         assert tokenizer.decode(answer) == expected and document % 2 == number % 2
     origins = data.origins()
-    assert {origin.source for origin in origins.values()} == {"kind"}
-    assert {origins[100 + 2 * i].line for i in range(9)} == set(range(1, 10))
+    assert {cache.source(record) for cache, record in origins.values()} == {"kind"}
+    records = (origins[100 + 2 * i] for i in range(9))
+    assert {int(cache.lines[record]) for cache, record in records} == set(range(1, 10))
 
 
 def test_rows_that_do_not_fit_are_counted(tmp_path, tokenizer):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ from hypothesis import strategies as st
 
 from trainlib.core.errors import UserError
 from trainlib.core.files import cache_dir
-from trainlib.data import formats, readers
+from trainlib.data import containers, formats, readers
+from trainlib.data.containers import Broken
 from trainlib.data.encode import ENCODERS
 from trainlib.data.findings import Counts
 from trainlib.data.token_cache import build_cache
@@ -98,6 +102,7 @@ def test_a_cache_is_built_once_and_rebuilt_when_the_file_changes(tmp_path, monke
 
 # ---- every known format --------------------------------------------------------------------------
 
+ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
 quick = settings(max_examples=40, deadline=None, database=None, derandomize=True)
@@ -305,3 +310,127 @@ def test_a_parquet_date_out_of_range_is_an_error_with_its_row(tmp_path):
         UserError, match="after row 0: a value that cannot be read.*Cast the column"
     ):
         list(readers.Source(tmp_path / "a.parquet").items())
+
+
+# ---- limits --------------------------------------------------------------------------------------
+
+
+def broken(path, **options):
+    """Return the reasons why rows of a file are broken."""
+    items = readers.Source(path, **options).items()
+    return [item.content.reason for item in items if isinstance(item.content, Broken)]
+
+
+def peak_of(command, path):
+    """Return by how many bytes the peak memory of a program grows while it reads a file."""
+    code = (
+        "import pyarrow.parquet, resource, sys, zstandard; from pathlib import Path;"
+        "from trainlib.data import readers;"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; start = peak();"
+        f"path = Path(sys.argv[1]); {command}; print((peak() - start) << 10)"
+    )
+    out = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, text=True,
+                         capture_output=True, check=True).stdout  # fmt: skip
+    return int(out)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_a_row_over_the_limit_is_broken_and_the_others_are_read(name, tmp_path):
+    texts = ["one", "x" * (3 << 20), "two"]
+    rows, path = [{"text": text} for text in texts], tmp_path / name
+    if name == "a.parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({"text": texts}), path)
+    else:
+        text = {"a.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+                "a.json": json.dumps(rows), "a.csv": "text\n" + "\n".join(texts)}[name]  # fmt: skip
+        path.write_text(text)
+    assert broken(path) == []
+    [reason] = broken(path, max_row_mb=2)
+    assert "longer than 2 MB, the limit of data.max_row_mb" in reason
+    rows = [item.content for item in readers.Source(path, max_row_mb=2).items()]
+    read = [readers.parse(row) for row in rows if not isinstance(row, Broken)]
+    assert [row["text"] for row in read] == ["one", "two"]
+    if name == "a.csv":  # The header can be too long too.
+        path.write_text("x" * (3 << 20))
+        assert "longer than 2 MB" in broken(path, max_row_mb=2)[0]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_nesting_over_the_limit_is_broken(name, tmp_path):
+    for depth, accepted in ((200, True), (201, False), (900, False), (100_000, False)):
+        value = "[" * (depth - 1) + "]" * (depth - 1)  # The row is one level.
+        row = f'{{"text": "a", "more": {value}}}\n'
+        path = tmp_path / name
+        path.write_text(row if name == "a.jsonl" else f"[{row}]")
+        [item] = readers.Source(path).items()
+        if accepted:
+            assert readers.parse(item.content)["text"] == "a"
+        else:
+            with pytest.raises(ValueError, match="nested more than 200 levels deep, the limit"):
+                readers.parse(item.content)
+
+
+def test_a_zstd_window_over_the_limit_is_an_error_with_a_command(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    row = json.dumps({"text": "a"}).encode() + b"\n"
+    for log, accepted in ((27, True), (28, False), (31, False)):
+        parameters = zstandard.ZstdCompressionParameters(window_log=log, enable_ldm=True)
+        compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        path = tmp_path / "a.jsonl.zst"
+        path.write_bytes(compressor.compress(row) + compressor.flush())
+        if accepted:
+            assert len(list(readers.Source(path).items())) == 1
+        else:
+            with pytest.raises(UserError, match=r"more than 128 MB, the limit.*zstd -d --long=31"):
+                readers.Source(path)
+
+
+def test_a_zstd_bomb_is_read_in_little_memory(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    compressor = zstandard.ZstdCompressor(level=19).compressobj()
+    path = tmp_path / "a.jsonl.zst"
+    line = b'{"text": "' + b"a" * (16 << 20) + b'"}\n'
+    path.write_bytes(b"".join(compressor.compress(line) for _ in range(80)) + compressor.flush())
+    assert path.stat().st_size < 1 << 20
+    assert peak_of("print(sum(1 for _ in readers.Source(path).items()), file=sys.stderr)", path) < (
+        300 << 20
+    )
+
+
+def test_a_parquet_value_that_all_rows_share_is_read_in_little_memory(tmp_path):
+    """A dictionary stores the value once: 3 KB that became 11 GB."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    value = pyarrow.array(["a" * (20 << 20)])
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 512, pyarrow.int32()), value)
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": column}), path, compression="zstd",
+                        store_schema=False, dictionary_pagesize_limit=1 << 30)  # fmt: skip
+    assert path.stat().st_size < 20_000
+    command = "print(sum(1 for _ in readers.Source(path).items()), file=sys.stderr)"
+    assert peak_of(command, path) < 2 << 30
+
+
+def test_a_parquet_row_group_over_the_limit_is_an_error_before_it_is_read(tmp_path, monkeypatch):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"{i} " * 300 for i in range(4000)]})
+    parquet.write_table(table, path, row_group_size=3000)
+    monkeypatch.setattr(readers, "MAX_ROW_GROUP", 1 << 20)
+    with pytest.raises(UserError, match=r"row group 0 has .*the limit is .*row_group_size"):
+        list(readers.Source(path).items())
+
+
+@pytest.mark.parametrize("text", [
+    '[{{"text": "a"}},{}{{"text": "b"}}]', '[{{"text": "a",{}"b": 2}}]', '[{}{{"text": "a"}}]',
+    '[{{"text": "a"}}{}', '[{{"text": x}}{},{{"text": "b"}}]',
+])  # fmt: skip
+def test_white_space_in_an_array_takes_linear_time(text):
+    def seconds(size):
+        stream = io.BytesIO(text.format(" \n" * (size // 2)).encode())
+        start = time.process_time()
+        list(containers.read_array(stream))
+        return time.process_time() - start
+
+    small, large = (min(seconds(size << 20) for _ in range(2)) for size in (1, 8))
+    assert large < 8 * 4 * small  # Quadratic: 64 times.

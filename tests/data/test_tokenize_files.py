@@ -75,6 +75,7 @@ def test_workers_and_chunk_size_do_not_change_the_cache(tmp_path, tokenizer, mon
 # This program does not import torch, which would take longer than everything else.
 CODE = """
 import sys, time
+from array import array
 from pathlib import Path
 from trainlib.data import encode, token_cache, tokenize_files
 from tokenizer.bpe import Sequence, Tokenizer, default_folder
@@ -84,8 +85,8 @@ tokenize_files.num_usable_cores = lambda: 2
 token_cache.SAVE_SECONDS = 0
 def slowly(tokenizer, record):
     time.sleep(0.01)
-    ids = [0, *tokenizer.encode(record.value), 0]
-    return [Sequence(ids, [False] + [True] * (len(ids) - 1))]
+    ids = array(tokenizer.typecode, [0, *tokenizer.encode(record.value), 0])
+    return [Sequence(ids, bytes([0] + [1] * (len(ids) - 1)))]
 encode.ENCODERS["pretrain"] = slowly
 print("ready", flush=True)
 token_cache.build_cache(Path(sys.argv[1]), "pretrain", Tokenizer(default_folder()))
@@ -117,7 +118,7 @@ def test_a_killed_build_is_resumed_and_its_workers_exit(tmp_path, tokenizer, mon
     process.kill()
     process.communicate()
     assert not list(cache_dir().glob("tokens/a-*")) and saved and workers
-    num_saved = json.loads(saved[0].read_text())["chunks"]
+    num_saved = json.loads(saved[0].read_text())["items"]
     assert num_saved > 0
     with (saved[0].parent / "ids.bin").open("ab") as file:
         file.write(b"torn")  # Written after the last save.
@@ -155,6 +156,85 @@ def test_an_interrupted_build_leaves_no_cache(tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode and not list(cache_dir().glob("tokens/a-*"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_drops_still_stops_the_build(tmp_path, tokenizer, monkeypatch):
+    class Callback:
+        """Python drops what is raised while an object is deleted."""
+
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def encode(tokenizer, record):
+        Callback()
+        return real(tokenizer, record)
+
+    real = ENCODERS["pretrain"]
+    monkeypatch.setitem(ENCODERS, "pretrain", encode)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        build(write(tmp_path / "a.jsonl", numbered(20)), tokenizer)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("deaths", [1, 99])
+def test_a_killed_worker_costs_no_progress_and_its_line_is_named(
+    deaths, tmp_path, tokenizer, monkeypatch, caplog
+):
+    path = write(tmp_path / "a.jsonl", numbered(120))
+    expected = content(build(path, tokenizer))
+    monkeypatch.setenv("TRAIN_LLM_CACHE_DIR", str(tmp_path / "other"))
+    monkeypatch.setattr(token_cache, "SAVE_SECONDS", 0)
+    many_chunks(monkeypatch, processes=True)
+    real, kills, lines = ENCODERS["pretrain"], tmp_path / "kills", tmp_path / "lines"
+
+    def encode(tokenizer, record):
+        if record.line == 70 and (not kills.exists() or len(kills.read_text()) < deaths):
+            with kills.open("a") as file:
+                file.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)  # As the kernel does if memory runs out.
+        with lines.open("a") as file:
+            file.write(f"{record.line}\n")
+        return real(tokenizer, record)
+
+    monkeypatch.setitem(ENCODERS, "pretrain", encode)
+    if deaths > 1:
+        with pytest.raises(UserError, match=r"a\.jsonl, line 70: .*killed twice.*same command"):
+            build(path, tokenizer)
+        assert list(cache_dir().glob("tokens/.making-*/progress.json"))
+        lines.unlink()
+        kills.write_text("x" * deaths)
+    assert content(build(path, tokenizer)) == expected
+    assert "are tokenized again, alone" in caplog.text
+    assert deaths == 1 or min(map(int, lines.read_text().split())) > 60
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from tokenizer.bpe import Tokenizer, default_folder
+from trainlib.data.token_cache import build_cache
+def peak():
+    return [resource.getrusage(who).ru_maxrss
+            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+tokenizer = Tokenizer(default_folder())
+start = peak()[0]
+build_cache(Path(sys.argv[1]), sys.argv[2], tokenizer)
+print(sum(max(0, value - start) for value in peak()) << 10)
+"""
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_a_long_row_takes_little_memory(kind, tmp_path):
+    """A row of 12 MB took 1.7 GB; the 200 MB that any row may take are not part of the ratio."""
+    text = "word 文字 12, " * 800_000
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
+    row = {"text": text} if kind == "pretrain" else {"messages": messages}
+    path = write(tmp_path / "a.jsonl", [json.dumps(row, ensure_ascii=False) + "\n"])
+    command = [sys.executable, "-c", MEASURE, str(path), kind]
+    out = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    assert int(out) < (200 << 20) + 10 * path.stat().st_size
 
 
 def test_skipped_rows_are_listed_and_are_an_error_with_on_error_stop(tmp_path, tokenizer, caplog):
@@ -377,7 +457,7 @@ def test_every_cut_row_fits_and_learns_no_end_that_is_not_there(tokenizer, turns
         {"role": role, "content": text}
         for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)
     ]))  # fmt: skip
-    ids, mask = np.array(full.ids), np.array(full.mask)
+    ids, mask = np.array(full.ids, np.int64), np.frombuffer(full.mask, bool)
     cache = TokenCache(Path("x"), "", ids, mask.astype(np.uint8), np.array([0, len(ids)]),
                        np.array([1]), np.zeros(1, np.uint64), np.zeros(1, np.uint16),
                        [""])  # fmt: skip

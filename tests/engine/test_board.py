@@ -119,6 +119,20 @@ def test_a_resume_removes_later_points_from_all_runs(tmp_path):
     assert abs(smoothed([value for _, value in shown]) - 2.7) < 2 * GAP
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a folder that takes no files")
+def test_points_that_cannot_be_written_are_reported_once(tmp_path, caplog, capfd):
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard/train").symlink_to("/proc/self")
+    log = MetricsLog(tmp_path, 3)
+    for step in (4, 5):
+        log.write_step(step, {"train/loss": 2.0}, f"step {step}")
+        evaluate(log, step, 2.0)
+    log.close()
+    assert len((tmp_path / "train.log").read_text().splitlines()) == 5
+    assert len(caplog.messages) == 1 and "could not be written" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_values_that_are_not_finite_are_one_point(tmp_path):
     log = MetricsLog(tmp_path, None)
     for step, value in enumerate((float("inf"), 2.0, float("nan"), 2.5, 2.5)):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import time
 
 import pytest
 import torch
@@ -45,6 +47,7 @@ def save(checkpoints, step, model, tensors, state) -> None:
 
 
 def saved(folder, step: int = 2, keep: int = 2, **state) -> nn.Module:
+    folder.mkdir(exist_ok=True)
     model, checkpoints = new_model(), Checkpoints(folder, keep)
     save(checkpoints, step, model, {"rng/cpu": torch.get_rng_state()}, state)
     checkpoints.join()
@@ -124,13 +127,15 @@ def test_a_step_folder_is_a_model_folder(tmp_path):
     checkpoints.join()
     checkpoints.save("final", tied, {})
     checkpoints.join()
-    names = {"config.json", "model.safetensors", "run.yaml"}
+    names = {"config.json", "model.safetensors", "run.yaml", "SHA256SUMS"}
     assert {p.name for p in (tmp_path / "final").iterdir()} == names
     step = tmp_path / "step_000007"
     more = {"optimizer.safetensors", "train_state.json"}
     assert {p.name for p in step.iterdir()} == names | more
     assert json.loads((step / "config.json").read_text(encoding="utf-8")) == {"name": "小"}
     assert json.loads((step / "train_state.json").read_text()) == {"a": [1, [2, 3]]}
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=step, check=True)
+    assert len((step / "SHA256SUMS").read_text().splitlines()) == 5
     with safe_open(step / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == {name for name, _ in tied.named_parameters()}
@@ -149,7 +154,7 @@ def test_files_have_the_mode_that_the_umask_asks_for(tmp_path, mask):
     finally:
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) == 7 and {f.stat().st_mode & 0o777 for f in files} == {0o666 & ~mask}
+    assert len(files) == 9 and {f.stat().st_mode & 0o777 for f in files} == {0o666 & ~mask}
 
 
 def test_a_new_folder_has_no_checkpoint(tmp_path):
@@ -191,7 +196,7 @@ def test_resuming_from_an_earlier_checkpoint_keeps_the_new_one(tmp_path):
     saved(tmp_path, 3, keep=1, mark="new")
     newest = Checkpoints(tmp_path, 1).newest()
     assert newest is not None
-    assert Checkpoints(tmp_path, 1).restore(new_model(), newest)[1] == {"mark": "new"}
+    assert Checkpoints(tmp_path, 1).restore(new_model(), newest)[1]["mark"] == "new"
     assert not (tmp_path / "step_000002").exists()
 
 
@@ -212,7 +217,7 @@ def test_best_is_replaced_and_not_counted_as_a_checkpoint(tmp_path):
     checkpoints.join()
     saved(tmp_path, 4, keep=1)
     assert {p.name for p in tmp_path.iterdir()} == {"best", "step_000004", "latest"}
-    names = {"config.json", "model.safetensors", "validation.json"}
+    names = {"config.json", "model.safetensors", "validation.json", "SHA256SUMS"}
     assert {p.name for p in (tmp_path / "best").iterdir()} == names
     assert (tmp_path / "best/validation.json").read_text() == "3"
     other = new_model()
@@ -224,7 +229,7 @@ def test_best_is_replaced_and_not_counted_as_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("I/O error")])
-def test_a_full_disk_is_reported_and_old_checkpoints_are_kept(tmp_path, monkeypatch, error):
+def test_a_full_disk_is_reported_and_old_checkpoints_are_kept(tmp_path, monkeypatch, error, caplog):
     model = saved(tmp_path, 1)
     checkpoints = Checkpoints(tmp_path, 1)
 
@@ -237,8 +242,13 @@ def test_a_full_disk_is_reported_and_old_checkpoints_are_kept(tmp_path, monkeypa
         checkpoints.join()
     checkpoints.join()  # It is reported only once.
     save(checkpoints, 3, new_model(), {}, {})
-    with pytest.raises(UserError):  # Without a join, the next save reports it.
-        save(checkpoints, 4, new_model(), {}, {})
+    while not (problem := checkpoints.problem()):  # Without a join, it is reported once.
+        time.sleep(0.01)
+    assert "step_000003 could not be written" in problem and not checkpoints.problem()
+    save(checkpoints, 4, new_model(), {}, {})
+    save(checkpoints, 5, new_model(), {}, {})
+    assert "step_000004 could not be written" in caplog.text
+    checkpoints.problem(wait=True)
     checkpoints.save("best", new_model(), {})
     with pytest.raises(UserError, match="best could not be written .*Free some space"):
         checkpoints.join()
@@ -259,6 +269,28 @@ def test_a_folder_from_another_model_is_rejected_and_changes_nothing(tmp_path):
         with pytest.raises(UserError, match=rf"step_000001 does not match .*{name}"):
             Checkpoints(tmp_path, 1).restore(other, tmp_path / "step_000001")
         assert all(torch.equal(before[key], v) for key, v in other.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "train_state.json"])
+def test_a_flipped_bit_is_found(tmp_path, name, caplog):
+    saved(tmp_path, 1)
+    path = tmp_path / "step_000001" / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"step_000001 is damaged .*changed.*: {name}"):
+        Checkpoints(tmp_path, 1).restore(new_model(), path.parent)
+    (path.parent / "SHA256SUMS").write_text("")
+    with pytest.raises(UserError, match=r"step_000001 is damaged .*changed.*: SHA256SUMS"):
+        Checkpoints(tmp_path, 1).restore(new_model(), path.parent)
+
+
+def test_a_folder_of_an_older_run_is_not_checked(tmp_path, caplog):
+    saved(tmp_path, 1)
+    (tmp_path / "step_000001/SHA256SUMS").unlink()
+    caplog.set_level("INFO")
+    Checkpoints(tmp_path, 1).restore(new_model(), tmp_path / "step_000001")
+    assert "has no SHA256SUMS (older runs have none), so its files are not checked" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "train_state.json"])

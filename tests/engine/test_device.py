@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import platform
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -243,6 +245,55 @@ def test_a_run_survives_a_closed_pipe(workdir):
     process.stderr.close()
     assert process.wait(timeout=120) == 0
     assert (workdir / "pipe/final").is_dir()
+
+
+def test_a_run_continues_although_nobody_reads_its_output(workdir):
+    """A pager that is paused, for example; the run also stops at SIGTERM."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    folder = workdir / "unread"
+    process = start(workdir, "out_dir=unread", "max_steps=100000", stdout=writer, stderr=writer)
+    os.close(writer)
+    wait_for_step(folder, 1, process)
+    time.sleep(8)
+    before = len(metrics(folder))
+    time.sleep(2)
+    assert len(metrics(folder)) > before
+    process.send_signal(signal.SIGTERM)
+    while not (folder / "latest").exists():
+        time.sleep(0.05)
+    text = b""
+    while part := os.read(reader, 1 << 16):
+        text += part
+    assert process.wait(timeout=60) == 0
+    assert re.search(rb"\n[\d,]+ lines were not shown; all of them are in unread/train.log\n", text)
+
+
+def test_a_run_whose_folder_is_moved_ends_in_one_line(workdir):
+    process = start(
+        workdir, "out_dir=moved", "max_steps=100000", "save_every_steps=5", stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for_step(workdir / "moved", 7, process)
+    (workdir / "moved").rename(workdir / "elsewhere")
+    _, error = process.communicate(timeout=60)
+    lines = [line for line in error.splitlines() if "%|" not in line]
+    assert process.returncode == 1 and len(lines) == 1
+    assert lines[0].startswith("error: moved was moved or removed")
+    assert not (workdir / "moved").exists()
+
+
+@pytest.mark.parametrize("seconds", [0.4, "running"])
+def test_ctrl_c_before_training_ends_in_one_line(workdir, seconds):
+    process = start(workdir, f"out_dir=early{seconds}", "max_steps=9", stderr=subprocess.PIPE,
+                    stdout=subprocess.PIPE)  # fmt: skip
+    if seconds == "running":
+        assert process.stdout and process.stdout.readline()
+    else:
+        time.sleep(seconds)  # While torch is imported.
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, "interrupted\n")
 
 
 @pytest.mark.slow

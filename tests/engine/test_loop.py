@@ -43,10 +43,11 @@ def new_training(folder, model, optimizers, resume_from=None, precision="fp32", 
     run = SimpleNamespace(
         folder=folder,
         resume_from=resume_from,
+        chose_checkpoint=lambda: False,
         distributed=DistributedContext(),
         clock=Clock(),
         hardware=hardware,
-        config=SimpleNamespace(log_every_steps=1),
+        config=SimpleNamespace(log_every_steps=1, resume="auto"),
         stage="pretrain",
     )
     return SimpleNamespace(
@@ -135,6 +136,67 @@ def test_a_checkpoint_from_another_model_is_rejected(tmp_path):
     others = build_optimizers(other, OptimConfig())
     with pytest.raises(UserError):
         restore(new_training(tmp_path, other, others, tmp_path / "step_000001"))
+
+
+@pytest.mark.parametrize("place", ["weights", "optimizer"])
+def test_values_that_are_not_finite_are_not_saved(tmp_path, place):
+    model, optimizers = new_model()
+    steps(model, optimizers, 1)
+    training = new_training(tmp_path, model, optimizers)
+    training.run.config.optim = OptimConfig(muon_lr=0.02, embedding_lr=1e-3)
+    save(training, TrainState(step=1, bad_steps=3))
+    training.checkpoints.join()
+    tensor = (
+        model[0].weight.data
+        if place == "weights"
+        else optimizers[1].state[model[1].bias]["exp_avg"]
+    )
+    tensor.view(-1)[-1] = torch.nan if place == "weights" else torch.inf
+    name = "0.weight" if place == "weights" else "1/1.bias/exp_avg"
+    with pytest.raises(UserError, match=f"step 2: {name} has values that are not finite") as error:
+        save(training, TrainState(step=2))
+    assert f"resume={tmp_path}/step_000001 optim.muon_lr=0.01 optim.embedding_lr=0.0005" in str(
+        error.value
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"step_000001", "latest"}
+    state = json.loads((tmp_path / "step_000001/train_state.json").read_text())
+    assert state["train"]["bad_steps"] == 0
+
+
+def test_a_damaged_step_folder_is_replaced_by_the_one_before_it(tmp_path, caplog):
+    model, optimizers = new_model()
+    training = new_training(tmp_path, model, optimizers)
+    for step in (1, 2):
+        steps(model, optimizers, 1)
+        save(training, TrainState(step=step))
+    training.checkpoints.join()
+    newest = tmp_path / "step_000002"
+    (newest / "model.safetensors").write_bytes(b"")
+    for resume in ("auto", str(newest)):
+        resumed = new_training(tmp_path, *new_model(), newest)
+        resumed.run.chose_checkpoint = lambda chosen=resume: chosen != "auto"
+        if resume == "auto":
+            assert restore(resumed).step == 1
+            assert (tmp_path / "latest").read_text() == "step_000001"
+            assert (
+                f"{newest} is damaged" in caplog.text
+                and f"Trying {newest.with_name('step_000001')}" in caplog.text
+            )
+        else:  # The user's choice is not replaced.
+            with pytest.raises(UserError, match="step_000002 is damaged"):
+                restore(resumed)
+
+
+def test_a_record_that_cannot_be_written_is_reported_once(tmp_path, caplog):
+    log = MetricsLog(tmp_path, None, {})
+    full = open("/dev/full", "w")  # noqa: SIM115
+    log._metrics, metrics = full, log._metrics
+    for step in range(3):
+        log.write_step(step, {"train/loss": 1.0}, f"step {step}")
+    metrics.close()
+    log.close()
+    assert caplog.text.count("could not be written") == 1
+    assert (tmp_path / "train.log").read_text() == "step 0\nstep 1\nstep 2\n"
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):

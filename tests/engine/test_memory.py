@@ -35,7 +35,7 @@ def use_kernels(attention: str) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_the_formula_matches_the_counted_peak(path, rows, precision, attention, elsewhere):
     config, sizes, row_length = shipped(path)
-    model = Transformer(ModelConfig(**vars(sizes)))
+    model = Transformer(sizes.config)
     use_kernels(attention)
     num_micro = 1 if rows == 1 else 2
     step = make_step(precision, rows, num_micro, row_length, config.optim, stage_of(path))
@@ -81,14 +81,14 @@ def on_card(
 ) -> dict[str, float]:
     """Return the bytes, by name, of an uncompiled step of the default model on a card."""
     choice = Hardware(torch.device("cuda"), "bf16", "varlen", False, rows)
-    terms = step_memory(Sizes(), optimizer, choice, row_length, num_micro, rows, count)
+    terms = step_memory(Sizes(ModelConfig()), optimizer, choice, row_length, num_micro, rows, count)
     return {term.name: term.bytes for term in terms}
 
 
 def test_several_cards_need_a_flat_gradient_buffer():
     single, several = (on_card(1, 1, count, "adamw", 64) for count in (1, 4))
     assert "all-reduce" in several and "all-reduce" not in single
-    assert several["all-reduce"] == several["gradients"] == 4 * Sizes().parameters
+    assert several["all-reduce"] == several["gradients"] == 4 * Sizes(ModelConfig()).parameters
     # With many rows, the peak is in the loss, where the buffer does not exist yet.
     assert on_card(64, 2, 1) == on_card(64, 2, 4)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from dataset import DataConfig, load_datasets
 from trainlib.core.distributed import SINGLE_PROCESS
 from trainlib.core.hardware import Hardware
 from trainlib.data.token_cache import TokenCache
+from trainlib.engine.control import Clock, Control
 from trainlib.engine.validation import validate
 from trainlib.evaluation import baselines
 from trainlib.evaluation.baselines import (
@@ -146,7 +148,8 @@ def test_a_uniform_model_scores_the_uniform_baseline(kind, max_rows, data, token
 
     datasets = with_baselines(data(kind, val_max_rows=max_rows), tokenizer)
     hardware = Hardware(torch.device("cpu"), "fp32", "masked", False, 3)
-    run = SimpleNamespace(hardware=hardware, distributed=SINGLE_PROCESS)
+    control = Control(Path(), Clock(), SINGLE_PROCESS)
+    run = SimpleNamespace(hardware=hardware, distributed=SINGLE_PROCESS, control=control)
     training = SimpleNamespace(run=run, model=Uniform(), datasets=datasets, val_batches=[])
     metrics = validate(training, loss_fn)  # type: ignore[arg-type]
     assert metrics["bits_per_byte"] == pytest.approx(datasets.baselines["uniform"], rel=1e-6)

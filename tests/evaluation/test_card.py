@@ -17,9 +17,9 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from chat import newest_model
 from sft_train import SFTConfig
 from tests.support.stages import STAGES
+from tools.chat import newest_model
 from trainlib.core.settings import load_config
 from trainlib.evaluation.card import LANGUAGES, read_base
 from trainlib.evaluation.curve import draw_curve

@@ -12,16 +12,15 @@ from safetensors.torch import save_file
 
 from model import ModelConfig, Transformer
 from tokenizer.chat_format import render_conversation, render_prompt
+from tools.chat import generate, stream_text
 from trainlib.core.errors import UserError
 from trainlib.models.generate import (
     KVCache,
     Sampling,
     filter_logits,
-    generate,
     generate_batch,
     sample,
     show_samples,
-    stream_text,
 )
 from trainlib.models.hf_folder import load_model, model_files
 
@@ -172,7 +171,7 @@ def test_chat_template_gives_the_same_ids_as_the_renderer(folder, tokenizer, con
     ]
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ids = theirs.apply_chat_template(messages, tokenize=True)["input_ids"]
-    assert ids == render_conversation(tokenizer, messages).ids
+    assert ids == render_conversation(tokenizer, messages).ids.tolist()
     prompt = theirs.apply_chat_template(messages[:2], add_generation_prompt=True)["input_ids"]
     assert prompt == render_prompt(tokenizer, messages[:2])
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,18 +17,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from model import ModelConfig, Transformer
+import model as model_module
+from model import AttentionOp, ModelConfig, Transformer, count_parameters
 from tokenizer.bpe import SPECIAL_TOKENS
 from tokenizer.chat_format import render_conversation, render_prompt
 from train import PretrainConfig
 from trainlib.core import settings as settings_of
 from trainlib.core.errors import UserError
+from trainlib.models import hf_folder
 from trainlib.models.hf_folder import (
     adopt_model_config,
     check_vocabulary,
     load_config,
     load_model,
+    load_tokenizer,
     model_files,
+    num_parameters,
+    weights_digest,
 )
 
 
@@ -51,6 +59,85 @@ def edit(path: Path, **changes) -> None:
     values = json.loads(path.read_text(encoding="utf-8")) | changes
     values = {key: value for key, value in values.items() if value is not None}
     path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def test_the_stored_logits_are_those_of_transformers():
+    values = {**asdict(hf_folder.PROBE), "attn_implementation": "eager"}
+    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**values)).eval()
+    for i, name in enumerate(dict(Transformer(hf_folder.PROBE).named_parameters())):
+        weight = theirs.get_parameter(name)
+        values = torch.arange(weight.numel()).add(i).mul(0.7).sin()
+        weight.data.copy_(values.add("norm" in name).view(weight.shape))
+    theirs.tie_weights()
+    with torch.no_grad():
+        logits = theirs(torch.arange(12).view(1, -1)).logits[0, -1, :8]
+    assert torch.allclose(logits, torch.tensor(hf_folder.PROBE_LOGITS), rtol=1e-4, atol=2e-6)
+    assert hf_folder.architecture() == "Qwen3ForCausalLM"
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "rotate", "swiglu", "attention"])
+def test_a_decoder_with_other_formulas_has_another_name(tmp_path, tokenizer, op, monkeypatch):
+    """Replacing a function in ops has the effect of an edit in model.py."""
+    plain = getattr(model_module.ops, op)
+    edited = {
+        "rms_norm": lambda x, weight, eps: plain(x, 1 + weight, eps),
+        "rotate": lambda x, cos, sin: x,
+        "swiglu": lambda gate, up, down: plain(gate.abs(), up, down),
+        "attention": AttentionOp(plain.prepare, lambda *x: 1.01 * plain.attend(*x))
+        if op == "attention"
+        else None,
+    }
+    monkeypatch.setattr(model_module.ops, op, edited[op])
+    monkeypatch.setattr(
+        hf_folder, "architecture", functools.cache(hf_folder.architecture.__wrapped__)
+    )
+    model = write_folder(tmp_path, tokenizer)
+    names = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["architectures"]
+    assert names == ["CustomForCausalLM"]
+    with pytest.raises(ValueError, match="custom"):  # Not computed as something that it is not.
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = dict(load_model(tmp_path).named_parameters())
+    assert all(torch.equal(loaded[name], p) for name, p in model.named_parameters())
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"trained with an edited model\.py"):
+        load_model(tmp_path)
+
+
+def test_the_number_of_parameters_is_known_before_the_model_is_built(tmp_path, tokenizer):
+    for tied in (True, False):
+        model = write_folder(tmp_path, tokenizer, tie_word_embeddings=tied)
+        assert num_parameters(model.config) == count_parameters(model)
+        assert load_config(tmp_path) == model.config
+    for sizes, message in (
+        ({"num_hidden_layers": 10**6}, r"1,000,000 layers; the limit is 1,000\."),
+        ({"intermediate_size": 10**9}, r"[\d,]+ parameters; the limit is 10,000,000,000"),
+    ):
+        write_folder(tmp_path, tokenizer)
+        edit(tmp_path / "config.json", **sizes)
+        with pytest.raises(UserError, match=message):
+            load_model(tmp_path)
+
+
+def test_a_config_over_the_limit_is_refused_by_its_size(tmp_path, tokenizer):
+    write_folder(tmp_path, tokenizer)
+    for content, message in ((" " * (1 << 20), r"bytes; the limit is 1,048,576"),
+                             ("", "cannot be read")):  # fmt: skip
+        path = tmp_path / "config.json"
+        path.write_text(content + '{"a":' * 100_000)
+        with pytest.raises(UserError, match=message):
+            load_config(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pipe_in_a_model_folder_is_an_error(name, tmp_path, tokenizer):
+    write_folder(tmp_path, tokenizer)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)  # Opening it would wait for ever.
+    loads = [load_model, weights_digest] if name == "model.safetensors" else [load_tokenizer]
+    for load in loads:
+        with pytest.raises(UserError, match=f"{name} (is not a regular file|does not exist)"):
+            load(tmp_path)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -96,8 +183,8 @@ def assert_equal_ids_and_mask(theirs, tokenizer, ours, messages, **options):
         messages, return_dict=True, return_assistant_tokens_mask=True, **options
     )
     expected = render_conversation(tokenizer, ours)
-    assert found["input_ids"] == expected.ids
-    assert found["assistant_masks"] == [int(supervised) for supervised in expected.mask]
+    assert found["input_ids"] == expected.ids.tolist()
+    assert found["assistant_masks"] == list(expected.mask)
 
 
 content = st.text(max_size=24).filter(lambda text: not any(s in text for s in SPECIAL_TOKENS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import ModelConfig, Transformer
+from trainlib.engine import best as best_module
+from trainlib.engine import loop
 from trainlib.engine.checkpoint import Checkpoints
 from trainlib.models.hf_folder import model_files
 
@@ -107,15 +110,12 @@ def test_best_is_not_a_checkpoint_to_resume_from(finished, run_stage, capsys):
 
 @pytest.mark.parametrize("error, expected", [(None, "best"), (9.0, "step_000060")])
 def test_a_run_killed_before_final_is_written_chooses_the_same_weights(
-    finished, run_stage, error, expected, capsys
+    finished, run_stage, error, expected, capsys, monkeypatch
 ):
     shutil.copytree(finished, "killed", dirs_exist_ok=True)
     shutil.rmtree("killed/final")
     if error is not None:  # Then the last loss is within one standard error.
-        path = Path("killed/step_000060/train_state.json")
-        state = json.loads(path.read_text())
-        state["train"]["val_error"] = error
-        path.write_text(json.dumps(state))
+        monkeypatch.setattr(best_module, "difference_error", lambda *_: error)
     assert run_stage("sft", *settings("killed")) == 0
     assert same("killed/final", f"full/{expected}")
     assert ("; final/ has the last weights" in capsys.readouterr().out) == (error is not None)
@@ -198,3 +198,24 @@ def test_a_run_that_only_gets_worse_warns_and_ends_with_a_trained_model(finished
     assert not same("worse/final", "full/final")
     record = json.loads(Path("worse/best/validation.json").read_text())
     assert record["loss"] == min(loss for step, loss in values.items() if step)
+
+
+def test_damaged_best_weights_are_found_again(finished, run_stage, monkeypatch, capsys):
+    best = json.loads((finished / "best/validation.json").read_text())["step"]
+    assert best > 6, "the oldest checkpoint is not before the best step"
+    calls, step = itertools.count(1), loop.optimizer_step
+
+    def broken(*arguments):
+        if next(calls) == best + 9:
+            raise OSError(5, "Input/output error")
+        return step(*arguments)
+
+    arguments = settings("damaged", "save_every_steps=6")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "optimizer_step", broken)
+        assert run_stage("sft", *arguments) == 1
+    (Path("damaged/best") / "model.safetensors").write_bytes(b"")
+    capsys.readouterr()
+    assert run_stage("sft", *arguments) == 0
+    assert "damaged/best is damaged; the best weights are searched" in capsys.readouterr().out
+    assert same("damaged/final", "full/final") and losses("damaged") == losses(finished)

@@ -86,8 +86,8 @@ def test_a_prompt_is_the_conversation_up_to_the_answer(tokenizer):
     question = [{"role": "user", "content": "你好"}]
     full = render_conversation(tokenizer, [*question, {"role": "assistant", "content": "好"}])
     prompt = render_prompt(tokenizer, question)
-    assert full.ids[: len(prompt)] == prompt
-    assert full.mask.index(True) == len(prompt)
+    assert full.ids[: len(prompt)].tolist() == prompt
+    assert full.mask.index(1) == len(prompt)
 
 
 def test_thinking_off_adds_empty_thoughts_that_are_not_supervised(tokenizer):
@@ -96,7 +96,7 @@ def test_thinking_off_adds_empty_thoughts_that_are_not_supervised(tokenizer):
     prompt = render_prompt(tokenizer, question, enable_thinking=False)
     assert tokenizer.show(prompt).endswith("assistant\n<think>\n\n</think>\n\n")
     sequence = render_conversation(tokenizer, [*question, answer])
-    assert sequence.ids[: len(prompt)] == prompt
+    assert sequence.ids[: len(prompt)].tolist() == prompt
     assert supervised_runs(tokenizer, [*question, answer]) == [
         [*tokenizer.encode("3"), tokenizer.im_end_id]
     ]

@@ -98,7 +98,7 @@ def test_the_template_gives_the_same_ids(vocabulary, theirs, one, two, thoughts,
         {"role": "assistant", "content": two, "enable_thinking": False},
     ]
     ids = theirs.apply_chat_template(messages, tokenize=True)["input_ids"]
-    assert ids == render_conversation(vocabulary, messages).ids
+    assert ids == render_conversation(vocabulary, messages).ids.tolist()
 
 
 def test_reasoning_and_calls_are_supervised_but_nothing_else(vocabulary):

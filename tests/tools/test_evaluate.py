@@ -101,9 +101,9 @@ def theirs(folder):
 def log_probs(model, ids, mask):
     """Return the log-probability of each supervised id under transformers' model."""
     with torch.no_grad():
-        logits = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
-    found = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    return found[torch.tensor(mask[1:])]
+        logits = model(torch.tensor([list(ids[:-1])])).logits[0].log_softmax(-1)
+    found = logits.gather(1, torch.tensor(list(ids[1:]))[:, None])[:, 0]
+    return found[torch.tensor(list(mask[1:])) > 0]
 
 
 def test_bits_per_byte_and_perplexity_equal_those_of_transformers(files, evaluate, tokenizer):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from model import ModelConfig, Transformer
-from tests.stages.test_chat import SIZES, save
+from tests.tools.test_chat import SIZES, save
 from tokenizer.chat_format import render_conversation
 from tools.prepare_data import skill_pairs
 from tools.prepare_data.items import PEOPLE, chinese, english

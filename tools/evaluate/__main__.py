@@ -8,6 +8,8 @@ everything else on stderr.
 
 from __future__ import annotations
 
+import trainlib.core.threads  # noqa: F401  # Before torch.
+
 import argparse
 import json
 import sys

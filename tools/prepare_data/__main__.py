@@ -19,6 +19,8 @@ its name.
 
 from __future__ import annotations
 
+import trainlib.core.threads  # noqa: F401  # Before torch.
+
 import argparse
 import json
 import os
@@ -34,6 +36,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tools.outputs import refuse_to_overwrite
 from tools.prepare_data.extras import EXTRAS, extra_rows
 from tools.prepare_data.rows import (
     Row,
@@ -57,7 +60,7 @@ from tools.prepare_data.sources import (
     read_json,
 )
 from trainlib.core.errors import UserError
-from trainlib.core.files import ROOT, refuse_to_overwrite
+from trainlib.core.files import ROOT
 from trainlib.core.terminal import use_replacement_characters, valid_text
 
 # Packages that each source is built from; sources not listed here use llamafactory.

@@ -1,12 +1,10 @@
 """Data-parallel training in several processes: collectives, and a launcher for the processes.
 
-Every rank holds the full model and processes its share of each step's rows. The gradients are
-all-reduced once per step. The environment variables are those of torchrun (RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR, MASTER_PORT), so `torchrun --nproc-per-node 2 train.py` works too.
+Every rank processes its share of each step's rows; the gradients are all-reduced once per step. The
+environment variables are those of torchrun, so `torchrun --nproc-per-node 2 train.py` works too.
 """
 
-from __future__ import annotations
-
+import contextlib
 import importlib
 import os
 import signal
@@ -15,22 +13,27 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 from trainlib.core.errors import AlreadyFinished, UserError
+from trainlib.core.terminal import end_in_one_line, finish_output
 
 T = TypeVar("T")
 
 PARENT = "TRAIN_LLM_PARENT"
-TIMEOUT = timedelta(minutes=30)
-"""Timeout for collectives. The other ranks wait in a collective while rank 0 writes."""
+TIMEOUT = timedelta(minutes=30)  # Of collectives, in which the other ranks wait for rank 0.
+PEERS: list[int] = []  # Process ids of the other ranks on this host.
+WRITING_SECONDS, GRACE_SECONDS = 30.0, 5.0
+"""How long a failed rank waits for its checkpoint, and then the launcher for the other ranks."""
 
 
 @dataclass(frozen=True)
@@ -97,27 +100,87 @@ def init_distributed(device: str) -> DistributedContext:
     importlib.import_module("torch.distributed.nn.functional")  # `import` would shadow `torch`.
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if PARENT in os.environ:
-        parent = int(os.environ[PARENT])
-        threading.Thread(target=_stop_when_orphaned, args=(parent,), daemon=True).start()
+        threading.Thread(target=_stop_when_orphaned, daemon=True).start()
+    group = {"rank": rank, "world_size": world_size, "timeout": TIMEOUT, "store": _local_store()}
     if device in ("auto", "cuda") and torch.cuda.is_available():
         card = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(card)
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=card)
+        dist.init_process_group("nccl", device_id=card, **group)
     else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-    return DistributedContext(rank, world_size)
+        dist.init_process_group("gloo", **group)
+    context = DistributedContext(rank, world_size)
+    here, me = socket.gethostname(), os.getpid()
+    if os.name != "nt":  # There, os.kill would end the process that it looks for.
+        everyone = context.all_gather_object((here, me))
+        PEERS[:] = [pid for host, pid in everyone if host == here and pid != me]
+    return context
 
 
-def _stop_when_orphaned(parent: int) -> None:
+def _local_store() -> TCPStore | None:
+    """Return a store for the ranks of launch_processes; torch's own listens on every address."""
+    if PARENT not in os.environ:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    first, size = os.environ["RANK"] == "0", int(os.environ["WORLD_SIZE"])
+    listener = socket.create_server((address, port)).detach() if first else None
+    return TCPStore(address, port, size, first, TIMEOUT, master_listen_fd=listener)
+
+
+def peer_lost(seconds: float = 0.0) -> bool:
+    """Return whether another rank on this host ends within some seconds, or has ended."""
+    deadline = time.monotonic() + seconds
+    try:
+        while True:
+            for pid in PEERS:
+                with contextlib.suppress(PermissionError):
+                    os.kill(pid, 0)
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+    except ProcessLookupError:
+        return True
+
+
+def end_failed_rank(
+    failure: BaseException, last_write: Callable[[bool], object] | None
+) -> NoReturn:
+    """Print why this rank fails, call last_write(True), which waits for a checkpoint, and exit."""
+    try:
+        if isinstance(failure, RuntimeError) and peer_lost(1.0):
+            sys.exit(f"rank {os.environ['RANK']} ends because another rank has ended")
+        if not isinstance(failure, SystemExit):
+            end_in_one_line(type(failure), failure, failure.__traceback__)
+            line = traceback.format_exception_only(failure)[-1].splitlines()[0]
+            failure = SystemExit(f"error on rank {os.environ['RANK']}: {line}")
+    except SystemExit as brief:
+        failure = brief
+    if isinstance(failure.code, str):
+        print(failure.code, file=sys.stderr)
+    finish_output()
+    if last_write is not None:
+        writer = threading.Thread(target=last_write, args=(True,), daemon=True)
+        writer.start()
+        writer.join(WRITING_SECONDS)
+    # The process group is not destroyed: NCCL would wait for ranks that wait for this one.
+    os._exit(failure.code if isinstance(failure.code, int) else 1)
+
+
+def _stop_when_orphaned() -> None:
     """Request a checkpoint and a stop once the process that launched the ranks has exited."""
-    while os.getppid() == parent:
+    while os.getppid() == int(os.environ[PARENT]):
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def has_process_group() -> bool:
+    """Return whether this process is in a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def destroy_distributed() -> None:
     """Destroy the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
+    PEERS.clear()
+    if has_process_group():
         dist.destroy_process_group()
 
 
@@ -152,33 +215,34 @@ def resolve_world_size(config: Any) -> int:
 def launch_processes(world_size: int) -> int:
     """Run this command as `world_size` ranks on this host, and return their exit code.
 
-    If a rank fails, the others are killed. Signal handling differs from torchrun, whose agent kills
-    the ranks 30 seconds after a SIGTERM and then fails. Here, signals are forwarded to the ranks,
-    which save a checkpoint and exit.
+    If a rank fails, the others are killed after GRACE_SECONDS. Signals are forwarded to the ranks,
+    which save a checkpoint and exit; torchrun's agent kills them 30 seconds after a SIGTERM.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common[PARENT] = str(os.getpid())
-    if "OMP_NUM_THREADS" not in os.environ:
-        # By default each rank would use all cores.
-        common["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // world_size))
+    size, num_threads = str(world_size), max(1, (os.cpu_count() or 1) // world_size)
+    # By default each rank would use all cores.
+    common = {"OMP_NUM_THREADS": str(num_threads), **os.environ, PARENT: str(os.getpid()),
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+              "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}  # fmt: skip
+    if sys.platform == "linux":  # Gloo listens on this interface only.
+        common.setdefault("GLOO_SOCKET_IFNAME", "lo")
     processes: list[subprocess.Popen] = []
 
     def forward(number: int, frame: object) -> None:
         for process in processes:
             process.send_signal(number)  # A no-op for a process that has exited.
 
-    numbers = [signal.SIGTERM, signal.SIGINT, *filter(None, [getattr(signal, "SIGUSR1", None)])]
-    before = {number: signal.signal(number, forward) for number in numbers}
+    before = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         for rank in range(world_size):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
-            env = {**os.environ, **common, **own}
+            env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # Each rank has its own session, so that Ctrl-C reaches it only through this process.
             command = [sys.executable, *sys.argv]
             processes.append(subprocess.Popen(command, env=env, start_new_session=True))
+        if hasattr(signal, "SIGUSR1"):  # Only now: the new processes inherit that it is ignored.
+            before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, forward)
         return _wait(processes)
     finally:
         for number, handler in before.items():
@@ -186,13 +250,17 @@ def launch_processes(world_size: int) -> int:
 
 
 def _wait(processes: list[subprocess.Popen]) -> int:
-    while True:
-        codes = [process.poll() for process in processes]
-        if failed := next(filter(None, codes), 0):
-            for process in processes:
-                process.kill()
-                process.wait()
-            return failed if failed > 0 else 128 - failed
-        if None not in codes:
-            return 0
+    while None in (codes := [process.poll() for process in processes]) and not any(codes):
         time.sleep(0.05)
+    failed = next(filter(None, codes), 0)
+    deadline = time.monotonic() + GRACE_SECONDS
+    if failed < 0:
+        name, rank = signal.Signals(-failed).name, codes.index(failed)
+        print(f"error: rank {rank} was ended by {name}", file=sys.stderr)
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    return failed if failed >= 0 else 128 - failed

@@ -1,23 +1,21 @@
 """UserError, the one exception for problems that a user can cause and fix."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """A problem with settings, files or folders; the message says where it is and how to fix it.
+    """A problem with settings, files or folders; the message says where it is and how to fix it."""
 
-    Entry points print it without a traceback and exit with code 1.
-    """
-
-    reported = False
-    """True once rank 0 prints this error, so that the other ranks stay silent."""
+    reported = False  # True once rank 0 prints this error, so that the other ranks stay silent.
 
 
 class AlreadyFinished(Exception):  # noqa: N818
     """The same run has already finished. Not an error: the exit code is 0."""
+
+
+class Stopped(Exception):  # noqa: N818
+    """A stop was requested, and what is done has been saved. The exit code is 0."""
 
 
 @contextlib.contextmanager

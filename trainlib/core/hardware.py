@@ -4,8 +4,6 @@ The choice is a pure function of the hardware and configs/hardware.tsv, which ha
 class of card; build.sh uses the same table. Explicit settings take precedence over the choice.
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import importlib.util
@@ -32,8 +30,7 @@ log = logging.getLogger(__name__)
 
 TABLE = ROOT / "configs" / "hardware.tsv"
 CARDS = TABLE.with_name("cards.tsv")
-TABLE_ROW_LENGTH = 512
-"""Row length, in positions, that the table's micro-batch sizes assume."""
+TABLE_ROW_LENGTH = 512  # Row length, in positions, that the table's micro-batch sizes assume.
 FEW_THREADS = 4
 """Largest number of threads with which attention uses blocks. With 2 threads, blocks were 1.5 to
 2.7 times as fast as a full mask with 8 heads, and just as fast with 3 heads. The matmul for a block
@@ -44,18 +41,12 @@ takes less than a millisecond, too little work for many threads."""
 class Facts:
     """Properties of a machine, known before anything is computed on it."""
 
-    cuda: tuple[int, int] | None = None
-    """Lowest compute capability of the visible cards; None if there is no card."""
-    memory_mib: int = 0
-    """Memory of the smallest visible card, in MiB."""
-    mps: bool = False
-    """True if torch has a Metal device."""
-    varlen: bool = False
-    """True if torch has variable-length attention."""
-    amx: bool = False
-    """True if the CPU supports AMX, where matmul precision "medium" rounds to bf16."""
-    threads: int = 1
-    """Number of threads that a matmul on the CPU uses."""
+    cuda: tuple[int, int] | None = None  # Lowest compute capability of the visible cards, if any.
+    memory_mib: int = 0  # Memory of the smallest visible card, in MiB.
+    mps: bool = False  # True if torch has a Metal device.
+    varlen: bool = False  # True if torch has variable-length attention.
+    amx: bool = False  # With AMX, matmul precision "medium" rounds to bf16.
+    threads: int = 1  # Number of threads that a matmul on the CPU uses.
 
 
 @dataclass(frozen=True)
@@ -63,17 +54,12 @@ class Hardware:
     """Hardware settings of a run. They affect what the model learns only through rounding."""
 
     device: torch.device
-    precision: str
-    """fp32, bf16 or fp16; "measure" = the faster of fp32 and bf16."""
-    attention: str
-    """masked (the formula in model.py), or a kernel in kernels/: varlen or blocks."""
+    precision: str  # fp32, bf16 or fp16; "measure" = the faster of fp32 and bf16.
+    attention: str  # masked (the formula in model.py), or a kernel in kernels/: varlen or blocks.
     compile: bool
-    micro_batch_size: int
-    """Maximum number of rows in one forward pass."""
-    matmul: str = "highest"
-    """Argument for torch.set_float32_matmul_precision."""
-    kernels: tuple[str, ...] = ()
-    """Kernels in use instead of the plain formulas (trainlib/engine/kernels.py)."""
+    micro_batch_size: int  # Maximum number of rows in one forward pass.
+    matmul: str = "highest"  # Argument for torch.set_float32_matmul_precision.
+    kernels: tuple[str, ...] = ()  # Kernels used instead of formulas (trainlib/engine/kernels.py).
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the forward-pass context: 16-bit matmuls with fp32 weights, or a null context."""
@@ -106,10 +92,8 @@ class Card(NamedTuple):
 
     @property
     def slowest(self) -> float:
-        """Return the upper bound on a step's time, as a multiple of the time that --plan computes.
-
-        Below capability 8.0, no kernel skips pairs across documents, and Muon runs in fp32.
-        """
+        """Return the upper bound on a step's time, as a multiple of what --plan computes."""
+        # Below capability 8.0, no kernel skips pairs across documents, and Muon runs in fp32.
         return 4 / 3 if self.capability >= (8, 0) else 2.0
 
 
@@ -142,22 +126,14 @@ def find_row(facts: Facts, device: str) -> dict[str, str]:
     cards = [row for row in cards if int(row["min_mib"]) <= facts.memory_mib]
     newest = max(capability(row["max_capability"]) for row in cards)
     return next(
-        row
-        for wanted in (facts.cuda, newest)
-        for row in cards
+        row for wanted in (facts.cuda, newest) for row in cards
         if capability(row["min_capability"]) <= wanted <= capability(row["max_capability"])
-    )
+    )  # fmt: skip
 
 
-def choose_hardware(
-    facts: Facts,
-    *,
-    device: str = "auto",
-    precision: str = "auto",
-    compile_: str = "auto",
-    micro_batch_size: int = 0,
-    row_length: int = TABLE_ROW_LENGTH,
-) -> Hardware:
+def choose_hardware(facts: Facts, *, device: str = "auto", precision: str = "auto",
+                    compile_: str = "auto", micro_batch_size: int = 0,
+                    row_length: int = TABLE_ROW_LENGTH) -> Hardware:  # fmt: skip
     """Resolve "auto" for a machine; raise UserError for a device or precision that it lacks."""
     if device == "auto":
         device = "cuda" if facts.cuda else "cpu"  # mps is used only on request.
@@ -198,14 +174,12 @@ def find_facts() -> Facts:
     """Return the facts about this machine; with several cards, the minimum of each value."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cards = [torch.cuda.get_device_properties(card) for card in range(count)]
-    return Facts(
-        cuda=min(((card.major, card.minor) for card in cards), default=None),
-        memory_mib=min((card.total_memory // 2**20 for card in cards), default=0),
-        varlen=importlib.util.find_spec("torch.nn.attention.varlen") is not None,
-        mps=torch.backends.mps.is_available(),
-        amx=bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()),
-        threads=torch.get_num_threads(),
-    )
+    return Facts(cuda=min(((card.major, card.minor) for card in cards), default=None),
+                 memory_mib=min((card.total_memory // 2**20 for card in cards), default=0),
+                 varlen=importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+                 mps=torch.backends.mps.is_available(),
+                 amx=bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()),
+                 threads=torch.get_num_threads())  # fmt: skip
 
 
 def unseen_card() -> str:
@@ -214,16 +188,11 @@ def unseen_card() -> str:
     if torch.cuda.is_available() or not (in_container or shutil.which("nvidia-smi")):
         return ""
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
-    hint = (
-        "On the host: docker compose up -d --force-recreate train"
-        if in_container
-        else "CUDA 13 requires NVIDIA driver 580 or newer; for 525 or newer: "
-        "pip install torch==2.10.0"
-    )
-    return (
-        f"torch {torch.__version__}, built for {built}, sees no card, so this runs on the CPU. "
-        f"{hint}. If this is intended, set device=cpu"
-    )
+    hint = "On the host: docker compose up -d --force-recreate train"
+    if not in_container:
+        hint = "CUDA 13 needs driver 580 or newer; for 525 or newer: pip install torch==2.10.0"
+    return (f"torch {torch.__version__}, built for {built}, sees no card, so this runs on the CPU. "
+            f"{hint}. If this is intended, set device=cpu")  # fmt: skip
 
 
 def measured_precision(cache_file: Path, matmul: str) -> str:
@@ -242,17 +211,14 @@ def measured_precision(cache_file: Path, matmul: str) -> str:
         finally:
             torch.set_float32_matmul_precision(before)
         known[key] = min(seconds, key=lambda name: seconds[name])
-        log.info(
-            "measured a matmul on this CPU: fp32 %.1f ms, bf16 %.1f ms; using %s",
-            1e3 * seconds["fp32"], 1e3 * seconds["bf16"], known[key],
-        )  # fmt: skip
+        log.info("measured a matmul on this CPU: fp32 %.1f ms, bf16 %.1f ms; using %s",
+                 1e3 * seconds["fp32"], 1e3 * seconds["bf16"], known[key])  # fmt: skip
         cache_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(cache_file, json.dumps(known, indent=1))
     return known[key]
 
 
 def _seconds(dtype: torch.dtype, budget: float = 0.15) -> float:
-    """Return the best time for a layer-sized matmul, measured for `budget` seconds."""
     x, w = torch.ones(512, 512, dtype=dtype), torch.ones(512, 1408, dtype=dtype)
     return best_time(lambda: x @ w, budget)
 

@@ -1,7 +1,5 @@
 """Generate the --help text, which lists every setting of a stage by group."""
 
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
 from typing import get_type_hints
@@ -10,42 +8,28 @@ from trainlib.core.parsing import parse, type_text, value_text
 from trainlib.core.settings import HARDWARE_KEYS, Key, RawValue, keys, read_file
 
 WIDTH = 79  # Some 80-column terminals wrap after the last column.
-FLAGS = {
-    "--help": "print this help and exit",
-    "--prepare-only": "build the token caches and exit",
-    "--plan": "estimate the run's memory and time on each card, and exit",
-    "--gpu NAME[:N]": "plan in detail for N cards of one type in configs/cards.tsv",
-    "--budget TIME": "plan how many tokens fit in this time: 45m, 2h, 1.5d",
-}
+FLAGS = {"--help": "print this help and exit", "--prepare-only": "build the token caches and exit",
+         "--verify-cache": "compare the digests of the token caches, then train",
+         "--plan": "estimate the run's memory and time on each card, and exit",
+         "--gpu NAME[:N]": "plan in detail for N cards of one type in configs/cards.tsv",
+         "--budget TIME": "plan how many tokens fit in this time: 45m, 2h, 1.5d"}  # fmt: skip
 """Command-line options of a stage."""
 
 
 def help_text(cls: type, script: str, stage: str, file: Path) -> str:
-    """Return the usage, two examples, and every key with its default, type and description.
-
-    `file` is the config file of the run; values that differ from the defaults are shown too.
-    """
+    """Return usage, examples, and every key with its default, type, doc, and value in `file`."""
     values = read_file(file, [key.name for key in keys(cls)], []) or {}
     command = f"python {script}"
     lines = [
         f"usage: {command} [config.yaml] [section.key=value ...]",
-        "       " + " ".join(f"[{flag}]" for flag in FLAGS),
-        "",
-        *_wrap(cls.__doc__ or "", ""),
-        "",
-        "examples:",
-        f"  {command} configs/tiny_{stage}.yaml",
-        f"  {command} data.files=mine.jsonl out_dir=runs/mine --prepare-only",
-        "",
-        "flags:",
-        *(f"  {flag:16}{text}" for flag, text in FLAGS.items()),
-        "",
-        *_wrap(
-            f"Settings, as key=default. The default config file is configs/{stage}.yaml. The "
-            "command line overrides the environment, which overrides the config file.",
-            "",
-        ),
-    ]
+        *_wrap(" ".join(f"[{flag}]" for flag in FLAGS), " " * 7), "",
+        *_wrap(cls.__doc__ or "", ""), "",
+        "examples:", f"  {command} configs/tiny_{stage}.yaml",
+        f"  {command} data.files=mine.jsonl out_dir=runs/mine --prepare-only", "",
+        "flags:", *(f"  {flag:16}{text}" for flag, text in FLAGS.items()), "",
+        *_wrap(f"Settings, as key=default. The default config file is configs/{stage}.yaml. The "
+               "command line overrides the environment, which overrides the config file.", ""),
+    ]  # fmt: skip
     for title, members in groups(cls).items():
         lines += ["", f"{title}:"]
         for key in members:
@@ -88,6 +72,5 @@ def _override(key: Key, raw: RawValue | None, file: Path) -> str:
 def _wrap(text: str, indent: str = "  ") -> list[str]:
     """Wrap text to WIDTH columns; continuation lines of a setting are indented further."""
     hanging = indent + "    " if indent == "  " else indent
-    wrapper = textwrap.TextWrapper(WIDTH, indent, hanging)
-    wrapper.break_on_hyphens = wrapper.break_long_words = False
-    return wrapper.wrap(text)
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=hanging,
+                         break_on_hyphens=False, break_long_words=False)  # fmt: skip

@@ -1,7 +1,5 @@
 """Parse settings according to the types of their fields, and format values as YAML."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import re

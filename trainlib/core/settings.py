@@ -5,11 +5,10 @@ Sections are dataclass fields of the stage's class. Precedence: command line, en
 by YAML's rules: in files and arguments, `1e-3` can be a number, `off` a boolean, `23:30` a string.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import operator
 import os
@@ -74,16 +73,14 @@ def _walk(config: Any, prefix: str = "", recipe: bool = True) -> Iterator[Key]:
             yield Key(name, hints[field.name], value, docs_by_name.get(field.name, ""), in_recipe)
 
 
+@functools.cache
 def _attribute_docs(cls: type) -> dict[str, str]:
     """Return the first paragraph of the docstring under each field, base classes included."""
     docs_by_name: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         if not is_dataclass(owner):
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-        except OSError:  # The source is not available.
-            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
         body = tree.body[0].body  # type: ignore[attr-defined]
         for pair in zip(body, body[1:], strict=False):
             match pair:
@@ -141,12 +138,13 @@ def read_file(path: Path, names: list[str], errors: list[str]) -> dict[str, RawV
     return values
 
 
-def _entries(
-    node: yaml.MappingNode | None, names: list[str], prefix: str = ""
-) -> Iterator[tuple[str, int, yaml.Node]]:
+def _entries(node: yaml.MappingNode | None, names: list[str],
+             prefix: str = "") -> Iterator[tuple[str, int, yaml.Node]]:  # fmt: skip
     """Yield key (empty if not a scalar), line and value of the entries, including sections'."""
     for key, value in node.value if node else ():
         name = prefix + key.value if isinstance(key, yaml.ScalarNode) else ""
+        if name == "code":  # Not a setting: the code that made the run (engine/code.py).
+            continue
         yield name, key.start_mark.line + 1, value
         if _is_section(name, names) and isinstance(value, yaml.MappingNode):
             yield from _entries(value, names, name + ".")
@@ -169,9 +167,8 @@ def _unknown(name: str, names: list[str]) -> str:
     return f"unknown key; did you mean {near[0]}?" if near else "unknown key; --help lists all keys"
 
 
-def _read_arguments(
-    argv: list[str], names: list[str], errors: list[str]
-) -> tuple[Path | None, dict[str, RawValue]]:
+def _read_arguments(argv: list[str], names: list[str],
+                    errors: list[str]) -> tuple[Path | None, dict[str, RawValue]]:  # fmt: skip
     """Return the config file, if any, and the values by key; the last of duplicate keys wins."""
     file: Path | None = None
     values: dict[str, RawValue] = {}
@@ -198,21 +195,15 @@ def _read_arguments(
 
 def _read_environment(names: list[str]) -> dict[str, RawValue]:
     variables = {name: f"TRAIN_LLM_{name.upper()}" for name in HARDWARE_KEYS if name in names}
-    return {
-        name: RawValue(os.environ[variable], f"environment {variable}")
-        for name, variable in variables.items()
-        if os.environ.get(variable)
-    }
+    return {name: RawValue(os.environ[variable], f"environment {variable}")
+            for name, variable in variables.items() if os.environ.get(variable)}  # fmt: skip
 
 
 # ---- 3. a checked config -------------------------------------------------------------------------
 
 
 def load_config(cls: type[T], argv: list[str], default_file: Path | None) -> T:
-    """Return the settings of a run from the arguments `[config.yaml] [section.key=value ...]`.
-
-    Raises a single UserError that lists all problems: key, value, source, and what is expected.
-    """
+    """Return the settings of a command line; a single UserError lists all problems."""
     known = {key.name: key for key in keys(cls)}
     errors: list[str] = []
     named_file, arguments = _read_arguments(argv, list(known), errors)
@@ -244,13 +235,8 @@ def load_config(cls: type[T], argv: list[str], default_file: Path | None) -> T:
     return config
 
 
-def _keep_one_length(
-    length_keys: list[Key],
-    names: set[str],
-    values: dict[str, Any],
-    sources: dict[str, str],
-    errors: list[str],
-) -> None:
+def _keep_one_length(length_keys: list[Key], names: set[str], values: dict[str, Any],
+                     sources: dict[str, str], errors: list[str]) -> None:  # fmt: skip
     """If a source sets a length key, reset the others, so that it overrides earlier sources."""
     lengths = [key.name for key in length_keys if key.name in names and values[key.name]]
     if len(lengths) > 1:
@@ -263,12 +249,8 @@ def _keep_one_length(
             values[key.name], sources[key.name] = 0, f"replaced by {lengths[-1]}"
 
 
-BOUNDS = {
-    "above": ("above", operator.gt),
-    "at_least": ("at least", operator.ge),
-    "below": ("below", operator.lt),
-    "at_most": ("at most", operator.le),
-}
+BOUNDS = {"above": ("above", operator.gt), "at_least": ("at least", operator.ge),
+          "below": ("below", operator.lt), "at_most": ("at most", operator.le)}  # fmt: skip
 """Bounds in the metadata of a field: the wording for messages, and the comparison."""
 
 
@@ -285,13 +267,11 @@ def bound_errors(config: Any, prefix: str = "") -> list[str]:
     return errors
 
 
-def _config_errors(
-    config: Any, sources: dict[str, str], failed: set[str], prefix: str = ""
-) -> list[str]:
+def _config_errors(config: Any, sources: dict[str, str], failed: set[str],
+                   prefix: str = "") -> list[str]:  # fmt: skip
     """Return the errors in a config and its sections, with the sources of the keys.
 
-    Skips messages that mention a key in `failed`, since they may follow from another problem. Adds
-    the keys of a section with errors to `failed`.
+    Skips messages that mention a key in `failed`, which may follow from another error; adds to it.
     """
     errors: list[str] = []
     for field in fields(config):
@@ -332,10 +312,8 @@ def resolved(cfg: T, **values: Any) -> T:
 def provenance(cfg: Any) -> dict[str, str]:
     """Return the source of each value: file:line, command line, environment X, default."""
     recorded, defaults = getattr(cfg, "_provenance", {}), keys(type(cfg))
-    return {
-        key.name: recorded.get(key.name, "default" if key == default else "set by the program")
-        for key, default in zip(_walk(cfg), defaults, strict=True)
-    }
+    return {key.name: recorded.get(key.name, "default" if key == default else "set by the program")
+            for key, default in zip(_walk(cfg), defaults, strict=True)}  # fmt: skip
 
 
 def recipe(cfg: Any) -> dict[str, Any]:

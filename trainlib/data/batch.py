@@ -36,8 +36,7 @@ class Batch:
     def select(self) -> Tensor | None:
         """Return a mask of the positions with a label; None on a GPU, where shapes must be static.
 
-        On a CPU, the output projection is half of a small model's work, and a third of a
-        conversation's positions have no label.
+        On a CPU, the output layer is half of a small model's work; many positions have no label.
         """
         return self.labels != IGNORE_INDEX if self.labels.device.type == "cpu" else None
 
@@ -49,13 +48,8 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Tensor | None]:
         """Return the keyword arguments for the model."""
-        return {
-            "select": self.select,
-            "input_ids": self.input_ids,
-            "position_ids": self.position_ids,
-            "document_ids": self.document_ids,
-            "boundaries": self.boundaries,
-        }
+        names = ("input_ids", "position_ids", "document_ids", "boundaries", "select")
+        return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device; copies from pinned memory are asynchronous."""

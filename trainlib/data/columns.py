@@ -1,80 +1,36 @@
 """Columns: which keys of a row hold its text, prompt, answer, messages and so on; role names.
 
-COLUMNS lists our names and the names that other projects use. data.columns=[prompt:instruct] maps a
+columns.yaml lists our names and those of other projects. data.columns=[prompt:instruct] maps a
 column that is not listed. Keys that nothing reads are counted (findings.py), except HARMLESS ones.
 """
-
-from __future__ import annotations
 
 import ast
 import functools
 import json
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
-from tokenizer.chat_format import ROLES
-from trainlib.data.containers import Row, are_messages, is_turn
+import yaml
 
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "text": ("text", "content"),
-    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog"),
-    "prompt": ("prompt", "instruction", "question", "query", "q"),
-    "input": ("input", "context"),
-    "answer": ("output", "completion", "response", "answer", "a"),
-    "reasoning": ("reasoning_content", "reasoning", "thinking", "complex_cot", "cot"),
-    "system": ("system", "system_prompt", "system_message"),
-    "history": ("history",),
-    "tools": ("tools", "functions"),
-    "chosen": ("chosen",),
-    "rejected": ("rejected", "rejected_response"),
-    "label": ("label", "kto_tag"),
-}
-"""Our name of a column, and its names in files, in lower case. The first that is not empty wins."""
-MAPPABLE = tuple(name for name in COLUMNS if name != "label")
-"""The names that data.columns may map."""
-ROLE_ALIASES = {
-    "human": "user", "prompter": "user", "用户": "user",
-    "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "model": "assistant", "bot": "assistant", "chatbot": "assistant", "ai": "assistant",
-    "助手": "assistant", "developer": "system", "系统": "system",
-    "observation": "tool", "function": "tool", "function_response": "tool",
-    "tool_response": "tool", "ipython": "tool", "工具": "tool",
-}  # fmt: skip
-"""Other names for roles, in lower case. A function_call is an assistant turn with only a call."""
+from tokenizer.chat_format import ROLES
+from trainlib.data.containers import Row, are_messages, is_turn, load_json
+
+NAMES = yaml.load(Path(__file__).with_suffix(".yaml").read_text("utf-8"), yaml.BaseLoader)
+COLUMNS: dict[str, list[str]] = NAMES["columns"]
+MAPPABLE = tuple(name for name in COLUMNS if name != "label")  # What data.columns may map.
+ROLE_ALIASES, PAIR_ROLES = ({name: role for role, names in NAMES[section].items() for name in names}
+                            for section in ("roles", "pair_roles"))  # fmt: skip
 CALL_ROLES = ("function_call", "tool_call")
-PAIR_ROLES = {
-    **dict.fromkeys(("human", "user", "prompt", "instruction", "question", "input"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "output", "response", "answer"), "assistant"),
-}
-"""Roles of the texts of {"human": ..., "assistant": ...}, one of several in a conversation."""
-EMPTY_CELLS = ("", "nan", "none", "null")
-"""Texts, in lower case, that pandas and CSV writers leave in empty cells."""
-TURN_KEYS = frozenset((
-    "role", "from", "content", "value", "text", "tool_calls", "function_call", "reasoning_content",
-    "reasoning", "thinking", "enable_thinking", "tools", "functions", "weight", "train", "loss",
-    "name", "tool_call_id", "id", "source", "score", "lang", "model", "timestamp", "metadata",
-))  # fmt: skip
-"""The keys of a message that are read, or that describe it."""
+EMPTY_CELLS = ("", "nan", "none", "null")  # Empty cells of pandas and CSV writers, in lower case.
+TURN_KEYS, HARMLESS = frozenset(NAMES["turn_keys"]), frozenset(NAMES["harmless"])
 ASSISTANT_KEYS = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
-"""Those that are read in an assistant's turn only."""
+"""Keys of a message that are read in an assistant's turn only."""
 NAMES_OF_TURNS = frozenset(("messages", "prompt", "history", "answer", "chosen", "rejected"))
-HARMLESS = frozenset((
-    "", "unnamed: 0", "skill", "wording",
-    "id", "idx", "index", "uid", "uuid", "_id", "row_id", "prompt_id", "question_id",
-    "conversation_id", "source", "dataset", "subset", "split", "origin", "url", "link", "file",
-    "path", "title", "author", "date", "time", "timestamp", "created", "created_at", "year",
-    "score", "score_chosen", "score_rejected", "rating", "margin", "quality", "perplexity",
-    "category", "categories", "topic", "task", "task_type", "type", "kind", "tag", "tags", "domain",
-    "difficulty", "level", "lang", "language", "license", "meta", "metadata", "model", "hash",
-    "md5", "sha256", "length", "len", "tokens", "num_tokens", "token_count", "num_turns", "turns",
-    "__index_level_0__", "gt", "reward",
-))  # fmt: skip
-"""Keys that describe a row; no stage reads them, and nothing is reported."""
 CHOICES = frozenset(("a", "b", "c", "d", "e", "options", "choices"))
 """Keys of multiple-choice rows. Without them a question is incomplete, however short they are."""
-CONTENT_KEYS = ("content", "value", "text")
-"""Keys of a message's content. The first that is not empty is read."""
+CONTENT_KEYS = ("content", "value", "text")  # Of a message. The first that is not empty is read.
 ANSWERS_OF_TEXT = ("instruction", "question", "query", "q", "output", "response", "answer", "a")
 """Keys whose texts are never messages: JSON in them is what the model should read or write."""
 MIN_WORDS, MIN_HAN = 3, 8
@@ -82,10 +38,7 @@ MIN_WORDS, MIN_HAN = 3, 8
 
 
 class Fields:
-    """A row under our names. `keys` maps each of our names to the key that holds it.
-
-    `read` collects the names whose values were asked for; all other keys are reported as unused.
-    """
+    """A row under our names: `keys` maps them to its keys; `read` has those that were asked for."""
 
     def __init__(self, row: Row, columns: tuple[str, ...] = ()) -> None:
         self.row, self._parsed, self.read = row, {}, set[str]()
@@ -116,10 +69,7 @@ class Fields:
         return f'"{self.keys.get(name, name)}"'
 
     def parsed(self, name: str) -> Any:
-        """Return a value; if it is the text of a JSON or Python list or object, parse it.
-
-        Other shapes of a conversation become a list of messages.
-        """
+        """Return a value, parsed if it is a JSON or Python text, and conversations as messages."""
         if name not in self._parsed:
             value = self.get(name)
             found = parse_literal(value) if isinstance(value, str) else None
@@ -128,14 +78,12 @@ class Fields:
         return self._parsed[name]
 
     def turns(self, name: str) -> list[Any] | None:
-        """Return a value that is a message or a list of messages, as a list; None for others.
-
-        The JSON text of other objects is a text: an answer can be data with the key "from".
-        """
+        """Return a value that is a message or a list of messages, as a list; None for others."""
         value = self.parsed(name)
         value = [value] if is_turn(value) else value
         if not are_messages(value):
             return None
+        # The JSON text of other objects is a text: an answer can be data with the key "from".
         if isinstance(self.get(name), str) and (
             self.keys[name].strip().lower() in ANSWERS_OF_TEXT
             or not all(role_of(turn) in (*ROLES, *CALL_ROLES) for turn in value)
@@ -145,14 +93,11 @@ class Fields:
 
     def unused(self) -> list[tuple[str, bool]]:
         """Return the unread keys of row and messages, and whether their texts are only there."""
-        read = set(self.read)
-        used = {self.keys[name] for name in read if name in self.keys}
-        found = {
-            key: [self.row[key]]
-            for key in _rest(tuple(self.row), HARMLESS)
-            if key not in used and not _is_empty(self.row[key])
-        }
-        for name in sorted(read & NAMES_OF_TURNS):
+        used = {self.keys[name] for name in self.read if name in self.keys}
+        found = {key: [self.row[key]]
+                 for key in _rest(tuple(self.row), HARMLESS)
+                 if key not in used and not _is_empty(self.row[key])}  # fmt: skip
+        for name in sorted(self.read & NAMES_OF_TURNS):
             for turn in self.turns(name) or ():
                 unread = [*_rest(tuple(turn), TURN_KEYS)]
                 unread += [key for key in CONTENT_KEYS if not _is_empty(turn.get(key))][1:]
@@ -165,13 +110,10 @@ class Fields:
             return []
         # A message holds its unread keys too, so identity separates these texts.
         unread = {id(text) for values in found.values() for text in _texts(values)}
-        values = [self.parsed(name) for name in read if name in self.keys]
+        values = [self.parsed(name) for name in self.read if name in self.keys]
         texts = [t for t in _texts(values) if id(t) not in unread]
-        choices = frozenset[str]() if "text" in read else CHOICES
-        return [
-            (key, _has_text(values, texts, not _rest((key,), choices)))
-            for key, values in found.items()
-        ]
+        choices = frozenset[str]() if "text" in self.read else CHOICES
+        return [(key, _has_text(v, texts, not _rest((key,), choices))) for key, v in found.items()]
 
 
 def role_of(turn: Row) -> Any:
@@ -219,9 +161,9 @@ def parse_literal(text: str) -> Any:
     text = text.strip()
     if text[:1] + text[-1:] not in ("[]", "{}"):
         return None
-    for parse in (json.loads, _parse_python):
+    for decode in (json.loads, _parse_python):
         try:
-            value = parse(text)
+            value = load_json(text, decode)
             json.dumps(value)  # A Python literal can hold sets and other values that JSON lacks.
             return value
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
@@ -251,9 +193,7 @@ def _expanded(value: Any) -> Any:
         return value
     if all(isinstance(text, str) for text in value):
         return [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(value)]
-    if not all(
-        isinstance(pair, dict) and pair and PAIR_ROLES.keys() >= pair.keys() for pair in value
-    ):
+    if not all(isinstance(p, dict) and p and PAIR_ROLES.keys() >= p.keys() for p in value):
         return value
     turns = [[{"role": PAIR_ROLES[key], "content": text} for key, text in pair.items()]
              for pair in value]  # fmt: skip
@@ -275,14 +215,9 @@ def _texts(value: Any) -> list[str]:
 
 def _has_text(value: Any, read: list[str], short: bool) -> bool:
     """Return whether a value holds a text, or a `short` one, that the texts that are read lack."""
-    return any(
-        (short or _is_text(text))
-        and not any(
-            text in other or len(other) > 0.2 * len(text) and other in text and _is_text(other)
-            for other in read
-        )
-        for text in _texts(value)
-    )
+    return any((short or _is_text(text)) and not any(
+        text in other or len(other) > 0.2 * len(text) and other in text and _is_text(other)
+        for other in read) for text in _texts(value))  # fmt: skip
 
 
 def _is_text(text: str) -> bool:
@@ -308,10 +243,8 @@ def suggest_columns(row: Row, kind: str | None) -> str:
     if kind == "dpo" and "chosen" in names and len(keys) > len(names):
         return ". Name the columns with data.columns=[prompt:...,chosen:...,rejected:...]"
     example = ",".join(f"{name}:{key}" for name, key in zip(names, keys, strict=False))
-    return (
-        f'. If the columns have other names here, map them: "data.columns=[{example}]" '
-        f"(the names on the left: {', '.join(MAPPABLE)})"
-    )
+    return (f'. If the columns have other names here, map them: "data.columns=[{example}]" '
+            f"(the names on the left: {', '.join(MAPPABLE)})")  # fmt: skip
 
 
 def _is_label(key: str, value: str) -> bool:

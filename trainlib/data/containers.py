@@ -4,26 +4,24 @@ Each reader takes a byte stream and yields one Item per row. It uses constant me
 after a broken row. readers.py selects the reader for a file.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 Row = dict[str, Any]
 
 BOM = b"\xef\xbb\xbf"
-MAX_ROW_BYTES = 64 << 20
-"""Longer rows are reported as broken, because a row is held in memory."""
-DOCUMENT_BYTES = 8 << 10
-"""A plain-text document ends at the first blank line after this many bytes, ..."""
-MAX_DOCUMENT_BYTES = 16 << 10
-"""... or at the first line break after this many."""
+MAX_ROW_MB = 256
+"""Default of data.max_row_mb. Longer rows are broken, because a row is held in memory."""
+MAX_NESTING = 200  # JSON values nested more deeply are broken.
+DOCUMENT_BYTES = 8 << 10  # A plain-text document ends at the first blank line after this many
+MAX_DOCUMENT_BYTES = 16 << 10  # bytes, or at the first line break after this many.
 NOT_UTF8 = "not UTF-8"
+TOO_DEEP = f"nested more than {MAX_NESTING} levels deep, the limit; flatten the row or remove it"
 GBK_FIX = "looks like GBK/GB18030. Run: iconv -f gb18030 -t utf-8 FILE > NEW"
 DOCUMENT_END = b"<|endoftext|>"
 
@@ -86,6 +84,34 @@ def looks_like_gbk(raw: bytes) -> bool:
     return len(wide.encode("gb2312", "ignore")) > len(wide)
 
 
+def too_long(limit: int) -> Broken:
+    """Return the reason why a row of more than `limit` bytes is broken."""
+    return Broken(
+        f"longer than {limit >> 20} MB, the limit of data.max_row_mb. Split the row, or set "
+        "data.max_row_mb to a larger number (a row takes up to ten times its size in memory)"
+    )
+
+
+def check_nesting(value: Any, text: str, levels: int = MAX_NESTING) -> None:
+    """Raise ValueError if a value, which was read from `text`, is nested too deeply."""
+    if text and text.count("{") + text.count("[") <= levels or not isinstance(value, (dict, list)):
+        return
+    if not levels:
+        raise ValueError(TOO_DEEP)
+    for child in value.values() if isinstance(value, dict) else value:
+        check_nesting(child, "", levels - 1)
+
+
+def load_json(text: str, decode: Callable[[str], Any] = json.loads) -> Any:
+    """Return a JSON value; raise ValueError if it is invalid or nested too deeply."""
+    try:
+        value = decode(text)
+    except RecursionError as error:
+        raise ValueError(TOO_DEEP) from error
+    check_nesting(value, text)
+    return value
+
+
 def json_error(error: Exception) -> str:
     """Return a short message for an error raised by the json module."""
     # Any other ValueError is due to a number with more digits than Python accepts.
@@ -95,33 +121,34 @@ def json_error(error: Exception) -> str:
 # ---- containers ----------------------------------------------------------------------------------
 
 
-def read_jsonl(stream: BinaryIO) -> Iterator[Item]:
+def read_jsonl(stream: BinaryIO, limit: int = MAX_ROW_MB << 20) -> Iterator[Item]:
     """Yield the non-blank lines as bytes, which another process may parse."""
     number = 0
-    while raw := stream.readline(MAX_ROW_BYTES + 1):
+    while raw := stream.readline(limit + 1):
         number += 1
         if number == 1:
             raw = raw.removeprefix(BOM)
-        if len(raw) > MAX_ROW_BYTES:
-            while not raw.endswith(b"\n") and (raw := stream.readline(MAX_ROW_BYTES)):
+        if len(raw) > limit:
+            while not raw.endswith(b"\n") and (raw := stream.readline(1 << 20)):
                 pass
-            yield Item(number, Broken(f"longer than {MAX_ROW_BYTES >> 20} MiB"))
+            yield Item(number, too_long(limit))
         elif raw.strip():
             yield Item(number, raw)
 
 
-def read_array(stream: BinaryIO) -> Iterator[Item]:
+def read_array(stream: BinaryIO, limit: int = MAX_ROW_MB << 20) -> Iterator[Item]:
     """Yield the elements of a JSON array; after a broken one, resume at the next likely row."""
     # Invalid UTF-8 becomes lone surrogates, which check_text rejects.
-    text = _Window(io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="\n"))
+    text = _Window(io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="\n"), limit)
     text.advance(text.next() == "[")
     next_row = re.compile(r"\}\s*,\s*(?=\{)")
     while text.next() != "]":
         line = text.line
         try:
             value = text.decode()
-        except (ValueError, RecursionError) as error:
-            yield Item(line, Broken(f"array element is not JSON ({json_error(error)})"))
+        except (OverflowError, ValueError) as error:
+            broken = Broken(f"array element is not JSON ({json_error(error)})")
+            yield Item(line, too_long(limit) if isinstance(error, OverflowError) else broken)
             if not text.skip_past(next_row):
                 return
             continue
@@ -129,7 +156,7 @@ def read_array(stream: BinaryIO) -> Iterator[Item]:
             # Search for the first key of a row, since nested objects have other keys.
             key = re.escape(json.dumps(next(iter(value)), ensure_ascii=False))
             next_row = re.compile(r"(\})\s*,\s*(?=\{\s*" + key + ")")
-        yield Item(line, row_of(value))
+        yield Item(line, value if isinstance(value, Broken) else row_of(value))
         if (after := text.next()) not in (",", "]"):
             reason = "missing comma between rows" if after else "array is not closed"
             yield Item(text.line, Broken(f"not JSON ({reason})"))
@@ -146,8 +173,8 @@ class _Window:
 
     _decoder, _spaces = json.JSONDecoder(), re.compile(r"\s*")
 
-    def __init__(self, stream: io.TextIOWrapper) -> None:
-        self._stream, self._text, self._start, self.line = stream, "", 0, 1
+    def __init__(self, stream: io.TextIOWrapper, limit: int) -> None:
+        self._stream, self._limit, self._text, self._start, self.line = stream, limit, "", 0, 1
 
     def _read_more(self, size: int = 1 << 20) -> bool:
         piece = self._stream.read(size)
@@ -178,25 +205,50 @@ class _Window:
                 return False
 
     def decode(self) -> Any:
-        """Return the JSON value here and move past it; raise ValueError if it is invalid."""
+        """Return the JSON value here and move past it.
+
+        Raises ValueError if it is invalid or nested too deeply, OverflowError if it is too long.
+        """
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._start)
+                text = self._text[self._start : end]
+                check_nesting(value, text)
             except json.JSONDecodeError as error:
                 partial = error.msg.startswith("Unterminated") or error.pos > len(self._text) - 16
                 size = len(self._text) - self._start
-                if not partial or size > MAX_ROW_BYTES or not self._read_more(max(size, 1 << 20)):
+                if partial and size > self._limit:
+                    raise OverflowError from error
+                if not partial or not self._read_more(max(size, 1 << 20)):
                     raise
+            except RecursionError as error:
+                raise ValueError(TOO_DEEP) from error
             else:
-                self.advance(end - self._start)
-                return value
+                self.advance(len(text))
+                return too_long(self._limit) if len(text) > self._limit else value
 
 
-def read_csv(stream: BinaryIO) -> Iterator[Item]:
+def _csv_lines(text: io.TextIOWrapper, limit: int) -> Iterator[str]:
+    """Yield the lines of one row; raise csv.Error if they are too long together."""
+    size = 0
+    while line := text.readline(limit + 1):
+        size += len(line)
+        if size > limit:
+            while line and not line.endswith(("\n", "\r")):
+                line = text.readline(1 << 20)
+            raise csv.Error(too_long(limit).reason)
+        yield line
+
+
+def read_csv(stream: BinaryIO, limit: int = MAX_ROW_MB << 20) -> Iterator[Item]:
     """Yield rows as dicts keyed by the header; the delimiter is a comma, semicolon or tab."""
-    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    csv.field_size_limit(MAX_ROW_BYTES)
-    header = lines.readline()
+    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    csv.field_size_limit(limit)
+    try:
+        header = next(_csv_lines(text, limit), "")
+    except csv.Error as error:
+        yield Item(1, Broken(f"not CSV ({error})"))
+        return
     raw = header.encode("utf-8", "surrogateescape")
     try:
         raw.decode("utf-8")
@@ -208,26 +260,23 @@ def read_csv(stream: BinaryIO) -> Iterator[Item]:
     if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
         yield Item(1, Broken(f"two columns are named {twice[0]!r}; rename one"))
         return
-    reader, before = csv.reader(lines, delimiter=delimiter), 1
-    while True:
-        line = before + reader.line_num + 1
+    line, cells = 2, []
+    while cells is not None:
+        reader = csv.reader(_csv_lines(text, limit), delimiter=delimiter)
         try:
-            cells = next(reader)
-        except StopIteration:
-            return
+            cells = next(reader, None)
         except csv.Error as error:
             yield Item(line, Broken(f"not CSV ({error})"))
-            before += reader.line_num
-            reader = csv.reader(lines, delimiter=delimiter)
-            continue
+            cells = []
         if cells and len(cells) != len(columns):
             yield Item(line, Broken(f"{len(cells)} cells, but the header has {len(columns)}"))
         elif cells:
             pairs = zip(columns, cells, strict=True)
             yield Item(line, {name: cell for name, cell in pairs if name or cell})
+        line += reader.line_num
 
 
-def read_txt(stream: BinaryIO) -> Iterator[Item]:
+def read_txt(stream: BinaryIO, limit: int = 0) -> Iterator[Item]:
     """Yield plain-text documents, split at <|endoftext|> lines or when they reach a size limit."""
     number, begin, size, parts = 0, 1, 0, []
     rest = b""

@@ -5,8 +5,6 @@ a single one. Every function raises ValueError with the reason if a row is broke
 it is intact but has nothing for its stage to learn.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from typing import Any
@@ -25,12 +23,10 @@ from trainlib.data.messages import (
 
 HUMAN_ASSISTANT = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
 DIALOGUE = re.compile(r"(?:\A|\n)\s*(Human|Assistant): ?")
-NO_INPUT = (*EMPTY_CELLS, "<noinput>", "无")
-"""Texts, in lower case, that stand for no input in copies of Alpaca."""
+NO_INPUT = (*EMPTY_CELLS, "<noinput>", "无")  # No input in copies of Alpaca, in lower case.
 SWITCHES = (*EMPTY_CELLS, "on", "off", "yes", "no", "true", "false")
 """Texts, in lower case, of a column "reasoning" that says whether the answer was reasoned."""
-MIN_REPEATED = 20
-"""Characters from which a prompt at the start of both answers is no coincidence."""
+MIN_REPEATED = 20  # Characters from which a prompt at the start of both answers is no coincidence.
 
 
 class NotUsed(Exception):  # noqa: N818
@@ -55,8 +51,7 @@ def read_messages(turns: Any, field: str) -> Messages:
 def with_tools(messages: Messages, functions: list) -> Messages:
     """Return the messages with functions in the system message, which is added if missing.
 
-    A system message whose text already lists tools stays as it is. Raises ValueError if it has
-    other functions.
+    If its text already lists tools, it stays as it is. Raises ValueError for other functions.
     """
     if not functions:
         return messages
@@ -81,11 +76,7 @@ def _with_row(messages: Messages, f: Fields) -> Messages:
 
 
 def read_conversation(f: Fields, join: str) -> Messages:
-    """Convert a row with messages, or with a prompt and an answer.
-
-    `join` separates an instruction and its input. In a prompt, assistant turns are not learned,
-    except those of an Alpaca history.
-    """
+    """Convert a row with messages, or with a prompt and an answer; `join` precedes its input."""
     if _is_bad(f):
         raise NotUsed("its label says that the answer is bad")
     if f.has("messages"):
@@ -149,6 +140,7 @@ def _text(f: Fields, name: str) -> str:
 
 
 def _not_learned(messages: Messages) -> Messages:
+    """Return the messages of a prompt, whose answers are not learned; those of a history are."""
     return [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages]
 
 
@@ -171,19 +163,15 @@ def _read_history(f: Fields) -> Messages:
 
 
 def _read_dialogue(text: str, breaks: re.Pattern[str] = HUMAN_ASSISTANT) -> Messages:
-    """Convert a text with Human: and Assistant: turns."""
     parts = breaks.split(text)
-    return [
-        user(words.strip()) if speaker == "Human" else assistant(words.strip())
-        for speaker, words in zip(parts[1::2], parts[2::2], strict=True)
-    ]
+    return [user(words.strip()) if speaker == "Human" else assistant(words.strip())
+            for speaker, words in zip(parts[1::2], parts[2::2], strict=True)]  # fmt: skip
 
 
 def _read_answer(f: Fields, name: str) -> Messages:
     if f.turns(name):
         return read_messages(f.turns(name), f.what(name))
-    content = f.get(name)
-    content = content if isinstance(content, list) else _text(f, name)
+    content = listed if isinstance(listed := f.get(name), list) else _text(f, name)
     [message] = read_turn({"role": "assistant", "content": content}, f.what(name))
     thoughts = f.row.get(f.keys.get("reasoning", ""))
     if name == "answer" and isinstance(thoughts, str) and thoughts.strip().lower() not in SWITCHES:
@@ -213,10 +201,7 @@ def _join_answer(prompt: Messages, answer: Messages, what: str) -> Messages:
 
 
 def read_pair(f: Fields, join: str) -> tuple[Messages, Messages]:
-    """Convert a row with a chosen and a rejected answer, and its prompt if it has one.
-
-    Without a prompt, a row of texts is refused if it has another key with a text.
-    """
+    """Convert a row with a chosen and a rejected answer, and its prompt if it has one."""
     prompt: Messages = []
     if f.has("prompt"):
         prompt = read_prompt(f, join)
@@ -251,10 +236,8 @@ def _read_texts(f: Fields) -> tuple[Messages, Messages]:
         return make_pair(*(_with_row(_read_dialogue(text), f) for text in (chosen, rejected)))
     ours = set(f.keys.values())
     if others := [k for k, _ in f.unused() if isinstance(f.row.get(k), str) and k not in ours]:
-        raise ValueError(
-            f"no prompt, but other columns ({', '.join(others)}). If one is the prompt, set "
-            f'"data.columns=[prompt:{others[0]}]"'
-        )
+        raise ValueError(f"no prompt, but other columns ({', '.join(others)}). If one is the "
+                         f'prompt, set "data.columns=[prompt:{others[0]}]"')  # fmt: skip
     shared = len(os.path.commonprefix([chosen, rejected]))
     while shared and not chosen[shared - 1].isspace():
         shared -= 1  # Back to the start of a word.
@@ -267,8 +250,7 @@ def _read_texts(f: Fields) -> tuple[Messages, Messages]:
 def make_pair(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages]:
     """Return two conversations that begin with the same prompt, in which no answer is learned.
 
-    After it, the assistant's turns are learned. Raises ValueError if there is no common prompt, if
-    both are equal, or if one does not end with an answer.
+    Raises ValueError without a common prompt or an answer at the end, NotUsed if both are equal.
     """
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if all(message["role"] != "assistant" for message in messages):

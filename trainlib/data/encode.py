@@ -1,7 +1,6 @@
 """Encoders for the three stages: a record to ids and loss mask, in one pass."""
 
-from __future__ import annotations
-
+from array import array
 from collections.abc import Callable
 
 from tokenizer.bpe import Sequence, Tokenizer
@@ -11,9 +10,10 @@ from trainlib.data import formats
 
 def encode_document(tokenizer: Tokenizer, record: formats.Record) -> list[Sequence]:
     """Encode a text between two end-of-text ids; all ids but the first are supervised."""
-    end = tokenizer.end_of_text_id
-    ids = [end, *tokenizer.encode(record.value), end]
-    return [Sequence(ids, [False] + [True] * (len(ids) - 1))]
+    ids = array(tokenizer.typecode, [tokenizer.end_of_text_id])
+    ids += tokenizer.encode_array(record.value)
+    ids.append(tokenizer.end_of_text_id)
+    return [Sequence(ids, b"\0" + b"\1" * (len(ids) - 1))]
 
 
 def encode_conversation(tokenizer: Tokenizer, record: formats.Record) -> list[Sequence]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -10,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from trainlib.core.errors import UserError
-from trainlib.core.files import cache_dir, replacing
+from trainlib.core.files import DAMAGED, cache_dir, read_meta, record_files, replacing, write_json
 
-PLAN_LAYOUT = 1
-"""Increase this when the packing of the same data changes."""
+log = logging.getLogger(__name__)
+
+PLAN_LAYOUT = 1  # Increase this when the packing of the same data changes.
 MAX_PLANS = 20
-Row = np.ndarray
-"""The indices of the units that share a row."""
+Row = np.ndarray  # The indices of the units that share a row.
 
 
 class DataPosition(NamedTuple):
@@ -45,17 +46,23 @@ class EpochPlan:
     def load_or_build(cls, key: str, build: Callable[[], EpochPlan]) -> EpochPlan:
         """Return the memory-mapped plan for `key` from .cache/plans; build it if it is missing."""
         folder = cache_dir() / "plans"
-        paths = {f.name: folder / f"{key}.{f.name}.npy" for f in fields(cls)}
+        meta = folder / f"{key}.json"
+        names = [f"{key}.{field.name}.npy" for field in fields(cls)]
         try:
-            if not all(path.is_file() for path in paths.values()):
+            try:
+                read_meta(meta, verify=True)
+            except DAMAGED as error:
+                if meta.exists():
+                    log.warning("%s is damaged and is rebuilt: %s", meta, error)
                 folder.mkdir(parents=True, exist_ok=True)
-                for old in sorted(folder.glob("*.npy"), key=os.path.getmtime)[: -3 * MAX_PLANS]:
+                for old in sorted(folder.glob("*.*"), key=os.path.getmtime)[: -4 * MAX_PLANS]:
                     old.unlink(missing_ok=True)
                 plan = build()
-                for name, path in paths.items():
-                    with replacing(path) as temporary:
-                        np.save(temporary, getattr(plan, name))
-            return cls(*(np.load(path, mmap_mode="r") for path in paths.values()))
+                for field, name in zip(fields(cls), names, strict=True):
+                    with replacing(folder / name) as temporary:
+                        np.save(temporary, getattr(plan, field.name))
+                write_json(meta, {"files": record_files(folder, names)})
+            return cls(*(np.load(folder / name, mmap_mode="r") for name in names))
         except OSError as error:
             raise UserError(
                 f"{folder}: {error.strerror or error}. The order of the data is stored there. "

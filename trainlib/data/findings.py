@@ -9,14 +9,10 @@ from typing import Any
 
 from trainlib.core.errors import UserError
 
-MIN_SHARE = 0.01
-"""Share of the rows from which a count is a finding."""
-MIN_TEXT_SHARE = 0.10
-"""Share of the rows with an unread key from which texts under it are a finding."""
-MAX_KEYS = 50
-"""Number of unread keys that are counted by name."""
-MAX_LINES = 20
-"""Maximum number of lines that a finding lists; its count includes all rows."""
+MIN_SHARE = 0.01  # Share of the rows from which a count is a finding.
+MIN_TEXT_SHARE = 0.10  # Share of the rows with an unread key from which its texts are a finding.
+MAX_KEYS = 50  # Number of unread keys that are counted by name.
+MAX_LINES = 20  # Maximum number of lines that a finding lists; its count includes all rows.
 
 
 @dataclass
@@ -24,19 +20,13 @@ class Counts:
     """Counts over the rows of a file that are not broken, with the first lines of each."""
 
     rows: int = 0
-    not_used: dict[str, int] = field(default_factory=dict)
-    """Rows that are not used, by reason."""
-    unused_keys: dict[str, int] = field(default_factory=dict)
-    """Rows that have a key that nothing reads."""
-    unused_texts: dict[str, int] = field(default_factory=dict)
-    """Those of them in which it holds a text."""
+    not_used: dict[str, int] = field(default_factory=dict)  # Rows that are not used, by reason.
+    unused_keys: dict[str, int] = field(default_factory=dict)  # Rows by key that nothing reads.
+    unused_texts: dict[str, int] = field(default_factory=dict)  # Those in which it holds a text.
     split_rows: int = 0
-    documents: int = 0
-    """Documents that the split rows became."""
-    special_text: int = 0
-    """Rows with the text of a special token that was not used as a marker."""
-    mapped: dict[str, int] = field(default_factory=dict)
-    """Rows that have each column that data.columns names."""
+    documents: int = 0  # Documents that the split rows became.
+    special_text: int = 0  # Rows with the text of a special token that was not used as a marker.
+    mapped: dict[str, int] = field(default_factory=dict)  # Rows by column that data.columns names.
     lines: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, line: int, unused: list[tuple[str, bool]], documents: int, special: bool) -> None:
@@ -104,12 +94,9 @@ class Counts:
         keys = ", ".join(f"{key} ({n:,} rows)" for key, n in self.unused_keys.items())
         reasons = ", ".join(f"{reason} ({n:,})" for reason, n in self.not_used.items())
         split = f"{self.split_rows:,} rows were split at markers into {self.documents:,} documents"
-        return [
-            *([f"keys that nothing reads: {keys}"] if keys else []),
-            *([f"{sum(self.not_used.values()):,} of {self.rows:,} rows are not used: {reasons}"]
-              if reasons else []),
-            *([split] if self.split_rows else []),
-        ]  # fmt: skip
+        not_used = f"{sum(self.not_used.values()):,} of {self.rows:,} rows are not used: {reasons}"
+        lines = {f"keys that nothing reads: {keys}": keys, not_used: reasons}
+        return [line for line, counted in {**lines, split: self.split_rows}.items() if counted]
 
 
 def check_mapped_columns(counts: Iterable[dict[str, int]]) -> None:
@@ -118,7 +105,5 @@ def check_mapped_columns(counts: Iterable[dict[str, int]]) -> None:
     for mapped in counts:
         total.update(mapped)
     if missing := [column for column, rows in total.items() if not rows]:
-        raise UserError(
-            f'data.columns: no row has the column "{missing[0]}". Names are compared exactly; '
-            "correct it or remove the entry."
-        )
+        raise UserError(f'data.columns: no row has the column "{missing[0]}". Names are compared '
+                        "exactly; correct it or remove the entry.")  # fmt: skip

@@ -9,8 +9,6 @@ to our names. FORMATS lists all formats in the order in which they are tried. Re
 the optional key "source". No row is skipped silently.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +20,7 @@ from typing import Any, NamedTuple
 from tokenizer.bpe import SPECIAL_TOKENS
 from trainlib.core.errors import UserError
 from trainlib.data.columns import Fields, suggest_columns
-from trainlib.data.containers import GBK_FIX, NOT_UTF8, Broken, Item, Row
+from trainlib.data.containers import GBK_FIX, MAX_ROW_MB, NOT_UTF8, Broken, Item, Row
 from trainlib.data.conversations import NotUsed, read_conversation, read_pair
 from trainlib.data.findings import Counts
 from trainlib.data.messages import check_text
@@ -43,9 +41,9 @@ class ReadOptions:
 
     format: str = "auto"
     alpaca_join: str = "\n"
-    columns: tuple[str, ...] = ()
-    """Entries of data.columns: our name, a colon, and the name in the file."""
+    columns: tuple[str, ...] = ()  # Entries of data.columns, such as prompt:instruct.
     split_markers: bool = True
+    max_row_mb: int = MAX_ROW_MB
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,7 @@ class Detection(NamedTuple):
     format: Format
     source: Source
     reason: str
-    line: int = 1
-    """The line that determined the format."""
+    line: int = 1  # The line that determined the format.
 
 
 UNPAIRED = "an unpaired preference (label or kto_tag), which no stage trains on"
@@ -124,26 +121,22 @@ FORMATS: tuple[Format, ...] = (
            lambda f: f.has("prompt", "answer")),
     Format("text", "pretrain", '{"text": "..."}', lambda f: "text" in f.keys),
 )  # fmt: skip
-EXAMPLES = {
-    "pretrain": '{"text": "..."}',
-    "sft": '{"conversations": [{"role": "user", "content": "..."}, ...]}',
-    "dpo": '{"chosen": [messages], "rejected": [messages]}',
-}
+EXAMPLES = {"pretrain": '{"text": "..."}',
+            "sft": '{"conversations": [{"role": "user", "content": "..."}, ...]}',
+            "dpo": '{"chosen": [messages], "rejected": [messages]}'}  # fmt: skip
 STAGES = {"pretrain": "train.py", "sft": "sft_train.py", "dpo": "dpo_train.py"}
 """The script that trains on each kind of data, in the order in which the stages run."""
 NAMES = ("auto", *(f.name for f in FORMATS), *CONTAINERS)
 """Values of data.format: a row format, or a container whose row format is then detected."""
 
 
-def detect(
-    path: Path, kind: str | None = None, name: str = "auto", columns: tuple[str, ...] = ()
-) -> Detection:
+def detect(path: Path, kind: str | None = None, name: str = "auto", columns: tuple[str, ...] = (),
+           max_row_mb: int = MAX_ROW_MB) -> Detection:  # fmt: skip
     """Detect the format of a file from its first rows, preferring formats of the given kind.
 
-    `name` overrides the detection. Raises UserError if the file cannot be read or none of its
-    first rows has a known format.
+    `name` overrides the detection. Raises UserError if no row can be read or has a known format.
     """
-    source = Source(path, name if name in CONTAINERS else "auto")
+    source = Source(path, name if name in CONTAINERS else "auto", max_row_mb)
     for format_ in FORMATS:
         if format_.name == name:
             return Detection(format_, source, f"data.format={name}, in {source.container}")
@@ -152,14 +145,11 @@ def detect(
         line = line or item.line
         try:
             row = parse(item.content)
+            fields = Fields(row, columns)
+            if not (matching := [f for f in FORMATS if f.matches(fields)]):
+                raise ValueError(f"unknown row format {keys_of(row, kind)}")
         except ValueError as error:
             reason = reason or str(error)
-            continue
-        fields = Fields(row, columns)
-        matching = [f for f in FORMATS if f.matches(fields)]
-        if not matching:
-            hint = suggest_columns(row, kind)
-            reason = reason or f"unknown row format (keys: {keys_of(row)}){hint}"
             continue
         found = next((f for f in matching if kind in (None, f.kind)), matching[0])
         compression = f" in {source.compression}" if source.compression else ""
@@ -179,19 +169,15 @@ def detect(
 
 def known_formats() -> str:
     """Return all row formats, one per line: name, stage and an example."""
-    return "\n".join(
-        f"  {f.name:<20} {f.kind if f.kind in EXAMPLES else 'no stage':<9} {f.example}"
-        for f in FORMATS
-    )
+    return "\n".join(f"  {f.name:<20} {f.kind if f.kind in EXAMPLES else 'no stage':<9} {f.example}"
+                     for f in FORMATS)  # fmt: skip
 
 
-def check_items(
-    items: Iterable[Item], path: Path, kind: str, options: ReadOptions, counts: Counts
-) -> Iterator[tuple[int, list[Record] | Broken]]:
+def check_items(items: Iterable[Item], path: Path, kind: str, options: ReadOptions,
+                counts: Counts) -> Iterator[tuple[int, list[Record] | Broken]]:  # fmt: skip
     """Yield each item's line number with its records, or with the reason why it is broken.
 
-    A row is one record; a pretraining row with markers can be several, and a row that `kind` does
-    not use is none. Counts the rows that are not broken in `counts`.
+    A row with markers can be several records; an unused one is none. `counts` lacks broken rows.
     """
     counts.mapped = dict.fromkeys((entry.split(":", 1)[1] for entry in options.columns), 0)
     for line, content in items:
@@ -225,26 +211,20 @@ def read_row(row: Row, kind: str, options: ReadOptions) -> tuple[list, Fields]:
         other = next((f for f in _formats("", options.format) if f.matches(fields)), None)
         if other:
             raise NotUsed(f"{other.kind} data, not {kind} data")
-        raise ValueError(
-            f"not {kind} data such as {EXAMPLES[kind]} (keys: {keys_of(row)})"
-            + suggest_columns(row, kind)
-        )
+        raise ValueError(f"not {kind} data such as {EXAMPLES[kind]} {keys_of(row, kind)}")
     if kind == "pretrain":
         return read_documents(fields, options.split_markers), fields
-    if kind == "sft":
-        return [read_conversation(fields, options.alpaca_join)], fields
-    return [read_pair(fields, options.alpaca_join)], fields
+    read = read_conversation if kind == "sft" else read_pair
+    return [read(fields, options.alpaca_join)], fields
 
 
 @functools.lru_cache
 def _formats(kind: str, name: str) -> list[Format]:
-    """Return the formats of a kind, or of all kinds; `name` can be a format, which excludes others.
-
-    The widest format of a kind comes first: rows that it matches need no other test.
-    """
+    """Return the formats of a kind, or of all kinds; a `name` of a format excludes others."""
     named = any(f.name == name for f in FORMATS)
     found = [f for f in FORMATS if f.kind == kind or not kind]
     found = [f for f in found if not named or (f.name == name and kind)]
+    # The widest format of a kind comes first: rows that it matches need no other test.
     return found[::-1] if kind else found
 
 
@@ -269,32 +249,28 @@ def read_documents(fields: Fields, split: bool = True) -> list[str]:
 def find_format(path: Path, kind: str, options: ReadOptions) -> Detection:
     """Return the format of a stage's data file; raise UserError if it is for another stage."""
     try:
-        found = detect(path, kind, options.format, options.columns)
+        found = detect(path, kind, options.format, options.columns, options.max_row_mb)
     except EmptyFileError as error:
         raise EmptyFileError(f"{error} like {EXAMPLES[kind]}") from error
+    where = f"{path}, line {found.line}"
     if found.format.kind not in EXAMPLES:
-        raise UserError(
-            f"{path}, line {found.line}: {UNPAIRED}. Convert the rows to pairs: {EXAMPLES['dpo']}"
-        )
+        raise UserError(f"{where}: {UNPAIRED}. Convert the rows to pairs: {EXAMPLES['dpo']}")
     if found.format.kind != kind:
-        raise UserError(
-            f"{path}, line {found.line}: not {kind} data such as {EXAMPLES[kind]}, but "
-            f"{found.format.kind} data ({found.format.name}: {found.reason}). Pass it to "
-            f"{STAGES[found.format.kind]}."
-        )
+        raise UserError(f"{where}: not {kind} data such as {EXAMPLES[kind]}, but "
+                        f"{found.format.kind} data ({found.format.name}: {found.reason}). Pass it "
+                        f"to {STAGES[found.format.kind]}.")  # fmt: skip
     return found
 
 
 def broken_row(path: Path, line: int, reason: str) -> UserError:
     """Return the error for a broken row, with its file and line."""
+    fix, skip = ". Fix or remove the line", ", or set data.on_error=skip to skip such rows."
     if GBK_FIX in reason:  # All other rows are broken too, so skipping does not help.
-        return UserError(f"{path}, line {line}: {reason} (nothing was written)")
-    return UserError(
-        f"{path}, line {line}: {reason}. Fix or remove the line (nothing was written), or "
-        "set data.on_error=skip to skip such rows."
-    )
+        fix = skip = ""
+    return UserError(f"{path}, line {line}: {reason}{fix} (nothing was written){skip}")
 
 
-def keys_of(row: Row) -> str:
-    """Return a row's keys as text for a message, truncated if long."""
-    return ", ".join(sorted(map(str, row)))[:200] or "none"
+def keys_of(row: Row, kind: str | None) -> str:
+    """Return a row's keys for a message, truncated if long, and a hint how to map them."""
+    keys = ", ".join(sorted(map(str, row)))[:200] or "none"
+    return f"(keys: {keys}){suggest_columns(row, kind)}"

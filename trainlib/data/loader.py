@@ -1,9 +1,8 @@
 """Loader that groups rows into optimizer steps and micro-batches."""
 
-from __future__ import annotations
-
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 from trainlib.core.distributed import SINGLE_PROCESS, DistributedContext
 from trainlib.data.batch import Batch
@@ -21,9 +20,8 @@ class StepBatch:
     after: DataPosition
 
 
-def micro_batch_shape(
-    rows_per_step: int, micro_batch_size: int, world_size: int
-) -> tuple[int, int]:
+def micro_batch_shape(rows_per_step: int, micro_batch_size: int,
+                      world_size: int) -> tuple[int, int]:  # fmt: skip
     """Return (micro-batches per process, rows per micro-batch) for a step, minimizing the first."""
     num_micro = -(-rows_per_step // (max(1, micro_batch_size) * world_size))
     return num_micro, -(-rows_per_step // (num_micro * world_size))
@@ -39,17 +37,10 @@ class StepLoader:
     micro-batches, since a copy from pageable memory would wait for all work queued on the GPU.
     """
 
-    def __init__(
-        self,
-        dataset: PackedDataset,
-        tokens_per_step: int,
-        micro_batch_size: int,
-        epochs: int = 0,
-        distributed: DistributedContext = SINGLE_PROCESS,
-        pin: bool = False,
-    ) -> None:
-        self.dataset, self.epochs, self.distributed = dataset, epochs, distributed
-        self.pin = pin
+    def __init__(self, dataset: PackedDataset, tokens_per_step: int, micro_batch_size: int,
+                 epochs: int = 0, distributed: DistributedContext = SINGLE_PROCESS,
+                 pin: bool = False) -> None:  # fmt: skip
+        self.dataset, self.epochs, self.distributed, self.pin = dataset, epochs, distributed, pin
         self.rows_per_step = max(1, tokens_per_step // dataset.row_length)
         _, self.micro_batch_rows = micro_batch_shape(
             self.rows_per_step, micro_batch_size, distributed.world_size
@@ -76,25 +67,21 @@ class StepLoader:
 
     def _make(self, position: DataPosition) -> StepBatch:
         rows: list[Row] = []
-        while len(rows) < self.rows_per_step and (
-            not self.epochs or not rows or position.epoch < self.epochs
-        ):
+        while left := self.rows_per_step - len(rows):
+            if self.epochs and rows and position.epoch >= self.epochs:
+                break
             if position.row >= self.dataset.num_rows(position.epoch):
                 # This position is beyond the end: it comes from a run on other data.
                 position = DataPosition(position.epoch + 1)
-            for row, after in self.dataset.rows(position):
+            for row, after in islice(self.dataset.rows(position), left):
                 rows.append(row)
                 position = after
-                if len(rows) == self.rows_per_step:
-                    break
         count = self.distributed.world_size
         num_micro = -(-len(rows) // (self.micro_batch_rows * count))
         # Row i goes to micro-batch i mod n, so that all are filled evenly; every process takes the
         # same number of the n micro-batches.
-        micro = [
-            self.dataset.collate(rows[i :: num_micro * count], self.micro_batch_rows)
-            for i in range(self.distributed.rank, num_micro * count, count)
-        ]
+        micro = [self.dataset.collate(rows[i :: num_micro * count], self.micro_batch_rows)
+                 for i in range(self.distributed.rank, num_micro * count, count)]  # fmt: skip
         if self.pin:
             micro = [batch.pin_memory() for batch in micro]
         num_targets, num_tokens = self.dataset.count(rows)

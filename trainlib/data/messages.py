@@ -1,11 +1,4 @@
-"""Converter for a single message: roles, reasoning, tool calls and marks, as others write them.
-
-A message is {"role", "content"}, optionally with "reasoning_content" and "tool_calls" (assistant),
-"tools" (leading system message), "enable_thinking": False or "weight": 0 (assistant: no reasoning,
-not learned).
-"""
-
-from __future__ import annotations
+"""Converter for a single message, as others write it; tokenizer/chat_format.py lists its keys."""
 
 import contextlib
 import json
@@ -14,11 +7,10 @@ from typing import Any
 
 from tokenizer.chat_format import ROLES
 from trainlib.data.columns import CALL_ROLES, CONTENT_KEYS, EMPTY_CELLS, parse_literal, role_of
-from trainlib.data.containers import GBK_FIX, json_type, looks_like_gbk
+from trainlib.data.containers import GBK_FIX, json_type, load_json, looks_like_gbk
 
 Messages = list[dict[str, Any]]
-MARKS = ("weight", "train", "loss")
-"""Keys of an assistant's turn that say whether it is learned."""
+MARKS = ("weight", "train", "loss")  # Keys of an assistant's turn that say whether it is learned.
 THOUGHTS = re.compile(r"\s*(?:<think>)?\n?(.*?)\n?</think>\s*", re.DOTALL)
 """Some chat templates give the opening tag in the prompt, so answers may lack it."""
 RESPONSE = re.compile(r"<tool_response>(.*?)</tool_response>\s*", re.DOTALL)
@@ -72,10 +64,8 @@ def check_text(value: Any, what: str) -> str:
             reason = f"possibly byte {code - 0xDC00:#04x} in a file that is not UTF-8"
             if looks_like_gbk(value.encode("utf-8", "surrogateescape")):
                 reason += f", which {GBK_FIX}"
-        raise ValueError(
-            f"{what}: character {error.start} is half of a surrogate pair "
-            f"({value[error.start]!r}), {reason}"
-        ) from error
+        raise ValueError(f"{what}: character {error.start} is half of a surrogate pair "
+                         f"({value[error.start]!r}), {reason}") from error  # fmt: skip
     return value
 
 
@@ -126,9 +116,7 @@ def _first(turn: dict[str, Any], keys: tuple[str, ...]) -> Any:
 def _join_parts(parts: list, field: str) -> str:
     """Join content that is given as a list of {"type": "text", "text": ...} parts."""
     if parts and all(isinstance(part, str) for part in parts):
-        raise ValueError(
-            f"{field} is a list of texts, but must be one text (for pairs: chosen and rejected)"
-        )
+        raise ValueError(f"{field} is a list of texts, not one (for pairs: chosen and rejected)")
     for part in parts:
         type_ = part.get("type") if isinstance(part, dict) else json_type(part)
         if type_ != "text":
@@ -167,8 +155,8 @@ def _read_calls(calls: Any, field: str) -> list[dict[str, Any]]:
             raise ValueError(f'{field}: a tool call must be an object with "name" and "arguments"')
         arguments = call.get("arguments")
         if isinstance(arguments, str):
-            with contextlib.suppress(ValueError, RecursionError):  # Otherwise it stays a string.
-                arguments = json.loads(arguments)
+            with contextlib.suppress(ValueError):  # Otherwise it stays a string.
+                arguments = load_json(arguments)
         call = {"name": call["name"], "arguments": {} if arguments is None else arguments}
         check_text(json.dumps(call, ensure_ascii=False, default=str), f"{field}: a tool call")
         result.append(call)

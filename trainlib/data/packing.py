@@ -1,8 +1,8 @@
 """Best-fit packing of documents into rows of equal length, and collation of rows into batches.
 
 Invariants of every Batch: documents in a row never attend to each other (document_ids), positions
-restart with each document, a label is the next id, and padding is a separate document without
-labels. Only collate shifts labels by one.
+restart with each document, a label is the next id, and padding is a document without labels. Only
+collate shifts labels by one.
 """
 
 from __future__ import annotations
@@ -21,31 +21,11 @@ from trainlib.data.batch import IGNORE_INDEX, Batch
 from trainlib.data.epoch_plan import PLAN_LAYOUT, DataPosition, EpochPlan, Row
 from trainlib.data.token_cache import TokenCache
 
-Part = tuple[TokenCache, np.ndarray]
-"""A token cache and a mask of the records to use, bool (num_records,)."""
-WINDOW = 8192
-"""Number of units packed at a time, which keeps the cost linear and the units shuffled."""
-FEW_ROWS = 30
-"""Figures for fewer rows are reported as meaning little, without a standard error."""
-STORED_UNITS = 500_000
-"""Plans with at least this many units take seconds to build, so they are cached on disk."""
-
-
-class Origin(NamedTuple):
-    """A record and the cache that contains it."""
-
-    cache: TokenCache
-    record: int
-
-    @property
-    def line(self) -> int:
-        """Return the line number in the file (in Parquet, the row number), counted from 1."""
-        return int(self.cache.lines[self.record])
-
-    @property
-    def source(self) -> str:
-        """Return the "source" of the row, or an empty string if it has none."""
-        return self.cache.source(self.record)
+Part = tuple[TokenCache, np.ndarray]  # A token cache and a mask of the records to use.
+Origin = tuple[TokenCache, int]  # A token cache and the number of a record in it.
+WINDOW = 8192  # Number of units packed at a time: the cost is linear, and units stay shuffled.
+FEW_ROWS = 30  # Figures for fewer rows are reported as meaning little, without a standard error.
+STORED_UNITS = 500_000  # From this many units on, a plan takes seconds, so it is cached on disk.
 
 
 class PackedDataset:
@@ -60,19 +40,9 @@ class PackedDataset:
     epoch continues where this one stopped, so all units of a part are used equally often.
     """
 
-    def __init__(
-        self,
-        parts: list[Part],
-        kind: str,
-        row_length: int,
-        byte_lengths: np.ndarray,
-        seed: int,
-        *,
-        first_sequence_id: int = 0,
-        max_rows: int = 0,
-        too_long: str = "drop",
-        repeats: list[float] | None = None,
-    ) -> None:
+    def __init__(self, parts: list[Part], kind: str, row_length: int, byte_lengths: np.ndarray,
+                 seed: int, *, first_sequence_id: int = 0, max_rows: int = 0,
+                 too_long: str = "drop", repeats: list[float] | None = None) -> None:  # fmt: skip
         self.parts, self.caches = parts, [cache for cache, _ in parts]
         self.kind, self.row_length, self.seed, self.max_rows = kind, row_length, seed, max_rows
         self.first_sequence_id = first_sequence_id
@@ -92,32 +62,23 @@ class PackedDataset:
             count += len(index) * self._per_record
         self.num_sequences = count - first_sequence_id
         self.num_records = self.num_sequences // self._per_record
-        self.num_used = self.num_records - self.num_dropped.total()
-        """Number of records that were not dropped."""
+        self.num_used = self.num_records - self.num_dropped.total()  # Without dropped records.
         longest = np.sort(np.concatenate(full_lengths))[: -(-99 * self.num_records // 100)]
         self.length_of_99_percent = int(longest[-1]) if len(longest) else 0
         self._file, self._start, self._length, self._id, self._record = (
-            arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-            for arrays in zip(*units, strict=True)
+            a[0] if len(a) == 1 else np.concatenate(a) for a in zip(*units, strict=True)
         )
-        self.num_units = len(self._length)
-        """Number of pieces, conversations or pairs."""
+        self.num_units = len(self._length)  # Number of pieces, conversations or pairs.
         if not self.num_units:
             names = ", ".join(str(cache.path) for cache in self.caches)
-            if dropped := sum(self.num_dropped.values()):
+            if dropped := self.num_dropped.total():
                 raise UserError(none_fits(names, dropped, row_length))
-            raise UserError(
-                f"{names}: no usable rows. Run python -m tools.inspect_data on the file."
-            )
+            raise UserError(f"{names}: no usable rows. Run python -m tools.inspect_data on it.")
 
-    def _units_of(
-        self, number: int, cache: TokenCache, index: np.ndarray, first_id: int, length: np.ndarray,
-        usable: np.ndarray,
-    ) -> list[np.ndarray]:  # fmt: skip
-        """Return file, start, length, sequence id and record for each unit in the records `index`.
-
-        Values take 32 bits where possible: the units of 5 GB of text take 92 MB.
-        """
+    def _units_of(self, number: int, cache: TokenCache, index: np.ndarray, first_id: int,
+                  length: np.ndarray, usable: np.ndarray) -> list[np.ndarray]:  # fmt: skip
+        """Return file, start, length, sequence id and record of each unit in records `index`."""
+        # Values take 32 bits where possible: the units of 5 GB of text take 92 MB.
         start = cache.offsets[index * self._per_record]
         ids = (first_id + np.arange(len(index)) * self._per_record).astype(np.int32)
         index = index.astype(np.int32)
@@ -133,9 +94,8 @@ class PackedDataset:
             ids, index = ids[owner], index[owner]
         else:
             fits = usable > 0
-            for counts, records in (
-                (self.num_dropped, index[~fits]), (self.num_cut, index[fits & (usable < length)]),
-            ):  # fmt: skip
+            for counts, records in ((self.num_dropped, index[~fits]),
+                                    (self.num_cut, index[fits & (usable < length)])):  # fmt: skip
                 counts.update(cache.source(record) or cache.path.stem for record in records)
             start, length, ids, index = start[fits], usable[fits], ids[fits], index[fits]
         return [np.full(len(start), number, np.int32), start, length, ids, index]
@@ -178,10 +138,8 @@ class PackedDataset:
 
     def origins(self) -> dict[int, Origin]:
         """Return the origin of every unit, keyed by the id of its (first) sequence."""
-        return {
-            int(i): Origin(self.caches[f], int(r))
-            for i, f, r in zip(self._id, self._file, self._record, strict=True)
-        }
+        return {int(i): (self.caches[f], int(r))
+                for i, f, r in zip(self._id, self._file, self._record, strict=True)}  # fmt: skip
 
     def _plan(self, epoch: int) -> EpochPlan:
         plan = self._plans.get(epoch)
@@ -261,17 +219,12 @@ class PackedDataset:
         size = 1 << max(len(edges) + 1, len(flat) // 32).bit_length()
         boundaries = np.full(size, len(flat), np.int32)
         boundaries[0], boundaries[1 : len(edges) + 1] = 0, edges
-        return Batch(
-            torch.from_numpy(input_ids),
-            torch.from_numpy(labels),
-            torch.from_numpy(positions),
-            torch.from_numpy(documents),
-            torch.from_numpy(boundaries),
-            torch.tensor(sequence_ids, dtype=torch.int64),
-            num_targets=len(sequence_ids) // 2 if self.kind == "dpo" else int(under_loss.sum()),
-            num_bytes=int(self._byte_lengths[labels[under_loss]].sum()),
-            num_tokens=int((~empty).sum()),
-        )
+        tensors = map(torch.from_numpy, (input_ids, labels, positions, documents, boundaries))
+        num_targets = len(sequence_ids) // 2 if self.kind == "dpo" else int(under_loss.sum())
+        num_bytes = int(self._byte_lengths[labels[under_loss]].sum())
+        return Batch(*tensors, sequence_ids=torch.tensor(sequence_ids, dtype=torch.int64),
+                     num_targets=num_targets, num_bytes=num_bytes,
+                     num_tokens=int((~empty).sum()))  # fmt: skip
 
     def count(self, rows: list[Row]) -> tuple[int, int]:
         """Return the number of targets (labels or preference pairs) and positions in rows."""
@@ -295,9 +248,8 @@ class PackedDataset:
             yield cache.ids[begin:end].astype(np.int64), cache.supervised[begin:end] != 0
 
 
-def usable_lengths(
-    cache: TokenCache, index: np.ndarray, kind: str, row_length: int, too_long: str
-) -> tuple[np.ndarray, np.ndarray]:
+def usable_lengths(cache: TokenCache, index: np.ndarray, kind: str, row_length: int,
+                   too_long: str) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Return the length of each record in `index`, in positions, and its first part to be used.
 
     Documents are used entirely (pretraining). A conversation longer than a row is used up to the
@@ -360,10 +312,8 @@ class Datasets(NamedTuple):
 
     train: PackedDataset
     val: dict[str, PackedDataset]
-    data_key: str
-    """Changes when the rows of a file, the tokenizer or the choice of files change."""
-    baselines: dict[str, float] = {}
-    """Model-free bits per byte, by name (evaluation/baselines.py); none for preferences."""
+    data_key: str  # Changes when the rows of a file, the tokenizer or the choice of files change.
+    baselines: dict[str, float] = {}  # Model-free bits per byte, by name; none for preferences.
 
     def with_val_rows(self, max_rows: int) -> Datasets:
         """Return the same data with up to `max_rows` rows of each validation set; 0 = all."""

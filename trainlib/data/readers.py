@@ -7,13 +7,10 @@ document, or Broken with the reason. `parse` converts an item's content to a row
 another process. formats.py interprets rows.
 """
 
-from __future__ import annotations
-
 import codecs
 import gzip
 import importlib
 import io
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -29,6 +26,11 @@ CONTAINERS = ("jsonl", "array", "csv", "txt", "parquet")
 SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst")
 
+MAX_WINDOW = 128 << 20
+"""Limit for the window of a zstd file, which is held in memory; `zstd --long` needs this much."""
+MAX_ROW_GROUP = 2 << 30
+"""Limit for the uncompressed size of a row group of a Parquet file, which is held in memory."""
+
 
 class EmptyFileError(UserError):
     """Raised for a file without rows."""
@@ -41,8 +43,9 @@ class Source:
     installed. Iteration raises it if the compressed stream is damaged.
     """
 
-    def __init__(self, path: Path, container: str = "auto") -> None:
-        self.path, self.position = path, 0
+    def __init__(self, path: Path, container: str = "auto",
+                 max_row_mb: int = containers.MAX_ROW_MB) -> None:  # fmt: skip
+        self.path, self.position, self._max_row = path, 0, max_row_mb << 20
         try:
             self.size = path.stat().st_size
             with path.open("rb") as file:
@@ -71,7 +74,7 @@ class Source:
                 yield from self._parquet()
                 return
             with self._open() as stream:
-                for item in containers.READERS[self.container](stream):
+                for item in containers.READERS[self.container](stream, self._max_row):
                     self.position = self._raw.tell()
                     yield item
         except _STREAM_ERRORS as error:
@@ -105,10 +108,8 @@ class Source:
         ):  # fmt: skip
             return "jsonl", "begins with {" if text[:1] == b"{" else f"its name ends in {suffix}"
         if b"\0" in head:
-            raise UserError(
-                f"{self.path} is binary (zero byte at {head.index(0):,}). Pass a JSON, CSV, text "
-                "or Parquet file."
-            )
+            raise UserError(f"{self.path} is binary (zero byte at {head.index(0):,}). Pass a JSON, "
+                            "CSV, text or Parquet file.")  # fmt: skip
         if suffix in (".csv", ".tsv"):
             return "csv", f"its name ends in {suffix}"
         columns = {c.strip(b' "').decode("utf-8", "replace") for c in re.split(rb"[,;\t]", first)}
@@ -124,22 +125,49 @@ class Source:
         try:
             with parquet.ParquetFile(self.path, memory_map=True) as file:
                 total = max(1, file.metadata.num_rows)
+                groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+                # The sums are compared too, because a file may record another total.
+                sizes = [max(g.total_byte_size, sum(g.column(i).total_uncompressed_size
+                                                    for i in range(g.num_columns)))
+                         for g in groups]  # fmt: skip
+                if (largest := max(sizes, default=0)) > MAX_ROW_GROUP:
+                    raise UserError(
+                        f"{self.path}: row group {sizes.index(largest)} has "
+                        f"{largest / 2**30:,.1f} GB uncompressed; the limit is "
+                        f"{MAX_ROW_GROUP >> 30} GB. Write the file again in smaller row groups "
+                        "(pyarrow.parquet.write_table(..., row_group_size=10_000))."
+                    )
                 columns = file.schema_arrow.names
                 if twice := sorted({name for name in columns if columns.count(name) > 1}):
                     yield Item(1, Broken(f"two columns are named {twice[0]!r}; rename one"))
                     return
-                for batch in file.iter_batches(batch_size=512):
-                    for row in batch.to_pylist(maps_as_pydicts="lossy"):
+                # A value that is stored once may be in each row of a batch.
+                num_rows = max(1, min(512, 2 * self._max_row // max(1, largest)))
+                for batch in file.iter_batches(batch_size=num_rows):
+                    for row in self._rows(batch):
                         number += 1
                         self.position = self.size * number // total
-                        yield Item(number, {key: _plain(value) for key, value in row.items()})
+                        yield Item(number, row)
+        except UserError:
+            raise
         except (arrow.ArrowException, OSError) as error:
             raise UserError(f"{self.path}, after row {number}: damaged Parquet: {error}") from error
-        except (OverflowError, ValueError) as error:  # For example, a date after the year 9999.
+        except (OverflowError, ValueError, RecursionError) as error:
+            # For example, a date after the year 9999.
             raise UserError(
                 f"{self.path}, after row {number}: a value that cannot be read: {error}. Cast the "
                 "column to a string or remove it."
             ) from error
+
+    def _rows(self, batch: Any) -> Iterator[Row | Broken]:
+        """Yield the rows of a batch; one at a time if any may be too long."""
+        small = batch.nbytes <= self._max_row
+        for part in [batch] if small else (batch.slice(i, 1) for i in range(batch.num_rows)):
+            if part.nbytes > self._max_row:
+                yield containers.too_long(self._max_row)
+                continue
+            for row in part.to_pylist(maps_as_pydicts="lossy"):
+                yield {key: _plain(value) for key, value in row.items()}
 
     def _unreadable(self, error: Exception) -> UserError:
         if isinstance(error, FileNotFoundError):
@@ -156,16 +184,14 @@ def parse(content: bytes | str | Row | Broken) -> Row:
     """Return the row in an item's content; raise ValueError with the reason if it is broken."""
     if isinstance(content, bytes):
         try:
-            content = containers.row_of(json.loads(content.decode("utf-8")))
+            content = containers.row_of(containers.load_json(content.decode("utf-8")))
         except UnicodeDecodeError as error:
             raise ValueError(utf8_error(content, error.start)) from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             reason = json_error(error)
             start = content[:60].decode("utf-8", "replace").strip()
-            raise ValueError(
-                f"not JSON ({reason}): {start!r}. Each line must be one complete JSON object "
-                "(jq -c . FILE > NEW writes it so)"
-            ) from error
+            raise ValueError(f"not JSON ({reason}): {start!r}. Each line must be one complete JSON "
+                             "object (jq -c . FILE > NEW writes it so)") from error  # fmt: skip
     if isinstance(content, Broken):
         raise ValueError(content.reason)
     return {"text": content} if isinstance(content, str) else content
@@ -176,10 +202,8 @@ def import_optional(module: str, path: Path) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(
-            f"{path} needs the package {module.split('.')[0]}, which is not installed. Run:\n"
-            "  pip install -r requirements-data.txt"
-        ) from error
+        raise UserError(f"{path} needs the package {module.split('.')[0]}, which is not installed. "
+                        "Run:\n  pip install -r requirements-data.txt") from error  # fmt: skip
 
 
 # ---- compression ---------------------------------------------------------------------------------
@@ -191,16 +215,17 @@ class _ZstdStream(io.RawIOBase):
     def __init__(self, raw: BinaryIO, path: Path) -> None:
         zstandard = import_optional("zstandard", path)
         self._error = zstandard.ZstdError
-        # Files compressed with --long need a larger window than the default limit.
-        self._make = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
-        self._raw, self._frame, self._ready, self._rest = raw, None, b"", b""
+        self._make = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj
+        self._raw, self._frame, self._path = raw, None, path
+        self._ready, self._rest = memoryview(b""), b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            block = self._rest or self._raw.read(1 << 16)
+            # A block may become 30,000 times as long.
+            block = self._rest or self._raw.read(1 << 11)
             self._rest = b""
             if not block:
                 if self._frame is not None:
@@ -208,8 +233,13 @@ class _ZstdStream(io.RawIOBase):
                 return 0
             self._frame = self._frame or self._make()
             try:
-                self._ready = self._frame.decompress(block)
+                self._ready = memoryview(self._frame.decompress(block))
             except self._error as error:
+                if "too much memory" in str(error):
+                    raise UserError(
+                        f"{self._path} needs a zstd window of more than {MAX_WINDOW >> 20} MB, the "
+                        f"limit. Run: zstd -d --long=31 {self._path}"
+                    ) from error
                 raise EOFError(str(error)) from error
             if self._frame.eof:
                 self._rest, self._frame = self._frame.unused_data, None
@@ -223,21 +253,14 @@ class _ZstdStream(io.RawIOBase):
 
 
 _STREAM_ERRORS = (OSError, EOFError, zlib.error)
-
-
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-_KNOWN_COLUMNS = (
-    {"instruction", "output"}, {"prompt", "completion"}, {"chosen", "rejected"}, {"q", "a"},
-    {"text", "source"},
-)  # fmt: skip
+_KNOWN_COLUMNS = ({"instruction", "output"}, {"prompt", "completion"}, {"chosen", "rejected"},
+                  {"q", "a"}, {"text", "source"})  # fmt: skip
 
 
 def _plain(value: Any) -> Any:
-    """Convert a Parquet value to what JSON can hold, without the null fields of structs.
-
-    A struct has all fields that any row has; null says that this row lacks one.
-    """
-    if isinstance(value, dict):
+    """Convert a Parquet value to what JSON can hold."""
+    if isinstance(value, dict):  # A struct has all fields of any row; null: this row lacks one.
         return {str(k): _plain(v) for k, v in value.items() if v is not None}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
@@ -248,6 +271,6 @@ def _plain(value: Any) -> Any:
 
 def _json(raw: bytes) -> Any:
     try:
-        return json.loads(raw)
-    except (ValueError, RecursionError):
+        return containers.load_json(raw.decode("utf-8", "replace"))
+    except ValueError:
         return None

@@ -12,10 +12,9 @@ its name contains a hash of file, tokenizer, kind and options.
 
 A record is one sequence; a preference pair is two, chosen and rejected. tokenize_files.py tokenizes
 a large file on all cores. The folder has a temporary name until it is complete. An interrupted
-build is resumed; a second process that needs the same cache waits for the first.
+build is resumed; a second process that needs the same cache waits for the first. meta.json records
+the size, modification time and digest of each file; a damaged cache is rebuilt.
 """
-
-from __future__ import annotations
 
 import contextlib
 import glob
@@ -25,7 +24,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,18 +33,21 @@ import numpy as np
 from tqdm import tqdm
 
 from tokenizer.bpe import Tokenizer
+from trainlib.core import files
 from trainlib.core.errors import UserError
-from trainlib.core.files import cache_dir, fcntl, mount_hint, sync, write_atomically
-from trainlib.data import formats
+from trainlib.core.files import DAMAGED, cache_dir, mount_hint, write_json
+from trainlib.data import formats, tokenize_files
 from trainlib.data.findings import Counts
-from trainlib.data.tokenize_files import Task, Tokenized, read_chunks, tokenize_chunks
+from trainlib.data.tokenize_files import Task, Tokenized, delayed_interrupts
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 5
-"""Increase this when the format of the cache files changes."""
-MAX_SKIPPED = 0.01
-"""Share of a file's rows that data.on_error=skip may skip."""
+LAYOUT = 7  # Increase this when the format of the cache files changes.
+ARRAYS_LAYOUT = 5
+"""Increase this too if the content of the arrays changes; unfinished runs then cannot resume."""
+MAX_NAME_BYTES = 100
+"""Limit for the data file's part in a folder's name; some file systems allow 143 bytes in all."""
+MAX_SKIPPED = 0.01  # Share of a file's rows that data.on_error=skip may skip.
 MAX_SOURCES = 4096
 """Maximum number of "source" values per file; rows with further values count as having none."""
 SAVE_SECONDS = 5.0
@@ -53,6 +55,7 @@ OnError = Literal["stop", "skip"]
 CONTENT = ("ids", "supervised", "offsets", "hashes")
 """The arrays that affect training; lines and sources only record where a row comes from."""
 ARRAYS = {"offsets": np.int64, "lines": np.int64, "hashes": np.uint64, "sources": np.uint16}
+FILES = ("ids.bin", "supervised.bin", "skipped.jsonl", *(f"{name}.bin" for name in ARRAYS))
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,7 @@ class TokenCache:
     """The tokens of one file, memory-mapped."""
 
     path: Path
-    key: str
-    """Hash of the content: depends on the ids, not on the path or modification time of the file."""
+    key: str  # Hash of the content, which does not depend on the file's path and time.
     ids: np.ndarray
     supervised: np.ndarray
     offsets: np.ndarray
@@ -70,9 +72,9 @@ class TokenCache:
     sources: np.ndarray
     source_names: list[str]
     folder: Path = Path()
-    num_skipped: int = 0
-    """Number of broken rows skipped by data.on_error=skip."""
+    num_skipped: int = 0  # Number of broken rows skipped by data.on_error=skip.
     counts: Counts = field(default_factory=Counts)
+    first_broken: Sequence[Any] = ()  # Line and reason of the first skipped row.
 
     @property
     def num_records(self) -> int:
@@ -100,17 +102,14 @@ def file_fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def build_cache(
-    path: Path,
-    kind: str,
-    tokenizer: Tokenizer,
-    options: formats.ReadOptions | None = None,
-    on_error: OnError = "stop",
-) -> TokenCache:
-    """Return the cache of one file; build it if it does not exist.
+def build_cache(path: Path, kind: str, tokenizer: Tokenizer,
+                options: formats.ReadOptions | None = None, on_error: OnError = "stop",
+                verify: bool = False) -> TokenCache:  # fmt: skip
+    """Return the cache of one file; build it if it does not exist or is damaged.
 
-    Raises UserError for a broken row (with on_error="skip", for more than MAX_SKIPPED of them), an
-    unreadable file, or a disk without enough space. No partial cache is left behind.
+    `verify` compares all digests. Raises UserError for a broken row (with on_error="skip", for more
+    than MAX_SKIPPED of them), an unreadable file, or a disk without enough space. No partial cache
+    is left behind, except for a chunk that no process survives.
     """
     if not path.is_file():
         raise UserError(f"data file {path} does not exist. Fix data.files.{mount_hint(path)}")
@@ -121,25 +120,36 @@ def build_cache(
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     provenance = f"{LAYOUT} {file} {tokenizer.fingerprint} {kind} {options}"
     key = hashlib.sha256(provenance.encode()).hexdigest()[:16]
-    folder = cache_dir() / "tokens" / f"{path.stem}-{key}"
-    if not (folder / "meta.json").is_file():
+    folder = cache_dir() / "tokens" / f"{_name(path)}-{key}"
+    encoding = f"{tokenizer.fingerprint} {kind}"
+    if (cache := _open_cache(folder, path, encoding, verify)) is None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _build_lock(folder.with_name(f".{folder.name}.lock")) as suffix:
-                if not (folder / "meta.json").is_file():
+            with files.build_lock(folder.with_name(f".{folder.name}.lock")) as suffix:
+                # Another process may have built it.
+                cache = _open_cache(folder, path, encoding, verify, logging.WARNING)
+                if cache is None:
                     partial = folder.with_name(f".making-{folder.name}{suffix}")
                     found = formats.find_format(path, kind, options)
                     task = Task(path, kind, tokenizer, options)
                     _build(partial, folder, found, task, on_error)
+                    cache = _open_cache(folder, path, encoding)
         except OSError as error:
             size = _estimate_bytes(path, tokenizer) / 1e6
             raise UserError(
                 f"{folder}: {error.strerror or error}. The token cache of {path} needs about "
                 f"{size:,.0f} MB. Set TRAIN_LLM_CACHE_DIR to another folder."
             ) from error
-    cache = _open_cache(folder, path, f"{tokenizer.fingerprint} {kind}")
+    if cache is None:
+        raise UserError(f"{folder} cannot be read after it was written. Check the disk.")
+    if verify:
+        log.info("%s: the digests of its token cache are correct", path)
+    if cache.num_skipped and on_error == "stop":
+        raise formats.broken_row(path, *cache.first_broken)
     if cache.num_skipped:
-        _report_skipped(cache, on_error)
+        log.warning("%s: %s of %s rows are broken and were skipped; they are listed in %s", path,
+                    f"{cache.num_skipped:,}", f"{cache.counts.rows + cache.num_skipped:,}",
+                    cache.folder / "skipped.jsonl")  # fmt: skip
     for line in cache.counts.log_lines():
         log.info("%s: %s", path, line)
     for finding in cache.counts.findings():
@@ -153,11 +163,13 @@ def build_cache(
 def counted_tokens(path: Path, kind: str, row_length: int) -> int:
     """Return the number of positions in a file from a cache newer than it, or 0 if none exists.
 
-    Conversations and pairs longer than a row are not counted. The cache may come from another
-    tokenizer.
+    Conversations and pairs longer than a row are not counted. Another tokenizer may have made it.
     """
-    for meta in (cache_dir() / "tokens").glob(f"{glob.escape(path.stem)}-*/meta.json"):
-        values = json.loads(meta.read_text(encoding="utf-8"))
+    for meta in (cache_dir() / "tokens").glob(f"{glob.escape(_name(path))}-*/meta.json"):
+        try:
+            values = files.read_meta(meta)
+        except DAMAGED:
+            continue
         same = Path(values["path"]).resolve() == path.resolve() and values["kind"] == kind
         if same and meta.stat().st_mtime >= path.stat().st_mtime:
             per_record = 2 if kind == "dpo" else 1
@@ -168,28 +180,29 @@ def counted_tokens(path: Path, kind: str, row_length: int) -> int:
     return 0
 
 
-def _build(
-    partial: Path, folder: Path, found: formats.Detection, task: Task, on_error: OnError
-) -> None:
+def _build(partial: Path, folder: Path, found: formats.Detection, task: Task,
+           on_error: OnError) -> None:  # fmt: skip
     """Build the cache in `partial`, resuming an earlier build, and rename it to `folder`."""
     try:
         needed = _estimate_bytes(task.path, task.tokenizer, bool(found.source.compression))
         written = sum(file.stat().st_size for file in partial.glob("*"))
         free = shutil.disk_usage(folder.parent).free
         if free + written < needed:
-            raise UserError(
-                f"{folder.parent} has {free / 1e6:,.0f} MB free, but the token cache of "
-                f"{task.path} needs about {needed / 1e6:,.0f} MB. Free some space, or "
-                "set TRAIN_LLM_CACHE_DIR to a folder on another disk."
-            )
+            raise UserError(f"{folder.parent} has {free / 1e6:,.0f} MB free, but the token cache "
+                            f"of {task.path} needs about {needed / 1e6:,.0f} MB. Free some space, "
+                            "or set TRAIN_LLM_CACHE_DIR to a folder on another disk.")  # fmt: skip
         log.info("tokenizing %s, %s: %s", task.path, found.format.name, found.reason)
-        with contextlib.closing(CacheWriter(partial, task, on_error)) as writer:
-            writer.write_all(found)
-        shutil.rmtree(folder, ignore_errors=True)
+        with (delayed_interrupts() as interrupted,
+              contextlib.closing(CacheWriter(partial, task, on_error)) as writer):  # fmt: skip
+            writer.write_all(found, interrupted)
+        files.remove(folder)
         partial.rename(folder)
-        sync(folder.parent)
-    except (UserError, OSError):
-        shutil.rmtree(partial, ignore_errors=True)
+        files.sync(folder.parent)
+        (folder / "progress.json").unlink(missing_ok=True)
+    except (UserError, OSError) as error:
+        # After a kill, the same command continues where this one stopped.
+        if not isinstance(error, tokenize_files.WorkerKilledError):
+            shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
@@ -198,7 +211,7 @@ class Progress:
     """State of a build, saved so that an interrupted build can be resumed."""
 
     sizes: dict[str, int]
-    chunks: int = 0
+    items: int = 0
     records: int = 0
     skipped: int = 0
     tokens: int = 0
@@ -212,15 +225,8 @@ class CacheWriter:
 
     def __init__(self, partial: Path, task: Task, on_error: OnError) -> None:
         self.folder, self.task, self.on_error = partial, task, on_error
-        self.dtype = np.uint16 if task.tokenizer.vocab_size <= 1 << 16 else np.uint32
-        partial.mkdir(exist_ok=True)
-        names = ["ids.bin", "supervised.bin", "skipped.jsonl", *(f"{name}.bin" for name in ARRAYS)]
-        try:
-            saved = json.loads((partial / "progress.json").read_text(encoding="utf-8"))
-            self.progress = Progress(**{**saved, "counts": Counts(**saved["counts"])})
-        except (OSError, ValueError, TypeError, KeyError):
-            self.progress = Progress(dict.fromkeys(names, 0))
-        self.files = {name: (partial / name).open("ab") for name in names}
+        self.progress = _load_progress(partial)
+        self.files = {name: (partial / name).open("ab") for name in FILES}
         for name, file in self.files.items():
             file.truncate(self.progress.sizes[name])
             file.seek(0, os.SEEK_END)
@@ -234,13 +240,13 @@ class CacheWriter:
         for file in self.files.values():
             file.close()
 
-    def write_all(self, found: formats.Detection) -> None:
+    def write_all(self, found: formats.Detection, interrupted: Sequence[int]) -> None:
         """Tokenize a file, then write meta.json."""
         progress, source = self.progress, found.source
         with tqdm(total=source.size, unit="B", unit_scale=True, leave=False, disable=None,
                   desc=f"tokenizing {self.task.path.name}") as bar:  # fmt: skip
-            remaining = read_chunks(source, skip=progress.chunks)
-            for tokenized in tokenize_chunks(remaining, self.task, source):
+            remaining = tokenize_files.read_chunks(source, progress.items, interrupted)
+            for tokenized in tokenize_files.tokenize_chunks(remaining, self.task, source):
                 self._write(tokenized)
                 bar.update(tokenized.position - bar.n)
                 if time.monotonic() - self._saved > SAVE_SECONDS:
@@ -258,14 +264,11 @@ class CacheWriter:
             reasons = ", ".join(progress.counts.not_used)
             raise UserError(f"{self.task.path}: no row can be used for {self.task.kind}: {reasons}")
         self._save()
-        content = (np.memmap(self.folder / f"{name}.bin", mode="r").data for name in CONTENT)
         meta = {"path": str(self.task.path), "kind": self.task.kind,
-                "dtype": np.dtype(self.dtype).name, "format": found.format.name,
+                "dtype": np.dtype(self.task.tokenizer.typecode).name, "format": found.format.name,
                 "why": found.reason, **asdict(progress),
-                "content": " ".join(hashlib.blake2b(data, digest_size=16).hexdigest()
-                                    for data in content)}  # fmt: skip
-        (self.folder / "progress.json").unlink()
-        write_atomically(self.folder / "meta.json", json.dumps(meta))
+                "files": files.record_files(self.folder, FILES)}  # fmt: skip
+        write_json(self.folder / "meta.json", meta)
 
     def _write(self, tokenized: Tokenized) -> None:
         progress = self.progress
@@ -279,13 +282,10 @@ class CacheWriter:
         numbers = [self._source_id(name) for name in tokenized.source_names]
         sources = np.array(numbers, np.uint16)[tokenized.sources]
         offsets = progress.tokens + np.cumsum(tokenized.lengths)
-        for name, values in (
-            ("ids", tokenized.ids.astype(self.dtype, copy=False)),
-            ("supervised", tokenized.supervised), ("offsets", offsets), ("sources", sources),
-            ("lines", tokenized.lines), ("hashes", tokenized.hashes),
-        ):  # fmt: skip
-            self.files[f"{name}.bin"].write(values.tobytes())
-        progress.chunks += 1
+        arrays = tokenized._asdict() | {"offsets": offsets, "sources": sources}
+        for name in ("ids", "supervised", *ARRAYS):
+            self.files[f"{name}.bin"].write(arrays[name].tobytes())
+        progress.items += tokenized.num_items
         progress.records += len(tokenized.lines)
         progress.skipped += len(tokenized.broken)
         progress.counts.merge(tokenized.counts)
@@ -304,8 +304,24 @@ class CacheWriter:
             file.flush()
             os.fsync(file.fileno())
             self.progress.sizes[name] = file.tell()
-        write_atomically(self.folder / "progress.json", json.dumps(asdict(self.progress)))
+        write_json(self.folder / "progress.json", asdict(self.progress))
         self._saved = time.monotonic()
+
+
+def _load_progress(partial: Path) -> Progress:
+    """Return the saved progress of a build; empty the folder if there is none or it is damaged."""
+    try:
+        saved = files.read_json(partial / "progress.json")
+        for name, size in saved["sizes"].items():
+            if not (file := partial / name).is_file() or file.stat().st_size < size:
+                raise ValueError(f"{name} is shorter than recorded")
+        return Progress(**{**saved, "counts": Counts(**saved["counts"])})
+    except DAMAGED as error:
+        if os.path.lexists(partial / "progress.json"):
+            log.warning("%s is damaged (%s); tokenization starts again", partial, error)
+    files.remove(partial)
+    partial.mkdir()
+    return Progress(dict.fromkeys(FILES, 0))
 
 
 def _estimate_bytes(path: Path, tokenizer: Tokenizer, compressed: bool = False) -> int:
@@ -314,52 +330,26 @@ def _estimate_bytes(path: Path, tokenizer: Tokenizer, compressed: bool = False) 
     return round(tokens * (3 if tokenizer.vocab_size <= 1 << 16 else 5))
 
 
-@contextlib.contextmanager
-def _build_lock(lock: Path) -> Iterator[str]:
-    """Hold a lock file; yield a suffix for the name of the folder to build in.
-
-    The system releases the lock when the process ends. Where locks are unsupported (Windows, some
-    file systems), the suffix is the process id: each builds its own cache, and the last one wins.
-    """
-    while True:
-        with lock.open("a") as file:
-            try:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    log.info("waiting for another process that is building %s", lock.name[1:-5])
-                    fcntl.flock(file, fcntl.LOCK_EX)
-            except (OSError, AttributeError):  # On Windows, fcntl is None.
-                yield f"-{os.getpid()}"
-                return
-            # The previous holder removes the file. A lock on a removed file protects nothing.
-            if lock.exists() and os.path.samefile(lock, file.fileno()):
-                try:
-                    yield ""
-                finally:
-                    lock.unlink(missing_ok=True)
-                return
-
-
-def _report_skipped(cache: TokenCache, on_error: OnError) -> None:
-    """Log the number of skipped rows, or raise UserError for the first if on_error="stop"."""
-    listed = cache.folder / "skipped.jsonl"
-    if on_error == "stop":
-        with listed.open(encoding="utf-8") as file:
-            first = json.loads(file.readline())
-        raise formats.broken_row(cache.path, first["line"], first["reason"])
-    num_rows = f"{cache.counts.rows + cache.num_skipped:,}"
-    log.warning("%s: %s of %s rows are broken and were skipped; they are listed in %s",
-                cache.path, f"{cache.num_skipped:,}", num_rows, listed)  # fmt: skip
-
-
-def _open_cache(folder: Path, path: Path, encoding: str) -> TokenCache:
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    arrays = {
-        name: np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
-        for name, dtype in {"ids": meta["dtype"], "supervised": np.uint8, **ARRAYS}.items()
-    }
-    key = hashlib.sha256(f"{LAYOUT} {encoding} {meta['content']}".encode()).hexdigest()[:16]
+def _open_cache(folder: Path, path: Path, encoding: str, verify: bool = False,
+                level: int = logging.DEBUG) -> TokenCache | None:  # fmt: skip
+    """Return the cache in a folder; None if there is none or it is damaged, which is logged."""
+    if not os.path.lexists(folder):
+        return None
+    try:
+        meta = files.read_meta(folder / "meta.json", verify)
+        types = {"ids": meta["dtype"], "supervised": np.uint8, **ARRAYS}
+        arrays = {n: np.memmap(folder / f"{n}.bin", dtype, "r") for n, dtype in types.items()}
+    except DAMAGED as error:
+        log.log(level, "%s: its token cache %s is damaged and is rebuilt: %s", path, folder, error)
+        return None
+    content = " ".join(meta["files"][f"{name}.bin"][2] for name in CONTENT)
+    key = hashlib.sha256(f"{ARRAYS_LAYOUT} {encoding} {content}".encode()).hexdigest()[:16]
     return TokenCache(path, key, source_names=meta["sources"], folder=folder,
                       num_skipped=meta["skipped"], counts=Counts(**meta["counts"]),
+                      first_broken=meta["first_broken"][0] if meta["skipped"] else (),
                       **arrays)  # fmt: skip
+
+
+def _name(path: Path) -> str:
+    """Return the name of a data file without its suffix, short enough for a folder name."""
+    return os.fsencode(path.stem)[:MAX_NAME_BYTES].decode("utf-8", "ignore")

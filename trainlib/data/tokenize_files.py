@@ -5,11 +5,10 @@ tokenize_chunk    a chunk -> ids, loss mask, lines, hashes, and its broken rows
 tokenize_chunks   all chunks, in order
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -18,7 +17,7 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -37,11 +36,10 @@ from trainlib.data.encode import ENCODERS
 from trainlib.data.findings import Counts
 from trainlib.data.readers import Source
 
+log = logging.getLogger(__name__)
+
 CHUNK_BYTES = 1 << 20
-PARSED_BYTES = 1000
-"""Assumed size of an already parsed row."""
-SMALL_FILE_BYTES = 8 << 20
-"""Below this size, worker processes cost more time than they save."""
+SMALL_FILE_BYTES = 8 << 20  # Below this size, worker processes cost more time than they save.
 
 
 class Chunk(NamedTuple):
@@ -61,6 +59,10 @@ class Task:
     options: formats.ReadOptions
 
 
+class WorkerKilledError(UserError):
+    """Raised for a line whose worker process was killed twice; the progress is kept."""
+
+
 class Tokenized(NamedTuple):
     """A tokenized chunk: ids and supervised per id, lengths per sequence, the rest per record."""
 
@@ -73,30 +75,31 @@ class Tokenized(NamedTuple):
     source_names: list[str]
     broken: list[tuple[int, str]]
     counts: Counts
+    num_items: int
     position: int
 
 
-def read_chunks(source: Source, skip: int = 0) -> Iterator[Chunk]:
-    """Yield a file's items in chunks, without the first `skip`; chunking is deterministic."""
+def read_chunks(source: Source, skip: int = 0, interrupted: Sequence[int] = ()) -> Iterator[Chunk]:
+    """Yield a file's items, without the first `skip`; stop if `interrupted` is no longer empty."""
     items: list[Item] = []
     size = 0
-    for item in source.items():
-        items.append(item)
-        size += len(item.content) if isinstance(item.content, (bytes, str)) else PARSED_BYTES
+    for number, item in enumerate(source.items()):
+        if interrupted:
+            raise KeyboardInterrupt
+        if number >= skip:
+            items.append(item)
+            size += _size(item.content)
         if size >= CHUNK_BYTES:
-            if skip:
-                skip -= 1
-            else:
-                yield Chunk(items, source.position)
+            yield Chunk(items, source.position)
             items, size = [], 0
-    if items and not skip:
+    if items:
         yield Chunk(items, source.position)
 
 
 def tokenize_chunk(chunk: Chunk, task: Task) -> Tokenized:
     """Return the ids and loss mask of a chunk's records, and its broken rows."""
     # Extending these is several times faster than extending NumPy arrays.
-    ids, mask = array("I"), bytearray()
+    ids, mask = array(task.tokenizer.typecode), bytearray()
     lengths, lines, hashes, sources = [], [], [], []
     names: dict[str, int] = {}
     broken: list[tuple[int, str]] = []
@@ -107,18 +110,17 @@ def tokenize_chunk(chunk: Chunk, task: Task) -> Tokenized:
             broken.append((line, records.reason))
             continue
         for record in records:
+            hashes.append(_content_hash(record))
             for sequence in ENCODERS[task.kind](task.tokenizer, record):
-                ids.fromlist(sequence.ids)
-                mask += bytes(sequence.mask)
+                ids += sequence.ids
+                mask += sequence.mask
                 lengths.append(len(sequence.ids))
             lines.append(line)
-            hashes.append(_content_hash(record))
             sources.append(names.setdefault(record.source, len(names)))
-    return Tokenized(
-        np.frombuffer(ids, np.uint32), np.frombuffer(mask, np.uint8), np.array(lengths, np.int64),
-        np.array(lines, np.int64), np.array(hashes, np.uint64), np.array(sources, np.int64),
-        list(names), broken, counts, chunk.position,
-    )  # fmt: skip
+    return Tokenized(np.frombuffer(ids, ids.typecode), np.frombuffer(mask, np.uint8),
+                     np.array(lengths, np.int64), np.array(lines, np.int64),
+                     np.array(hashes, np.uint64), np.array(sources, np.int64), list(names), broken,
+                     counts, len(chunk.items), chunk.position)  # fmt: skip
 
 
 def tokenize_chunks(chunks: Iterator[Chunk], task: Task, source: Source) -> Iterator[Tokenized]:
@@ -128,48 +130,71 @@ def tokenize_chunks(chunks: Iterator[Chunk], task: Task, source: Source) -> Iter
     if small or cores == 1:
         yield from (tokenize_chunk(chunk, task) for chunk in chunks)
         return
-    # fork shares loaded memory, but with threads it is safe only on Linux.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(cores, context, _init_worker, (task, os.getpid()))
-    running: deque[Future[Tokenized]] = deque()
+    pool = _make_pool(cores, task)
+    waiting, running = deque[Chunk](), deque[Future[Tokenized]]()
     try:
-        num_to_submit = 2 * cores
         while True:
-            with _defer_interrupts():
-                for chunk in islice(chunks, num_to_submit):
-                    running.append(pool.submit(_tokenize_in_worker, chunk))
-                tokenized = running.popleft().result() if running else None
-            if tokenized is None:
+            waiting.extend(islice(chunks, 2 * cores - len(waiting)))
+            if not waiting:
                 return
-            yield tokenized
-            num_to_submit = 1
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"{task.path}: a worker process was killed, possibly because memory ran out. "
-            "Run the same command again."
-        ) from error
+            try:
+                while len(running) < len(waiting):
+                    running.append(pool.submit(_tokenize_in_worker, waiting[len(running)]))
+                tokenized = [running.popleft().result()]
+            except BrokenProcessPool:
+                pool.shutdown()
+                running.clear()
+                tokenized = _tokenize_alone(waiting[0], task)
+                pool = _make_pool(cores, task)
+            waiting.popleft()
+            yield from tokenized
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-@contextlib.contextmanager
-def _defer_interrupts() -> Iterator[None]:
-    """Delay Ctrl-C until the block ends, usually within a second.
+def _make_pool(cores: int, task: Task) -> ProcessPoolExecutor:
+    # fork shares loaded memory, but with threads it is safe only on Linux.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    return ProcessPoolExecutor(cores, context, _init_worker, (task, os.getpid()))
 
-    Python drops an exception raised while a process forks. One raised while the pool starts, or
-    between acquiring a lock and entering the block that releases it, makes the pool hang.
+
+def _tokenize_alone(chunk: Chunk, task: Task) -> Iterator[Tokenized]:
+    """Tokenize a chunk's items one by one while nothing else runs; name the line that kills."""
+    log.warning("%s: a worker process was killed, possibly because memory ran out; lines %d to %d "
+                "are tokenized again, alone", task.path, chunk.items[0].line,
+                chunk.items[-1].line)  # fmt: skip
+    with _make_pool(1, task) as pool:
+        for item in chunk.items:
+            try:
+                yield pool.submit(_tokenize_in_worker, Chunk([item], chunk.position)).result()
+            except BrokenProcessPool as error:
+                raise WorkerKilledError(
+                    f"{task.path}, line {item.line}: the process that tokenizes this line was "
+                    "killed twice, possibly because memory ran out. Free some memory and run the "
+                    "same command again, which continues here, or shorten or remove the line."
+                ) from error
+
+
+@contextlib.contextmanager
+def delayed_interrupts() -> Iterator[list[int]]:
+    """Delay Ctrl-C until the block ends; yield a list to which each one is added.
+
+    Python drops an exception raised in a callback, such as those that follow an import or a fork.
+    One raised while the pool starts, or just after it acquires a lock, makes it hang.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Only the main thread receives signals.
-        return
     received: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    handler = signal.getsignal(signal.SIGINT)
+    # Only the main thread receives signals, and the user may have chosen to ignore them.
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield received
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
-        if received:
-            signal.raise_signal(signal.SIGINT)
+        signal.signal(signal.SIGINT, handler)
+    if received:
+        raise KeyboardInterrupt
 
 
 def num_usable_cores() -> int:
@@ -197,6 +222,14 @@ def _exit_with(parent: int) -> None:
 
 def _tokenize_in_worker(chunk: Chunk) -> Tokenized:
     return tokenize_chunk(chunk, _task)
+
+
+def _size(content: Any) -> int:
+    if isinstance(content, (bytes, str)):
+        return len(content)
+    if isinstance(content, dict):
+        return sum(map(_size, content.values()))
+    return sum(map(_size, content)) if isinstance(content, (list, tuple)) else 8
 
 
 def _content_hash(record: formats.Record) -> int:

@@ -5,10 +5,10 @@ tags, opens the first two groups, and smooths with a factor of 0.6. So the lines
 tag in several folders, the main charts are numbered, and evaluations have additional points.
 """
 
-from __future__ import annotations
-
 import math
+import threading
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -19,6 +19,15 @@ CHARTS = (
 """The metrics in the first group of the page, in this order."""
 GAP = 0.005
 MAX_POINTS = 256  # The page keeps 1,000 points of a line.
+
+
+def report_thread(failure: Any) -> None:
+    """Replace threading.excepthook: the next call of a SummaryWriter raises its thread's error."""
+    if not type(failure.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(failure)
+
+
+threading.excepthook = report_thread
 
 
 def place(name: str) -> tuple[str, str]:
@@ -36,11 +45,7 @@ def place(name: str) -> tuple[str, str]:
 
 
 class Board:
-    """Writer of TensorBoard's files.
-
-    A resume after `resume_step` removes the later points. `evaluated` has the step and the value of
-    each metric of the last evaluations, by name.
-    """
+    """Writer of TensorBoard's files; `evaluated` has each metric's last evaluation."""
 
     def __init__(
         self, folder: Path, resume_step: int | None, evaluated: dict[str, tuple[int, float]]
@@ -49,7 +54,10 @@ class Board:
         self._writers: dict[str, SummaryWriter] = {}
         self._last_step = -1 if resume_step is None else resume_step
         self._last_evaluation = max((step for step, _ in evaluated.values()), default=-1)
-        for path in folder.glob("*/"):
+
+    def open(self) -> None:
+        """Remove the points after the step of the resume."""
+        for path in self._folder.glob("*/"):
             self._writer(path.name)
 
     def _writer(self, run: str) -> SummaryWriter:

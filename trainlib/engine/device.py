@@ -1,7 +1,5 @@
 """Device settings, compilation with a fallback, and evaluation mode."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import logging
@@ -29,24 +27,19 @@ def use_hardware(hardware: Hardware, local_rank: int = 0) -> Hardware:
     return hardware
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Options for mallopt, from glibc's malloc.h."""
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # Options for mallopt, from glibc's malloc.h.
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory in this process for reuse, if malloc is from glibc.
-
-    Otherwise, glibc returns the memory of large tensors to the system, and every step spends 3 to
-    4% of its time on page faults. Memory that is needed only at startup is kept as well.
-    """
+    """Keep freed memory in this process for reuse, if malloc is from glibc."""
+    # Otherwise, glibc returns that of large tensors, and page faults take 3 to 4% of a step's time.
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def compile_layers(
-    hardware: Hardware, layers: nn.ModuleList, run_once: Callable[[], object], required: bool
-) -> Hardware:
+def compile_layers(hardware: Hardware, layers: nn.ModuleList, run_once: Callable[[], object],
+                   required: bool) -> Hardware:  # fmt: skip
     """Compile the layers of a model in place, run them once, and return the hardware in use.
 
     If compilation fails (no C++ compiler, a card that Triton does not support), the layers stay
@@ -67,10 +60,9 @@ def compile_layers(
             layer._compiled_call_impl = None
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
         if required:
-            raise UserError(
-                f"compile=on, but compilation failed ({reason}). Install a C++ compiler (g++) and "
-                "the Python headers, or set compile=auto to run without compilation."
-            ) from error
+            raise UserError(f"compile=on, but compilation failed ({reason}). Install a C++ "
+                            "compiler (g++) and the Python headers, or set compile=auto to run "
+                            "without compilation.") from error  # fmt: skip
         log.warning("compilation failed, so the layers run uncompiled (%s)", reason)
         return replace(hardware, compile=False)
     log.info("compiled in %.0f s", time.perf_counter() - begin)

@@ -1,21 +1,19 @@
 """Model FLOPs utilization (MFU): operations per second in training, relative to the peak.
 
-The peak is measured with matmuls, not read from a data sheet, so a throttled or shared device is
-compared with itself.
+The peak is measured with matmuls, so that a throttled or shared device is compared with itself.
 
 Source: Chowdhery et al., PaLM, arXiv:2204.02311, appendix B.
 """
 
-from __future__ import annotations
-
 import functools
-from collections import Counter
 
 import torch
 from torch import nn
 
-from model import ModelConfig
+from model import ModelConfig, Transformer, count_parameters
 from trainlib.core.hardware import DTYPES, best_time
+from trainlib.engine.optim import block_matrices
+from trainlib.models.hf_folder import SkipRandomInit
 
 PEAK_SECONDS = 0.25  # Approximate duration of the measurement.
 
@@ -37,55 +35,29 @@ def flops_per_token(model: nn.Module, context_length: float) -> float:
     return 6 * matrices + 12 * queries * context_length
 
 
-class Sizes(ModelConfig):
-    """The dimensions of a decoder, and counts computed from them without building a model."""
+class Sizes:
+    """Counts over a decoder of some dimensions, from a model without weights."""
 
-    @property
-    def widths(self) -> tuple[int, int, int, int]:
-        """Return the widths of the residual stream, queries, keys and the feed-forward layer."""
-        query, key = self.num_attention_heads, self.num_key_value_heads
-        return self.hidden_size, query * self.head_dim, key * self.head_dim, self.intermediate_size
-
-    @property
-    def matrices(self) -> Counter[tuple[int, int]]:
-        """Return the number of matrices in the layers by shape: (outputs, inputs)."""
-        d, q, k, f = self.widths
-        shapes = [(q, d), (k, d), (k, d), (d, q), (f, d), (f, d), (d, f)]
-        return Counter(shapes * self.num_hidden_layers)
-
-    @property
-    def matrix_values(self) -> int:
-        """Return the number of values in these matrices."""
-        return sum(count * rows * columns for (rows, columns), count in self.matrices.items())
-
-    @property
-    def parameters(self) -> int:
-        """Return the number of trainable values, counting tied weights once."""
-        d, embeddings = self.hidden_size, 1 if self.tie_word_embeddings else 2
-        norms = self.num_hidden_layers * 2 * (d + self.head_dim) + d
-        return self.matrix_values + embeddings * self.vocab_size * d + norms
-
-    def flops(self, context_length: float) -> tuple[float, float]:
-        """Return the operations needed to train on one token, as (matrices, attention)."""
-        products = 6.0 * (self.matrix_values + self.vocab_size * self.hidden_size)
-        return products, 12.0 * self.num_hidden_layers * self.widths[1] * context_length
+    def __init__(self, config: ModelConfig) -> None:
+        with torch.device("meta"), SkipRandomInit():
+            model = Transformer(config)
+        self.config, self.parameters = config, count_parameters(model)
+        self.matrices = [(p.shape[0], p.shape[1]) for p in block_matrices(model)]  # (out, in)
+        self.matrix_values = sum(rows * columns for rows, columns in self.matrices)
+        # Operations to train on one token: in matrices; in attention, per position of context.
+        self.products = flops_per_token(model, 0)
+        self.attention = flops_per_token(model, 1) - self.products
 
     def update_flops(self, optimizer: str) -> float:
-        """Return the operations in an update: five Newton-Schulz steps for Muon, else 0.
-
-        For an m x n matrix (m <= n), a step is two matmuls of 2 m m n operations and one of 2 m^3.
-        """
-        pairs = [(*sorted(shape), count) for shape, count in self.matrices.items()]
-        total = sum(count * (4.0 * m * m * n + 2.0 * m**3) for m, n, count in pairs)
-        return 5 * total if optimizer == "muon" else 0.0
+        """Return the operations in an update: five Newton-Schulz steps for Muon, else 0."""
+        # For an m x n matrix (m <= n), a step is two matmuls of 2 m m n operations, one of 2 m^3.
+        shapes = [sorted(shape) for shape in self.matrices if optimizer == "muon"]
+        return 5 * sum(4.0 * m * m * n + 2.0 * m**3 for m, n in shapes)
 
 
 @functools.cache
 def matmul_peak(device: torch.device, precision: str) -> float:
-    """Measure the peak operations per second: the best of many square matmuls.
-
-    Runs once per process and does not change the RNG state. Skips sizes that take too long.
-    """
+    """Measure the peak operations per second: the best of many square matmuls, once per process."""
     dtype = DTYPES.get(precision, torch.float32)
     synchronize = getattr(torch, device.type).synchronize
     generator = torch.Generator(device).manual_seed(0)

@@ -1,11 +1,8 @@
 """Choose the functions that compute the decoder: kernels, where they agree with model.py.
 
 Before the model is used, each candidate is compared with the plain formula on small inputs.
-Therefore, if you edit a formula in model.py, a run uses your version. A kernel that fails on the
-device is not used, and the log says why.
+Therefore, a run uses your version of an edited formula. The log says why a kernel is not used.
 """
-
-from __future__ import annotations
 
 import logging
 from collections.abc import Callable
@@ -24,14 +21,11 @@ from trainlib.core.hardware import DTYPES, Hardware
 log = logging.getLogger(__name__)
 
 ROWS = 2
-POSITIONS = 256
-"""Maximum number of positions in the inputs of position-wise functions."""
+POSITIONS = 256  # Maximum number of positions in the inputs of position-wise functions.
 FACTOR, FLOOR = 2.0, 1e-4
 """Error limit: FACTOR times the error of the plain formula in the run's precision, plus FLOOR."""
-ATTENTION = {
-    "blocks": AttentionOp(block_attention.prepare, block_attention.attend),
-    "varlen": AttentionOp(varlen_attention.prepare, varlen_attention.attend),
-}
+ATTENTION = {"blocks": AttentionOp(block_attention.prepare, block_attention.attend),
+             "varlen": AttentionOp(varlen_attention.prepare, varlen_attention.attend)}  # fmt: skip
 Values = dict[str, Tensor]
 
 
@@ -40,24 +34,19 @@ class Candidate:
     """A kernel, and how to call it or the plain formula on test inputs."""
 
     name: str
-    op: str
-    """The field of model.Ops that it replaces."""
+    op: str  # The field of model.Ops that it replaces.
     function: Any
-    inputs: Values
-    """Test inputs, in the dtypes of a run."""
+    inputs: Values  # Test inputs, in the dtypes of a run.
     call: Callable[[Any, Values], Tensor]
 
 
-def choose_kernels(
-    hardware: Hardware, config: ModelConfig, row_length: int, distributed: DistributedContext,
-    plain: bool = False,
-) -> Hardware:  # fmt: skip
+def choose_kernels(hardware: Hardware, config: ModelConfig, row_length: int,
+                   distributed: DistributedContext, plain: bool = False) -> Hardware:  # fmt: skip
     """Set model.ops for a run; return the hardware with the names of the kernels in use.
 
-    Call it before the layers are compiled. Errors are relative L2 errors against the plain formula
-    in fp32. A candidate is used if the errors of its output and gradients are at most FACTOR times
-    the plain formula's errors in the run's precision, plus FLOOR. All ranks use the kernels that
-    every rank accepts. With `plain`, no candidate is tested. Raises torch.OutOfMemoryError.
+    Call it before the layers are compiled. A candidate is used if, on every rank, the relative L2
+    errors of its output and gradients against the formula in fp32 are at most FACTOR times those of
+    the formula in the run's precision, plus FLOOR. With `plain`, no candidate is tested.
     """
     chosen, reasons = Ops(), {}
     candidates = [] if plain else find_candidates(hardware, config, row_length)
@@ -79,8 +68,7 @@ def choose_kernels(
 def find_candidates(hardware: Hardware, config: ModelConfig, row_length: int) -> list[Candidate]:
     """Return the candidates for a device, each with test inputs of the model's dimensions.
 
-    Inputs are normal with mean 1, so that errors do not cancel, and use a separate generator. The
-    second row for swiglu has larger values, because small values would not reveal a clamp.
+    Inputs have mean 1, so that errors do not cancel. In swiglu's second row, they reveal a clamp.
     """
     generator = torch.Generator().manual_seed(0)
     device, dtype = hardware.device, DTYPES.get(hardware.precision, torch.float32)

@@ -6,8 +6,6 @@ micro-batches are weighted by their number of targets.
 Shapes: B rows, T positions, V vocab_size, C documents in a micro-batch.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -67,13 +65,11 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return token_losses(logits, labels).sum()
 
 
-def sequence_log_probs(
-    logits: Tensor, labels: Tensor, document_ids: Tensor, num_documents: int
-) -> Tensor:
+def sequence_log_probs(logits: Tensor, labels: Tensor, document_ids: Tensor,
+                       num_documents: int) -> Tensor:  # fmt: skip
     """Return the total log-probability in nats of the supervised tokens in each document.
 
-    Shapes: logits (..., V); labels, document_ids (...) -> (C,) with C = num_documents. Padding has
-    document ids of num_documents or more and is omitted.
+    Shapes: logits (..., V); labels, document_ids (...) -> (C,). Padding has ids from C on.
     """
     # An extra slot collects the padding.
     slots = document_ids.flatten().clamp(max=num_documents)

@@ -1,17 +1,18 @@
 """Write a run's metrics to metrics.jsonl, train.log and TensorBoard."""
 
-from __future__ import annotations
-
 import contextlib
 import json
+import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from trainlib.core.files import write_atomically
 from trainlib.engine.board import Board
+
+log = logging.getLogger(__name__)
 
 TRAIN_LOSS = "train/loss"  # nats per target
 TRAIN_LR = "train/lr"  # of the first parameter group
@@ -27,37 +28,36 @@ BASELINE = "baseline/"
 
 
 class MetricsLog:
-    """Writer of metrics.jsonl, train.log and TensorBoard.
+    """Writer of metrics.jsonl, train.log, baselines.json and TensorBoard.
 
     Resuming from a step removes later lines and a truncated last line from metrics.jsonl, so each
-    step has at most one training line and one validation line. The baselines for val/bits_per_byte
-    are written to baselines.json and plotted as lines.
+    step has at most one training line and one validation line.
     """
 
     def __init__(
-        self, folder: Path, resume_step: int | None, baselines: dict[str, float] | None = None
-    ) -> None:
-        self._baselines = baselines or {}
+        self, folder: Path, resume_step: int | None, baselines: dict[str, float] | None = None,
+        last_evaluation: int | None = None,
+    ) -> None:  # fmt: skip
+        self._baselines, self._reported = baselines or {}, False
         if baselines:
-            write_atomically(folder / "baselines.json", json.dumps(baselines, indent=2))
+            text = json.dumps(baselines, indent=2)
+            self._record(write_atomically, folder / "baselines.json", text)
         path = folder / "metrics.jsonl"
-        truncate_metrics(path, -1 if resume_step is None else resume_step)
+        truncate_metrics(path, -1 if resume_step is None else resume_step, last_evaluation)
         self._metrics = path.open("a", encoding="utf-8")
         self._log = (folder / "train.log").open("a", encoding="utf-8")
         if resume_step is not None:
             self.write_lines([f"resuming from step {resume_step}"])
-        evaluated = {
-            name: (int(row["step"]), value)
-            for row in read_metrics(folder)
-            for name, value in row.items()
-            if name.startswith("val/")
-        }
+        evaluated: dict[str, tuple[int, float]] = {}
+        for row in read_metrics(folder):
+            evaluated |= {k: (int(row["step"]), v) for k, v in row.items() if k.startswith("val/")}
         self._board = Board(folder / "tensorboard", resume_step, evaluated)
+        self._record(self._board.open)
 
     def write_step(self, step: int, values: dict[str, float], text: str) -> None:
         """Record a training step, with its line in train.log."""
         self.write(step, values)
-        self._board.add(step, values)
+        self._record(self._board.add, step, values)
         self.write_lines([text])
 
     def write_evaluation(
@@ -69,24 +69,35 @@ class MetricsLog:
         self.write_lines([*lines, *log_lines])
         # "uniform" is omitted: its line would compress the others.
         baselines = {BASELINE + k: v for k, v in self._baselines.items() if k != "uniform"}
-        self._board.add_evaluation(step, {**values, **baselines}, as_markdown(samples))
+        shown = {**values, **baselines}
+        self._record(self._board.add_evaluation, step, shown, as_markdown(samples))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Add a line to metrics.jsonl; non-finite values become null."""
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
-        self._metrics.flush()
+        self._append(self._metrics, json.dumps({"step": step, **finite}) + "\n")
 
     def close(self) -> None:
         """Flush and close all outputs."""
-        self._metrics.close()
-        self._log.close()
-        self._board.close()
+        for output in (self._metrics, self._log, self._board):
+            self._record(output.close)
 
     def write_lines(self, lines: list[str]) -> None:
         """Append lines to train.log."""
-        self._log.writelines(line + "\n" for line in lines)
-        self._log.flush()
+        self._append(self._log, "".join(line + "\n" for line in lines))
+
+    def _append(self, file: TextIO, text: str) -> None:
+        self._record(file.write, text)
+        self._record(file.flush)
+
+    def _record(self, action: Callable[..., object], *arguments: Any) -> None:
+        """Report the first record that cannot be written; the run itself is in its checkpoints."""
+        try:
+            action(*arguments)
+        except OSError as error:
+            if not self._reported:
+                log.warning("a record of the run could not be written (%s); it goes on", error)
+            self._reported = True
 
 
 class NoMetricsLog(MetricsLog):
@@ -100,7 +111,7 @@ class NoMetricsLog(MetricsLog):
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Return the rows of a run's metrics.jsonl, without values that were not finite."""
     rows = _complete_rows(folder / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if value is not None} for row in rows]
+    return [{name: v for name, v in row.items() if v is not None} for row in rows]
 
 
 def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -112,10 +123,7 @@ def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def newly_passed(value: float, baselines: dict[str, float], passed: list[str]) -> list[str]:
-    """Return the baselines that a value falls below for the first time, the largest first.
-
-    Skips "uniform", because an untrained model may be above or below it.
-    """
+    """Return the baselines that a value falls below for the first time, the largest first."""
     names = sorted(baselines.keys() - {"uniform", *passed}, key=lambda name: -baselines[name])
     return [name for name in names if value < baselines[name]]
 
@@ -126,23 +134,21 @@ def one_line(text: str) -> str:
 
 
 def as_markdown(samples: list[str]) -> str:
-    """Join texts as Markdown, with markup escaped and line breaks preserved.
-
-    Code blocks are not used because TensorBoard does not wrap their lines.
-    """
+    """Join texts as Markdown, with markup escaped and line breaks preserved."""
 
     def escape(line: str) -> str:
         text = line.lstrip(" ")
         indent = "&nbsp;" * (len(line) - len(text))
         return indent + re.sub(r"[!-/:-@\[-`{-~]", lambda found: f"&#{ord(found[0])};", text)
 
-    return "\n\n---\n\n".join(
-        "  \n".join(escape(line) for line in text.splitlines()) for text in samples
-    )
+    texts = ("  \n".join(map(escape, text.splitlines())) for text in samples)
+    return "\n\n---\n\n".join(texts)
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Remove the rows after a step from a metrics file."""
+def truncate_metrics(path: Path, step: int, last_evaluation: int | None = None) -> None:
+    """Remove rows after a step from a metrics file, and evaluations after `last_evaluation`."""
+    evaluated = step if last_evaluation is None else min(step, last_evaluation)
     if path.exists():
-        lines = [json.dumps(row) + "\n" for row in _complete_rows(path) if row["step"] <= step]
-        write_atomically(path, "".join(lines))
+        rows = _complete_rows(path)
+        kept = (row for row in rows if row["step"] <= (evaluated if VAL_LOSS in row else step))
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))

@@ -5,8 +5,6 @@ AdamW (arXiv:1711.05101) for embeddings and norms, or for everything. The loop, 
 and the checkpoint accept a list of optimizers of any class.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -63,19 +61,13 @@ def fast_bfloat16(device: torch.device) -> bool:
     """Return whether matmuls on this device are faster in bfloat16 than in fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        # Without bf16 instructions, 512 x 512 Newton-Schulz took 2.2 s in bf16, 0.03 s in fp32.
-        return cpu_has_bf16()
-    return False
+    # Without bf16 instructions, 512 x 512 Newton-Schulz took 2.2 s in bf16, 0.03 s in fp32.
+    return device.type == "cpu" and cpu_has_bf16()
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Replace the singular values of each matrix with values near 1 (quintic Newton-Schulz).
-
-    Shapes: (M, rows, columns) -> the same. Source: the Muon post, with the coefficients of
-    torch.optim.Muon.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    """Replace singular values with values near 1 by quintic Newton-Schulz: (M, rows, columns)."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # As in the Muon post and torch.optim.Muon.
     x = matrices.to(dtype)
     tall = x.shape[1] > x.shape[2]
     if tall:
@@ -91,8 +83,7 @@ class Muon(torch.optim.Muon):
     """torch.optim.Muon that orthogonalizes matrices of equal shape together, in the faster dtype.
 
     torch.optim.Muon orthogonalizes one matrix at a time, always in bfloat16, 40 to 70 times slower
-    than fp32 on a CPU without bfloat16 instructions. The settings, the state and the update rule
-    are the same; a test checks this.
+    than fp32 on a CPU without bfloat16 instructions. A test checks that the results are the same.
     """
 
     @torch.no_grad()
@@ -123,22 +114,24 @@ class Muon(torch.optim.Muon):
         torch._foreach_add_(parameters, update.unbind(), alpha=-group["lr"] * lr_ratio)  # pyright: ignore
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
-    """Build the optimizers, with separate groups for block matrices and for embeddings and norms.
+def block_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Return the matrices inside the blocks, which Muon updates."""
+    outside = ("embed", "lm_head")
+    return [parameter for name, parameter in model.named_parameters()
+            if parameter.ndim == 2 and not any(part in name for part in outside)]  # fmt: skip
 
-    Each parameter group stores its peak rate as "peak_lr"; Schedule.set_rates sets "lr" from it.
-    """
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        inside = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
-        (matrices if inside else others).append(parameter)
+
+def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
+    """Build the optimizers; Schedule.set_rates sets the rate of a group from its "peak_lr"."""
+    matrices = block_matrices(model)
+    inside = set(map(id, matrices))
+    others = [parameter for parameter in model.parameters() if id(parameter) not in inside]
     decay, betas = config.weight_decay, (config.beta1, config.beta2)
     optimizers: list[Optimizer] = []
     groups = [{"params": others, "lr": config.embedding_lr, "weight_decay": 0.0}]
     if config.name == "muon":
-        optimizers.append(
-            Muon(matrices, config.muon_lr, decay, config.momentum, adjust_lr_fn="original")
-        )
+        muon = Muon(matrices, config.muon_lr, decay, config.momentum, adjust_lr_fn="original")
+        optimizers.append(muon)
     else:
         groups.insert(0, {"params": matrices, "lr": config.adamw_lr, "weight_decay": decay})
     optimizers.append(AdamW(groups, betas=betas, fused=True))
@@ -148,20 +141,15 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
     return optimizers
 
 
-OPEN_WARMUP_STEPS = 20
-"""Warmup steps of a run with a time limit, whose number of steps is unknown."""
+OPEN_WARMUP_STEPS = 20  # Warmup steps of a run with a time limit, whose number of steps is unknown.
 
 
 class Schedule:
-    """Length of a run, and its learning rate as a function of the optimizer step.
-
-    If num_steps is None, the rate stays at its peak until `begin_decay` is called.
-    """
+    """Length of a run, and its learning rate by step; it is constant if the length is unknown."""
 
     def __init__(self, config: OptimConfig, num_steps: int | None) -> None:
         self.config, self.num_steps = config, num_steps
-        self.decay: tuple[int, float, int] | None = None
-        """The decay that begin_decay started: (first step, factor at that step, last step)."""
+        self.decay: tuple[int, float, int] | None = None  # First step, factor there, last step.
         self.warmup = OPEN_WARMUP_STEPS
         if num_steps is not None:
             self.warmup = max(1, round(config.warmup_fraction * num_steps))

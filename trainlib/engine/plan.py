@@ -2,44 +2,40 @@
 
     python train.py --plan [--gpu NAME[:N]] [--budget TIME] [config.yaml] [key=value ...]
 
-Builds no model and writes nothing. tests/engine/test_memory.py compares the predicted memory with
+Loads no model and writes nothing. tests/engine/test_memory.py compares the predicted memory with
 a count of the tensors in a step. Times are computed from configs/cards.tsv and not yet verified.
 """
 
-from __future__ import annotations
-
-import json
+import argparse
 import logging
 import math
 import re
 import textwrap
-from dataclasses import fields, replace
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from kernels.block_attention import BLOCK, MAX_SAVED_KEYS
+from model import ModelConfig
+from tokenizer.adopt import adopt
 from trainlib.core import hardware
 from trainlib.core.distributed import resolve_world_size
-from trainlib.core.errors import UserError
+from trainlib.core.errors import UserError, as_user_errors
 from trainlib.core.files import ROOT
 from trainlib.core.hardware import DTYPES, Card, Hardware, read_cards
 from trainlib.core.settings import provenance
 from trainlib.data.loader import micro_batch_shape
 from trainlib.engine.flops import Sizes
+from trainlib.models.hf_folder import load_config
 
 CONFIGS = ROOT / "configs"
-CUDA_BYTES = 700_000_000
-"""Bytes that a process needs on a card besides tensors: CUDA context and cuBLAS workspace."""
-USABLE = 0.95
-"""Fraction of a card's memory that tensors can use; the rest is lost to fragmentation."""
-SAVED = {
-    ("cpu", False): (16, 12, 12, 8),
-    ("cpu", True): (18, 8, 8, 4),
-    ("cuda", False): (16, 16, 16, 8),
-    ("cuda", True): (18, 12, 12, 4),
-}
+CUDA_BYTES = 700_000_000  # What a process needs besides tensors: CUDA context, cuBLAS.
+USABLE = 0.95  # Fraction of a card's memory that tensors can use; fragmentation takes the rest.
+SAVED = {("cpu", False): (16, 12, 12, 8), ("cpu", True): (18, 8, 8, 4),
+         ("cuda", False): (16, 16, 16, 8), ("cuda", True): (18, 12, 12, 4)}  # fmt: skip
 """Bytes that an uncompiled layer saves for backward per position, by (device, 16-bit matmuls), as
 factors of four widths: residual stream (inputs and outputs of both norms; in 16 bits, also a copy
 for each of five linear layers), queries (projected, rotated, attention output), keys (projected,
@@ -54,38 +50,24 @@ ATTENTION_SHARE, TRAFFIC_SHARE = 0.4, 0.85
 """Fraction of peak FLOP/s in attention with head size 64; of bandwidth in elementwise kernels."""
 BYTES_PER_VALUE, BYTES_PER_WEIGHT = 13.2, 20.5
 """Bytes of traffic with Inductor: per linear-layer output, and per weight in each micro-batch."""
-LAUNCH_SECONDS = 70e-6
-"""Host time per linear layer in each micro-batch: about 12 launches of 6 microseconds each."""
+LAUNCH_SECONDS = 70e-6  # Host time per linear layer in each micro-batch: 12 launches of 6 us.
 
 
 def find_sizes(config: Any) -> tuple[Sizes, str]:
     """Return the dimensions of a run's model, and their source; raises UserError."""
-    path, values = Path(config.init_from) / "config.json", {}
-    source, needed = str(path), bool(config.init_from)
     if not config.init_from:
-        path, source = Path(config.tokenizer) / "tokenizer.json", "the settings"
-        values = dict(vars(config.model))
-        needed = bool(config.tokenizer) and provenance(config)["model.vocab_size"] == "default"
-    elif not path.is_file():
-        small = any("tiny_" in source for source in provenance(config).values())
-        path = CONFIGS / ("tiny_pretrain.yaml" if small else "pretrain.yaml")
-        source = f"configs/{path.name}, because {source} does not exist"
-    try:
-        text = path.read_text(encoding="utf-8") if needed else ""
-        read = (json.loads if path.suffix == ".json" else yaml.safe_load)(text or "{}")
-        if config.init_from:
-            values = read.get("model", read)
-        elif needed:
-            ids = [
-                *read["model"]["vocab"].values(),
-                *(token["id"] for token in read["added_tokens"]),
-            ]
-            values["vocab_size"] = 1 + max(ids)
-        names = [f.name for f in fields(Sizes) if f.type in ("int", "bool") and f.name in values]
-        known: Any = {name: int(values[name]) for name in names}
-        return Sizes(**known), source
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: no model dimensions ({error}). Choose another folder.") from error
+        dimensions = config.model
+        if config.tokenizer and provenance(config)["model.vocab_size"] == "default":
+            with as_user_errors():
+                dimensions = replace(dimensions, vocab_size=adopt(config.tokenizer).vocab_size)
+        return Sizes(dimensions), "the settings"
+    path = Path(config.init_from) / "config.json"
+    if path.is_file():
+        return Sizes(load_config(config.init_from)), str(path)
+    small = any("tiny_" in source for source in provenance(config).values())
+    preset = CONFIGS / ("tiny_pretrain.yaml" if small else "pretrain.yaml")
+    values = yaml.safe_load(preset.read_text(encoding="utf-8")).get("model", {})
+    return Sizes(ModelConfig(**values)), f"configs/{preset.name}, because {path} does not exist"
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -99,26 +81,24 @@ class Term(NamedTuple):
     reason: str
 
 
-def step_memory(
-    sizes: Sizes, optimizer: str, choice: Hardware, row_length: int, num_micro: int,
-    rows: int, count: int = 1,
-) -> list[Term]:  # fmt: skip
+def step_memory(sizes: Sizes, optimizer: str, choice: Hardware, row_length: int, num_micro: int,
+                rows: int, count: int = 1) -> list[Term]:  # fmt: skip
     """Return the parts of the peak memory of an uncompiled step.
 
-    A step is `num_micro` micro-batches of `rows` rows on each of `count` devices. The formulas
-    assume that every position has a label.
+    It is `num_micro` micro-batches of `rows` rows on each of `count` devices, fully labelled.
     """
-    d, q, k, _ = sizes.widths
+    c = sizes.config
+    d, q, k = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     half, cuda = choice.precision in DTYPES, choice.device.type != "cpu"
-    width, positions, layers = 2 if half else 4, rows * row_length, sizes.num_hidden_layers
-    parameters, head = 4 * sizes.parameters, 4 * sizes.vocab_size * d
+    width, positions, layers = 2 if half else 4, rows * row_length, c.num_hidden_layers
+    parameters, head = 4 * sizes.parameters, 4 * c.vocab_size * d
     saved = SAVED["cuda" if cuda else "cpu", half]
-    layer = sum(a * b for a, b in zip(saved, sizes.widths, strict=True))
+    layer = sum(a * b for a, b in zip(saved, (d, q, k, c.intermediate_size), strict=True))
     scores, reason = 0.0, "probabilities in blocks"  # Values per position.
     if choice.attention == "masked":
         scores, reason = row_length + cuda * layers * 2 * (q - k), "mask; on cards, repeated k, v"
     elif choice.attention == "blocks":
-        scores = layers * sizes.num_attention_heads * (min(row_length, MAX_SAVED_KEYS) + BLOCK) / 2
+        scores = layers * c.num_attention_heads * (min(row_length, MAX_SAVED_KEYS) + BLOCK) / 2
     muon = optimizer == "muon"
     state = 2 * parameters - muon * 4 * sizes.matrix_values
     moments = "fp32: two moments of AdamW" + muon * ", one of Muon for the matrices"
@@ -128,14 +108,14 @@ def step_memory(
         *fixed, *([gradients] if num_micro > 1 else []),
         Term("attention", positions * scores * width, reason),
         Term("layers", positions * layers * layer, "activations that backward needs"),
-        Term("logits", positions * (LOGIT_BYTES[half] * sizes.vocab_size + (4 + width) * d),
+        Term("logits", positions * (LOGIT_BYTES[half] * c.vocab_size + (4 + width) * d),
              "with probabilities and gradients; also input and output of the final norm"),
         Term("16-bit weights", parameters / 2, "copies for matmuls") if half
         else Term("output matrix", head, "its gradient, in addition to the logit gradients"),
     ]  # fmt: skip
     exchange = [*fixed, gradients, Term("all-reduce", parameters, "flat gradient buffer")]
     low = choice.precision == "bf16" if cuda else hardware.cpu_has_bf16()
-    largest = max(number * m * n for (m, n), number in sizes.matrices.items())
+    largest = max(number * m * n for (m, n), number in Counter(sizes.matrices).items())
     work = Term("update", muon * UPDATE_BYTES[low] * largest, "orthogonalization in Muon")
     peak = max(backward, exchange if count > 1 else fixed, [*fixed, gradients, work], key=total)
     return [term for term in peak if term.bytes]
@@ -146,10 +126,8 @@ def total(terms: list[Term]) -> float:
     return sum(term.bytes for term in terms)
 
 
-def step_time(
-    card: Card, sizes: Sizes, optimizer: str, half: bool, context: float, positions: float,
-    num_micro: int, count: int = 1,
-) -> dict[str, float]:  # fmt: skip
+def step_time(card: Card, sizes: Sizes, optimizer: str, half: bool, context: float,
+              positions: float, num_micro: int, count: int = 1) -> dict[str, float]:  # fmt: skip
     """Return a lower bound in seconds for each part of a step; the parts run in sequence.
 
     Launches count only if the host takes longer than the device. The all-reduce is a ring, in which
@@ -158,15 +136,13 @@ def step_time(
     """
     rate = 1 if half else 1 / 2 if card.capability >= (8, 0) else 1 / 8
     peak, bandwidth = rate * card.tflops * 1e12, TRAFFIC_SHARE * card.gbs * 1e9
-    products, attention = (flops * positions / count / peak for flops in sizes.flops(context))
-    values = sizes.vocab_size + sum(n * outputs for (outputs, _), n in sizes.matrices.items())
-    work = {
-        "products": products / card.gemm,
-        "attention": attention / ATTENTION_SHARE,
-        "traffic": positions / count * values * BYTES_PER_VALUE * (2 - half) / bandwidth,
-        "weights": num_micro * sizes.parameters * BYTES_PER_WEIGHT / bandwidth,
-    }
-    host = num_micro * (7 * sizes.num_hidden_layers + 1) * LAUNCH_SECONDS
+    share = positions / count
+    values = sizes.config.vocab_size + sum(outputs for outputs, _ in sizes.matrices)
+    work = {"products": sizes.products * share / (peak * card.gemm),
+            "attention": sizes.attention * context * share / (peak * ATTENTION_SHARE),
+            "traffic": share * values * BYTES_PER_VALUE * (2 - half) / bandwidth,
+            "weights": num_micro * sizes.parameters * BYTES_PER_WEIGHT / bandwidth}  # fmt: skip
+    host = num_micro * (len(sizes.matrices) + 1) * LAUNCH_SECONDS
     return work | {
         "launches": max(0.0, host - sum(work.values())),
         "update": sizes.update_flops(optimizer) / (card.gemm * peak),
@@ -192,23 +168,21 @@ class PlanRequest(NamedTuple):
 
 def plan_request(argv: list[str]) -> tuple[PlanRequest | None, list[str]]:
     """Return the plan that a command line requests and the other arguments; raises UserError."""
-    options, rest, arguments = {}, [], iter(argv)
-    for argument in arguments:
-        flag, _, value = argument.partition("=")
-        if flag in ("--gpu", "--budget"):
-            options[flag] = value or next(arguments, "")
-        else:
-            rest.append(argument)
-    if "--plan" not in rest:
-        if options:
-            raise UserError(f"{next(iter(options))} requires --plan. Add --plan, or omit it.")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--plan", action="store_true")
+    for flag in ("--gpu", "--budget"):
+        parser.add_argument(flag, nargs="?", const="")
+    options, rest = parser.parse_known_args(argv)
+    if not options.plan:
+        if given := [flag for flag in ("gpu", "budget") if getattr(options, flag) is not None]:
+            raise UserError(f"--{given[0]} requires --plan. Add --plan, or omit it.")
         return None, rest
-    budget = parse_seconds(options["--budget"]) if "--budget" in options else 0.0
-    name, colon, count = options.get("--gpu", "").partition(":")
+    budget = 0.0 if options.budget is None else parse_seconds(options.budget)
+    name, colon, count = (options.gpu or "").partition(":")
     if colon and not re.fullmatch("[1-9][0-9]{0,5}", count):
         raise UserError(f"--gpu {name}:{count}: {count!r} is not a number of cards. Use {name}:4.")
-    card = hardware.find_card(name) if "--gpu" in options else None
-    return PlanRequest(card, int(count or 1), budget), [arg for arg in rest if arg != "--plan"]
+    card = None if options.gpu is None else hardware.find_card(name)
+    return PlanRequest(card, int(count or 1), budget), rest
 
 
 def parse_seconds(text: str) -> float:
@@ -231,10 +205,9 @@ class Plan(NamedTuple):
     budget: float
 
     def on(self, card: Card | None, count: int) -> tuple[Hardware, int, int, list[Term], dict]:
-        """Return the hardware, micro-batches, rows in each, and the memory and time of a step.
+        """Return hardware, micro-batches, rows in each, and memory and time of a step.
 
-        Without a card, plan for this machine and return no time. Documents are assumed to be as
-        long as rows. Raises UserError for settings that the device does not support.
+        Without a card, plan for this machine and return no time. Raises UserError if unsupported.
         """
         c, facts = self.config, hardware.find_facts()
         if card:
@@ -247,6 +220,7 @@ class Plan(NamedTuple):
         shape = micro_batch_shape(self.rows, choice.micro_batch_size, count)
         model = (self.sizes, c.optim.name)
         terms = step_memory(*model, choice, self.row_length, *shape, count)
+        # Documents are assumed to be as long as rows.
         half, context = choice.precision != "fp32", (c.sequence_length + 1) / 2
         work = (half, context, self.rows * self.row_length, shape[0], count)
         return choice, *shape, terms, step_time(card, *model, *work) if card else {}
@@ -300,9 +274,10 @@ def print_plan(config: Any, stage: str, request: PlanRequest) -> None:
     elif num_steps:
         length = f"{num_steps:,} steps = {num_steps * positions:,} tokens"
         length += f", {num_steps * positions / epoch:.2f} epochs" if epoch else ""
-    products, attention = (flops / 1e6 for flops in sizes.flops((config.sequence_length + 1) / 2))
+    attention = sizes.attention / 1e6 * (config.sequence_length + 1) / 2
     texts = [
-        ("model", f"{sizes.parameters:,} parameters, from {source}; {products + attention:,.1f} "
+        ("model", f"{sizes.parameters:,} parameters, from {source}; "
+         f"{sizes.products / 1e6 + attention:,.1f} "
          f"MFLOP per token, {attention:,.1f} of them in attention"),
         ("data", f"about {epoch:,.0f} tokens per epoch, {note}" if epoch else f"unknown: {note}"),
         ("step", f"{positions:,} tokens in {rows:,} rows of {row_length:,}"), ("length", length),

@@ -1,7 +1,5 @@
 """Progress display of a run: bar, log lines and summary."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time
@@ -19,8 +17,7 @@ from trainlib.engine.training import Metrics, Training
 
 log = logging.getLogger(__name__)
 
-WIDTH, LONGEST = 100, 40
-"""Columns of a table of metrics, and the longest name in it; longer ones are cut."""
+WIDTH, LONGEST = 100, 40  # Columns of a table of metrics, and of its longest name.
 SKILLS = "val/skills/"
 
 
@@ -31,17 +28,13 @@ class Display:
         run = training.run
         self.run, self.schedule, self.state = run, training.schedule, state
         self.metrics, self.datasets = metrics, training.datasets
-        self.baselines = training.datasets.baselines
         peak = matmul_peak(run.hardware.device, run.hardware.precision)
         self.mfu_per_speed = training.flops_per_token / (peak * run.distributed.world_size)
         disable = None if run.distributed.is_main else True
         self.bar = tqdm(total=self.schedule.num_steps, initial=state.step, unit="step",
                         desc=run.stage, disable=disable)  # fmt: skip
+        self.close = self.bar.close
         self._reset()
-
-    def close(self) -> None:
-        """Close the bar; other lines may follow."""
-        self.bar.close()
 
     def _reset(self) -> None:
         self.begin, self.tokens, self.waited, self.steps = time.perf_counter(), 0, 0.0, 0
@@ -64,25 +57,18 @@ class Display:
         seconds = time.perf_counter() - self.begin
         speed, waited = self.tokens / seconds, self.waited / seconds
         mfu = speed * self.mfu_per_speed
-        values = {
-            names.TRAIN_LOSS: result.loss,
-            names.TRAIN_LR: lr,
-            names.TRAIN_GRAD_NORM: result.grad_norm,
-            names.TRAIN_SPEED: speed,
-            names.TRAIN_MFU: mfu,
-            names.TRAIN_DATA_WAIT: waited,
-            names.TRAIN_TOKENS: self.state.tokens,
-            **{f"train/{name}": value for name, value in result.metrics.items()},
-        }
+        values = {names.TRAIN_LOSS: result.loss, names.TRAIN_LR: lr,
+                  names.TRAIN_GRAD_NORM: result.grad_norm, names.TRAIN_SPEED: speed,
+                  names.TRAIN_MFU: mfu, names.TRAIN_DATA_WAIT: waited,
+                  names.TRAIN_TOKENS: self.state.tokens,
+                  **{f"train/{name}": value for name, value in result.metrics.items()}}  # fmt: skip
         left = self.run.clock.left()
         if left is None and self.schedule.num_steps is not None:
             left = (self.schedule.num_steps - step) * seconds / self.steps
-        text = (
-            f"step {step} loss {result.loss:.4f} lr {lr:.2e} grad_norm {result.grad_norm:.2f} "
-            f"tokens/s {speed:,.0f} mfu {mfu:.1%} wait {waited:.1%} "
-            f"left {max(0, left or 0) / 60:.1f} min"
-            + ("" if result.finite else "  NOT FINITE, skipped")
-        )
+        text = (f"step {step} loss {result.loss:.4f} lr {lr:.2e} grad_norm {result.grad_norm:.2f} "
+                f"tokens/s {speed:,.0f} mfu {mfu:.1%} wait {waited:.1%} left "
+                f"{max(0, left or 0) / 60:.1f} min")  # fmt: skip
+        text += "" if result.finite else "  NOT FINITE, skipped"
         self.metrics.write_step(step, values, text)
         self.bar.set_postfix_str(
             f"loss {result.loss:.3f}, {speed:,.0f} tokens/s, wait {waited:.0%}"
@@ -93,7 +79,7 @@ class Display:
 
     def show_validation(self, metrics: Metrics, samples: list[str]) -> None:
         """Print and record an evaluation. Its time does not count as training time."""
-        step, baselines = self.state.step, self.baselines
+        step, baselines = self.state.step, self.datasets.baselines
         value = metrics.get(names.VAL_BITS_PER_BYTE, math.inf)
         passed = newly_passed(value, baselines, self.state.passed)
         self.state.passed += passed
@@ -103,11 +89,9 @@ class Display:
             num_pairs = {name: sum(len(row) for row, _ in rows) for name, rows in read.items()}
             num_pairs["val"] = sum(num_pairs.values())
         lines = validation_tables(step, metrics, num_pairs)
-        lines += [
-            f"below the {name} baseline at step {step}: {value:.3f} against {baselines[name]:.3f} "
-            "bits per byte"
-            for name in passed
-        ]
+        for name in passed:
+            compared = f"{value:.3f} against {baselines[name]:.3f} bits per byte"
+            lines.append(f"below the {name} baseline at step {step}: {compared}")
         self.metrics.write_evaluation(step, metrics, samples, lines)
         for line in (*(f"sample: {one_line(text)}" for text in samples), *lines):
             log.info("%s", line)
@@ -127,25 +111,21 @@ class Display:
 
     def summary(self, finished: bool) -> None:
         """Log whether the run finished or was stopped."""
-        s = self.state
+        step, folder = self.state.step, self.run.folder
         if finished:
             share = 100 * self.run.clock.evaluation_share()
             log.info("finished %d steps, %s tokens (%.0f %% of the time in evaluations): %s",
-                     s.step, f"{s.tokens:,}", share, self.run.folder / "final")  # fmt: skip
+                     step, f"{self.state.tokens:,}", share, folder / "final")  # fmt: skip
         else:
-            log.info(
-                "stopped after step %d; run the same command to resume from %s/step_%06d",
-                s.step, self.run.folder, s.step,
-            )  # fmt: skip
+            log.info("stopped after step %d; run the same command to resume from %s/step_%06d",
+                     step, folder, step)  # fmt: skip
 
 
-def validation_tables(
-    step: int, metrics: Metrics, num_pairs: dict[str, int] | None = None
-) -> list[str]:
+def validation_tables(step: int, metrics: Metrics,
+                      num_pairs: dict[str, int] | None = None) -> list[str]:  # fmt: skip
     """Return the metrics of an evaluation as tables, with a row for each validation set and "all".
 
-    A single set has only the row "all". The skills' exact matches have a table of their own, with a
-    row for each kind. `num_pairs` adds the number of preference pairs to some rows.
+    Skills have a table of their own. `num_pairs` adds the number of pairs to some rows.
     """
     sets: dict[str, dict[str, str]] = {}
     skills: dict[str, dict[str, str]] = {}
@@ -178,8 +158,6 @@ def table(title: str, rows: dict[str, dict[str, str]]) -> list[str]:
             blocks.append([""] * (len(rows) + 1))
         used += width
         cells = (row.get(column, "-") for row in (header, *rows.values()))
-        blocks[-1] = [
-            f"{line}{cell:>{width}}" for line, cell in zip(blocks[-1], cells, strict=True)
-        ]
+        blocks[-1] = [f"{line}{c:>{width}}" for line, c in zip(blocks[-1], cells, strict=True)]
     names = [f"{name[:LONGEST]:<{first}}" for name in (title, *rows)]
     return [name + line for block in blocks for name, line in zip(names, block, strict=True)]

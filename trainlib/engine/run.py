@@ -1,7 +1,5 @@
 """Settings common to all stages, and the context in which a run executes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -9,11 +7,10 @@ from typing import ClassVar, Literal
 from trainlib.core.distributed import DistributedContext
 from trainlib.core.hardware import Hardware
 from trainlib.core.settings import HARDWARE_KEYS
-from trainlib.engine.control import Clock
+from trainlib.engine.control import Clock, Control
 from trainlib.engine.optim import OptimConfig
 
-EXECUTION_ONLY = {"recipe": False}
-"""Execution settings: they change how a run executes, not what the model learns."""
+EXECUTION_ONLY = {"recipe": False}  # They change how a run executes, not what the model learns.
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its settings, folder, hardware, processes and clock."""
+    """A run: its settings, folder, hardware, processes, clock and signals."""
 
     config: RunConfig
     stage: str
@@ -101,5 +98,10 @@ class Run:
     hardware: Hardware
     distributed: DistributedContext
     clock: Clock
+    control: Control
     resume_from: Path | None
     """The step folder to resume from, if any."""
+
+    def chose_checkpoint(self) -> bool:
+        """Return whether the user chose the step folder to resume from."""
+        return self.resume_from is not None and self.resume_from == Path(self.config.resume)

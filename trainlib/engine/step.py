@@ -4,8 +4,6 @@ A step minimizes (sum of losses) / (number of targets in the step), so the updat
 the number and size of micro-batches.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

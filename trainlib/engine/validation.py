@@ -1,7 +1,5 @@
 """Mean loss and metrics over the validation sets."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -15,19 +13,15 @@ from trainlib.engine.device import evaluation_mode
 from trainlib.engine.step import add_metrics, means
 from trainlib.engine.training import LossFunction, Metrics, MetricSums, Training
 
-NUM_EVALUATIONS = 10
-MAX_SHARE = 0.1
-"""Limits of eval_every_steps=auto: number of evaluations, and their share of the run."""
-MIN_BATCHES = 8
-"""Number of batches of a small validation set, for the standard error; more are slow on a CPU."""
+NUM_EVALUATIONS, MAX_SHARE = 10, 0.1  # Limits of auto: their number, and their share of the run.
+MIN_BATCHES = 8  # Of a small validation set, for the standard error; more are slow on a CPU.
 
 
 def steps_between_evaluations(training: Training) -> int:
     """Return eval_every_steps as a number; 0 = evaluate only at the start and the end.
 
-    For auto, the cost of an evaluation is not measured but counted: without a backward pass, a row
-    costs a third of a training row. So a resume, another rank and another machine evaluate at the
-    same steps. While the number of steps is unknown (max_hours), Clock decides instead.
+    For auto, the cost of an evaluation is not measured but counted, so that every machine evaluates
+    at the same steps. While the number of steps is unknown (max_hours), Clock decides instead.
     """
     every, num_steps = training.run.config.eval_every_steps, training.schedule.num_steps
     if every != "auto":
@@ -35,7 +29,7 @@ def steps_between_evaluations(training: Training) -> int:
     if num_steps is None:
         return 0
     num_rows = sum(val.num_rows() for val in training.datasets.val.values())
-    cost = num_rows / (3 * training.loader.rows_per_step)  # In steps.
+    cost = num_rows / (3 * training.loader.rows_per_step)  # In steps, which have backward passes.
     count = min(NUM_EVALUATIONS, int(MAX_SHARE * num_steps / cost) - 1)  # The first is extra.
     return math.ceil(num_steps / count) if count > 0 else 0
 
@@ -44,14 +38,13 @@ def validate(training: Training, loss_fn: LossFunction) -> Metrics:
     """Return the mean loss and metrics of each validation set, and of all sets combined.
 
     Keys are "loss" and "<name>/loss", and likewise for each metric of loss_fn. Replaces the values
-    in training.val_batches. The ranks share the work. The RNG state and the model's mode do not
-    change.
+    in training.val_batches. Raises Stopped between two batches if a stop is requested.
     """
     run, model = training.run, training.model
     mine: dict[str, list[MetricSums]] = {name: [] for name in training.datasets.val}
     with evaluation_mode(model):
         for name, dataset in training.datasets.val.items():
-            for batch in micro_batches(dataset, run.hardware, run.distributed):
+            for batch in run.control.between(micro_batches(dataset, run.hardware, run.distributed)):
                 batch = batch.to(run.hardware.device)
                 with run.hardware.autocast():
                     loss, metrics = loss_fn(model, batch)
@@ -59,11 +52,10 @@ def validate(training: Training, loss_fn: LossFunction) -> Metrics:
     for sums in (sums for batches in mine.values() for sums in batches):
         sums.update({key: (float(sum_), float(n)) for key, (sum_, n) in sums.items()})
     gathered = run.distributed.all_gather_object(mine)
-    results: Metrics = {}
-    total: MetricSums = {}
+    results, total = Metrics(), MetricSums()
     training.val_batches.clear()
     for name in training.datasets.val:
-        of_set: MetricSums = {}
+        of_set = MetricSums()
         # The ranks take turns, so this is the order on one rank.
         turns = itertools.zip_longest(*(theirs[name] for theirs in gathered))
         for sums in filter(None, itertools.chain.from_iterable(turns)):
@@ -96,8 +88,7 @@ def micro_batches(
 ) -> Iterator[Batch]:
     """Yield this rank's share of a data set's first epoch, in micro-batches.
 
-    A small set has about MIN_BATCHES. For compiled layers, batches have the size of training, and
-    the last one is padded with empty rows, so that all have the same shape.
+    For compiled layers, all have the shape of training: the last one is padded with empty rows.
     """
     rows, size = [row for row, _ in dataset.rows(DataPosition())], hardware.micro_batch_size
     if not hardware.compile:

@@ -10,8 +10,7 @@ labels among at most MAX_TRAIN_IDS ids, in blocks spread evenly over the trainin
 Source: Witten-Bell smoothing as in Chen and Goodman, arXiv:cmp-lg/9606011, section 2.6.
 """
 
-from __future__ import annotations
-
+import functools
 import logging
 import math
 from collections.abc import Iterator
@@ -47,9 +46,8 @@ def with_baselines(datasets: Datasets, tokenizer: Tokenizer) -> Datasets:
     return datasets._replace(baselines=baselines)
 
 
-def measure(
-    train: PackedDataset, val: dict[str, list[PackedDataset]], tokenizer: Tokenizer
-) -> dict[str, dict[str, float]]:
+def measure(train: PackedDataset, val: dict[str, list[PackedDataset]],
+            tokenizer: Tokenizer) -> dict[str, dict[str, float]]:  # fmt: skip
     """Return the bits per byte of each baseline, over the labels of each list of data sets."""
     texts = tokenizer.id_to_bytes
     sizes = np.array([len(text) for text in texts])
@@ -58,12 +56,9 @@ def measure(
     for name, packed in val.items():
         labels = validation_labels(packed)
         num_bytes = int(sizes[labels.ids].sum())
-        unigram, bigram = ngram_bits(counts, labels)
-        baselines[name] = {
-            "uniform": len(labels.ids) * math.log2(len(texts)) / num_bytes,
-            "unigram": unigram / num_bytes,
-            "bigram": bigram / num_bytes,
-        }
+        bits = (len(labels.ids) * math.log2(len(texts)), *ngram_bits(counts, labels))
+        names = ("uniform", "unigram", "bigram")
+        baselines[name] = {n: b / num_bytes for n, b in zip(names, bits, strict=True)}
     return baselines
 
 
@@ -80,10 +75,7 @@ def validation_labels(packed: list[PackedDataset]) -> Labels:
 
 
 def training_labels(parts: list[tuple[TokenCache, np.ndarray]], limit: int) -> Iterator[Labels]:
-    """Yield labels from the selected records block by block, from about `limit` ids.
-
-    The first id of a sequence is never supervised, so no pair spans two sequences.
-    """
+    """Yield labels from the selected records block by block, from about `limit` ids."""
     share = min(1.0, limit / sum(len(cache.ids) for cache, _ in parts))
     for cache, selected in parts:
         num_blocks = -(-len(cache.ids) // BLOCK)
@@ -95,6 +87,7 @@ def training_labels(parts: list[tuple[TokenCache, np.ndarray]], limit: int) -> I
             lengths = np.diff(np.clip(cache.offsets[first : last + 1], begin, end))
             counted = (cache.supervised[begin:end] != 0) & np.repeat(selected[first:last], lengths)
             ids = cache.ids[begin:end].astype(np.int64)
+            # The first id of a sequence is never supervised, so no pair spans two sequences.
             yield Labels(ids[:-1][counted[1:]], ids[1:][counted[1:]])
 
 
@@ -109,10 +102,7 @@ class Counts(NamedTuple):
 
 def count_pairs(blocks: Iterator[Labels], vocab_size: int) -> Counts:
     """Count labels, and pairs of a label and the id before it."""
-
-    def count(ids: np.ndarray) -> np.ndarray:
-        return np.bincount(ids, minlength=vocab_size)
-
+    count = functools.partial(np.bincount, minlength=vocab_size)
     # 32 bits where possible: the pairs take most of the memory at startup.
     dtype = np.uint32 if vocab_size**2 <= 2**32 else np.int64
     ids, previous, codes = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, np.int64), []

@@ -4,13 +4,13 @@ The reference model is the model that training starts from. Its log-probabilitie
 once, for the pairs that the run will visit, and cached on disk; training needs no second model.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
 import math
 import time
+import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import model as model_module
+from trainlib.core.errors import Stopped
 from trainlib.core.files import cache_dir, replacing, write_atomically
 from trainlib.data.batch import Batch
 from trainlib.data.epoch_plan import DataPosition
 from trainlib.data.packing import FEW_ROWS, Datasets, PackedDataset
+from trainlib.engine.code import code_digest
 from trainlib.engine.device import Hardware, evaluation_mode
 from trainlib.engine.losses import batch_log_probs
 from trainlib.engine.progress import table
@@ -34,10 +35,9 @@ from trainlib.engine.validation import micro_batches
 
 log = logging.getLogger(__name__)
 
+SAVE_SECONDS = 60.0
 TIE_NATS = 1e-3
 """Log-probability ratios closer than this count as equal: smaller differences are fp32 noise."""
-NUMERICS_VERSION = 3
-"""Increase this when the rounding of kernels/ changes, so that cached references are not reused."""
 
 
 def reference_log_probs(training: Training, reported: Datasets) -> Tensor:
@@ -50,26 +50,32 @@ def reference_log_probs(training: Training, reported: Datasets) -> Tensor:
     run, model, datasets = training.run, training.model, training.datasets
     values, h = _unknown(datasets), run.hardware
     key = f"{datasets.data_key} {h.precision} {h.kernels} {h.compile} {datasets.train.row_length}"
-    digest = hashlib.sha256(f"{key} {NUMERICS_VERSION}".encode())
+    digest = hashlib.sha256(f"{key} {code_digest(run.stage)}".encode())
     for packed in (datasets.train, *datasets.val.values()):
         digest.update(packed.selection)
-    digest.update(Path(model_module.__file__).read_bytes())  # Users may edit formulas.
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
-    path = cache_dir() / "reference" / f"{digest.hexdigest()[:16]}.npy"
-    if path.is_file():
-        values = np.load(path)
+    folder, name = cache_dir() / "reference", digest.hexdigest()[:16]
+    for path in folder.glob(f"{name}*.npz"):
+        values = _read_values(path, values)
     before, begin = np.isfinite(values).sum(), time.perf_counter()
-    values = _log_probs(h, model, _visited(training, reported), values)
+    part = folder / f"{name}.{run.distributed.rank}.npz"
+    with run.control:
+        batches = run.control.between(_visited(training, reported))
+        try:
+            _compute(h, model, batches, values, part)
+        except Stopped:
+            _save_values(part, values)
+            raise
     for theirs in run.distributed.all_gather_object(values):
         values = np.where(np.isnan(values), theirs, values)
     known = np.isfinite(values).sum()
     log.info("reference: %d answers computed in %.1f s, %d from the cache", known - before,
              time.perf_counter() - begin, before)  # fmt: skip
     if known > before and run.distributed.is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            np.save(temporary, values)
+        _save_values(folder / f"{name}.npz", values)
+        for path in folder.glob(f"{name}.*.npz"):
+            path.unlink(missing_ok=True)
     return torch.from_numpy(values).to(h.device)
 
 
@@ -87,7 +93,9 @@ def _visited(training: Training, reported: Datasets) -> Iterator[Batch]:
 def validation_log_probs(hardware: Hardware, model: nn.Module, datasets: Datasets) -> np.ndarray:
     """Return a model's log-probabilities by sequence id; NaN for training pairs."""
     batches = (b for packed in datasets.val.values() for b in micro_batches(packed, hardware))
-    return _log_probs(hardware, model, batches, _unknown(datasets))
+    values = _unknown(datasets)
+    _compute(hardware, model, batches, values)
+    return values
 
 
 def _unknown(datasets: Datasets) -> np.ndarray:
@@ -95,11 +103,31 @@ def _unknown(datasets: Datasets) -> np.ndarray:
     return np.full(last.first_sequence_id + last.num_sequences, np.nan, np.float32)
 
 
-def _log_probs(
-    hardware: Hardware, model: nn.Module, batches: Iterable[Batch], known: np.ndarray
-) -> np.ndarray:
-    """Return known log-probabilities by sequence id, with NaN values of the batches computed."""
-    values = known.copy()
+def _read_values(path: Path, values: np.ndarray) -> np.ndarray:
+    """Return the values, with unknown ones from a file; zip files have checksums."""
+    try:
+        with np.load(path) as file:
+            return np.where(np.isnan(values), file["values"], values)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        log.warning("%s is damaged (%s), so its values are computed again", path, error)
+    return values
+
+
+def _save_values(path: Path, values: np.ndarray) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            np.savez(temporary, values=values)
+    except OSError as error:
+        log.warning("%s could not be written (%s); a rerun computes it again", path, error)
+
+
+def _compute(
+    hardware: Hardware, model: nn.Module, batches: Iterable[Batch], values: np.ndarray,
+    path: Path | None = None,
+) -> None:  # fmt: skip
+    """Compute the log-probabilities, by sequence id, that are NaN; save them every minute."""
+    saved = time.monotonic()
     with evaluation_mode(model):
         for batch in batches:
             ids = batch.sequence_ids.numpy()
@@ -107,7 +135,9 @@ def _log_probs(
                 with hardware.autocast():
                     log_probs = batch_log_probs(model, batch.to(hardware.device))
                 values[ids] = log_probs.float().cpu().numpy()
-    return values
+            if path is not None and time.monotonic() - saved > SAVE_SECONDS:
+                _save_values(path, values)
+                saved = time.monotonic()
 
 
 def share_above(values: np.ndarray) -> float:
@@ -140,17 +170,12 @@ def write_report(run: Run, datasets: Datasets, before: np.ndarray, after: np.nda
         shares = [share_above(column) for column in np.array(rows).T]
         accuracy, own_before, own_after, longer, overlap = shares
         best, rule_accuracy = best_rule(longer, overlap)
+        error = math.sqrt(accuracy * (1 - accuracy) / len(rows)) if len(rows) >= FEW_ROWS else None
         result[kind] = {
-            "n": len(rows),
-            "accuracy": accuracy,
-            "standard_error": math.sqrt(accuracy * (1 - accuracy) / len(rows))
-            if len(rows) >= FEW_ROWS
-            else None,
-            "own_before": own_before,
-            "own_after": own_after,
-            "rule": best,
-            "rule_accuracy": rule_accuracy,
-        }
+            "n": len(rows), "accuracy": accuracy, "standard_error": error,
+            "own_before": own_before, "own_after": own_after,
+            "rule": best, "rule_accuracy": rule_accuracy,
+        }  # fmt: skip
     write_atomically(run.folder / "report.json", json.dumps(result, indent=2))
     log.info("%s", "\n".join(format_report(result)))
 

@@ -7,8 +7,6 @@ trained, a new combination of trained words, or new words. Results of a kind are
 KIND, KIND/combination and KIND/words.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -74,10 +72,7 @@ def conversations(
     paths: Iterable[Path], options: ReadOptions | None = None,
     wanted: Callable[[Row], bool] = lambda row: True,
 ) -> Iterator[tuple[Path, int, Row, Messages]]:  # fmt: skip
-    """Yield path, line, row and messages of the wanted rows; of a pair, the chosen conversation.
-
-    Skips rows that are broken or not used, which tokenization of the file reports.
-    """
+    """Yield path, line, row and messages of the wanted rows; of a pair, the chosen conversation."""
     for path in paths:
         for line, content in Source(path).items():
             try:
@@ -87,15 +82,12 @@ def conversations(
                 stage = "dpo" if "chosen" in row else "sft"
                 (value,), *_ = read_row(row, stage, options or ReadOptions())
             except (ValueError, NotUsed):
-                continue
+                continue  # Tokenization of the file reports it.
             yield path, line, row, value[0] if stage == "dpo" else value
 
 
 def load_questions(paths: Iterable[Path], options: ReadOptions | None = None) -> list[Question]:
-    """Return the questions among the rows of data files.
-
-    Raises UserError for a question without an answer, or a file that cannot be read.
-    """
+    """Return the questions in data files; raises UserError for one without an answer."""
     questions = []
     for path, line, row, (*prompt, expected) in conversations(paths, options, is_question):
         if expected["role"] != "assistant" or not expected["content"].strip():
@@ -159,22 +151,17 @@ def format_counts(counts: Mapping[str, Mapping[str, float]]) -> list[str]:
     for name, row in counts.items():
         kind, _, wording = name.partition("/")
         cells = rows.setdefault(kind, dict.fromkeys(columns.values(), "-"))
-        cells[columns[wording]] = (
-            f"{row['correct']}/{row['total']} ({row['low']:.2f} to {row['high']:.2f})"
-        )
+        cells[columns[wording]] = "{correct}/{total} ({low:.2f} to {high:.2f})".format(**row)
     return table("skill", rows)
 
 
 class SkillTest:
-    """The questions in a run's validation files: a few at each evaluation, all at the end.
+    """The questions in a run's validation files: a few at each evaluation, all at the end."""
 
-    A file of which a part is trained on has no questions.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, val: dict[str, PackedDataset], options: ReadOptions
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, val: dict[str, PackedDataset],
+                 options: ReadOptions) -> None:  # fmt: skip
         parts = [part for packed in val.values() for part in packed.parts]
+        # A file of which a part is trained on has no questions.
         paths = [cache.path for cache, selected in parts if selected.all()]
         self.tokenizer, self.questions = tokenizer, load_questions(paths, options)
         self._curve: list[Question] | None = None

@@ -4,9 +4,6 @@ Inputs and outputs are ids. Nothing here changes torch's global RNG state.
 Shapes: B batch  T new positions  S positions so far  G key/value heads  H head_dim  V vocab_size.
 """
 
-from __future__ import annotations
-
-import codecs
 import contextlib
 import math
 import sys
@@ -82,10 +79,7 @@ class KVCache:
 
 
 def filter_logits(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set all but the most likely tokens to -inf; the most likely one is always kept.
-
-    Shapes: (V,) -> (V,). Source of top_p: Holtzman et al., arXiv:1904.09751.
-    """
+    """Set all but the most likely tokens (at least one) to -inf, (V,). top_p: arXiv:1904.09751."""
     if top_k:
         kth = logits_V.topk(min(top_k, len(logits_V))).values[-1]
         logits_V = logits_V.masked_fill(logits_V < kth, -torch.inf)
@@ -112,30 +106,12 @@ def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
     return generator
 
 
-def generate(
-    model: Transformer, ids: Sequence[int], sampling: Sampling, stop_ids: Sequence[int] = ()
-) -> Iterator[int]:
-    """Yield new ids up to a stop id (included) or a limit.
-
-    Raises ValueError for a prompt that is empty or fills the model's context.
-    """
-    generator = seeded_generator(sampling.seed, next(model.parameters()).device)
-    limits = [sampling.max_new_tokens]
-    for new in _decode(model, [ids], sampling, stop_ids, generator, limits):
-        yield new[0]
-
-
-def generate_batch(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    stop_ids: Sequence[int] = (),
-    limits: Sequence[int] = (),
-) -> list[list[int]]:
+def generate_batch(model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling,
+                   stop_ids: Sequence[int] = (),
+                   limits: Sequence[int] = ()) -> list[list[int]]:  # fmt: skip
     """Return the new ids of each prompt, up to a stop id (included) or a limit.
 
-    Prompts are decoded together. At temperature 0 the ids are the same as from `generate`. `limits`
-    replaces max_new_tokens for each prompt. Raises ValueError as `generate` does.
+    `limits` replaces max_new_tokens. Greedy ids, and errors, are the same for each prompt alone.
     """
     generator = seeded_generator(sampling.seed, next(model.parameters()).device)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -152,25 +128,19 @@ def generate_batch(
             size = max(1, min(MAX_BATCH, MAX_POSITIONS // longest))
             rows, order = order[:size], order[size:]
             some, most = [prompts[i] for i in rows], [limits[i] for i in rows]
-            for new in _decode(model, some, sampling, stop_ids, generator, most):
+            for new in decode(model, some, sampling, stop_ids, generator, most):
                 for row, token in new.items():
                     answers[rows[row]].append(token)
     return answers
 
 
-def _decode(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    stop_ids: Sequence[int],
-    generator: torch.Generator,
-    limits: Sequence[int],
-) -> Iterator[dict[int, int]]:
+def decode(model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling,
+            stop_ids: Sequence[int], generator: torch.Generator,
+            limits: Sequence[int]) -> Iterator[dict[int, int]]:  # fmt: skip
     """Yield the next id of each unfinished prompt, keyed by its row in the batch.
 
     Raises ValueError for a prompt that is empty or fills the model's context. Prompts are padded on
-    the left. Example: the prompts 7 8 9 and 5 as the model sees them, with the padding as a
-    separate document:
+    the left, as a separate document. Example: the prompts 7 8 9 and 5 as the model sees them:
 
         input_ids    7 8 9     position_ids   0 1 2     document_ids   1 1 1
                      0 0 5                    0 0 0                    0 0 1
@@ -217,34 +187,17 @@ def _decode(
 QUESTIONS = ("你是谁？", "Name three colors.")  # Answered at the evaluations of SFT and DPO.
 
 
-def show_samples(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], length: int, chat: bool = True
-) -> list[str]:
-    """Return each prompt and the model's answer, greedy and at 0.8, with labels.
-
-    If not `chat`, a prompt is the start of a document, which the model continues. The seed is
-    fixed, so that only the model changes from one evaluation to the next.
-    """
-    ids = [
-        render_prompt(tokenizer, [{"role": "user", "content": prompt}])
-        if chat
-        else [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
-        for prompt in prompts
-    ]
+def show_samples(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], length: int,
+                 chat: bool = True) -> list[str]:  # fmt: skip
+    """Return answers to prompts (continuations if not `chat`), greedy and at 0.8, with labels."""
+    ids = [[tokenizer.end_of_text_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    if chat:
+        ids = [render_prompt(tokenizer, [{"role": "user", "content": p}]) for p in prompts]
     samples, separator = [], "\n" if chat else ""
     for label, temperature in (("greedy", 0.0), ("temperature 0.8", 0.8)):
+        # With a fixed seed, only the model changes from one evaluation to the next.
         sampling = Sampling(temperature, max_new_tokens=length, seed=0)
         answers = generate_batch(model, ids, sampling, tokenizer.stop_ids)
         for prompt, answer in zip(prompts, answers, strict=True):
             samples.append(f"{label}: {prompt}{separator}{tokenizer.decode(answer)}")
     return samples
-
-
-def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
-    """Yield the text of ids as they arrive, in complete characters; bad UTF-8 becomes U+FFFD."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for id_ in ids:
-        if text := decoder.decode(tokenizer.decode_bytes([id_])):
-            yield text
-    if rest := decoder.decode(b"", final=True):
-        yield rest

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import chat
 from dpo_train import DPOConfig
 from model import ModelConfig, Transformer
 from sft_train import SFTConfig
 from tokenizer.chat_format import render_conversation, render_prompt
+from tools import chat
 from train import PretrainConfig
 from trainlib.core.settings import run_yaml
 from trainlib.models.generate import Sampling
@@ -93,7 +93,7 @@ def test_thoughts_are_printed_on_stderr_and_kept(
     thoughts = {"role": "assistant", "content": "" if interrupted else "13", 
                 "reasoning_content": "6+7\n=13"}  # fmt: skip
     prompt = render_prompt(tokenizer, [question])
-    ids = render_conversation(tokenizer, [question, thoughts]).ids
+    ids = render_conversation(tokenizer, [question, thoughts]).ids.tolist()
 
     def thinking(_, ids_, *rest):
         assert ids_ == prompt
