@@ -17,10 +17,10 @@ TORCH_CPU := $(call first_mirror,torch-cpu)
 $(if $(PIP_INDEX_URL),,$(error MIRROR=$(MIRROR): no package index for this region in docker/mirrors.conf responds. Check the network and the name (cn), or omit MIRROR))
 endif
 
-.PHONY: help env demo test test-all peers docker-test bench bench-long gpu-check lint lock tensorboard
+.PHONY: help env demo test test-all peers docker-test bench bench-long faults faults-sample gpu-check lint lock tensorboard
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 	@echo "Variables: NAME=小智 AUTHOR='Li Lei' QUICK=1 (demo), PYTHON=python3.12, MIRROR=cn"
 
 env: .venv/ready ## Create the environment .venv. To activate it: . .venv/bin/activate
@@ -46,6 +46,18 @@ docker-test: .venv/ready-dev ## Test the containers on a Docker engine (half an 
 
 gpu-check: .venv/ready-dev ## Test training on this machine's GPU, and measure it; writes docs/gpu.md.
 	$(BIN)/python -m tools.gpu_check
+
+# Fail points are loaded into the process, which must have one thread before it forks.
+search_faults = @folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+  cc -O1 -shared -fPIC -o $$folder/fault.so tests/faults/fault.c -ldl && \
+  OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 FAULTS_FOLDER=$$folder \
+  LD_PRELOAD=$$folder/fault.so $(BIN)/python -m tests.faults.search
+
+faults: .venv/ready-dev ## Search for faults that a run does not survive (an hour); writes docs/reliability.md.
+	$(search_faults) $(FAULTS)
+
+faults-sample: .venv/ready-dev ## Try random faults for a minute.
+	$(search_faults) --seconds 60
 
 bench: .venv/ready-dev .venv-peers/ready dataset/sample/SOURCES.json ## Run the short benchmarks (an hour).
 	$(BIN)/python -m bench.training --pairs 1
