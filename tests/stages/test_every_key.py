@@ -47,6 +47,7 @@ VALUES = {
     "data.val_fraction": "0.1", "data.val_max_rows": "3", "data.format": "",
     "data.columns": "[system:persona]", "data.markers": "keep",
     "data.alpaca_join": "none", "data.on_error": "skip", "data.too_long": "drop",
+    "data.max_row_mb": "64", "data.verify_cache": "on",
     "optim.name": "adamw", "optim.muon_lr": "0.01", "optim.adamw_lr": "2e-3",
     "optim.embedding_lr": "1e-3", "optim.weight_decay": "0.1", "optim.momentum": "0.9",
     "optim.beta1": "0.8", "optim.beta2": "0.9", "optim.grad_clip": "0.5",
