@@ -93,3 +93,10 @@ def test_a_project_outside_a_repository_is_recorded_too(project, tmp_path):
     shutil.rmtree(project / ".git")
     record = code.record_code(tmp_path, "pretrain", None)
     assert record["commit"] == "unknown" and len(record["files"]) > 20
+
+
+def test_changes_are_kept_although_the_code_before_is_unknown(project, tmp_path):
+    edit(project / "trainlib/engine/losses.py", "import torch\n", "import torch\n\nHALF = 0.5\n")
+    old = step_folder(tmp_path, 200, {"files": None})
+    assert not code.record_code(tmp_path, "pretrain", old)["clean"]
+    assert "+HALF = 0.5" in (tmp_path / "code.step_000200.diff").read_text(encoding="utf-8")

@@ -344,3 +344,11 @@ def test_reference_values_are_saved_every_minute(run_stage, undisturbed, monkeyp
     (part,) = Path("minute-cache/reference").iterdir()
     with np.load(part) as file:
         assert np.isfinite(file["values"]).any()
+
+
+def test_a_run_that_started_again_is_not_the_one_of_resume(run_stage, undisturbed, monkeypatch):
+    interrupt(run_stage, monkeypatch, "origin")
+    interrupt(run_stage, monkeypatch, "moved", "resume=origin/step_000010", at=8)
+    interrupt(run_stage, monkeypatch, "moved", "resume=never", at=8)
+    assert json.loads(Path("moved/identity.json").read_text())["resume"] == ""
+    assert Path("moved.1/step_000015").is_dir() and Path("moved/step_000005").is_dir()

@@ -66,18 +66,18 @@ def record_code(folder: Path, stage: str, resume_from: Path | None) -> dict[str,
     file = "code.diff"
     if resume_from is not None:
         before = saved_settings(resume_from).get("code")
-        if not isinstance(before, dict) or "digest" not in before:
-            log.info("%s does not record its code, so the code is not compared", resume_from)
-            return record
-        old, now = ({"torch": r.get("torch"), **dict(r["files"])} for r in (before, record))
-        changed = [name for name in sorted({*old, *now}) if old.get(name) != now.get(name)]
-        if not changed:
-            return before
-        step = int(resume_from.name[5:])
-        log.warning("the code has changed since %s: %s. The run continues with the changed code, "
-                    "so its result differs.", resume_from, ", ".join(changed))  # fmt: skip
-        record["changes"] = [*before.get("changes", []), {"step": step, "files": changed}]
         file = f"code.{resume_from.name}.diff"
+        if not isinstance(before, dict) or not isinstance(before.get("files"), dict):
+            log.info("%s does not record its code, so the code is not compared", resume_from)
+        else:
+            old, now = ({"torch": r.get("torch"), **r["files"]} for r in (before, record))
+            changed = [name for name in sorted({*old, *now}) if old.get(name) != now.get(name)]
+            if not changed:
+                return before
+            log.warning("the code has changed since %s: %s. The run continues with the changed "
+                        "code: its result differs.", resume_from, ", ".join(changed))  # fmt: skip
+            change = {"step": int(resume_from.name[5:]), "files": changed}
+            record["changes"] = [*before.get("changes", []), change]
     if diff:
         write_atomically(folder / file, diff)
     return record

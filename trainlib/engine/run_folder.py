@@ -16,7 +16,7 @@ from trainlib.core.files import (
     read_json,
     write_atomically,
     write_json,
-)  # fmt: skip
+)
 from trainlib.engine.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)
@@ -58,10 +58,10 @@ def resolve_resume(folder: Path, resume: str, identity: dict[str, Any]) -> Path 
     copies = (read_identity(place) for place in (folder, newest) if place)
     existing = next((copy for copy in copies if {"recipe", "data"} <= copy.keys()), {})
     differing = _differences(existing, json.loads(json.dumps(identity))) if existing else {}
-    named = resume not in ("auto", "never")
-    if not named:
+    again = newest and not differing and existing.get("resume") == identity["resume"]
+    if resume == "auto":
         identity["resume"] = existing.get("resume", "")
-    elif differing or not newest or existing.get("resume") != identity["resume"]:
+    elif resume != "never" and not again:
         return _named_step_folder(folder, Path(resume), identity["stage"])
     if not _occupied(folder):
         return None
